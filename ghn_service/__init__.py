@@ -1,0 +1,2 @@
+"""Predicts starting weights of neural networks from their architecture alone."""
+

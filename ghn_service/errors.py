@@ -1,0 +1,67 @@
+"""The exceptions of the service: one family, one cause each.
+
+Every message says what was expected, what came (name, value, shape) and what to do about it. ``server/interceptors.py``
+maps each class to one gRPC status; the texts travel to the client, so they never contain paths of the server.
+"""
+
+from __future__ import annotations
+
+
+class GhnServiceError(Exception):
+    """Base of everything this package raises on purpose.
+
+    Attributes:
+        field: Dotted path of the request field at fault, such as ``"architecture.onnx_model"``; empty if none is.
+    """
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class InvalidArchitectureError(GhnServiceError):
+    """The bytes are not a well-formed ONNX model, or the model is not a network that could run."""
+
+
+class UnsupportedArchitectureError(GhnServiceError):
+    """The model is well-formed but uses something that has no meaning here (quantised weights, newer opset, ...)."""
+
+
+class LimitExceededError(GhnServiceError):
+    """The architecture is larger than this server's limits (nodes, tensors, parameters, nesting, expansion)."""
+
+
+class InvalidOptionError(GhnServiceError):
+    """An option of the request has an impossible value; ``field`` names it."""
+
+
+class UnsupportedOptionError(GhnServiceError):
+    """The option is part of the protocol, but this server does not implement it."""
+
+
+class UnknownModelError(GhnServiceError):
+    """No hypernetwork of that name is loaded."""
+
+
+class CheckpointError(GhnServiceError):
+    """A checkpoint file is damaged, of another kind, or does not fit its own configuration."""
+
+
+class DataError(GhnServiceError):
+    """A data set is missing, broken, or of a layout that no loader reads."""
+
+
+class TrainingError(GhnServiceError):
+    """A training run cannot start, go on or be resumed."""
+
+
+class PredictionError(GhnServiceError):
+    """The hypernetwork gave values that are no weights (NaN or infinity)."""
+
+
+class OverloadedError(GhnServiceError):
+    """The queue is full; the same request may succeed later."""
+
+
+class OutOfMemoryError(GhnServiceError):
+    """The device has not enough memory for this request."""

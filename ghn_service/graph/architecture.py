@@ -1,0 +1,297 @@
+"""The noun of the project: a network's architecture as a plain immutable graph.
+
+Nodes are parameters and the operations that shape information flow (``op_types.py``); edges say where data goes.
+Nothing here knows ONNX, torch or any hypernetwork. A graph is made by ``onnx_reader.read_onnx`` or by the generator
+of random architectures, and is read by ``hypernetwork.features``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx
+
+from ghn_service.errors import InvalidArchitectureError
+from ghn_service.graph.op_types import OP_TYPE_BY_NAME
+
+JSON_FORMAT = "ghn-architecture-graph/1"
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterUse:
+    """Where one trainable tensor enters the model file: input ``input_index`` of the ONNX node ``node``."""
+
+    node: str
+    input_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSpec:
+    """One trainable tensor: its name, its shape as stored in the file, and how to read it in torch's layout.
+
+    Attributes:
+        name: Key of the tensor in a reply. It is the initializer's name, except where the exporter merged equal
+            tensors of several layers into one initializer: then each use has a name of its own.
+        shape: Shape as stored in the file.
+        permutation: Torch axis ``i`` is stored axis ``permutation[i]``: ``(1, 0)`` for a weight stored (in, out).
+            Empty means the stored layout is torch's own.
+        initializer: Name of the initializer (or weight-producing value) in the file.
+        torch_name: ``state_dict`` key where it can be told, else "".
+        fallback: Name of the rule that initialises this tensor when the hypernetwork does not predict it.
+        uses: The places of the file that read the tensor; given where ``name`` differs from ``initializer``, so that
+            a filled file can give each use its own tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    permutation: tuple[int, ...] = ()
+    initializer: str = ""
+    torch_name: str = ""
+    fallback: str = "kaiming_normal"
+    uses: tuple[ParameterUse, ...] = ()
+
+    def __post_init__(self) -> None:
+        if any(size < 1 for size in self.shape):
+            raise InvalidArchitectureError(
+                f"parameter {self.name!r} has shape {self.shape}; every size must be at least 1"
+            )
+        if self.permutation and sorted(self.permutation) != list(range(len(self.shape))):
+            raise InvalidArchitectureError(
+                f"parameter {self.name!r}: permutation {self.permutation} does not fit shape {self.shape}"
+            )
+
+    @property
+    def torch_shape(self) -> tuple[int, ...]:
+        """Shape in torch's layout, output channels first."""
+        return tuple(self.shape[axis] for axis in self.permutation) if self.permutation else self.shape
+
+    @property
+    def num_elements(self) -> int:
+        """Number of scalars in the tensor."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAttributes:
+    """What a weighted layer does, beyond its weight's shape; read by post-processing and planning.
+
+    Attributes:
+        groups: Groups of a convolution; equal to the channels where it is depthwise.
+        stride: Stride per spatial axis; empty for a linear layer.
+        dilations: Dilation per spatial axis; empty for a linear layer.
+        padding: Padding as (begin per axis..., end per axis...); empty for a linear layer.
+        activation: Name of the nonlinearity that the output passes next (``relu``, ``gelu``, ``silu``,
+            ``leaky_relu``, ``tanh``, ``sigmoid``, ``hardswish``, ...), or "" where none follows before the next layer.
+        normalized: Whether a normalisation sits between the layer and its activation.
+        packed: How many projections are stacked along the output axis (3 for a packed query-key-value weight).
+        positions: Spatial positions or tokens at which the weight is applied per example; 0 where unknown.
+    """
+
+    groups: int = 1
+    stride: tuple[int, ...] = ()
+    dilations: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    activation: str = ""
+    normalized: bool = False
+    packed: int = 1
+    positions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One node of the graph.
+
+    Attributes:
+        op_type: Name of a row of ``OP_TYPES``.
+        name: For people: name of the operation or parameter in the file. It has no influence on predictions.
+        weight: The tensor this node stands for; None for an operation. A ``bias`` node keeps its bias here.
+        norm_bias: The bias that is predicted together with ``weight``; normalisation nodes only.
+        kernel_shape: Window (height, width) of a pooling node.
+        is_head: Whether this is the weight or bias of the classifier.
+        layer: Attributes of the layer whose weight this is; None for everything else.
+    """
+
+    op_type: str
+    name: str = ""
+    weight: ParameterSpec | None = None
+    norm_bias: ParameterSpec | None = None
+    kernel_shape: tuple[int, int] | None = None
+    is_head: bool = False
+    layer: LayerAttributes | None = None
+
+    def __post_init__(self) -> None:
+        row = OP_TYPE_BY_NAME.get(self.op_type)
+        if row is None:
+            known = ", ".join(OP_TYPE_BY_NAME)
+            raise InvalidArchitectureError(f"node {self.name!r} has op type {self.op_type!r}; known are {known}")
+        if row.holds_parameter != (self.weight is not None):
+            expected = "a parameter" if row.holds_parameter else "no parameter"
+            raise InvalidArchitectureError(f"node {self.name!r} of type {self.op_type!r} must have {expected}")
+
+    @property
+    def parameters(self) -> tuple[ParameterSpec, ...]:
+        """The tensors predicted from this node."""
+        return tuple(spec for spec in (self.weight, self.norm_bias) if spec is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class BufferSpec:
+    """A float tensor that is not a weight, such as a running mean: listed, never predicted."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class ArchitectureGraph:
+    """An architecture: nodes, directed edges, and the tensors that no node stands for.
+
+    Attributes:
+        nodes: In topological order; node 0 is the input.
+        edges: Pairs (source, target) of node indices, sorted, without repetitions.
+        other_parameters: Trainable tensors outside the vocabulary (class tokens, recurrent weights, ...), which are
+            initialised by their ``fallback`` rule.
+        buffers: Float tensors that are not weights.
+        warnings: What was not understood, or what the user should know; sentences.
+    """
+
+    nodes: tuple[Node, ...]
+    edges: tuple[tuple[int, int], ...]
+    other_parameters: tuple[ParameterSpec, ...] = ()
+    buffers: tuple[BufferSpec, ...] = ()
+    warnings: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if not self.nodes or self.nodes[0].op_type != "input":
+            raise InvalidArchitectureError("node 0 of an architecture graph must be its input")
+        if list(self.edges) != sorted(set(self.edges)):
+            raise InvalidArchitectureError("the edges of an architecture graph must be sorted and without repetitions")
+        for source, target in self.edges:
+            if not 0 <= source < target < len(self.nodes):
+                raise InvalidArchitectureError(
+                    f"edge ({source}, {target}) does not go forward within {len(self.nodes)} nodes"
+                )
+        repeated = [name for name, count in Counter(spec.name for spec in self.parameters()).items() if count > 1]
+        if repeated:
+            raise InvalidArchitectureError(f"parameter names must be unique; repeated: {', '.join(repeated[:5])}")
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of nodes N."""
+        return len(self.nodes)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trainable scalars, over all tensors."""
+        return sum(spec.num_elements for spec in self.parameters())
+
+    def parameters(self) -> Iterator[ParameterSpec]:
+        """Every trainable tensor: those of the nodes in order, then the others."""
+        for node in self.nodes:
+            yield from node.parameters
+        yield from self.other_parameters
+
+    def to_networkx(self) -> networkx.DiGraph[int]:
+        """The graph as a ``networkx.DiGraph`` with the node index as key and ``Node`` fields as attributes."""
+        graph: networkx.DiGraph[int] = networkx.DiGraph()
+        for index, node in enumerate(self.nodes):
+            graph.add_node(index, **{item.name: getattr(node, item.name) for item in dataclasses.fields(node)})
+        graph.add_edges_from(self.edges)
+        return graph
+
+    def digest(self) -> str:
+        """A sha256 that two graphs share exactly if they are the same architecture.
+
+        It covers types, shapes, attributes and wiring, and depends neither on names nor on the order of nodes:
+        colour refinement along both edge directions until stable, then the sorted colours are hashed. (Like every
+        refinement it may give two non-isomorphic regular graphs one digest; architecture graphs with their single
+        input are far from that.)
+        """
+        return _refined_digest(self)
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()
+
+
+def _node_label(node: Node) -> str:
+    weight = node.weight.torch_shape if node.weight else None
+    norm_bias = node.norm_bias.torch_shape if node.norm_bias else None
+    return repr((node.op_type, weight, norm_bias, node.kernel_shape, node.is_head, node.layer))
+
+
+def _refined_digest(graph: ArchitectureGraph) -> str:
+    predecessors: list[list[int]] = [[] for _ in graph.nodes]
+    successors: list[list[int]] = [[] for _ in graph.nodes]
+    for source, target in graph.edges:
+        successors[source].append(target)
+        predecessors[target].append(source)
+    colours = [_hash(_node_label(node)) for node in graph.nodes]
+    num_colours = 0
+    while len(set(colours)) > num_colours:
+        num_colours = len(set(colours))
+        forward: list[str] = []
+        for index, colour in enumerate(colours):
+            forward.append(_hash(colour, *sorted(forward[source] for source in predecessors[index])))
+        backward = [""] * len(colours)
+        for index in range(len(colours) - 1, -1, -1):
+            backward[index] = _hash(forward[index], *sorted(backward[target] for target in successors[index]))
+        colours = backward
+    others = sorted(repr((spec.torch_shape, spec.fallback)) for spec in graph.other_parameters)
+    return _hash(*sorted(colours), "others", *others)
+
+
+def encode_graph(graph: ArchitectureGraph) -> str:
+    """The graph as JSON; ``decode_graph`` reads it back unchanged."""
+    body = {"format": JSON_FORMAT, **dataclasses.asdict(graph)}
+    return json.dumps(body, separators=(",", ":"))
+
+
+def decode_graph(text: str) -> ArchitectureGraph:
+    """The graph that ``encode_graph`` wrote.
+
+    Raises:
+        InvalidArchitectureError: The text is not such a JSON document.
+    """
+    try:
+        body = json.loads(text)
+        if body.get("format") != JSON_FORMAT:
+            raise InvalidArchitectureError(f"expected a JSON document of format {JSON_FORMAT!r}")
+        return ArchitectureGraph(
+            nodes=tuple(_node_from_json(item) for item in body["nodes"]),
+            edges=tuple((int(source), int(target)) for source, target in body["edges"]),
+            other_parameters=tuple(_spec_from_json(item) for item in body["other_parameters"]),
+            buffers=tuple(BufferSpec(item["name"], tuple(item["shape"]), item["kind"]) for item in body["buffers"]),
+            warnings=tuple(body["warnings"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidArchitectureError(f"not a JSON architecture graph: {error}") from error
+
+
+def _spec_from_json(item: Mapping[str, Any]) -> ParameterSpec:
+    values = dict(item)
+    values["shape"] = tuple(values["shape"])
+    values["permutation"] = tuple(values["permutation"])
+    values["uses"] = tuple(ParameterUse(**use) for use in values["uses"])
+    return ParameterSpec(**values)
+
+
+def _node_from_json(item: Mapping[str, Any]) -> Node:
+    values = dict(item)
+    for key in ("weight", "norm_bias"):
+        values[key] = _spec_from_json(values[key]) if values[key] else None
+    values["kernel_shape"] = tuple(values["kernel_shape"]) if values["kernel_shape"] else None
+    if values["layer"]:
+        layer = {key: tuple(value) if isinstance(value, list) else value for key, value in values["layer"].items()}
+        values["layer"] = LayerAttributes(**layer)
+    return Node(**values)
