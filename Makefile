@@ -1,0 +1,74 @@
+# Everything a user or engineer runs. `make predict` and `make test` need only Python 3.11 and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+EXAMPLE ?= architectures/examples/resnet20.onnx
+WORKERS ?= 2
+
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help predict test test-slow test-gpu test-soak zoo bench lint format proto evaluate clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt torch==2.13.0
+	$(PIP) install --quiet -c constraints.txt -e .
+	touch $@
+
+# torchvision and timm are installed without their dependencies: the tests build networks, they need no operators of
+# torchvision's compiled part, which must not replace the torch that is there.
+$(VENV)/.tests-installed: $(VENV)/.installed
+	$(PIP) install --quiet -c constraints.txt -e '.[test]'
+	$(PIP) install --quiet -c constraints.txt --no-deps torchvision timm
+	touch $@
+
+$(VENV)/.zoo-installed: $(VENV)/.tests-installed
+	$(PIP) install --quiet -c constraints.txt transformers huggingface-hub pyyaml
+	touch $@
+
+$(VENV)/.dev-installed: $(VENV)/.tests-installed
+	$(PIP) install --quiet -c constraints.txt -e '.[test,dev]'
+	touch $@
+
+predict: $(VENV)/.installed  ## predict weights for an example network on the embedded server
+	$(BIN)/ghn-client predict $(EXAMPLE) --output $(basename $(notdir $(EXAMPLE))).safetensors
+
+test: $(VENV)/.tests-installed  ## run the tests that take minutes at most
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+
+test-slow: $(VENV)/.dev-installed  ## run the tests that take long
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/.tests-installed  ## run the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+test-soak: $(VENV)/.tests-installed  ## run the endurance tests
+	$(BIN)/python -m pytest -m soak
+
+zoo: $(VENV)/.zoo-installed  ## predict for dozens of public networks and write docs/zoo.md
+	$(BIN)/python -m pytest -m zoo -n $(WORKERS) tests/zoo
+
+bench: $(VENV)/.tests-installed  ## measure speed and memory against limits measured in the same run
+	$(BIN)/python -m benchmarks
+
+lint: $(VENV)/.dev-installed  ## format, lint, type-check, check the protocol and the Dockerfile
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/buf lint
+	$(BIN)/hadolint Dockerfile
+
+format: $(VENV)/.dev-installed  ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+proto:  ## regenerate the protocol's stubs with the pinned generator
+	$(PYTHON) protos/generate.py
+
+clean:  ## remove the virtual environment and everything built
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
