@@ -1,0 +1,103 @@
+"""Step ``auto``: gives each layer the remedy that its measured diversity calls for, and says why.
+
+A layer whose rows are copies (tiled, duplicate, or of low numerical rank) cannot be trained apart and becomes the
+nearest semi-orthogonal matrix at its own scale; a layer whose rows are merely alike gets noise relative to its own
+size; a layer with rows as different as those of a random matrix is left as it was predicted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from ghn_service.graph.architecture import ArchitectureGraph
+from ghn_service.parameters import ParameterSet
+from ghn_service.postprocess.diversity import TensorDiversity, measure_diversity
+from ghn_service.postprocess.layers import WeightedLayer, as_matrices, from_matrices, kept_reason, weighted_layers
+from ghn_service.postprocess.options import require_at_least, require_share
+from ghn_service.postprocess.orthogonal import orthogonalize, overlap_with
+from ghn_service.postprocess.records import CHANGED, KEPT, LayerRecord, StepRecord
+from ghn_service.postprocess.replace import replace_tensors
+
+# Copies span too few directions; this little noise picks the missing ones at random instead of leaving them to LAPACK.
+TIE_BREAK = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Auto:
+    """Chooses per layer between ``orthogonal:method=polar``, relative noise, and nothing.
+
+    Attributes:
+        copies: Share of rows that may be copies before a layer is orthogonalised.
+        cosine: Mean absolute cosine between rows, above that of random rows, from which a layer gets noise.
+        beta: Standard deviation of that noise, relative to that of the layer.
+        layer: First layer that is changed, counted from 1 in the order of the graph; 0 changes all.
+    """
+
+    copies: float = 0.05
+    cosine: float = 0.3
+    beta: float = 0.1
+    layer: int = 0
+
+    def __post_init__(self) -> None:
+        require_share(self.copies, field="copies", zero=True)
+        require_share(self.cosine, field="cosine", zero=True)
+        require_at_least(self.beta, 0.0, field="beta")
+        require_at_least(self.layer, 0, field="layer")
+
+    def apply(
+        self, parameters: ParameterSet, graph: ArchitectureGraph, *, generator: torch.Generator
+    ) -> tuple[ParameterSet, StepRecord]:
+        """Returns the repaired parameters, and what was found and done in each layer."""
+        changed: dict[str, torch.Tensor] = {}
+        records = []
+        for layer in weighted_layers(graph):
+            tensor, record = self._apply_to_layer(parameters[layer.name], layer, generator)
+            records.append(record)
+            if record.outcome == CHANGED:
+                changed[layer.name] = tensor
+        return replace_tensors(parameters, changed), StepRecord("auto", asdict(self), tuple(records))
+
+    def _apply_to_layer(
+        self, tensor: torch.Tensor, layer: WeightedLayer, generator: torch.Generator
+    ) -> tuple[torch.Tensor, LayerRecord]:
+        # Drawn for every layer, so that what one layer gets does not depend on what was found in another.
+        noise = torch.randn(layer.spec.torch_shape, generator=generator, device=generator.device).to(tensor.device)
+        if reason := kept_reason(layer, self.layer):
+            return tensor, LayerRecord(layer.name, layer.number, KEPT, reason)
+        measured = measure_diversity(tensor, layer)
+        if measured.rms == 0:
+            return tensor, LayerRecord(layer.name, layer.number, KEPT, "all zero: there is no scale to keep")
+        matrices = as_matrices(tensor, layer)
+        jitter = noise.reshape(matrices.shape) * matrices.std(dim=(-2, -1), correction=0, keepdim=True)
+        if found := self._copies_found(measured):
+            if layer.is_depthwise:
+                return self._with_noise(tensor, matrices, jitter, layer, found)
+            repaired = orthogonalize(matrices + TIE_BREAK * jitter, method="polar", keep_rms=True)
+            overlap = overlap_with(matrices, repaired)
+            reason = f"{found}: nearest orthogonal matrix, {overlap:.0%} of the prediction's direction kept"
+            record = LayerRecord(layer.name, layer.number, CHANGED, reason, {"overlap": overlap})
+            return from_matrices(repaired, tensor, layer), record
+        if measured.mean_abs_cosine - measured.random_abs_cosine > self.cosine:
+            found = f"rows are alike (mean |cos| {measured.mean_abs_cosine:.2f})"
+            return self._with_noise(tensor, matrices, jitter, layer, found)
+        reason = f"diverse: rank {measured.rank} of {measured.full_rank}, mean |cos| {measured.mean_abs_cosine:.2f}"
+        return tensor, LayerRecord(layer.name, layer.number, KEPT, reason)
+
+    def _copies_found(self, measured: TensorDiversity) -> str:
+        if measured.tiled_share > self.copies:
+            return f"tiled: {measured.tiled_share:.0%} copies, rank {measured.rank} of {measured.full_rank}"
+        if measured.near_duplicate_rows > self.copies:
+            return f"{measured.near_duplicate_rows:.0%} of the rows repeat another"
+        if measured.rank < (1 - self.copies) * measured.full_rank:
+            return f"rank {measured.rank} of {measured.full_rank}"
+        return ""
+
+    def _with_noise(
+        self, tensor: torch.Tensor, matrices: torch.Tensor, jitter: torch.Tensor, layer: WeightedLayer, found: str
+    ) -> tuple[torch.Tensor, LayerRecord]:
+        reason = f"{found}: noise of {self.beta:g} of the layer's standard deviation"
+        record = LayerRecord(layer.name, layer.number, CHANGED, reason, {"noise_std": self.beta})
+        noisy = matrices + self.beta * jitter
+        return from_matrices(noisy, tensor, layer), record
