@@ -1,0 +1,1 @@
+"""Graph hypernetworks: from an architecture's graph to values for its parameters."""

@@ -1,0 +1,286 @@
+"""From ``ArchitectureGraph`` to tensors: what a hypernetwork sees of an architecture, and what it must decode.
+
+``build_features`` is done once per architecture and can be cached; ``collate`` joins several into a ``GraphBatch``.
+Legend: N nodes of one graph, T nodes of all graphs of a batch, B graphs, S nodes of the largest graph.
+
+Reference: Knyazev et al. 2021 (arXiv:2110.13100), sections 3.1 and 4.1 and appendix A (shape vocabulary).
+"""
+
+from __future__ import annotations
+
+import bisect
+import enum
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Batch, Data
+
+from ghn_service.errors import UnsupportedArchitectureError
+from ghn_service.graph.architecture import ArchitectureGraph, Node, ParameterSpec
+from ghn_service.graph.distances import shortest_path_lengths
+from ghn_service.hypernetwork.config import GHNConfig
+
+UNKNOWN_POOL_WINDOW = (3, 3)
+MAX_PREFIX_TOKENS = 5
+
+
+class Role(enum.Enum):
+    """Which decoder a tensor comes from, and how its values are scaled."""
+
+    MATRIX = "matrix"
+    POSITION = "position"
+    CLASS_MATRIX = "class_matrix"
+    VECTOR = "vector"
+    BIAS = "bias"
+    CLASS_BIAS = "class_bias"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One tensor to decode.
+
+    Attributes:
+        name: Key of the tensor.
+        shape: Shape in torch's layout.
+        role: Which decoder it comes from.
+        node: Index of the node whose embedding it is decoded from, within its graph.
+        draw: Index of the tensor among all parameters of its graph; seeds what must be drawn for it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    node: int
+    draw: int
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        """Kernel (height, width) to decode; the grid of positions for a position embedding."""
+        if self.role is Role.POSITION:
+            side = math.isqrt(self.shape[1])
+            return (side, side) if self.shape[1] - side * side <= MAX_PREFIX_TOKENS else (side + 1, side + 1)
+        height, width = (*self.shape[2:], 1, 1)[:2]
+        return height, width
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """(out, in) channels to decode; (length, 1) for a vector."""
+        if self.role is Role.POSITION:
+            return 1, self.shape[2]
+        if self.role in (Role.VECTOR, Role.BIAS, Role.CLASS_BIAS):
+            return math.prod(self.shape), 1
+        return self.shape[0], self.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class GraphFeatures:
+    """What a hypernetwork reads of one architecture.
+
+    Attributes:
+        type_index: Row of the type embedding per node, (N,) int64.
+        shape_index: Rows of the channel embedding (out, in) and of the spatial embedding (height, width), (N, 4) int64.
+        generation: Length of the longest path from a node without predecessors, (N,) int64.
+        edge_index: Direct edges, (2, E) int64.
+        distances: Shortest path lengths; 0 where there is no path within the cutoff, (N, N) uint8.
+        targets: The tensors to decode, in the order of ``ArchitectureGraph.parameters``.
+    """
+
+    type_index: Tensor
+    shape_index: Tensor
+    generation: Tensor
+    edge_index: Tensor
+    distances: Tensor
+    targets: tuple[Target, ...]
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of nodes N."""
+        return int(self.type_index.shape[0])
+
+
+@dataclass(frozen=True, eq=False)
+class GraphBatch:
+    """Several architectures side by side.
+
+    Attributes:
+        data: Node tensors of all graphs joined (``type_index``, ``shape_index``, ``generation``, ``edge_index``,
+            ``batch``, ``ptr``), as ``torch_geometric`` does it.
+        distances: Shortest path lengths, padded with 0, (B, S, S) uint8.
+        targets: The tensors to decode, per graph.
+    """
+
+    data: Batch
+    distances: Tensor
+    targets: tuple[tuple[Target, ...], ...]
+
+    @property
+    def num_graphs(self) -> int:
+        """Number of graphs B."""
+        return len(self.targets)
+
+    @property
+    def first_nodes(self) -> list[int]:
+        """Index of each graph's first node among all T nodes."""
+        return [int(start) for start in self.data.ptr[:-1]]
+
+    def to(self, device: torch.device | str) -> GraphBatch:
+        """The same batch on another device."""
+        return GraphBatch(self.data.to(device), self.distances.to(device), self.targets)
+
+
+def build_features(graph: ArchitectureGraph, config: GHNConfig) -> GraphFeatures:
+    """What a hypernetwork of this configuration reads of ``graph``.
+
+    Raises:
+        UnsupportedArchitectureError: A node's type is not in the vocabulary; contract such nodes before
+            (``graph.passes.restrict_vocabulary``).
+    """
+    type_rows = {name: row for row, name in enumerate(config.op_types)}
+    unknown = sorted({node.op_type for node in graph.nodes} - set(type_rows))
+    if unknown:
+        raise UnsupportedArchitectureError(
+            f"node types {', '.join(unknown)} are not in the hypernetwork's vocabulary ({', '.join(type_rows)}); "
+            "contract these nodes first"
+        )
+    vocabulary = shape_vocabulary(config.num_classes, config.max_shape[3])
+    return GraphFeatures(
+        type_index=torch.tensor([type_rows[node.op_type] for node in graph.nodes]),
+        shape_index=torch.tensor([vocabulary.rows(node) for node in graph.nodes]),
+        generation=torch.tensor(_generations(graph)),
+        edge_index=torch.tensor(graph.edges, dtype=torch.int64).reshape(-1, 2).t().contiguous(),
+        distances=torch.from_numpy(shortest_path_lengths(graph.num_nodes, graph.edges, cutoff=config.distance_cutoff)),
+        targets=tuple(_targets(graph)),
+    )
+
+
+def collate(features: Sequence[GraphFeatures]) -> GraphBatch:
+    """Joins architectures into one batch; the order is kept."""
+    data = Batch.from_data_list(
+        [
+            Data(
+                num_nodes=item.num_nodes,
+                type_index=item.type_index,
+                shape_index=item.shape_index,
+                generation=item.generation,
+                edge_index=item.edge_index,
+            )
+            for item in features
+        ]
+    )
+    largest = max(item.num_nodes for item in features)
+    distances = torch.zeros(len(features), largest, largest, dtype=torch.uint8)
+    for row, item in zip(distances, features, strict=True):
+        row[: item.num_nodes, : item.num_nodes] = item.distances
+    return GraphBatch(data, distances, tuple(item.targets for item in features))
+
+
+@dataclass(frozen=True)
+class ShapeVocabulary:
+    """The sizes that have an embedding of their own; every other size takes the nearest one's.
+
+    Attributes:
+        channels: Known channel counts, ascending; the row after the last stands for "no shape".
+        spatial: Known kernel sizes, ascending; the row after the last stands for "no shape".
+    """
+
+    channels: tuple[int, ...]
+    spatial: tuple[int, ...]
+
+    def rows(self, node: Node) -> tuple[int, int, int, int]:
+        """Rows of the embeddings for (out channels, in channels, kernel height, kernel width) of a node."""
+        shape = _shape_of(node)
+        if shape is None:
+            return len(self.channels), len(self.channels), len(self.spatial), len(self.spatial)
+        out_channels, in_channels, height, width = shape
+        return (
+            self.channel_row(out_channels),
+            self.channel_row(in_channels),
+            self.spatial_row(height),
+            self.spatial_row(width),
+        )
+
+    def channel_row(self, size: int) -> int:
+        """Row of a channel count; 4 to 7 count as 8 where they are not known themselves."""
+        return _nearest(self.channels, 8 if 4 <= size <= 7 and size not in self.channels else size)
+
+    def spatial_row(self, size: int) -> int:
+        """Row of a kernel size; 2 counts as 3."""
+        return _nearest(self.spatial, 3 if size == 2 else size)
+
+
+@functools.lru_cache(maxsize=32)
+def shape_vocabulary(num_classes: int, max_width: int) -> ShapeVocabulary:
+    """The shape vocabulary of GHN-2 and GHN-3.
+
+    Args:
+        num_classes: Classes the hypernetwork was made for.
+        max_width: Widest kernel that it decodes.
+    """
+    channels = {1, 3, num_classes, *range(8, 64, 8), *range(64, 4096, 16), *range(4096, 8193, 32)}
+    spatial = {*range(1, max(12, max_width), 2), 14, 16}
+    return ShapeVocabulary(tuple(sorted(channels)), tuple(sorted(spatial)))
+
+
+def _nearest(known: tuple[int, ...], size: int) -> int:
+    """Index of the entry nearest to ``size``; of two equally near ones, the smaller."""
+    above = bisect.bisect_left(known, size)
+    if above == len(known):
+        return above - 1
+    if above > 0 and size - known[above - 1] <= known[above] - size:
+        return above - 1
+    return above
+
+
+def _shape_of(node: Node) -> tuple[int, int, int, int] | None:
+    """The 4-D shape that stands for a node; None if it has none."""
+    if node.op_type in ("max_pool", "avg_pool"):
+        height, width = node.kernel_shape or UNKNOWN_POOL_WINDOW
+        return 1, 1, height, width
+    if node.weight is None:
+        return None
+    shape = node.weight.torch_shape
+    if len(shape) == 3 and shape[0] == 1 and min(shape[1:]) > 1:
+        side = math.isqrt(shape[1])
+        return 1, shape[2], side, side
+    out_channels, in_channels, height, width = (*shape, 1, 1, 1, 1)[:4]
+    return out_channels, in_channels, height, width
+
+
+def _generations(graph: ArchitectureGraph) -> list[int]:
+    """Length of the longest path to each node; edges are sorted by source, and sources precede targets."""
+    generation = [0] * graph.num_nodes
+    for source, target in graph.edges:
+        generation[target] = max(generation[target], generation[source] + 1)
+    return generation
+
+
+def _targets(graph: ArchitectureGraph) -> Iterator[Target]:
+    draw = 0
+    for index, node in enumerate(graph.nodes):
+        for spec in node.parameters:
+            role = _role(node, spec)
+            if role is not None:
+                yield Target(spec.name, spec.torch_shape, role, index, draw)
+            draw += 1
+
+
+def _role(node: Node, spec: ParameterSpec) -> Role | None:
+    """How ``spec`` is decoded from its node; None if no decoder gives tensors of its rank."""
+    shape = spec.torch_shape
+    if spec is node.norm_bias or node.op_type in ("bias", "bn", "ln"):
+        if not shape or sum(size > 1 for size in shape) > 1:
+            return None
+        if node.op_type == "bias":
+            return Role.CLASS_BIAS if node.is_head else Role.BIAS
+        return Role.BIAS if spec is node.norm_bias else Role.VECTOR
+    if not 2 <= len(shape) <= 4:
+        return None
+    if node.op_type == "pos_enc" and len(shape) == 3 and shape[0] == 1:
+        return Role.POSITION
+    if node.is_head and math.prod(shape[2:]) == 1:
+        return Role.CLASS_MATRIX
+    return Role.MATRIX

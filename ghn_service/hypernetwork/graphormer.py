@@ -1,0 +1,155 @@
+"""The encoder of GHN-3: a transformer over all nodes whose attention knows the distances between them.
+
+Every pair of nodes attends; a learned bias per head depends on the shortest path lengths in both directions. On an
+acyclic graph at most one direction has a path, so the bias is a table over signed distances, looked up per pair.
+Legend: B graphs, S nodes of the largest, T nodes of all, C channels, H heads, D distance cutoff.
+
+Reference: Knyazev et al. 2023 (arXiv:2303.04143), section 3; Ying et al. 2021 (arXiv:2106.05234).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch_geometric.utils import degree, to_dense_batch
+
+from ghn_service.hypernetwork.config import GHNConfig
+from ghn_service.hypernetwork.features import GraphBatch
+
+MAX_DEGREE = 100
+MAX_INPUT_DISTANCE = 1000
+DISTANCE_ROWS = 257
+FIRST_DISTANCE_ROW = 2
+MASKED_LOGIT = -(2.0**15)
+
+
+class Graphormer(nn.Module):
+    """Centrality and input distance, then pre-norm transformer layers with one shared distance bias.
+
+    Args:
+        config: Sizes.
+    """
+
+    def __init__(self, config: GHNConfig) -> None:
+        super().__init__()
+        channels = config.hidden_channels
+        self.in_degree_embedding = nn.Embedding(MAX_DEGREE + 1, channels)
+        self.out_degree_embedding = nn.Embedding(MAX_DEGREE + 1, channels)
+        self.input_distance_embedding = nn.Embedding(MAX_INPUT_DISTANCE + 1, channels)
+        self.distance_bias = DistanceBias(channels, config.num_heads, config.distance_cutoff)
+        self.layers = nn.ModuleList(GraphormerLayer(channels, config.num_heads) for _ in range(config.num_layers))
+
+    def forward(self, features: Tensor, batch: GraphBatch) -> Tensor:
+        """Encodes the nodes of a batch.
+
+        Args:
+            features: Node features, (T, C).
+            batch: The graphs.
+
+        Returns:
+            Node embeddings, (T, C).
+        """
+        features = features + self._place_in_graph(batch)
+        dense, valid = to_dense_batch(features, batch.data.batch, batch_size=batch.num_graphs)  # (B, S, C), (B, S)
+        bias = self.distance_bias(batch.distances)  # (B, H, S, S)
+        if batch.num_graphs > 1:
+            bias = bias.masked_fill(~valid[:, None, None, :], MASKED_LOGIT)
+        for layer in self.layers:
+            dense = layer(dense, bias)
+        return dense[valid]
+
+    def _place_in_graph(self, batch: GraphBatch) -> Tensor:
+        """Embeddings of degrees and of the distance from the graph's input, (T, C)."""
+        num_nodes = batch.data.num_nodes
+        source, target = batch.data.edge_index
+        in_degree = degree(target, num_nodes, dtype=torch.int64).clamp(max=MAX_DEGREE)
+        out_degree = degree(source, num_nodes, dtype=torch.int64).clamp(max=MAX_DEGREE)
+        nodes_per_graph = batch.data.ptr.diff()
+        present = torch.arange(batch.distances.shape[1], device=source.device) < nodes_per_graph[:, None]  # (B, S)
+        input_distance = batch.distances[:, 0, :][present].long().clamp(max=MAX_INPUT_DISTANCE)
+        embedded: Tensor = (
+            self.in_degree_embedding(in_degree)
+            + self.out_degree_embedding(out_degree)
+            + self.input_distance_embedding(input_distance)
+        )
+        return embedded
+
+
+class DistanceBias(nn.Module):
+    """Attention bias of a pair of nodes, from the path lengths there and back.
+
+    Args:
+        channels: Width C.
+        num_heads: Heads H.
+        cutoff: Largest distance D.
+    """
+
+    def __init__(self, channels: int, num_heads: int, cutoff: int) -> None:
+        super().__init__()
+        self.cutoff = cutoff
+        self.distance_embedding = nn.Embedding(DISTANCE_ROWS, channels)
+        self.hidden = nn.Linear(2 * channels, channels)
+        self.heads = nn.Linear(channels, num_heads)
+
+    def table(self) -> Tensor:
+        """The bias for every signed distance -D..D, (2D + 1, H): positive where the path leads from row to column."""
+        signed = torch.arange(-self.cutoff, self.cutoff + 1, device=self.hidden.weight.device)
+        pairs = torch.stack((signed.clamp(min=0), (-signed).clamp(min=0)), dim=1) + FIRST_DISTANCE_ROW
+        embedded = self.distance_embedding(pairs).flatten(1)  # (2D + 1, 2, C) -> (2D + 1, 2C)
+        bias: Tensor = self.heads(functional.relu(self.hidden(embedded)))
+        return bias
+
+    def forward(self, distances: Tensor) -> Tensor:
+        """Looks up the bias of every pair.
+
+        Args:
+            distances: Path lengths of acyclic graphs, (B, S, S).
+
+        Returns:
+            Bias per head, (B, H, S, S).
+        """
+        lengths = distances.to(torch.int32)
+        rows = lengths - lengths.transpose(1, 2) + self.cutoff
+        return functional.embedding(rows, self.table()).permute(0, 3, 1, 2)
+
+
+class GraphormerLayer(nn.Module):
+    """Pre-norm self-attention with an additive bias, then a feed-forward block four times as wide.
+
+    Args:
+        channels: Width C.
+        num_heads: Heads H.
+    """
+
+    def __init__(self, channels: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention_norm = nn.LayerNorm(channels)
+        self.query_key_value = nn.Linear(channels, 3 * channels, bias=False)
+        self.attention_output = nn.Linear(channels, channels)
+        self.feed_forward_norm = nn.LayerNorm(channels)
+        self.expand = nn.Linear(channels, 4 * channels)
+        self.contract = nn.Linear(4 * channels, channels)
+
+    def forward(self, features: Tensor, bias: Tensor) -> Tensor:
+        """One layer.
+
+        Args:
+            features: Node features, (B, S, C).
+            bias: Added to the attention logits, (B, H, S, S).
+
+        Returns:
+            Node features, (B, S, C).
+        """
+        features = features + self._attend(self.attention_norm(features), bias)
+        hidden = functional.gelu(self.expand(self.feed_forward_norm(features)))
+        updated: Tensor = features + self.contract(hidden)
+        return updated
+
+    def _attend(self, features: Tensor, bias: Tensor) -> Tensor:
+        packed = self.query_key_value(features).unflatten(-1, (3, self.num_heads, -1))  # (B, S, 3, H, C/H)
+        query, key, value = packed.permute(2, 0, 3, 1, 4).unbind()  # each (B, H, S, C/H)
+        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        output: Tensor = self.attention_output(attended.transpose(1, 2).flatten(2))
+        return output

@@ -1,0 +1,113 @@
+"""A decoder without repetition: every weight is the product of two factors that cover it whole.
+
+Legend: T nodes, P tensors of a group, C hidden channels, (h, w) kernel, (o, i) channels, K classes, r rank.
+
+Reference: Zhou et al. 2024, LoGAH (arXiv:2405.16287), section 4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ghn_service.hypernetwork.blocks import (
+    VECTOR_ROLES,
+    DecodedGroup,
+    Request,
+    crop,
+    grouped,
+    parts,
+    position_rows,
+    resize,
+    role_and_shape,
+)
+from ghn_service.hypernetwork.config import GHNConfig
+from ghn_service.hypernetwork.features import Role, Target
+from ghn_service.hypernetwork.initialization import LAST_LAYER_SHRINKAGE, shrink_last_layer
+from ghn_service.hypernetwork.scaling import weight_scale
+from ghn_service.hypernetwork.vector_decoder import VectorDecoder
+
+
+class LowRankDecoder(nn.Module):
+    r"""Decodes each weight as a product of two factors that cover it whole, in the manner of LoGAH.
+
+    .. math:: W[o, i, y, x] = r^{-1/2} \sum_k A[k, o, y] \, B[k, i, x]
+
+    A multilayer perceptron gives 2r vectors of r features per node; one linear layer shared by all nodes spreads each
+    over ``max_shape[0]`` channels times ``max_shape[2]`` positions (A) or ``max_shape[1]`` times ``max_shape[3]`` (B).
+    Only layers wider than ``max_shape`` are repeated.
+
+    Args:
+        config: Sizes.
+    """
+
+    def __init__(self, config: GHNConfig) -> None:
+        super().__init__()
+        channels = config.hidden_channels
+        max_out, max_in, max_height, max_width = config.max_shape
+        self.max_shape = config.max_shape
+        self.weight_norm = config.weight_norm
+        self.is_centered = config.kernel_crop == "center"
+        self.rank = config.rank
+        self.expand = nn.Linear(channels, 4 * channels)
+        self.hidden = nn.Linear(4 * channels, 8 * channels)
+        self.factors = nn.Linear(8 * channels, 2 * config.rank * config.rank)
+        self.out_output = nn.Linear(config.rank, max_out * max_height)
+        self.in_output = nn.Linear(config.rank, max_in * max_width)
+        self.class_output = nn.Linear(config.rank, config.num_classes)
+        self.vectors = VectorDecoder(config)
+
+    def shrink_last_layers(self) -> None:
+        """Brings the first predictions of an untrained decoder close to their mean; two factors share the shrinkage."""
+        for layer in (self.out_output, self.in_output, self.class_output):
+            shrink_last_layer(layer, math.sqrt(LAST_LAYER_SHRINKAGE))
+        shrink_last_layer(self.vectors.output)
+
+    def forward(
+        self, embeddings: Tensor, requests: Sequence[Request], *, seed: int = 0, max_elements: int | None = None
+    ) -> Iterator[DecodedGroup]:
+        """Decodes every request once; see ``ParameterDecoder``."""
+        yield from self.vectors(embeddings, requests)
+        matrices = [index for index, request in enumerate(requests) if request.target.role not in VECTOR_ROLES]
+        if not matrices:
+            return
+        features = functional.relu(self.expand(embeddings[[requests[index].row for index in matrices]]))
+        features = self.factors(functional.relu(self.hidden(features)))
+        features = functional.relu(features.unflatten(1, (2, self.rank, self.rank)))  # (nodes, 2, r, r)
+        place = {index: position for position, index in enumerate(matrices)}
+        for (role, shape), members in grouped(matrices, lambda index: role_and_shape(requests[index])).items():
+            target = requests[members[0]].target
+            for part in parts(members, math.prod(shape), max_elements):
+                blocks = self._product(features[[place[index] for index in part]], target)
+                if role is Role.POSITION:
+                    blocks = position_rows(blocks, shape, [requests[index].target.draw for index in part], seed)
+                else:
+                    blocks = blocks.reshape(len(part), *blocks.shape[1:3], *shape[2:])
+                yield DecodedGroup(tuple(part), blocks * weight_scale(shape) if self.weight_norm else blocks)
+
+    def _product(self, features: Tensor, target: Target) -> Tensor:
+        """Blocks (P, o, i, h, w) from features (P, 2, r, r)."""
+        out_channels, in_channels = target.channels
+        height, width = (
+            crop(size, limit, is_centered=self.is_centered)
+            for size, limit in zip(target.kernel, self.max_shape[2:], strict=True)
+        )
+        if target.role is Role.CLASS_MATRIX:
+            left = self.class_output(features[:, 0])[..., None]  # (P, r, K, 1)
+        else:
+            left = self._factor(self.out_output, features[:, 0], self.max_shape[0], out_channels, height)
+        left = left[:, :, :out_channels]
+        right = self._factor(self.in_output, features[:, 1], self.max_shape[1], in_channels, width)
+        product = left.flatten(2).transpose(1, 2) @ right.flatten(2)  # (P, o * h, i * w)
+        product = product.unflatten(2, right.shape[2:]).unflatten(1, left.shape[2:])  # (P, o, h, i, w)
+        return resize(product.permute(0, 1, 3, 2, 4), target.kernel) / math.sqrt(self.rank)
+
+    @staticmethod
+    def _factor(layer: nn.Linear, features: Tensor, max_channels: int, channels: int, positions: slice) -> Tensor:
+        """One factor, (P, r, channels, positions), decoding no more than is needed."""
+        weight = layer.weight.unflatten(0, (max_channels, -1))[:channels, positions]
+        bias = layer.bias.unflatten(0, (max_channels, -1))[:channels, positions]
+        return functional.linear(features, weight.flatten(0, 1), bias.flatten()).unflatten(-1, bias.shape)

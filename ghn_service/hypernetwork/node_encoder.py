@@ -1,0 +1,43 @@
+"""First features of a node: its type and the shape of its tensor.
+
+Reference: Knyazev et al. 2021 (arXiv:2110.13100), section 4.1 and appendix A.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ghn_service.hypernetwork.config import GHNConfig
+from ghn_service.hypernetwork.features import shape_vocabulary
+
+
+class NodeEncoder(nn.Module):
+    """Type embedding plus the embeddings of the four sizes of a shape, side by side.
+
+    Args:
+        config: Sizes; the two shape tables have a last row for nodes without a shape.
+    """
+
+    def __init__(self, config: GHNConfig) -> None:
+        super().__init__()
+        vocabulary = shape_vocabulary(config.num_classes, config.max_shape[3])
+        part = config.hidden_channels // 4
+        self.type_embedding = nn.Embedding(len(config.op_types), config.hidden_channels)
+        self.channel_embedding = nn.Embedding(len(vocabulary.channels) + 1, part)
+        self.spatial_embedding = nn.Embedding(len(vocabulary.spatial) + 1, part)
+
+    def forward(self, type_index: Tensor, shape_index: Tensor) -> Tensor:
+        """Encodes nodes.
+
+        Args:
+            type_index: Rows of the type embedding, (T,).
+            shape_index: Rows for (out channels, in channels, height, width), (T, 4).
+
+        Returns:
+            Node features, (T, C).
+        """
+        channels = self.channel_embedding(shape_index[:, :2]).flatten(1)  # (T, 2, C/4) -> (T, C/2)
+        spatial = self.spatial_embedding(shape_index[:, 2:]).flatten(1)
+        features: Tensor = self.type_embedding(type_index) + torch.cat((channels, spatial), dim=1)
+        return features

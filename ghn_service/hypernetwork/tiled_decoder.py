@@ -1,0 +1,129 @@
+"""The decoder of GHN-2 and GHN-3: blocks of at most ``max_shape`` channels, which are repeated to fit.
+
+Legend: T nodes, P tensors of a group, C hidden channels, (h, w) kernel, (o, i) channels of a block, (Mo, Mi, Mh, Mw)
+``max_shape``, K classes.
+
+Reference: Knyazev et al. 2021 (arXiv:2110.13100), appendix A; Knyazev et al. 2023 (arXiv:2303.04143), section 3.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ghn_service.hypernetwork.blocks import (
+    VECTOR_ROLES,
+    DecodedGroup,
+    Request,
+    crop,
+    grouped,
+    parts,
+    position_rows,
+    resize,
+    role_and_shape,
+)
+from ghn_service.hypernetwork.config import GHNConfig
+from ghn_service.hypernetwork.features import Role
+from ghn_service.hypernetwork.initialization import shrink_last_layer
+from ghn_service.hypernetwork.scaling import weight_scale
+from ghn_service.hypernetwork.vector_decoder import VectorDecoder
+
+
+class TiledDecoder(nn.Module):
+    """The decoder of GHN-2 and GHN-3: a grid of kernel positions, and a block of channels at each.
+
+    An embedding is spread over a grid of ``max_shape[2:]`` positions; every position is decoded on its own to
+    ``max_shape[:2]`` channels. Smaller kernels take a part of the grid, larger ones are interpolated from it.
+
+    Args:
+        config: Sizes.
+    """
+
+    def __init__(self, config: GHNConfig) -> None:
+        super().__init__()
+        channels = config.hidden_channels
+        max_out, max_in, max_height, max_width = config.max_shape
+        self.max_shape = config.max_shape
+        self.weight_norm = config.weight_norm
+        self.is_centered = config.kernel_crop == "center"
+        self.grid = nn.Linear(channels, 4 * channels * max_height * max_width)
+        self.hidden = nn.Linear(4 * channels, 8 * channels)
+        self.output = nn.Linear(8 * channels, max_out * max_in)
+        self.class_output = nn.Linear(max_out, config.num_classes)
+        self.vectors = VectorDecoder(config)
+
+    def shrink_last_layers(self) -> None:
+        """Brings the first predictions of an untrained decoder close to their mean."""
+        for layer in (self.output, self.class_output, self.vectors.output):
+            shrink_last_layer(layer)
+
+    def forward(
+        self, embeddings: Tensor, requests: Sequence[Request], *, seed: int = 0, max_elements: int | None = None
+    ) -> Iterator[DecodedGroup]:
+        """Decodes every request once; see ``ParameterDecoder``."""
+        yield from self.vectors(embeddings, requests)
+        matrices = [index for index, request in enumerate(requests) if request.target.role not in VECTOR_ROLES]
+        for kernel, same_kernel in grouped(matrices, lambda index: requests[index].target.kernel).items():
+            hidden = self._positions(embeddings[[requests[index].row for index in same_kernel]], kernel)
+            place = {index: position for position, index in enumerate(same_kernel)}
+            for sizes, members in grouped(same_kernel, lambda index: self._block_sizes(requests[index])).items():
+                elements = hidden.shape[1] * hidden.shape[2] * sizes[0] * sizes[1]
+                for part in parts(members, elements, max_elements):
+                    blocks = self._channels(hidden[[place[index] for index in part]], sizes)
+                    yield from self._finish(resize(blocks, kernel), part, requests, seed)
+
+    def _positions(self, embeddings: Tensor, kernel: tuple[int, int]) -> Tensor:
+        """Features of every kernel position, (P, h, w, 8C), with h and w at most those of the grid."""
+        height, width = (
+            crop(size, limit, is_centered=self.is_centered)
+            for size, limit in zip(kernel, self.max_shape[2:], strict=True)
+        )
+        weight = self.grid.weight.unflatten(0, (-1, *self.max_shape[2:]))  # (4C, Mh, Mw, C)
+        bias = self.grid.bias.unflatten(0, (-1, *self.max_shape[2:]))
+        weight, bias = weight[:, height, width], bias[:, height, width]
+        grid = functional.linear(embeddings, weight.flatten(0, 2), bias.flatten())
+        grid = functional.relu(grid).unflatten(1, weight.shape[:3]).permute(0, 2, 3, 1)  # (P, h, w, 4C)
+        return functional.relu(self.hidden(grid))
+
+    def _block_sizes(self, request: Request) -> tuple[int, int]:
+        """(o, i) to decode: what the tensor needs, rounded up to a power of two so that more tensors share a batch."""
+        out_channels, in_channels = request.target.channels
+        if request.target.role is Role.CLASS_MATRIX:
+            out_channels = self.max_shape[0]
+        return _round_up(out_channels, self.max_shape[0]), _round_up(in_channels, self.max_shape[1])
+
+    def _channels(self, hidden: Tensor, sizes: tuple[int, int]) -> Tensor:
+        """Blocks (P, o, i, h, w) from features of positions, (P, h, w, 8C)."""
+        weight = self.output.weight.unflatten(0, self.max_shape[:2])[: sizes[0], : sizes[1]]
+        bias = self.output.bias.unflatten(0, self.max_shape[:2])[: sizes[0], : sizes[1]]
+        decoded = functional.linear(hidden, weight.flatten(0, 1), bias.flatten())
+        return decoded.unflatten(-1, sizes).permute(0, 3, 4, 1, 2)
+
+    def _finish(
+        self, blocks: Tensor, members: Sequence[int], requests: Sequence[Request], seed: int
+    ) -> Iterator[DecodedGroup]:
+        """Cuts blocks to their tensors' sizes, gives them the tensors' axes, and scales them, shape by shape."""
+        place = {index: position for position, index in enumerate(members)}
+        for (role, shape), group in grouped(members, lambda index: role_and_shape(requests[index])).items():
+            part = blocks if len(group) == len(members) else blocks[[place[index] for index in group]]
+            out_channels, in_channels = requests[group[0]].target.channels
+            part = part[:, :, :in_channels]
+            if role is Role.CLASS_MATRIX:
+                part = self._classes(part)
+            part = part[:, :out_channels]
+            if role is Role.POSITION:
+                part = position_rows(part, shape, [requests[index].target.draw for index in group], seed)
+            else:
+                part = part.reshape(len(group), *part.shape[1:3], *shape[2:])
+            yield DecodedGroup(tuple(group), part * weight_scale(shape) if self.weight_norm else part)
+
+    def _classes(self, blocks: Tensor) -> Tensor:
+        """The classifier's weight: (P, Mo, i, 1, 1) -> (P, K, i, 1, 1)."""
+        features = functional.relu(blocks[..., 0, 0]).transpose(1, 2)  # (P, i, Mo)
+        return self.class_output(features).transpose(1, 2)[..., None, None]
+
+
+def _round_up(size: int, limit: int) -> int:
+    return limit if size >= limit else min(limit, 1 << (size - 1).bit_length())
