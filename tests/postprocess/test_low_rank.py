@@ -1,0 +1,194 @@
+"""Factors of single layers: the published identities, the table of losses, and impossible requests."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ghn_service.errors import InvalidOptionError
+from ghn_service.postprocess.kernels import activation_kernel, arc_cosine_kernel
+from ghn_service.postprocess.low_rank import (
+    METHODS,
+    factorize,
+    function_loss,
+    loss_and_gradient,
+    relative_function_error,
+    truncated_svd,
+)
+
+# (inputs, width, rank): relative loss of spectral, rescaled and optimised factors of He-normal weights.
+TABLE = {
+    (64, 64, 1): (0.8750, 0.8153, 0.8120),
+    (64, 512, 4): (0.7905, 0.7562, 0.7555),
+    (256, 256, 4): (0.8494, 0.8024, 0.8012),
+    (256, 256, 32): (0.5327, 0.5268, 0.5268),
+    (576, 256, 4): (0.8758, 0.8221, 0.8203),
+    (576, 256, 32): (0.6132, 0.6030, 0.6029),
+}
+
+
+def he_normal(width: int, inputs: int, *, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((width, inputs), generator=generator) * math.sqrt(2 / inputs)
+
+
+def error(weight: torch.Tensor, rank: int, method: str, activation: str = "relu") -> float:
+    u, v = factorize(weight, rank, method=method, activation=activation)
+    return relative_function_error(weight, u, v, activation=activation)
+
+
+@pytest.mark.parametrize("shape", TABLE, ids=str)
+def test_the_table_of_relative_losses_is_reproduced(shape: tuple[int, int, int]) -> None:
+    inputs, width, rank = shape
+    weight = he_normal(width, inputs)
+    losses = [error(weight, rank, method) for method in ("spectral", "function", "function_optimized")]
+    # A small layer's loss differs from draw to draw by a few parts in a thousand.
+    assert losses == pytest.approx(TABLE[shape], abs=6e-3 if inputs * width < 10_000 else 3e-3)
+
+
+def test_spectral_factors_are_the_truncated_singular_value_decomposition_balanced() -> None:
+    weight = he_normal(20, 50)
+    u, v = factorize(weight, 6, method="spectral")
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    torch.testing.assert_close(u @ v.T, left[:, :6] @ torch.diag(values[:6]) @ right[:6], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(u.norm(dim=0), v.norm(dim=0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(9, 30), (30, 9), (12, 12)])
+def test_full_rank_factors_give_the_weight_back(shape: tuple[int, int]) -> None:
+    weight = he_normal(*shape)
+    for method in METHODS[:3]:
+        u, v = factorize(weight, min(shape), method=method)
+        torch.testing.assert_close(u @ v.T, weight, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(2, 40),
+    columns=st.integers(2, 40),
+    rank=st.integers(1, 40),
+    seed=st.integers(0, 1000),
+    activation=st.sampled_from(["relu", "leaky_relu", "gelu", "silu", "tanh", ""]),
+)
+def test_no_method_is_above_spectral_in_any_row(rows: int, columns: int, rank: int, seed: int, activation: str) -> None:
+    weight, rank = he_normal(rows, columns, seed=seed), min(rank, rows, columns)
+    spectral = function_loss(weight, *factorize(weight, rank, method="spectral"), activation=activation)
+    rescaled = factorize(weight, rank, method="function", activation=activation)
+    assert bool((function_loss(weight, *rescaled, activation=activation) <= spectral + 1e-6).all())
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_optimising_never_ends_above_its_start(activation: str) -> None:
+    weight = he_normal(48, 64)
+    errors = [error(weight, 3, method, activation) for method in ("spectral", "function", "function_optimized")]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] < errors[1]
+
+
+def test_the_rescaled_row_has_the_length_of_the_arc_cosine_kernel() -> None:
+    weight = he_normal(10, 40)
+    spectral_u, spectral_v = factorize(weight, 4, method="spectral")
+    u, v = factorize(weight, 4, method="function", activation="relu")
+    cosine = (spectral_u @ spectral_v.T).norm(dim=1) / weight.norm(dim=1)
+    torch.testing.assert_close((u @ v.T).norm(dim=1), weight.norm(dim=1) * arc_cosine_kernel(cosine), rtol=1e-4, atol=0)
+
+
+def test_without_an_activation_spectral_is_optimal_and_the_methods_agree() -> None:
+    weight = he_normal(16, 24)
+    spectral, function = (factorize(weight, 5, method=method, activation="") for method in ("spectral", "function"))
+    torch.testing.assert_close(function[0] @ function[1].T, spectral[0] @ spectral[1].T, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_equals_its_monte_carlo_estimate() -> None:
+    weight = he_normal(30, 20)
+    u, v = factorize(weight, 3)
+    inputs = torch.randn((60_000, 20), generator=torch.Generator().manual_seed(1))
+    sampled = ((inputs @ v @ u.T).relu() - (inputs @ weight.T).relu()).square().mean(dim=0).sum()
+    assert float(function_loss(weight, u, v).sum()) == pytest.approx(float(sampled), rel=0.01)
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu:0.1", "gelu", "tanh"])
+def test_the_gradient_equals_finite_differences(activation: str) -> None:
+    weight, product = he_normal(4, 6).double(), he_normal(4, 6, seed=1).double()
+    kernel, step = activation_kernel(activation), 1e-6
+    _, gradient = loss_and_gradient(weight, product, kernel)
+    for row, column in ((0, 0), (1, 5), (3, 2)):
+        nudge = torch.zeros_like(product)
+        nudge[row, column] = step
+        up, down = (loss_and_gradient(weight, product + sign * nudge, kernel)[0] for sign in (1, -1))
+        assert float(gradient[row, column]) == pytest.approx(float((up - down) / (2 * step)), rel=1e-5, abs=1e-8)
+
+
+def test_whitened_factors_are_better_on_inputs_of_that_covariance() -> None:
+    weight = he_normal(32, 24)
+    spread = he_normal(24, 24, seed=3) @ torch.diag(torch.logspace(0, -2, 24))
+    covariance = spread @ spread.T
+    plain = factorize(weight, 4, method="function")
+    whitened = factorize(weight, 4, method="whitened", input_covariance=covariance)
+    errors = [
+        relative_function_error(weight, u, v, activation="relu", input_covariance=covariance)
+        for u, v in (plain, whitened)
+    ]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_an_identity_covariance_changes_nothing() -> None:
+    weight = he_normal(12, 16)
+    plain = factorize(weight, 4)
+    whitened = factorize(weight, 4, method="whitened", input_covariance=torch.eye(16))
+    torch.testing.assert_close(whitened[0] @ whitened[1].T, plain[0] @ plain[1].T, rtol=1e-4, atol=1e-5)
+
+
+def test_a_convolution_is_factored_over_its_flattened_kernel() -> None:
+    weight = he_normal(16, 72).reshape(16, 8, 3, 3)
+    u, v = factorize(weight, 5)
+    assert (tuple(u.shape), tuple(v.shape)) == ((16, 5), (72, 5))
+
+
+def test_a_rank_deficient_weight_gives_finite_factors_and_loses_nothing() -> None:
+    weight = he_normal(16, 4) @ he_normal(4, 20, seed=1)
+    u, v = factorize(weight, 8)
+    assert bool(torch.isfinite(u).all() and torch.isfinite(v).all())
+    torch.testing.assert_close(u @ v.T, weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_weight_of_zeros_gives_finite_factors() -> None:
+    u, v = factorize(torch.zeros(4, 6), 2)
+    assert torch.equal(u @ v.T, torch.zeros(4, 6))
+
+
+@pytest.mark.parametrize("shape", [(24, 100), (100, 24)])
+def test_the_fast_decomposition_equals_the_full_one(shape: tuple[int, int]) -> None:
+    weight = he_normal(*shape)
+    left, values, right = truncated_svd(weight, 10)
+    torch.testing.assert_close(values, torch.linalg.svdvals(weight)[:10], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(left.T @ left, torch.eye(10), rtol=0, atol=1e-5)
+    torch.testing.assert_close(right.T @ right, torch.eye(10), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("weight", "arguments", "field"),
+    [
+        (he_normal(4, 6), {"rank": 0}, "rank"),
+        (he_normal(4, 6), {"rank": 5}, "rank"),
+        (he_normal(4, 6), {"rank": -1}, "rank"),
+        (he_normal(4, 6), {"rank": math.nan}, "rank"),
+        (he_normal(4, 6), {"rank": 2, "method": "magic"}, "method"),
+        (he_normal(4, 6), {"rank": 2, "activation": "magic"}, "activation"),
+        (he_normal(4, 6), {"rank": 2, "method": "whitened"}, "input_covariance"),
+        (he_normal(4, 6), {"rank": 2, "input_covariance": torch.eye(5)}, "input_covariance"),
+        (he_normal(4, 6), {"rank": 2, "input_covariance": -torch.eye(6)}, "input_covariance"),
+        (he_normal(4, 6) * math.nan, {"rank": 2}, "weight"),
+        (torch.zeros(4), {"rank": 1}, "weight"),
+    ],
+)
+def test_an_impossible_request_is_refused_with_the_field_named(
+    weight: torch.Tensor, arguments: dict, field: str
+) -> None:
+    with pytest.raises(InvalidOptionError) as error:
+        factorize(weight, **arguments)
+    assert error.value.field == field
