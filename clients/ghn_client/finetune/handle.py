@@ -1,0 +1,268 @@
+"""``FineTuneHandle``: what a strategy returns - the module to train, its parameter groups, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ghn_client.finetune.errors import FineTuneError, NothingToTuneError
+
+Action = Callable[[], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What one strategy did to a module, enough to do it again (see ``delta.py``).
+
+    Attributes:
+        strategy: Name in ``STRATEGIES``.
+        config: Options in JSON types with which the strategy rebuilds the same structure.
+        module: The module that the names below belong to.
+        groups: Group name to the dotted paths of its parameters, such as ``{"norm": [...], "head": [...]}``.
+        buffers: Dotted paths of buffers that travel with the tuned parameters (updated running statistics).
+    """
+
+    strategy: str
+    config: Mapping[str, Any]
+    module: nn.Module
+    groups: Mapping[str, Sequence[str]]
+    buffers: Sequence[str] = ()
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The tuned parameters by dotted path."""
+        return {name: self.module.get_parameter(name) for names in self.groups.values() for name in names}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Tuned parameters and travelling buffers, by dotted path."""
+        buffers = {name: self.module.get_buffer(name) for name in self.buffers}
+        return {**{name: value.detach() for name, value in self.named_parameters().items()}, **buffers}
+
+
+@dataclass(frozen=True, eq=False)
+class Lifecycle:
+    """How a strategy undoes or makes permanent what it changed besides values: structure, flags, hooks.
+
+    Attributes:
+        enable: Makes the tuned behaviour active again after ``disable``.
+        disable: Makes the base behaviour active; the tuned values stay in memory.
+        restore: Takes the structural changes back.
+        merge: Makes them permanent.
+    """
+
+    enable: Sequence[Action] = ()
+    disable: Sequence[Action] = ()
+    restore: Sequence[Action] = ()
+    merge: Sequence[Action] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Snapshot:
+    """State of a module before tuning: values of what will be tuned, and every ``requires_grad`` flag."""
+
+    values: dict[str, torch.Tensor]
+    flags: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
+
+
+class FineTuneHandle:
+    """A module made ready for tuning: everything is frozen except the tuned parameters.
+
+    The base values of the tuned parameters are kept, so that ``disabled()``, ``restore()`` and the delta file are
+    exact.
+
+    Attributes:
+        module: The module to train and evaluate. Strategies that add a network return a new module here.
+        base: The module that was given; its weights are the base of a delta.
+        parts: What was done, one entry per composed strategy.
+        penalty: A regulariser to add to the loss (Frobenius decay), or ``None``.
+    """
+
+    def __init__(
+        self,
+        part: Part,
+        *,
+        base: nn.Module | None = None,
+        lifecycle: Lifecycle | None = None,
+        penalty: Callable[[], torch.Tensor] | None = None,
+        snapshot: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        self.module = part.module
+        self.base = base if base is not None else part.module
+        self.parts: tuple[Part, ...] = (part,)
+        self.penalty = penalty
+        self._lifecycles = (lifecycle or Lifecycle(),)
+        tuned = part.named_parameters()
+        if not tuned:
+            raise NothingToTuneError(f"strategy {part.strategy!r} found no parameter to tune in {_kind(self.base)}")
+        values = {name: tensor.clone() for name, tensor in part.state().items()}
+        values.update({name: tensor.clone() for name, tensor in (snapshot or {}).items()})
+        flags = [(parameter, parameter.requires_grad) for parameter in self.module.parameters()]
+        self._snapshots: tuple[_Snapshot, ...] = (_Snapshot(values, flags),)
+        self._open, self._enabled = True, True
+        self.freeze_rest()
+
+    @property
+    def strategy(self) -> str:
+        """Name of the strategy, or several joined by ``+``."""
+        return "+".join(part.strategy for part in self.parts)
+
+    @property
+    def num_trainable(self) -> int:
+        """Number of tuned numbers."""
+        return sum(parameter.numel() for parameter in self._tuned().values())
+
+    @property
+    def num_total(self) -> int:
+        """Number of parameters of the module, tuned or frozen."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    def parameters(self, *, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Parameter groups for a torch optimizer.
+
+        Args:
+            weight_decay: For every group; none by default, since decay pulls gammas to zero and switches channels off.
+
+        Returns:
+            One dictionary per group with ``params``, ``weight_decay`` and ``name``.
+        """
+        seen: set[int] = set()
+        groups = []
+        for part in self.parts:
+            for group, names in part.groups.items():
+                fresh = [part.module.get_parameter(name) for name in names]
+                fresh = [parameter for parameter in fresh if id(parameter) not in seen]
+                seen.update(id(parameter) for parameter in fresh)
+                if fresh:
+                    groups.append({"params": fresh, "weight_decay": weight_decay, "name": group})
+        return groups
+
+    def _tuned(self) -> dict[int, nn.Parameter]:
+        return {id(value): value for part in self.parts for value in part.named_parameters().values()}
+
+    def freeze_rest(self) -> None:
+        """Sets ``requires_grad`` on the tuned parameters and clears it on all others."""
+        tuned = self._tuned()
+        for parameter in self.module.parameters():
+            parameter.requires_grad_(id(parameter) in tuned)
+
+    def loss_penalty(self) -> torch.Tensor | float:
+        """The regulariser of this handle, zero where there is none: ``loss = task + handle.loss_penalty()``."""
+        return 0.0 if self.penalty is None else self.penalty()
+
+    @contextmanager
+    def disabled(self) -> Iterator[nn.Module]:
+        """Within the block the module computes the base function; afterwards the tuned one again."""
+        self.disable()
+        try:
+            yield self.module
+        finally:
+            self.enable()
+
+    def disable(self) -> None:
+        """Switches the module to its base function; the tuned values are kept aside."""
+        self._require_open()
+        if self._enabled:
+            self._swap()
+            for lifecycle in reversed(self._lifecycles):
+                _run(lifecycle.disable)
+            self._enabled = False
+
+    def enable(self) -> None:
+        """Switches the module back to its tuned function."""
+        self._require_open()
+        if not self._enabled:
+            self._swap()
+            for lifecycle in self._lifecycles:
+                _run(lifecycle.enable)
+            self._enabled = True
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for part, snapshot in zip(self.parts, self._snapshots, strict=True):
+            for name, current in part.state().items():
+                aside = current.clone()
+                current.copy_(snapshot.values[name])
+                snapshot.values[name] = aside
+
+    def restore(self) -> nn.Module:
+        """Puts the base back exactly - values, structure, flags - and closes the handle.
+
+        Returns:
+            The module as it was given.
+        """
+        self.disable()
+        for lifecycle in reversed(self._lifecycles):
+            _run(lifecycle.restore)
+        self._close()
+        return self.base
+
+    def merge(self) -> nn.Module:
+        """Makes the tuned function permanent and closes the handle.
+
+        Returns:
+            The module with the tuned function and as little extra structure as possible.
+        """
+        self._require_open()
+        self.enable()
+        for lifecycle in reversed(self._lifecycles):
+            _run(lifecycle.merge)
+        self._close()
+        return self.module
+
+    def _close(self) -> None:
+        for snapshot in reversed(self._snapshots):
+            for parameter, flag in snapshot.flags:
+                parameter.requires_grad_(flag)
+        self._open = False
+
+    def _require_open(self) -> None:
+        if not self._open:
+            raise FineTuneError("this handle was merged or restored; prepare the module again to tune it further")
+
+    def __repr__(self) -> str:
+        share = self.num_trainable / max(self.num_total, 1)
+        return f"FineTuneHandle({self.strategy}: {self.num_trainable:,} of {self.num_total:,} parameters, {share:.3%})"
+
+
+def combine(*handles: FineTuneHandle) -> FineTuneHandle:
+    """One handle that tunes everything that ``handles`` tune, such as norm-only and an additive network on top.
+
+    Args:
+        handles: In the order in which they were made; each later one on the module of the earlier ones.
+
+    Raises:
+        FineTuneError: The module of a later handle does not contain that of an earlier one.
+    """
+    if not handles:
+        raise FineTuneError("combine needs at least one handle")
+    outer = handles[-1].module
+    inside = {id(module) for module in outer.modules()}
+    for handle in handles:
+        if id(handle.module) not in inside:
+            raise FineTuneError(
+                f"handle {handle.strategy!r} tunes another module than {handles[-1].strategy!r};"
+                " prepare each strategy on the module of the one before"
+            )
+    merged = object.__new__(FineTuneHandle)
+    merged.module, merged.base = outer, handles[0].base
+    merged.parts = tuple(part for handle in handles for part in handle.parts)
+    merged._lifecycles = tuple(cycle for handle in handles for cycle in handle._lifecycles)
+    merged._snapshots = tuple(snapshot for handle in handles for snapshot in handle._snapshots)
+    merged._open, merged._enabled = True, True
+    penalties = [handle.penalty for handle in handles if handle.penalty is not None]
+    merged.penalty = (lambda: torch.stack([penalty() for penalty in penalties]).sum()) if penalties else None
+    merged.freeze_rest()
+    return merged
+
+
+def _run(actions: Sequence[Action]) -> None:
+    for action in actions:
+        action()
+
+
+def _kind(module: nn.Module) -> str:
+    return type(module).__name__

@@ -1,0 +1,43 @@
+"""``STRATEGIES``: every way to tune a module, by the name that the command line and delta files use."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import nn
+
+from ghn_client.finetune.controls import all_parameters, bias_only, head_only, random_per_channel
+from ghn_client.finetune.errors import UnknownNameError
+from ghn_client.finetune.handle import FineTuneHandle
+from ghn_client.finetune.low_rank import low_rank, low_rank_update
+from ghn_client.finetune.norm_only import norm_only
+
+
+class Strategy(Protocol):
+    """Makes a module ready for tuning; the base values are never changed."""
+
+    def __call__(self, module: nn.Module, **options: Any) -> FineTuneHandle:
+        """The handle of ``module`` under the strategy's own options."""
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "all": all_parameters,
+    "norm_only": norm_only,
+    "random_per_channel": random_per_channel,
+    "bias_only": bias_only,
+    "head_only": head_only,
+    "low_rank": low_rank,
+    "low_rank_update": low_rank_update,
+}
+
+
+def prepare(module: nn.Module, strategy: str, **options: Any) -> FineTuneHandle:
+    """Prepares ``module`` by the name of a strategy; hyphens and underscores mean the same.
+
+    Raises:
+        UnknownNameError: No strategy has this name.
+    """
+    known = STRATEGIES.get(strategy.replace("-", "_"))
+    if known is None:
+        raise UnknownNameError(f"unknown strategy {strategy!r}; known ones are {', '.join(STRATEGIES)}")
+    return known(module, **options)

@@ -1,0 +1,137 @@
+"""What every strategy promises: starts at the base, tunes only its own, can be switched off, undone and merged."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ghn_client.finetune.errors import FineTuneError, UnknownNameError
+from ghn_client.finetune.handle import combine
+from ghn_client.finetune.strategies import STRATEGIES, prepare
+
+from tests.finetune.networks import small_cnn, train_a_little
+
+INPUTS = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+CASES = [(name, {}) for name in STRATEGIES if name != "additive"] + [
+    ("norm_only", {"missing": "insert"}),
+    ("norm_only", {"missing": "insert", "calibration": [INPUTS]}),
+    ("norm_only", {"statistics": "freeze", "head": False}),
+    ("random_per_channel", {"count": 3, "statistics": "keep"}),
+]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: "-".join([case[0], *case[1]]))
+def case(request):
+    name, options = request.param
+    network = small_cnn().eval()
+    return network, name, options
+
+
+def values(network):
+    return {name: tensor.clone() for name, tensor in network.state_dict().items() if not name.endswith("tracked")}
+
+
+def test_starts_at_the_base_function(case):
+    network, name, options = case
+    before = network(INPUTS)
+    handle = prepare(network, name, **options)
+    torch.testing.assert_close(handle.module.eval()(INPUTS), before, atol=1e-6, rtol=1e-5)
+
+
+def test_changes_the_function_when_trained(case):
+    network, name, options = case
+    before = network(INPUTS)
+    handle = prepare(network, name, **options)
+    train_a_little(handle.module, handle.parameters(), INPUTS)
+    assert (handle.module(INPUTS) - before).abs().max() > 1e-4
+
+
+def test_changes_nothing_but_its_own_parameters(case):
+    network, name, options = case
+    handle = prepare(network, name, **options)
+    tuned = set(handle.parts[0].state())
+    before = values(handle.module)
+    train_a_little(handle.module, handle.parameters(), INPUTS)
+    changed = {
+        key for key, value in handle.module.state_dict().items() if key in before and not value.equal(before[key])
+    }
+    assert changed <= tuned
+
+
+def test_disabled_block_computes_the_base_function(case):
+    network, name, options = case
+    before = network(INPUTS)
+    handle = prepare(network, name, **options)
+    train_a_little(handle.module, handle.parameters(), INPUTS)
+    tuned = handle.module(INPUTS)
+    with handle.disabled() as base:
+        torch.testing.assert_close(base(INPUTS), before, atol=1e-6, rtol=1e-5)
+    assert torch.equal(handle.module(INPUTS), tuned)
+
+
+def test_restore_gives_the_base_back_bit_for_bit(case):
+    network, name, options = case
+    before, flags = values(network), {key: p.requires_grad for key, p in network.named_parameters()}
+    handle = prepare(network, name, **options)
+    train_a_little(handle.module, handle.parameters(), INPUTS)
+    restored = handle.restore()
+    after = values(restored)
+    assert set(after) == set(before)
+    assert all(after[key].equal(before[key]) for key in before)
+    assert {key: p.requires_grad for key, p in restored.named_parameters()} == flags
+
+
+def test_merge_keeps_the_tuned_function_under_the_base_names(case):
+    network, name, options = case
+    names = set(network.state_dict())
+    handle = prepare(network, name, **options)
+    train_a_little(handle.module, handle.parameters(), INPUTS)
+    tuned = handle.module(INPUTS)
+    merged = handle.merge().eval()
+    torch.testing.assert_close(merged(INPUTS), tuned, atol=1e-5, rtol=1e-4)
+    assert not any("parametrizations" in key or "inserted_norm" in key for key in merged.state_dict())
+    assert names <= set(merged.state_dict())
+
+
+def test_parameter_groups_have_no_weight_decay_and_only_trainable_parameters(case):
+    network, name, options = case
+    handle = prepare(network, name, **options)
+    groups = handle.parameters()
+    listed = [parameter for group in groups for parameter in group["params"]]
+    trainable = [parameter for parameter in handle.module.parameters() if parameter.requires_grad]
+    assert all(group["weight_decay"] == 0 for group in groups)
+    assert {id(p) for p in listed} == {id(p) for p in trainable}
+    assert len(listed) == len(trainable)
+    assert handle.num_trainable == sum(p.numel() for p in trainable)
+
+
+def test_closed_handles_refuse_to_act():
+    handle = prepare(small_cnn(), "norm_only")
+    handle.merge()
+    with pytest.raises(FineTuneError):
+        handle.restore()
+
+
+def test_unknown_strategy_lists_the_known_ones():
+    with pytest.raises(UnknownNameError, match="norm_only"):
+        prepare(small_cnn(), "everything")
+
+
+def test_names_may_be_hyphenated():
+    assert prepare(small_cnn(), "norm-only").strategy == "norm_only"
+
+
+def test_combine_tunes_the_union_and_restores_everything():
+    network = small_cnn().eval()
+    before = values(network)
+    norm = prepare(network, "norm_only", head=False)
+    factors = prepare(network, "low_rank", head=False)
+    both = combine(norm, factors)
+    train_a_little(both.module, both.parameters(), INPUTS)
+    assert both.num_trainable == 2 * 8 + (8 * 2 + 2 * 8 + 8)
+    after = values(both.restore())
+    assert all(after[key].equal(before[key]) for key in before)
+
+
+def test_combine_refuses_handles_of_different_modules():
+    with pytest.raises(FineTuneError):
+        combine(prepare(small_cnn(), "norm_only"), prepare(small_cnn(), "low_rank"))
