@@ -99,14 +99,22 @@ def relative_function_error(
     *,
     activation: str = "relu",
     input_covariance: torch.Tensor | None = None,
+    normalized: bool = False,
 ) -> float:
-    """The loss of all outputs, relative to the second moment E|phi(W x)|^2 of the layer."""
-    matrix = _as_matrix(weight).double()
+    """The loss of all outputs, relative to the second moment E|phi(W x)|^2 of the layer.
+
+    With ``normalized``, a normalisation before the activation gives every row of the product the length of its row of
+    W, so that only directions matter.
+    """
+    matrix, product = _as_matrix(weight).double(), u.double() @ v.double().mT
     if input_covariance is not None:
-        matrix = matrix @ covariance_root(input_covariance, matrix)
-    whole = activation_kernel(activation).second_moment(matrix.norm(dim=1)).sum()
-    loss = function_loss(weight, u, v, activation=activation, input_covariance=input_covariance).sum()
-    return float(loss / whole) if float(whole) > 0 else 0.0
+        root = covariance_root(input_covariance, matrix)
+        matrix, product = matrix @ root, product @ root
+    kernel = activation_kernel(activation)
+    target, length, cosine = _geometry(matrix, product)
+    loss = kernel.loss(target, target if normalized else length, cosine).sum()
+    whole = float(kernel.second_moment(target).sum())
+    return float(loss) / whole if whole > 0 else 0.0
 
 
 def loss_and_gradient(
