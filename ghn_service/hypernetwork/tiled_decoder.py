@@ -28,6 +28,7 @@ from ghn_service.hypernetwork.config import GHNConfig
 from ghn_service.hypernetwork.features import Role
 from ghn_service.hypernetwork.initialization import shrink_last_layer
 from ghn_service.hypernetwork.scaling import weight_scale
+from ghn_service.hypernetwork.slices import take_slices
 from ghn_service.hypernetwork.vector_decoder import VectorDecoder
 
 
@@ -65,24 +66,46 @@ class TiledDecoder(nn.Module):
         """Decodes every request once; see ``ParameterDecoder``."""
         yield from self.vectors(embeddings, requests)
         matrices = [index for index, request in enumerate(requests) if request.target.role not in VECTOR_ROLES]
+        grids = self._grids([requests[index].target.kernel for index in matrices])
+        outputs = self._outputs([self._block_sizes(requests[index]) for index in matrices])
         for kernel, same_kernel in grouped(matrices, lambda index: requests[index].target.kernel).items():
-            hidden = self._positions(embeddings[[requests[index].row for index in same_kernel]], kernel)
+            hidden = self._positions(embeddings[[requests[index].row for index in same_kernel]], *grids[kernel])
             place = {index: position for position, index in enumerate(same_kernel)}
             for sizes, members in grouped(same_kernel, lambda index: self._block_sizes(requests[index])).items():
                 elements = hidden.shape[1] * hidden.shape[2] * sizes[0] * sizes[1]
                 for part in parts(members, elements, max_elements):
-                    blocks = self._channels(hidden[[place[index] for index in part]], sizes)
+                    blocks = _channels(hidden[[place[index] for index in part]], *outputs[sizes])
                     yield from self._finish(resize(blocks, kernel), part, requests, seed)
 
-    def _positions(self, embeddings: Tensor, kernel: tuple[int, int]) -> Tensor:
-        """Features of every kernel position, (P, h, w, 8C), with h and w at most those of the grid."""
-        height, width = (
-            crop(size, limit, is_centered=self.is_centered)
-            for size, limit in zip(kernel, self.max_shape[2:], strict=True)
-        )
+    def _grids(self, kernels: Sequence[tuple[int, int]]) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
+        """Weight (4C, h, w, C) and bias (4C, h, w) of the grid positions that each kernel takes."""
+        distinct = sorted(set(kernels))
+        indices = [
+            (
+                slice(None),
+                *(
+                    crop(size, limit, is_centered=self.is_centered)
+                    for size, limit in zip(kernel, self.max_shape[2:], strict=True)
+                ),
+            )
+            for kernel in distinct
+        ]
         weight = self.grid.weight.unflatten(0, (-1, *self.max_shape[2:]))  # (4C, Mh, Mw, C)
         bias = self.grid.bias.unflatten(0, (-1, *self.max_shape[2:]))
-        weight, bias = weight[:, height, width], bias[:, height, width]
+        pairs = zip(take_slices(weight, indices), take_slices(bias, indices), strict=True)
+        return dict(zip(distinct, pairs, strict=True))
+
+    def _outputs(self, sizes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
+        """Weight (o, i, 8C) and bias (o, i) of the last layer for each (o, i)."""
+        distinct = sorted(set(sizes))
+        indices = [(slice(0, out_channels), slice(0, in_channels)) for out_channels, in_channels in distinct]
+        weight = self.output.weight.unflatten(0, self.max_shape[:2])
+        bias = self.output.bias.unflatten(0, self.max_shape[:2])
+        pairs = zip(take_slices(weight, indices), take_slices(bias, indices), strict=True)
+        return dict(zip(distinct, pairs, strict=True))
+
+    def _positions(self, embeddings: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Features of every kernel position, (P, h, w, 8C), with h and w at most those of the grid."""
         grid = functional.linear(embeddings, weight.flatten(0, 2), bias.flatten())
         grid = functional.relu(grid).unflatten(1, weight.shape[:3]).permute(0, 2, 3, 1)  # (P, h, w, 4C)
         return functional.relu(self.hidden(grid))
@@ -93,13 +116,6 @@ class TiledDecoder(nn.Module):
         if request.target.role is Role.CLASS_MATRIX:
             out_channels = self.max_shape[0]
         return _round_up(out_channels, self.max_shape[0]), _round_up(in_channels, self.max_shape[1])
-
-    def _channels(self, hidden: Tensor, sizes: tuple[int, int]) -> Tensor:
-        """Blocks (P, o, i, h, w) from features of positions, (P, h, w, 8C)."""
-        weight = self.output.weight.unflatten(0, self.max_shape[:2])[: sizes[0], : sizes[1]]
-        bias = self.output.bias.unflatten(0, self.max_shape[:2])[: sizes[0], : sizes[1]]
-        decoded = functional.linear(hidden, weight.flatten(0, 1), bias.flatten())
-        return decoded.unflatten(-1, sizes).permute(0, 3, 4, 1, 2)
 
     def _finish(
         self, blocks: Tensor, members: Sequence[int], requests: Sequence[Request], seed: int
@@ -123,6 +139,12 @@ class TiledDecoder(nn.Module):
         """The classifier's weight: (P, Mo, i, 1, 1) -> (P, K, i, 1, 1)."""
         features = functional.relu(blocks[..., 0, 0]).transpose(1, 2)  # (P, i, Mo)
         return self.class_output(features).transpose(1, 2)[..., None, None]
+
+
+def _channels(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Blocks (P, o, i, h, w) from features of positions, (P, h, w, 8C)."""
+    decoded = functional.linear(hidden, weight.flatten(0, 1), bias.flatten())
+    return decoded.unflatten(-1, tuple(bias.shape)).permute(0, 3, 4, 1, 2)
 
 
 def _round_up(size: int, limit: int) -> int:
