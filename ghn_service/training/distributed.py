@@ -1,0 +1,99 @@
+"""Data-parallel training over processes started by ``torchrun``: each takes a share of every meta-batch.
+
+Gradients of the hypernetwork are summed over processes in one flat all-reduce per step. That is what
+``DistributedDataParallel`` does, too, but here a process may have skipped all of its networks (not finite, out of
+memory) and still takes part, and parameters without a gradient in one process are no special case.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import distributed
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process among those of the run.
+
+    Attributes:
+        rank: Number of this process.
+        world_size: Number of processes.
+        device: Where this process computes.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files."""
+        return self.rank == 0
+
+    def share(self, costs: Sequence[float]) -> list[int]:
+        """Which networks of a meta-batch this process computes, so that all finish at about the same time.
+
+        Greedy: the most expensive network left goes to the process with the least work.
+
+        Args:
+            costs: Cost of each network, any unit.
+        """
+        loads = [0.0] * self.world_size
+        mine: list[int] = []
+        for index in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
+            worker = min(range(self.world_size), key=lambda item: (loads[item], item))
+            loads[worker] += costs[index]
+            if worker == self.rank:
+                mine.append(index)
+        return sorted(mine)
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sums ``tensor`` over all processes, in place."""
+        if self.world_size > 1:
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Sums the gradients of ``parameters`` over all processes, in place; a missing gradient counts as 0."""
+        if self.world_size == 1:
+            return
+        flat = torch.cat(
+            [
+                (torch.zeros_like(item) if item.grad is None else item.grad).reshape(-1)
+                for item in parameters
+            ]
+        )
+        distributed.all_reduce(flat)
+        for item, part in zip(parameters, flat.split([item.numel() for item in parameters]), strict=True):
+            item.grad = part.view_as(item).clone()
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in any process."""
+        return bool(self.sum_(torch.tensor(float(flag), device=self.device)).item() > 0)
+
+
+@contextmanager
+def join_workers(device: torch.device | None = None) -> Iterator[Workers]:
+    """The processes of this run, as ``torchrun`` describes them in the environment; one process without it.
+
+    Args:
+        device: Where to compute; a GPU of this process' own where there is one, otherwise the CPU.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    if device is None:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if world_size == 1:
+        yield Workers(0, 1, device)
+        return
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Workers(rank, world_size, device)
+    finally:
+        distributed.destroy_process_group()

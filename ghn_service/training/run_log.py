@@ -1,0 +1,91 @@
+"""What a run reports: JSON lines for programs, TensorBoard for curves, the logger for people."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from ghn_service.errors import DataError
+
+logger = logging.getLogger(__name__)
+LOG_FILE = "log.jsonl"
+
+
+class RunLog:
+    """Writes the records of a run; processes other than the main one write nothing.
+
+    Args:
+        folder: Folder of the run, or ``None`` to write nothing.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._file = None
+        self._board: Any = None
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / LOG_FILE).open("a", encoding="utf-8")
+        from torch.utils.tensorboard import SummaryWriter  # imported here: it takes a second that others need not pay
+
+        self._board = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Writes one record.
+
+        Args:
+            kind: ``train``, ``validation`` or ``event``.
+            step: Steps done.
+            values: Numbers (also drawn as curves) and texts.
+        """
+        if self._file is None:
+            return
+        record = {"kind": kind, "step": step, "time": round(time.time(), 3)}
+        record.update({name: _plain(value) for name, value in values.items()})
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+        shown = " ".join(f"{name} {_short(value)}" for name, value in values.items())
+        logger.info("%s step %d: %s", kind, step, shown)
+
+    def close(self) -> None:
+        """Flushes and closes both outputs."""
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+            self._file = None
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run, in order; a last line that was cut off is left out.
+
+    Raises:
+        DataError: The folder has no log, or a line inside it is broken.
+    """
+    path = folder / LOG_FILE
+    if not path.is_file():
+        raise DataError(f"no {LOG_FILE} in {folder}; expected the folder of a training run")
+    records: list[dict[str, Any]] = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise DataError(f"{LOG_FILE} line {number} is no JSON: {error}") from error
+    return records
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return value
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,151 @@
+"""Target networks for training: an endless, resumable stream with balanced cost.
+
+Networks are numbered; candidate ``index`` is always the same network and is kept or left out by a number drawn from
+``(seed, index)`` alone. So the state of the stream is the next index.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ghn_service.errors import TrainingError
+from ghn_service.graph.architecture import ArchitectureGraph
+from ghn_service.hypernetwork.config import GHNConfig
+from ghn_service.hypernetwork.features import GraphFeatures, build_features
+from ghn_service.training.schedule import largest_macs
+from ghn_service.training.settings import SamplingSettings
+
+logger = logging.getLogger(__name__)
+_TOO_MANY_REJECTED = 10_000
+
+
+class TargetArchitecture(Protocol):
+    """An architecture that can be trained on: what ``architectures.generator`` makes."""
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of one image."""
+        ...
+
+    def build(self) -> nn.Module:
+        """The network as a torch module; its parameters have the names that the graph gives them."""
+        ...
+
+    def graph(self) -> ArchitectureGraph:
+        """The architecture's graph."""
+        ...
+
+
+ArchitectureSource = Callable[[int], TargetArchitecture]
+
+
+@dataclass(frozen=True, eq=False)
+class TargetNetwork:
+    """A target network ready for predicted weights.
+
+    Attributes:
+        index: Number of the candidate in its split.
+        module: The network in training mode; its BatchNorm layers use the statistics of the batch.
+        features: What the hypernetwork reads.
+        constants: Parameters that are not predicted, and buffers.
+        multiply_adds: Cost of one image.
+    """
+
+    index: int
+    module: nn.Module
+    features: GraphFeatures
+    constants: dict[str, Tensor]
+    multiply_adds: int
+
+
+def use_batch_statistics(module: nn.Module) -> nn.Module:
+    """Makes every BatchNorm layer of ``module`` normalise with the batch's own statistics, in every mode."""
+    for layer in module.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.track_running_stats = False
+            layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+    return module
+
+
+def prepare(index: int, architecture: TargetArchitecture, config: GHNConfig, device: torch.device) -> TargetNetwork:
+    """Builds a network and its features; what is not predicted has the network's own seeded initial values.
+
+    Raises:
+        TrainingError: The graph names a parameter that the network does not have.
+    """
+    features = build_features(architecture.graph(), config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(index)
+        module = architecture.build()
+    module = use_batch_statistics(module.to(device, memory_format=torch.channels_last)).train()
+    names = {target.name for target in features.targets}
+    own = dict(module.named_parameters())
+    if missing := sorted(names - set(own)):
+        raise TrainingError(f"network {index}: the graph names parameters that the module lacks: {missing[:5]}")
+    constants = {name: tensor.detach() for name, tensor in own.items() if name not in names}
+    constants.update(module.named_buffers())
+    return TargetNetwork(index, module, features, constants, architecture.multiply_adds)
+
+
+class NetworkStream:
+    """Candidates in order, thinned by cost.
+
+    Args:
+        source: Gives candidate ``index``.
+        settings: Limits and balance.
+        seed: Seed of the thinning.
+        next_index: Where to start.
+    """
+
+    def __init__(
+        self, source: ArchitectureSource, settings: SamplingSettings, *, seed: int = 0, next_index: int = 0
+    ) -> None:
+        self.source = source
+        self.settings = settings
+        self.seed = seed
+        self.next_index = next_index
+
+    def take(self, count: int, progress: float) -> list[tuple[int, TargetArchitecture]]:
+        """The next ``count`` networks that pass, with their numbers.
+
+        Args:
+            count: Networks wanted.
+            progress: Progress of the run, 0 to 1; decides the size limit.
+
+        Raises:
+            TrainingError: The limits let nothing pass.
+        """
+        candidates = self._passing(largest_macs(progress, self.settings))
+        return [next(candidates) for _ in range(count)]
+
+    def _passing(self, largest: float) -> Iterator[tuple[int, TargetArchitecture]]:
+        rejected = 0
+        while rejected < _TOO_MANY_REJECTED:
+            index = self.next_index
+            self.next_index += 1
+            candidate = self.source(index)
+            if self._is_kept(index, candidate, largest):
+                rejected = 0
+                yield index, candidate
+            rejected += 1
+        raise TrainingError(
+            f"none of {rejected} architectures is within {largest:.3g} multiply-adds; raise sampling.largest_macs"
+        )
+
+    def _is_kept(self, index: int, candidate: TargetArchitecture, largest: float) -> bool:
+        cost = candidate.multiply_adds
+        if cost > largest:
+            return False
+        if cost > self.settings.budget_macs:
+            draw = random.Random(f"{self.seed}/{index}").random()
+            if draw >= self.settings.budget_macs / cost:
+                return False
+        return True

@@ -1,0 +1,235 @@
+"""What a training run is made of, as frozen values that a TOML file or ``--set`` can change.
+
+The defaults are the recipe of the bundled checkpoint; ``docs/training.md`` has the comparisons behind them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from ghn_service.errors import CheckpointError, InvalidOptionError
+from ghn_service.hypernetwork.config import GHNConfig, decode_config
+
+SMALL_HYPERNETWORK: dict[str, Any] = {"hidden_channels": 64, "max_shape": [64, 64, 7, 7], "num_classes": 10}
+
+
+class _Section(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+
+class DataSettings(_Section):
+    """Images and batches.
+
+    Attributes:
+        batch_size: Images per target network and gradient.
+        batches_per_network: Batches of images whose gradients are averaged for one predicted network.
+        image_size: Rows and columns; as stored where omitted.
+        channels: 1 or 3; as stored where omitted.
+        pad: Largest random shift, pixels.
+        flip: Whether half of the images are mirrored.
+        validation_images: Training images held out for validation, where the data has no such split.
+    """
+
+    batch_size: int = Field(64, ge=2)
+    batches_per_network: int = Field(1, ge=1)
+    image_size: int | None = Field(None, ge=4)
+    channels: Literal[1, 3] | None = None
+    pad: int = Field(4, ge=0)
+    flip: bool = True
+    validation_images: int = Field(5000, ge=1)
+
+
+class SamplingSettings(_Section):
+    """Which target networks are trained on.
+
+    Attributes:
+        meta_batch: Networks per step, over all processes.
+        budget_macs: Networks with more multiply-adds per image than this are kept with probability
+            ``budget_macs / multiply_adds``, so that every cost class gets about the same compute.
+        largest_macs: Networks with more multiply-adds than this are left out.
+        start_macs: ``largest_macs`` at the start; it grows to ``largest_macs`` over ``growth`` of the run.
+        growth: Fraction of the run over which the largest network grows.
+        largest_nodes: Networks with more graph nodes than this are left out.
+    """
+
+    meta_batch: int = Field(1, ge=1)
+    budget_macs: float = Field(8e6, gt=0)
+    largest_macs: float = Field(60e6, gt=0)
+    start_macs: float = Field(60e6, gt=0)
+    growth: float = Field(0.3, ge=0, le=1)
+    largest_nodes: int = Field(400, ge=4)
+
+
+class ObjectiveSettings(_Section):
+    """The loss of a predicted network.
+
+    Attributes:
+        label_smoothing: Smoothing of the one-hot labels.
+        penalty: Weight of the sum of Frobenius norms of the predicted tensors (GHN-3: 3e-5).
+        teacher_weight: Share of the teacher's soft labels in the loss; 0 uses none.
+        teacher_temperature: Softening of both distributions for the teacher's part.
+    """
+
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    penalty: float = Field(3e-5, ge=0)
+    teacher_weight: float = Field(0.0, ge=0, le=1)
+    teacher_temperature: float = Field(1.0, gt=0)
+
+
+class OptimizerSettings(_Section):
+    """Update rule, schedule and averaging.
+
+    Attributes:
+        name: ``adamw``, or ``muon`` (Muon for the matrices of encoder and decoder, AdamW for the rest).
+        learning_rate: Largest rate of AdamW.
+        decoder_scale: Factor on the rate of the decoders' parameters.
+        muon_learning_rate: Largest rate of Muon.
+        betas: Averaging of AdamW.
+        weight_decay: Decoupled decay of matrices; vectors and embeddings have none.
+        clip: Largest norm of the whole gradient.
+        schedule: ``cosine``, or ``trapezoid``: constant, then linear to 0 over ``cooldown`` of the run.
+        warmup: Fraction of the run with growing rate.
+        cooldown: Fraction of the run with falling rate (``trapezoid``).
+        ema_decay: Decay per step of the averaged weights, which are the ones that ship.
+        ema_every: Steps between two updates of the average.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = Field(1e-3, gt=0)
+    decoder_scale: float = Field(1.0, gt=0)
+    muon_learning_rate: float = Field(0.01, gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(1e-2, ge=0)
+    clip: float = Field(5.0, gt=0)
+    schedule: Literal["cosine", "trapezoid"] = "cosine"
+    warmup: float = Field(0.02, ge=0, lt=1)
+    cooldown: float = Field(0.3, gt=0, le=1)
+    ema_decay: float = Field(0.998, ge=0, lt=1)
+    ema_every: int = Field(4, ge=1)
+
+
+class LimitSettings(_Section):
+    """How long a run lasts, what it writes, and when it gives up.
+
+    Attributes:
+        steps: Steps of the run; the schedule follows them unless ``minutes`` is given.
+        minutes: Length of the run in minutes of training, over all resumes; the schedule then follows the clock, and
+            a resumed run is no longer equal bit for bit to an uninterrupted one.
+        save_minutes: Minutes between two saved states.
+        log_every: Steps between two lines of the log.
+        validate_minutes: Minutes between two validations; 0 for one at the end only.
+        validation_networks: Networks of split ``val`` per validation.
+        validation_images: Images per validation network.
+        rollback_after: Consecutive bad steps after which the last good state is loaded.
+        divergence: A loss above this multiple of the log of the class count is a bad step.
+        give_up_after: Rollbacks after which the run stops with an error.
+    """
+
+    steps: int = Field(100_000, ge=1)
+    minutes: float | None = Field(None, gt=0)
+    save_minutes: float = Field(3.0, ge=0)
+    log_every: int = Field(50, ge=1)
+    validate_minutes: float = Field(10.0, ge=0)
+    validation_networks: int = Field(24, ge=1)
+    validation_images: int = Field(512, ge=16)
+    rollback_after: int = Field(10, ge=1)
+    divergence: float = Field(20.0, gt=1)
+    give_up_after: int = Field(5, ge=1)
+
+
+class TrainingSettings(_Section):
+    """Everything that decides the result of a run, apart from the data.
+
+    Attributes:
+        seed: Seed of initial weights, networks and batches.
+        precision: Number format of the target networks' passes; ``auto`` takes bfloat16 where the processor has it.
+        threads: Threads of torch on a CPU; ``None`` leaves torch's default.
+        hypernetwork: Fields of ``GHNConfig``; class count is taken from the data where it is not given.
+    """
+
+    seed: int = 0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    threads: int | None = Field(None, ge=1)
+    hypernetwork: dict[str, Any] = Field(default_factory=lambda: dict(SMALL_HYPERNETWORK))
+    data: DataSettings = DataSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    limits: LimitSettings = LimitSettings()
+
+    @pydantic.field_validator("hypernetwork")
+    @classmethod
+    def _known_hypernetwork(cls, values: dict[str, Any]) -> dict[str, Any]:
+        try:
+            decode_config({**SMALL_HYPERNETWORK, **values})
+        except CheckpointError as error:
+            raise ValueError(str(error)) from error
+        return {**SMALL_HYPERNETWORK, **values}
+
+    def hypernetwork_config(self) -> GHNConfig:
+        """The configuration of the hypernetwork to train."""
+        return decode_config(self.hypernetwork)
+
+    def digest(self) -> str:
+        """A short hash of everything but the limits: a state fits a run exactly if these agree."""
+        body = self.model_dump(exclude={"limits"}, mode="json")
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_settings(
+    path: Path | None, changes: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
+) -> TrainingSettings:
+    """Settings from a TOML file and ``section.name=value`` changes, which win.
+
+    Args:
+        path: TOML file with the sections of ``TrainingSettings``; defaults where omitted.
+        changes: Such as ``optimizer.learning_rate=3e-4``; values are TOML, bare words are strings.
+        defaults: Values below those of the file.
+
+    Raises:
+        InvalidOptionError: The file or a change cannot be read, or a value is impossible; ``field`` names it.
+    """
+    values: dict[str, Any] = {}
+    _merge(values, defaults or {})
+    if path:
+        try:
+            _merge(values, tomllib.loads(path.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise InvalidOptionError(f"cannot read the configuration {path.name}: {error}", field="config") from error
+    for change in changes:
+        _merge(values, _parse_change(change))
+    try:
+        return TrainingSettings.model_validate(values)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise InvalidOptionError(f"{name}: {first['msg']}; got {first['input']!r}", field=name) from error
+
+
+def _parse_change(change: str) -> dict[str, Any]:
+    name, equals, text = change.partition("=")
+    if not equals or not name.strip():
+        raise InvalidOptionError(f"expected section.name=value, got {change!r}", field="set")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for part in reversed(name.strip().split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, Mapping) else value

@@ -1,0 +1,136 @@
+"""The full state of a training run in one file, written so that a crash leaves the old or the new one, never half.
+
+Randomness needs no state: every draw of a run comes from a generator seeded with (seed, attempt, step, slot).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ghn_service.errors import TrainingError
+
+logger = logging.getLogger(__name__)
+STATE_FILE = "state.pt"
+PREVIOUS_STATE_FILE = "state.previous.pt"
+_FORMAT = 1
+
+
+@dataclass
+class Progress:
+    """Counters of a run.
+
+    Attributes:
+        step: Steps done.
+        networks: Target networks trained on.
+        next_index: Next candidate of the stream of architectures.
+        attempt: How often the run was rolled back; part of every seed.
+        skipped_networks: Networks left out because they were not finite.
+        out_of_memory: Networks left out for lack of memory.
+        bad_steps: Steps without an update.
+        elapsed_s: Seconds of training, over all resumes.
+    """
+
+    step: int = 0
+    networks: int = 0
+    next_index: int = 0
+    attempt: int = 0
+    skipped_networks: int = 0
+    out_of_memory: int = 0
+    bad_steps: int = 0
+    elapsed_s: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingState:
+    """Everything that a run needs to go on.
+
+    Attributes:
+        digest: Digest of the settings it belongs to.
+        settings: Those settings, for people and error messages.
+        progress: Counters.
+        hypernetwork: State dict.
+        average: Exponential moving average of the state dict.
+        optimizers: State dict of each optimizer.
+    """
+
+    digest: str
+    settings: dict[str, Any]
+    progress: Progress
+    hypernetwork: dict[str, torch.Tensor]
+    average: dict[str, torch.Tensor]
+    optimizers: list[dict[str, Any]] = field(default_factory=list)
+
+
+def save_state(state: TrainingState, folder: Path) -> Path:
+    """Writes ``state`` into ``folder`` atomically; the state before it stays as ``state.previous.pt``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / STATE_FILE
+    partial = folder / f"{STATE_FILE}.{os.getpid()}.part"
+    body = {
+        "format": _FORMAT,
+        "digest": state.digest,
+        "settings": state.settings,
+        "progress": asdict(state.progress),
+        "hypernetwork": state.hypernetwork,
+        "average": state.average,
+        "optimizers": state.optimizers,
+    }
+    with partial.open("wb") as file:
+        torch.save(body, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        path.replace(folder / PREVIOUS_STATE_FILE)
+    partial.replace(path)
+    return path
+
+
+def load_state(path: Path) -> TrainingState:
+    """Reads a file that ``save_state`` wrote; no code of the file runs.
+
+    Raises:
+        TrainingError: The file is damaged or of another kind.
+    """
+    try:
+        body = torch.load(path, map_location="cpu", weights_only=True)
+        if body.get("format") != _FORMAT:
+            raise TrainingError(f"{path.name}: expected training state format {_FORMAT}, got {body.get('format')!r}")
+        return TrainingState(
+            body["digest"],
+            body["settings"],
+            Progress(**body["progress"]),
+            body["hypernetwork"],
+            body["average"],
+            body["optimizers"],
+        )
+    except TrainingError:
+        raise
+    except Exception as error:  # torch.load raises many types on damaged bytes
+        raise TrainingError(f"{path.name} is no training state: {error}") from error
+
+
+def find_state(folder: Path) -> TrainingState | None:
+    """The newest readable state of a run folder: ``state.pt``, else ``state.previous.pt``; None without either.
+
+    Raises:
+        TrainingError: There are states, but none can be read.
+    """
+    failure: TrainingError | None = None
+    for name in (STATE_FILE, PREVIOUS_STATE_FILE):
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            return load_state(path)
+        except TrainingError as error:
+            logger.warning("%s", error)
+            failure = failure or error
+    if failure:
+        raise failure
+    return None

@@ -1,0 +1,336 @@
+"""``Trainer``: the training run, from the first step to the finished checkpoint, through interruptions and accidents.
+
+A step whose gradient is not finite, or whose loss is far above chance, is skipped and counted; when that repeats, the
+last saved state is loaded and the run goes on with other networks and batches. SIGTERM and SIGINT save the state.
+
+Reference: Knyazev et al. 2023 (arXiv:2303.04143), section 4 and appendix (recipe).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghn_service.errors import TrainingError
+from ghn_service.hypernetwork.ghn import GraphHyperNetwork
+from ghn_service.training.augmentation import Augmentation, Batches
+from ghn_service.training.data import ImageSet, Normalization
+from ghn_service.training.distributed import Workers
+from ghn_service.training.optimizers import MovingAverage, OptimizerGroup
+from ghn_service.training.run_log import RunLog
+from ghn_service.training.sampling import ArchitectureSource, NetworkStream, TargetNetwork, prepare
+from ghn_service.training.schedule import rate_factor
+from ghn_service.training.settings import TrainingSettings
+from ghn_service.training.state import Progress, TrainingState, save_state
+from ghn_service.training.step import StepOutcome, accumulate_gradients
+
+logger = logging.getLogger(__name__)
+
+Validation = Callable[[GraphHyperNetwork], dict[str, float]]
+
+
+class Trainer:
+    """A training run in one process of possibly several.
+
+    Args:
+        settings: The recipe.
+        images: Training images.
+        normalization: Channel statistics.
+        source: Candidate networks by number.
+        folder: Where state and log go.
+        workers: This process among its peers.
+        validation: Called with the averaged hypernetwork now and then, in the main process.
+        teacher_logits: Logits of a teacher for every training image, (I, classes).
+    """
+
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        images: ImageSet,
+        normalization: Normalization,
+        source: ArchitectureSource,
+        folder: Path,
+        workers: Workers,
+        *,
+        validation: Validation | None = None,
+        teacher_logits: Tensor | None = None,
+    ) -> None:
+        self.settings, self.folder, self.workers = settings, folder, workers
+        self.validation, self.teacher_logits = validation, teacher_logits
+        data = settings.data
+        self.batches = Batches(images.to(workers.device), normalization, _augmentation(settings), data.batch_size)
+        self.config = settings.hypernetwork_config()
+        self.hypernetwork = GraphHyperNetwork(self.config, generator=torch.Generator().manual_seed(settings.seed))
+        self.hypernetwork.to(workers.device)
+        self.optimizers = OptimizerGroup(self.hypernetwork, settings.optimizer)
+        self.average = MovingAverage(
+            self.hypernetwork, settings.optimizer.ema_decay, settings.optimizer.ema_every
+        )
+        self.progress = Progress()
+        self.stream = NetworkStream(source, settings.sampling, seed=settings.seed)
+        self.precision = choose_precision(settings.precision, workers.device)
+        self.stop_requested = False
+        self._last_good: TrainingState | None = None
+
+    def state(self) -> TrainingState:
+        """The present state, as a copy."""
+        clone = {name: tensor.detach().cpu().clone() for name, tensor in self.hypernetwork.state_dict().items()}
+        average = {name: tensor.cpu().clone() for name, tensor in self.average.tensors.items()}
+        return TrainingState(
+            self.settings.digest(),
+            self.settings.model_dump(mode="json"),
+            replace(self.progress, next_index=self.stream.next_index),
+            clone,
+            average,
+            _clone(self.optimizers.state_dicts()),
+        )
+
+    def restore(self, state: TrainingState) -> None:
+        """Continues from ``state``.
+
+        Raises:
+            TrainingError: The state belongs to other settings.
+        """
+        if state.digest != self.settings.digest():
+            raise TrainingError(
+                "the saved state belongs to other settings; resume with the settings of its run, "
+                "start in an empty folder, or begin from its weights with --start-from"
+            )
+        self.hypernetwork.load_state_dict(state.hypernetwork)
+        self.average.load(state.average)
+        self.optimizers.load_state_dicts(_clone(state.optimizers))
+        self.progress = replace(state.progress)
+        self.stream.next_index = state.progress.next_index
+
+    def start_from(self, tensors: dict[str, Tensor]) -> None:
+        """Begins with the given hypernetwork weights instead of random ones."""
+        self.hypernetwork.load_state_dict(tensors)
+        self.average.load(self.hypernetwork.state_dict())
+
+    def run(self) -> Progress:
+        """Trains until the end of the schedule, or until a signal asks to stop; the state is saved in both cases.
+
+        Raises:
+            TrainingError: The run keeps diverging.
+        """
+        log = RunLog(self.folder if self.workers.is_main else None)
+        try:
+            with self._stop_on_signals():
+                self._loop(log)
+        finally:
+            log.close()
+        return self.progress
+
+    @property
+    def done(self) -> float:
+        """Progress of the run between 0 and 1, by steps or by the clock."""
+        limits = self.settings.limits
+        by_steps = self.progress.step / limits.steps
+        if limits.minutes is None:
+            return min(by_steps, 1.0)
+        return min(max(self.progress.elapsed_s / (60.0 * limits.minutes), by_steps), 1.0)
+
+    def averaged(self) -> GraphHyperNetwork:
+        """A copy of the hypernetwork with the averaged weights."""
+        copy = GraphHyperNetwork(self.config, generator=torch.Generator().manual_seed(0))
+        copy.load_state_dict(self.average.tensors)
+        return copy.to(self.workers.device).eval()
+
+    def _loop(self, log: RunLog) -> None:
+        limits = self.settings.limits
+        window: list[tuple[StepOutcome, float]] = []
+        bad_in_row, rollbacks = 0, 0
+        self._last_good = self.state()
+        saved_at = validated_at = time.monotonic()
+        rate_since, rate_networks = time.monotonic(), self.progress.networks
+        while self.done < 1.0 and not self.workers.any(self.stop_requested):
+            started = time.monotonic()
+            outcome, norm = self.step()
+            bad_in_row = 0 if math.isfinite(norm) else bad_in_row + 1
+            if bad_in_row >= limits.rollback_after:
+                rollbacks, bad_in_row = rollbacks + 1, 0
+                self._roll_back(log, rollbacks)
+            window.append((outcome, norm))
+            self.progress.elapsed_s += self._agree(time.monotonic() - started)
+            now = time.monotonic()
+            if self.progress.step % limits.log_every == 0:
+                rate = (self.progress.networks - rate_networks) / max(now - rate_since, 1e-9)
+                self._log_window(log, window, rate)
+                window, rate_since, rate_networks = [], now, self.progress.networks
+            if self._is_time(now - saved_at, limits.save_minutes) and bad_in_row == 0:
+                self._save()
+                saved_at = time.monotonic()
+            if limits.validate_minutes and self._is_time(now - validated_at, limits.validate_minutes):
+                self._validate(log)
+                validated_at = time.monotonic()
+        self._save()
+        if self.done >= 1.0:
+            self._validate(log)
+
+    def step(self) -> tuple[StepOutcome, float]:
+        """One step: gradient, checks, update.
+
+        Returns:
+            What happened in this process, and the norm of the whole gradient; NaN if the step was skipped.
+        """
+        settings = self.settings
+        meta_batch = settings.sampling.meta_batch
+        chosen = self.stream.take(meta_batch, self.done)
+        mine = self.workers.share([architecture.multiply_adds for _, architecture in chosen])
+        networks = [(slot, self._prepare(*chosen[slot])) for slot in mine]
+        networks = [(slot, item) for slot, item in networks if item.features.num_nodes <= settings.sampling.largest_nodes]
+        self.optimizers.zero_grad()
+        outcome = accumulate_gradients(
+            self.hypernetwork,
+            networks,
+            self.batches,
+            self.teacher_logits,
+            settings.objective,
+            seeds=(settings.seed, self.progress.attempt, self.progress.step),
+            batches_per_network=settings.data.batches_per_network,
+            meta_batch=meta_batch,
+            precision=self.precision,
+        )
+        norm = self._update(outcome)
+        self.progress.step += 1
+        self.progress.networks += meta_batch
+        self.average.update(self.hypernetwork, self.progress.step)
+        return outcome, norm
+
+    def _prepare(self, index: int, architecture: Any) -> TargetNetwork:
+        return prepare(index, architecture, self.config, self.workers.device)
+
+    def _update(self, outcome: StepOutcome) -> float:
+        """Clips and applies the gradient of all processes; NaN where the step has to be skipped."""
+        counts = torch.tensor(
+            [len(outcome.losses), sum(outcome.losses), len(outcome.not_finite), len(outcome.out_of_memory)],
+            dtype=torch.float64,
+        ).to(self.workers.device, torch.float32)
+        used, loss_sum, not_finite, out_of_memory = self.workers.sum_(counts).tolist()
+        self.progress.skipped_networks += int(not_finite)
+        self.progress.out_of_memory += int(out_of_memory)
+        parameters = list(self.hypernetwork.parameters())
+        self.workers.sum_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.optimizer.clip, foreach=True).item()
+        chance = math.log(max(self.config.num_classes, 2))
+        diverging = used > 0 and loss_sum / used > self.settings.limits.divergence * chance
+        if used == 0 or diverging or not math.isfinite(norm):
+            self.progress.bad_steps += 1
+            return math.nan
+        self.optimizers.step(rate_factor(self.done, self.settings.optimizer))
+        return norm
+
+    def _roll_back(self, log: RunLog, rollbacks: int) -> None:
+        limits = self.settings.limits
+        if rollbacks > limits.give_up_after or self._last_good is None:
+            raise TrainingError(
+                f"training diverged {rollbacks} times, last at step {self.progress.step}; lower the learning rate "
+                "(optimizer.learning_rate) or look at the data"
+            )
+        before, next_index = self.progress, self.stream.next_index
+        self.restore(self._last_good)
+        self.stream.next_index = next_index
+        self.progress.attempt = before.attempt + 1
+        self.progress.elapsed_s = before.elapsed_s
+        for counter in ("skipped_networks", "out_of_memory", "bad_steps"):
+            setattr(self.progress, counter, getattr(before, counter))
+        log.write("event", before.step, what="rollback", back_to=self.progress.step, rollbacks=rollbacks)
+
+    def _log_window(self, log: RunLog, window: list[tuple[StepOutcome, float]], rate: float) -> None:
+        losses = [loss for outcome, _ in window for loss in outcome.losses]
+        accuracies = [value for outcome, _ in window for value in outcome.accuracies]
+        norms = [norm for _, norm in window if math.isfinite(norm)]
+        done = self.done
+        log.write(
+            "train",
+            self.progress.step,
+            loss=_mean(losses),
+            accuracy=_mean(accuracies),
+            gradient_norm=_mean(norms),
+            rate_factor=rate_factor(done, self.settings.optimizer),
+            networks=self.progress.networks,
+            networks_per_s=rate,
+            elapsed_s=self.progress.elapsed_s,
+            eta_s=self.progress.elapsed_s * (1.0 - done) / max(done, 1e-9),
+            skipped_networks=self.progress.skipped_networks,
+            out_of_memory=self.progress.out_of_memory,
+            bad_steps=self.progress.bad_steps,
+        )
+
+    def _save(self) -> None:
+        self._last_good = self.state()
+        if self.workers.is_main:
+            save_state(self._last_good, self.folder)
+
+    def _validate(self, log: RunLog) -> None:
+        if self.validation and self.workers.is_main:
+            started = time.monotonic()
+            log.write("validation", self.progress.step, **self.validation(self.averaged()))
+            logger.info("validation took %.0f s", time.monotonic() - started)
+
+    def _agree(self, seconds: float) -> float:
+        """The same duration in all processes: the mean."""
+        if self.workers.world_size == 1:
+            return seconds
+        total = self.workers.sum_(torch.tensor(seconds, device=self.workers.device))
+        return float(total.item()) / self.workers.world_size
+
+    def _is_time(self, waited_s: float, minutes: float) -> bool:
+        return self.workers.any(self.workers.is_main and waited_s >= 60.0 * minutes)
+
+    @contextmanager
+    def _stop_on_signals(self) -> Iterator[None]:
+        def request_stop(number: int, frame: Any) -> None:
+            del frame
+            logger.info("%s: stopping after this step", signal.Signals(number).name)
+            self.stop_requested = True
+
+        watched = (signal.SIGTERM, signal.SIGINT)
+        try:
+            before = [signal.signal(number, request_stop) for number in watched]
+        except ValueError:  # not in the main thread: whoever runs us handles signals
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in zip(watched, before, strict=True):
+                signal.signal(number, handler)
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """Number format of target networks: bfloat16 where asked for, or where the processor computes with it."""
+    if name == "auto":
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _augmentation(settings: TrainingSettings) -> Augmentation | None:
+    data = settings.data
+    return Augmentation(pad=data.pad, flip=data.flip) if data.pad or data.flip else None
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _clone(value: Any) -> Any:
+    """A deep copy of nested containers of tensors."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, dict):
+        return {key: _clone(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_clone(item) for item in value)
+    return value
