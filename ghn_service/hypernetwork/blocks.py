@@ -91,7 +91,7 @@ def resize(blocks: Tensor, kernel: tuple[int, int]) -> Tensor:
         return blocks
     flat = blocks.flatten(0, 1)
     resized = functional.interpolate(flat, kernel, mode="bilinear", align_corners=False)
-    return resized.unflatten(0, blocks.shape[:2])
+    return torch.unflatten(resized, 0, blocks.shape[:2])
 
 
 def position_rows(blocks: Tensor, shape: tuple[int, ...], draws: Sequence[int], seed: int) -> Tensor:

@@ -125,7 +125,10 @@ def decode_config(values: Mapping[str, Any]) -> GHNConfig:
             f"unknown configuration keys {', '.join(map(repr, unknown[:5]))}; this checkpoint may be from a newer "
             "version of ghn-service"
         )
+    arguments: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+    }
     try:
-        return GHNConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        return GHNConfig(**arguments)
     except TypeError as error:
         raise CheckpointError(f"a value of the hypernetwork configuration has the wrong type: {error}") from error

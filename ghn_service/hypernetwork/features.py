@@ -157,6 +157,17 @@ def build_features(graph: ArchitectureGraph, config: GHNConfig) -> GraphFeatures
     )
 
 
+def is_tiled(target: Target, config: GHNConfig) -> bool:
+    """Whether a tensor is larger than what is decoded for it, so that values are repeated."""
+    max_out, max_in = config.max_shape[:2]
+    if target.role in (Role.CLASS_MATRIX, Role.CLASS_BIAS):
+        max_out = config.num_classes
+    elif target.role in (Role.VECTOR, Role.BIAS):
+        max_out = config.vector_length
+    out_channels, in_channels = target.channels
+    return out_channels > max_out or in_channels > max_in
+
+
 def collate(features: Sequence[GraphFeatures]) -> GraphBatch:
     """Joins architectures into one batch; the order is kept."""
     data = Batch.from_data_list(

@@ -10,8 +10,7 @@ References: GHN-2, Knyazev et al. 2021 (arXiv:2110.13100); GHN-3, Knyazev et al.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,24 +25,9 @@ from ghn_service.hypernetwork.initialization import initialize_parameters
 from ghn_service.hypernetwork.node_encoder import NodeEncoder
 from ghn_service.hypernetwork.tiling import tile_to_shape
 
-__all__ = ["ENCODERS", "DecodedBlock", "GHNConfig", "GraphHyperNetwork"]
+__all__ = ["ENCODERS", "GHNConfig", "GraphHyperNetwork"]
 
 ENCODERS: dict[str, type[Graphormer] | type[GatedGNN]] = {"graphormer": Graphormer, "gated_gnn": GatedGNN}
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class DecodedBlock:
-    """The scaled values of one tensor before repetition.
-
-    Attributes:
-        target: What the values are for.
-        graph: Index of the target's graph within the batch.
-        block: Values with the target's axes, each as long as the target's or shorter.
-    """
-
-    target: Target
-    graph: int
-    block: Tensor
 
 
 class GraphHyperNetwork(nn.Module):
@@ -109,21 +93,23 @@ class GraphHyperNetwork(nn.Module):
 
     @torch.no_grad()
     def decode_blocks(
-        self, embeddings: Tensor, batch: GraphBatch, *, seed: int = 0, max_elements: int
-    ) -> Iterator[DecodedBlock]:
-        """Decodes tensor by tensor, in any order, without repeating blocks to the tensors' sizes.
+        self, embeddings: Tensor, targets: Sequence[Target], *, seed: int = 0, max_elements: int | None = None
+    ) -> Iterator[tuple[list[Target], Tensor]]:
+        """Decodes some tensors of a single graph without repeating blocks to the tensors' sizes.
 
         Args:
-            embeddings: Node embeddings, (T, C).
-            batch: The graphs they belong to.
+            embeddings: Node embeddings of the graph, (N, C).
+            targets: What to decode.
             seed: Seeds the rows of position embeddings that are drawn.
             max_elements: Number of values that may be held at once, as far as single tensors allow.
+
+        Yields:
+            Targets of one shape and their scaled blocks, (P, *block): with the targets' axes, each as long as the
+            targets' or shorter.
         """
-        requests = _requests(batch)
-        graphs = [graph for graph, targets in enumerate(batch.targets) for _ in targets]
+        requests = [Request(target, target.node) for target in targets]
         for group in self.decoder(embeddings, requests, seed=seed, max_elements=max_elements):
-            for index, block in zip(group.indices, group.blocks, strict=True):
-                yield DecodedBlock(requests[index].target, graphs[index], block)
+            yield [targets[index] for index in group.indices], group.blocks
 
     def forward(self, batch: GraphBatch, *, seed: int = 0) -> list[dict[str, Tensor]]:
         """Predicts all tensors of all graphs; see ``encode`` and ``decode``."""

@@ -57,7 +57,8 @@ class Graphormer(nn.Module):
             bias = bias.masked_fill(~valid[:, None, None, :], MASKED_LOGIT)
         for layer in self.layers:
             dense = layer(dense, bias)
-        return dense[valid]
+        embeddings: Tensor = dense[valid]
+        return embeddings
 
     def _place_in_graph(self, batch: GraphBatch) -> Tensor:
         """Embeddings of degrees and of the distance from the graph's input, (T, C)."""
@@ -148,7 +149,7 @@ class GraphormerLayer(nn.Module):
         return updated
 
     def _attend(self, features: Tensor, bias: Tensor) -> Tensor:
-        packed = self.query_key_value(features).unflatten(-1, (3, self.num_heads, -1))  # (B, S, 3, H, C/H)
+        packed = torch.unflatten(self.query_key_value(features), -1, (3, self.num_heads, -1))  # (B, S, 3, H, C/H)
         query, key, value = packed.permute(2, 0, 3, 1, 4).unbind()  # each (B, H, S, C/H)
         attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         output: Tensor = self.attention_output(attended.transpose(1, 2).flatten(2))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -76,7 +77,7 @@ class LowRankDecoder(nn.Module):
             return
         features = functional.relu(self.expand(embeddings[[requests[index].row for index in matrices]]))
         features = self.factors(functional.relu(self.hidden(features)))
-        features = functional.relu(features.unflatten(1, (2, self.rank, self.rank)))  # (nodes, 2, r, r)
+        features = functional.relu(torch.unflatten(features, 1, (2, self.rank, self.rank)))  # (nodes, 2, r, r)
         place = {index: position for position, index in enumerate(matrices)}
         for (role, shape), members in grouped(matrices, lambda index: role_and_shape(requests[index])).items():
             target = requests[members[0]].target
@@ -102,12 +103,12 @@ class LowRankDecoder(nn.Module):
         left = left[:, :, :out_channels]
         right = self._factor(self.in_output, features[:, 1], self.max_shape[1], in_channels, width)
         product = left.flatten(2).transpose(1, 2) @ right.flatten(2)  # (P, o * h, i * w)
-        product = product.unflatten(2, right.shape[2:]).unflatten(1, left.shape[2:])  # (P, o, h, i, w)
+        product = torch.unflatten(torch.unflatten(product, 2, right.shape[2:]), 1, left.shape[2:])  # (P, o, h, i, w)
         return resize(product.permute(0, 1, 3, 2, 4), target.kernel) / math.sqrt(self.rank)
 
     @staticmethod
     def _factor(layer: nn.Linear, features: Tensor, max_channels: int, channels: int, positions: slice) -> Tensor:
         """One factor, (P, r, channels, positions), decoding no more than is needed."""
-        weight = layer.weight.unflatten(0, (max_channels, -1))[:channels, positions]
-        bias = layer.bias.unflatten(0, (max_channels, -1))[:channels, positions]
-        return functional.linear(features, weight.flatten(0, 1), bias.flatten()).unflatten(-1, bias.shape)
+        weight = torch.unflatten(layer.weight, 0, (max_channels, -1))[:channels, positions]
+        bias = torch.unflatten(layer.bias, 0, (max_channels, -1))[:channels, positions]
+        return torch.unflatten(functional.linear(features, weight.flatten(0, 1), bias.flatten()), -1, bias.shape)

@@ -29,7 +29,7 @@ def take_slices(parameter: Tensor, indices: Sequence[Index]) -> list[Tensor]:
         return []
     if not torch.is_grad_enabled() or not parameter.requires_grad:
         return [parameter[index].contiguous() for index in indices]
-    return list(_TakeSlices.apply(parameter, tuple(indices)))
+    return list(_TakeSlices.apply(parameter, tuple(indices)))  # type: ignore[no-untyped-call]
 
 
 class _TakeSlices(torch.autograd.Function):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -90,8 +91,8 @@ class TiledDecoder(nn.Module):
             )
             for kernel in distinct
         ]
-        weight = self.grid.weight.unflatten(0, (-1, *self.max_shape[2:]))  # (4C, Mh, Mw, C)
-        bias = self.grid.bias.unflatten(0, (-1, *self.max_shape[2:]))
+        weight = torch.unflatten(self.grid.weight, 0, (-1, *self.max_shape[2:]))  # (4C, Mh, Mw, C)
+        bias = torch.unflatten(self.grid.bias, 0, (-1, *self.max_shape[2:]))
         pairs = zip(take_slices(weight, indices), take_slices(bias, indices), strict=True)
         return dict(zip(distinct, pairs, strict=True))
 
@@ -99,15 +100,15 @@ class TiledDecoder(nn.Module):
         """Weight (o, i, 8C) and bias (o, i) of the last layer for each (o, i)."""
         distinct = sorted(set(sizes))
         indices = [(slice(0, out_channels), slice(0, in_channels)) for out_channels, in_channels in distinct]
-        weight = self.output.weight.unflatten(0, self.max_shape[:2])
-        bias = self.output.bias.unflatten(0, self.max_shape[:2])
+        weight = torch.unflatten(self.output.weight, 0, self.max_shape[:2])
+        bias = torch.unflatten(self.output.bias, 0, self.max_shape[:2])
         pairs = zip(take_slices(weight, indices), take_slices(bias, indices), strict=True)
         return dict(zip(distinct, pairs, strict=True))
 
     def _positions(self, embeddings: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Features of every kernel position, (P, h, w, 8C), with h and w at most those of the grid."""
         grid = functional.linear(embeddings, weight.flatten(0, 2), bias.flatten())
-        grid = functional.relu(grid).unflatten(1, weight.shape[:3]).permute(0, 2, 3, 1)  # (P, h, w, 4C)
+        grid = torch.unflatten(functional.relu(grid), 1, weight.shape[:3]).permute(0, 2, 3, 1)  # (P, h, w, 4C)
         return functional.relu(self.hidden(grid))
 
     def _block_sizes(self, request: Request) -> tuple[int, int]:
@@ -138,13 +139,14 @@ class TiledDecoder(nn.Module):
     def _classes(self, blocks: Tensor) -> Tensor:
         """The classifier's weight: (P, Mo, i, 1, 1) -> (P, K, i, 1, 1)."""
         features = functional.relu(blocks[..., 0, 0]).transpose(1, 2)  # (P, i, Mo)
-        return self.class_output(features).transpose(1, 2)[..., None, None]
+        classes: Tensor = self.class_output(features)
+        return classes.transpose(1, 2)[..., None, None]
 
 
 def _channels(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Blocks (P, o, i, h, w) from features of positions, (P, h, w, 8C)."""
     decoded = functional.linear(hidden, weight.flatten(0, 1), bias.flatten())
-    return decoded.unflatten(-1, tuple(bias.shape)).permute(0, 3, 4, 1, 2)
+    return torch.unflatten(decoded, -1, bias.shape).permute(0, 3, 4, 1, 2)
 
 
 def _round_up(size: int, limit: int) -> int:

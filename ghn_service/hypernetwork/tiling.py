@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 
@@ -50,7 +51,7 @@ def write_tiled(block: Tensor, out: Tensor) -> None:
     band = tile_to_shape(block.to(out.dtype)[None], band_shape)[0].contiguous()
     size, wanted = block.shape[first], out.shape[first]
     whole = wanted - wanted % size
-    head = out.narrow(first, 0, whole).unflatten(first, (whole // size, size))
+    head = torch.unflatten(out.narrow(first, 0, whole), first, (whole // size, size))
     head.copy_(band.unsqueeze(first))
     if whole < wanted:
         out.narrow(first, whole, wanted - whole).copy_(band.narrow(first, 0, wanted - whole))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -40,7 +41,7 @@ class VectorDecoder(nn.Module):
         rows = sorted({requests[index].row for index in wanted})
         place = {row: position for position, row in enumerate(rows)}
         hidden = functional.relu(self.hidden(embeddings[rows]))
-        decoded = self.output(hidden).unflatten(1, (2, -1))  # (nodes, 2, length)
+        decoded = torch.unflatten(self.output(hidden), 1, (2, -1))  # (nodes, 2, length)
         values = {Role.VECTOR: decoded[:, 0], Role.BIAS: decoded[:, 1]}
         if any(requests[index].target.role is Role.CLASS_BIAS for index in wanted):
             values[Role.CLASS_BIAS] = self.class_bias(functional.relu(decoded[:, 1]))

@@ -1,0 +1,192 @@
+"""Checkpoints: safetensors files that hold a hypernetwork's weights, configuration and vocabulary, and no code.
+
+The metadata has three entries: ``format``, ``config`` (JSON; the op vocabulary is in it by name) and ``card`` (JSON).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ghn_service.errors import CheckpointError
+from ghn_service.hypernetwork.config import GHNConfig, decode_config, encode_config
+from ghn_service.hypernetwork.ghn import GraphHyperNetwork
+
+FORMAT = "ghn-checkpoint/1"
+MAX_NAMED_KEYS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What people should know of a checkpoint.
+
+    Attributes:
+        dataset: Data that it was trained on, such as ``"cifar10"``; "" if unknown.
+        class_names: Names of the classes, in order; may be empty.
+        trained_on: Architectures it was trained on, or where it comes from, in words.
+        protocol: How it was trained, in words.
+        details: Anything else, as values for JSON.
+    """
+
+    dataset: str = ""
+    class_names: tuple[str, ...] = ()
+    trained_on: str = ""
+    protocol: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSummary:
+    """What a checkpoint file holds.
+
+    Attributes:
+        config: Sizes and choices.
+        card: What people should know.
+        digest: sha256 of the file, in hexadecimal.
+        num_parameters: Scalars in the hypernetwork.
+        num_bytes: Size of the file.
+    """
+
+    config: GHNConfig
+    card: ModelCard
+    digest: str
+    num_parameters: int
+    num_bytes: int
+
+    @property
+    def kind(self) -> str:
+        """``ghn2``, ``ghn3`` or ``logah``."""
+        return self.config.kind
+
+
+def save_checkpoint(ghn: GraphHyperNetwork, path: Path, *, card: ModelCard | None = None) -> CheckpointSummary:
+    """Writes a checkpoint; the file appears under its name only when it is complete.
+
+    Args:
+        ghn: The hypernetwork, on any device.
+        path: File to write, usually ``*.safetensors``.
+        card: What people should know of it.
+
+    Raises:
+        CheckpointError: The file cannot be written.
+    """
+    card = card or ModelCard()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in ghn.state_dict().items()}
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(encode_config(ghn.config)),
+        "card": json.dumps(dataclasses.asdict(card)),
+    }
+    partial = path.with_name(f"{path.name}.part")
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write the checkpoint {path.name!r}: {error}") from error
+    return CheckpointSummary(ghn.config, card, _digest(path), ghn.num_parameters, path.stat().st_size)
+
+
+def load_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> tuple[GraphHyperNetwork, CheckpointSummary]:
+    """Reads a checkpoint; the hypernetwork comes in evaluation mode and in float32.
+
+    Args:
+        path: A file that ``save_checkpoint`` wrote.
+        device: Where to put the hypernetwork.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, of another kind, or does not fit its own configuration.
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            config, card = _decode_metadata(file.metadata(), path.name)
+            names = list(file.keys())
+            ghn = _empty_ghn(config)
+            _check_names(names, ghn, path.name)
+            tensors = {name: file.get_tensor(name) for name in names}
+        digest, num_bytes = _digest(path), path.stat().st_size
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read the checkpoint {path.name!r}: {error}") from error
+    fill_ghn(ghn, tensors, source=path.name)
+    return ghn.eval(), CheckpointSummary(config, card, digest, ghn.num_parameters, num_bytes)
+
+
+def build_ghn(config: GHNConfig, tensors: Mapping[str, Tensor], *, source: str) -> GraphHyperNetwork:
+    """A hypernetwork of this configuration that holds these tensors.
+
+    Args:
+        config: Sizes and choices.
+        tensors: Values by state dict name.
+        source: What to call their origin in messages.
+
+    Raises:
+        CheckpointError: Names, shapes or dtypes do not fit the configuration.
+    """
+    ghn = _empty_ghn(config)
+    _check_names(list(tensors), ghn, source)
+    fill_ghn(ghn, tensors, source=source)
+    return ghn.eval()
+
+
+def fill_ghn(ghn: GraphHyperNetwork, tensors: Mapping[str, Tensor], *, source: str) -> None:
+    """Puts tensors in the place of a hypernetwork's parameters, as float32.
+
+    Raises:
+        CheckpointError: A shape or dtype does not fit.
+    """
+    for name, expected in ghn.state_dict().items():
+        tensor = tensors[name]
+        if tensor.shape != expected.shape or not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{source!r}: tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, but its configuration asks for "
+                f"floats of shape {tuple(expected.shape)}"
+            )
+    ghn.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()}, assign=True)
+
+
+def _empty_ghn(config: GHNConfig) -> GraphHyperNetwork:
+    with torch.device("meta"):
+        return GraphHyperNetwork(config)
+
+
+def _check_names(names: list[str], ghn: GraphHyperNetwork, source: str) -> None:
+    expected = set(ghn.state_dict())
+    missing, surplus = sorted(expected - set(names)), sorted(set(names) - expected)
+    if missing or surplus:
+        raise CheckpointError(
+            f"{source!r} does not fit its configuration ({ghn.config.kind}): "
+            f"missing tensors {missing[:MAX_NAMED_KEYS]}, surplus tensors {surplus[:MAX_NAMED_KEYS]}"
+        )
+
+
+def _decode_metadata(metadata: Mapping[str, str] | None, source: str) -> tuple[GHNConfig, ModelCard]:
+    """The configuration and card in a file's metadata."""
+    kind = (metadata or {}).get("format", "")
+    if kind != FORMAT or metadata is None:
+        raise CheckpointError(
+            f"{source!r} is a safetensors file, but no checkpoint of format {FORMAT!r} (its format is {kind!r}); "
+            "published hypernetworks are converted by `ghn-server import-checkpoint`"
+        )
+    try:
+        config = json.loads(metadata["config"])
+        card = json.loads(metadata.get("card", "{}"))
+        card = ModelCard(**{**card, "class_names": tuple(card.get("class_names", ()))})
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the metadata of {source!r} is damaged: {error}") from error
+    return decode_config(config), card
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,341 @@
+"""The whole data path on one screen: bytes -> graph -> features -> embeddings -> blocks -> tensors -> steps.
+
+A prediction depends on the architecture, the checkpoint, the options and the seed, and on nothing else: each tensor
+that is drawn has a generator of its own, and nothing is kept between predictions.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ghn_service.errors import InvalidOptionError, PredictionError
+from ghn_service.graph.architecture import ArchitectureGraph, ParameterSpec
+from ghn_service.graph.vocabulary import restrict_vocabulary
+from ghn_service.hypernetwork.blocks import drawn_generator
+from ghn_service.hypernetwork.checkpoint import CheckpointSummary, load_checkpoint
+from ghn_service.hypernetwork.fallbacks import fallback_rule
+from ghn_service.hypernetwork.features import Target, build_features, collate, is_tiled
+from ghn_service.hypernetwork.ghn import GraphHyperNetwork
+from ghn_service.hypernetwork.tiling import write_tiled
+from ghn_service.parameters import PREDICTED, TILED, ParameterSet, allocate_tensors, fallback_origin
+from ghn_service.postprocess.base import Step, apply_steps, parse_steps
+from ghn_service.postprocess.low_rank_output import apply_low_rank
+from ghn_service.postprocess.low_rank_plan import LowRank, LowRankRecord
+from ghn_service.postprocess.records import StepRecord
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+READING, ENCODING, DECODING, POST_PROCESSING = "reading", "encoding", "decoding", "post-processing"
+MAX_ELEMENTS_HELD = 4 * 2**20
+MAX_SEED = 2**64 - 1
+
+OnStage = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionOptions:
+    """What may be chosen for a prediction.
+
+    Attributes:
+        dtype: Element type of the tensors: ``float32``, ``float16`` or ``bfloat16``.
+        seed: Seeds everything that is drawn, 0 to 2**64 - 1.
+        steps: Post-processing, in order.
+        low_rank: Asks for low-rank factors in the place of weights; None for dense weights.
+        include: Shell-style patterns on tensor names; only matching tensors are returned. Empty for all.
+
+    Raises:
+        InvalidOptionError: A value is impossible; ``field`` names it.
+    """
+
+    dtype: str = "float32"
+    seed: int = 0
+    steps: tuple[Step, ...] = ()
+    low_rank: LowRank | None = None
+    include: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InvalidOptionError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}", field="dtype")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise InvalidOptionError(f"seed must be from 0 to 2**64 - 1; got {self.seed}", field="seed")
+        parse_steps(self.steps)
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether anything is done to the weights after they are predicted."""
+        return bool(self.steps) or self.low_rank is not None
+
+    def includes(self, name: str) -> bool:
+        """Whether the tensor of this name is wanted."""
+        return not self.include or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.include)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PredictionResult:
+    """A prediction and how it came about.
+
+    Attributes:
+        parameters: The tensors, on the CPU.
+        graph: The architecture as it was read.
+        seconds: Seconds by stage: ``reading`` (if bytes were given), ``encoding``, ``decoding``, ``post-processing``.
+        records: What each post-processing step did.
+        low_rank: What became of each layer, if factors were asked for.
+    """
+
+    parameters: ParameterSet
+    graph: ArchitectureGraph
+    seconds: Mapping[str, float]
+    records: tuple[StepRecord, ...] = ()
+    low_rank: LowRankRecord | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ArchitectureAnalysis:
+    """What a prediction would do.
+
+    Attributes:
+        graph: The architecture as it was read.
+        specs: Every trainable tensor, in the order of a reply.
+        origins: Origin of each tensor by name: ``predicted``, ``tiled`` or ``fallback:<rule>``.
+        op_types: Type of the node that stands for each tensor by name; "" if none does.
+        warnings: What is not understood, or what the user should know; sentences.
+    """
+
+    graph: ArchitectureGraph
+    specs: Mapping[str, ParameterSpec]
+    origins: Mapping[str, str]
+    op_types: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def num_predicted_parameters(self) -> int:
+        """Trainable scalars that the hypernetwork would predict."""
+        return sum(spec.num_elements for name, spec in self.specs.items() if self.origins[name] in (PREDICTED, TILED))
+
+
+class Predictor:
+    """Predicts weights with one hypernetwork on one device. Calls must not overlap.
+
+    Args:
+        ghn: The hypernetwork.
+        summary: What its checkpoint holds; None for a hypernetwork that never was in a file.
+    """
+
+    def __init__(self, ghn: GraphHyperNetwork, summary: CheckpointSummary | None = None) -> None:
+        self.ghn = ghn.eval()
+        self.summary = summary
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, *, device: str = "auto") -> Predictor:
+        """Loads a checkpoint.
+
+        Args:
+            path: A file of ``hypernetwork.checkpoint``.
+            device: ``auto`` (CUDA if there is any, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
+
+        Raises:
+            CheckpointError: The file is no checkpoint.
+            InvalidOptionError: There is no such device.
+        """
+        return cls(*load_checkpoint(Path(path), device=choose_device(device)))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the hypernetwork is."""
+        return self.ghn.device
+
+    def predict(
+        self, architecture: ArchitectureGraph | bytes, *, options: PredictionOptions | None = None
+    ) -> ParameterSet:
+        """Predicts every trainable tensor of an architecture; see ``run``."""
+        return self.run(architecture, options=options).parameters
+
+    @torch.inference_mode()
+    def run(
+        self,
+        architecture: ArchitectureGraph | bytes,
+        *,
+        options: PredictionOptions | None = None,
+        on_stage: OnStage | None = None,
+    ) -> PredictionResult:
+        """Predicts every trainable tensor of an architecture.
+
+        Args:
+            architecture: A graph, or a serialised ONNX model.
+            options: What may be chosen; None for the defaults.
+            on_stage: Called with the name of a stage when it begins, and again while it goes on; what it raises ends
+                the prediction.
+
+        Raises:
+            InvalidArchitectureError: The bytes are no such network.
+            UnsupportedArchitectureError: The network uses something without meaning here.
+            LimitExceededError: The network is too large.
+            PredictionError: A predicted value is not finite.
+        """
+        options = options or PredictionOptions()
+        clock = _StageClock(on_stage)
+        graph = read_architecture(architecture, clock)
+        known = restrict_vocabulary(graph, self.ghn.config.op_types)
+        with clock.stage(ENCODING):
+            features = build_features(known, self.ghn.config)
+            batch = collate([features]).to(self.device)
+            embeddings = self.ghn.encode(batch)
+        with clock.stage(DECODING):
+            parameters = self._decode(known, features.targets, embeddings, options, clock)
+        if not options.has_steps:
+            return PredictionResult(parameters, graph, clock.seconds)
+        with clock.stage(POST_PROCESSING):
+            parameters, records = apply_steps(parameters, known, options.steps, seed=options.seed)
+            low_rank: LowRankRecord | None = None
+            if options.low_rank is not None:
+                parameters, low_rank = apply_low_rank(parameters, known, options.low_rank)
+            parameters = _finished(parameters, options)
+        return PredictionResult(parameters, graph, clock.seconds, records, low_rank)
+
+    def analyze(self, architecture: ArchitectureGraph | bytes) -> ArchitectureAnalysis:
+        """Says what a prediction would do with each tensor, without predicting; raises as ``run`` does."""
+        graph = read_architecture(architecture, _StageClock(None))
+        known = restrict_vocabulary(graph, self.ghn.config.op_types)
+        targets = {target.name: target for target in build_features(known, self.ghn.config).targets}
+        specs = {spec.name: spec for spec in known.parameters()}
+        return ArchitectureAnalysis(
+            graph=graph,
+            specs=specs,
+            origins={name: self._origin(spec, targets.get(name)) for name, spec in specs.items()},
+            op_types=dict.fromkeys(specs, "")
+            | {spec.name: node.op_type for node in known.nodes for spec in node.parameters},
+            warnings=known.warnings,
+        )
+
+    def _decode(
+        self,
+        graph: ArchitectureGraph,
+        targets: tuple[Target, ...],
+        embeddings: Tensor,
+        options: PredictionOptions,
+        clock: _StageClock,
+    ) -> ParameterSet:
+        """Fills one tensor after the other; with steps to come, all of them and in float32, on the steps' device."""
+        has_steps = options.has_steps
+        specs = {spec.name: spec for spec in graph.parameters() if has_steps or options.includes(spec.name)}
+        by_name = {target.name: target for target in targets if target.name in specs}
+        tensors = allocate_tensors(
+            specs,
+            dtype=torch.float32 if has_steps else DTYPES[options.dtype],
+            device=self.device if has_steps else torch.device("cpu"),
+        )
+        wanted = list(by_name.values())
+        for group, blocks in self.ghn.decode_blocks(
+            embeddings, wanted, seed=options.seed, max_elements=MAX_ELEMENTS_HELD
+        ):
+            clock.tick(DECODING)
+            _write_group(group, blocks, specs, tensors)
+        for draw, spec in enumerate(graph.parameters()):
+            if spec.name in specs and spec.name not in by_name:
+                _write_fallback(spec, tensors[spec.name], drawn_generator(options.seed, draw))
+        origins = {name: self._origin(spec, by_name.get(name)) for name, spec in specs.items()}
+        return ParameterSet(specs, tensors, origins, graph.warnings)
+
+    def _origin(self, spec: ParameterSpec, target: Target | None) -> str:
+        if target is None:
+            return fallback_origin(spec.fallback)
+        return TILED if is_tiled(target, self.ghn.config) else PREDICTED
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this name; ``auto`` is CUDA if there is any, else the CPU.
+
+    Raises:
+        InvalidOptionError: There is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InvalidOptionError(f"device must be auto, cpu, cuda or cuda:N; got {name!r}", field="device") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InvalidOptionError(
+            f"device {name!r} is not here; there are {torch.cuda.device_count()} CUDA devices", field="device"
+        )
+    return device
+
+
+def read_architecture(architecture: ArchitectureGraph | bytes, clock: _StageClock) -> ArchitectureGraph:
+    """The graph itself, or the one in a serialised ONNX model."""
+    if isinstance(architecture, ArchitectureGraph):
+        return architecture
+    from ghn_service.graph.onnx_reader import read_onnx  # onnx is needed for bytes only
+
+    with clock.stage(READING):
+        return read_onnx(architecture)
+
+
+class _StageClock:
+    """Seconds by stage, and the caller's word in between."""
+
+    def __init__(self, on_stage: OnStage | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._on_stage = on_stage
+
+    def tick(self, name: str) -> None:
+        """Tells the caller that this stage goes on; the caller may raise."""
+        if self._on_stage is not None:
+            self._on_stage(name)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self.tick(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+
+def _write_group(
+    group: list[Target], blocks: Tensor, specs: Mapping[str, ParameterSpec], tensors: Mapping[str, Tensor]
+) -> None:
+    """Checks the blocks of a group, and repeats each into its tensor, in the layout of the file."""
+    out = tensors[group[0].name]
+    blocks = blocks.to(device=out.device, dtype=out.dtype)
+    if not torch.isfinite(blocks).all():
+        raise PredictionError(
+            f"the values predicted for {group[0].name!r} are not all finite; the checkpoint is damaged, or this "
+            "architecture is far from all it was trained on"
+        )
+    for target, block in zip(group, blocks, strict=True):
+        write_tiled(_to_file_layout(block, specs[target.name]), tensors[target.name])
+
+
+def _write_fallback(spec: ParameterSpec, out: Tensor, generator: torch.Generator) -> None:
+    values = torch.empty(spec.torch_shape)
+    fallback_rule(spec.fallback)(values, generator)
+    out.copy_(_to_file_layout(values, spec))
+
+
+def _to_file_layout(tensor: Tensor, spec: ParameterSpec) -> Tensor:
+    """From torch's axes to those of the file."""
+    if not spec.permutation:
+        return tensor
+    return tensor.permute([spec.permutation.index(axis) for axis in range(tensor.dim())])
+
+
+def _finished(parameters: ParameterSet, options: PredictionOptions) -> ParameterSet:
+    """Post-processed parameters as they were asked for: checked, selected, converted, on the CPU."""
+    names = [name for name in parameters if options.includes(name)]
+    tensors = {name: parameters[name].to(device="cpu", dtype=DTYPES[options.dtype]).contiguous() for name in names}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise PredictionError(f"the post-processed values of {name!r} are not all finite; leave out a step")
+    return ParameterSet(
+        {name: parameters.specs[name] for name in names},
+        tensors,
+        {name: parameters.origins[name] for name in names},
+        parameters.warnings,
+    )
