@@ -74,7 +74,7 @@ def build_report(
 
 def summarize(measures: Measures, layers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Measures of the whole network: sums over layers, and means weighted by the values of each."""
-    sizes = {entry["parameter"]: entry["num_values"] for entry in layers}
+    sizes = {str(entry["parameter"]): int(entry["num_values"]) for entry in layers}
     total = sum(sizes.values()) or 1
 
     def mean(measure: str) -> float:
