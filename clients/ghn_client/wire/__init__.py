@@ -1,0 +1,1 @@
+"""What travels between client and server: generated stubs (never edited), and weights as a stream of bytes."""
