@@ -41,7 +41,7 @@ def apply_low_rank(
     """
     layers = list(weighted_layers(graph))
     plans = {layer.name: plan_layer(layer, request.method) for layer in layers}
-    ranks = _choose_ranks(parameters, layers, plans, request.rule)
+    ranks = choose_ranks(parameters, graph, request)
     replaced: dict[str, dict[str, torch.Tensor]] = {}
     records = []
     for layer in layers:
@@ -52,10 +52,15 @@ def apply_low_rank(
     return _with_factors(parameters, replaced), LowRankRecord(request.method, request.rule, tuple(records))
 
 
-def _choose_ranks(
-    parameters: ParameterSet, layers: list[WeightedLayer], plans: Mapping[str, LayerPlan], rule: RankRule
-) -> dict[str, int]:
-    """Rank by name of the layer; ``DENSE`` where it keeps its weight."""
+def choose_ranks(parameters: ParameterSet, graph: ArchitectureGraph, request: LowRank) -> dict[str, int]:
+    """The rank of every weighted layer, by name of its weight; ``DENSE`` where it keeps the weight.
+
+    Raises:
+        InvalidOptionError: As ``apply_low_rank``.
+    """
+    rule = request.rule
+    layers = list(weighted_layers(graph))
+    plans = {layer.name: plan_layer(layer, request.method) for layer in layers}
     ranks = dict.fromkeys((layer.name for layer in layers), DENSE)
     free = [layer for layer in layers if not plans[layer.name].dense_reason]
     full = max((min(_matrix_shape(layer)) for layer in free), default=0)
