@@ -94,7 +94,7 @@ class FineTuneHandle:
         self.base = base if base is not None else part.module
         self.parts: tuple[Part, ...] = (part,)
         self.penalty = penalty
-        self._lifecycles = (lifecycle or Lifecycle(),)
+        self._lifecycles: tuple[Lifecycle, ...] = (lifecycle or Lifecycle(),)
         tuned = part.named_parameters()
         if not tuned:
             raise NothingToTuneError(f"strategy {part.strategy!r} found no parameter to tune in {_kind(self.base)}")

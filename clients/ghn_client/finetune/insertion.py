@@ -120,7 +120,7 @@ def fold_inserted_norms(module: nn.Module) -> int:
 
     A bias is created where the layer has none. The function is that of eval mode.
     """
-    owners = [layer for layer in module.modules() if hasattr(layer, CHILD)]
+    owners = [layer for layer in matrix_layers(module).values() if hasattr(layer, CHILD)]
     for owner in owners:
         norm = getattr(owner, CHILD)
         scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)

@@ -66,7 +66,8 @@ def norm_only(
     check_statistics(statistics)
     head_names = resolve_head(module, head)
     base_names = tuple(name for name, _ in module.named_parameters())
-    inserted, affine = (), ()
+    inserted: tuple[str, ...] = ()
+    affine: tuple[str, ...] = ()
     if missing == "insert":
         inserted, affine = _insert(module, after, calibration)
     layers = [layer for layer in find_norm_layers(module) if layer.parameters]

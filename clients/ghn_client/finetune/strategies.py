@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
+from ghn_client.finetune.additive import additive
 from ghn_client.finetune.controls import all_parameters, bias_only, head_only, random_per_channel
 from ghn_client.finetune.errors import UnknownNameError
 from ghn_client.finetune.handle import FineTuneHandle
 from ghn_client.finetune.low_rank import low_rank, low_rank_update
 from ghn_client.finetune.norm_only import norm_only
 
-
-class Strategy(Protocol):
-    """Makes a module ready for tuning; the base values are never changed."""
-
-    def __call__(self, module: nn.Module, **options: Any) -> FineTuneHandle:
-        """The handle of ``module`` under the strategy's own options."""
-
+#: Makes a module ready for tuning under the options of the strategy; the base values are never changed.
+Strategy = Callable[..., FineTuneHandle]
 
 STRATEGIES: dict[str, Strategy] = {
     "all": all_parameters,
@@ -28,6 +25,7 @@ STRATEGIES: dict[str, Strategy] = {
     "head_only": head_only,
     "low_rank": low_rank,
     "low_rank_update": low_rank_update,
+    "additive": additive,
 }
 
 

@@ -1,0 +1,308 @@
+"""``patch``: a side network in closed form that changes exactly the given labels and leaves all others as they are.
+
+After Sohn, Kwon, An and Lee, "Memorization Capacity for Additive Fine-Tuning with Small ReLU Networks", UAI 2024,
+arXiv:2408.00359; the constructions and constants used here are derived by us (``two_layer.py``, ``three_layer.py``).
+A patch memorises; it does not generalise. ``touched`` in its certificate says how far it reaches beyond the samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from ghn_client.finetune.additive import FEATURES, LOGITS, AdditiveModule, base_head, head_features
+from ghn_client.finetune.capacity import three_layer_neurons, two_layer_neurons
+from ghn_client.finetune.certificate import Effect, PatchCertificate, batches_of, effect, label_margins, run_in_batches
+from ghn_client.finetune.errors import (
+    CertificateError,
+    ConflictingLabelsError,
+    InvalidOptionError,
+    PrecisionError,
+    TrainModeError,
+)
+from ghn_client.finetune.projection import best_shared_direction
+from ghn_client.finetune.side_network import ClosedFormSideNetwork
+from ghn_client.finetune.three_layer import three_layer
+from ghn_client.finetune.two_layer import own_direction, shared_direction
+
+AUTO, SHARED, OWN = "auto", "shared", "own"
+PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """A finished patch.
+
+    Attributes:
+        module: ``base + side``; set ``module.enabled = False`` to take the patch off.
+        side: The side network.
+        certificate: What was checked.
+    """
+
+    module: AdditiveModule
+    side: ClosedFormSideNetwork
+    certificate: PatchCertificate
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """Inputs of the construction: distinct samples, changed ones first.
+
+    Attributes:
+        inputs: (K, ...) network inputs, those to change first.
+        features: (K, D) what the side network reads, in the precision of the network.
+        logits: (K, C) of the frozen network.
+        wanted: (N,) labels.
+        values: (N, C) float64, what g must add.
+        reach: How far bumps go.
+    """
+
+    inputs: torch.Tensor
+    features: torch.Tensor
+    logits: torch.Tensor
+    wanted: torch.Tensor
+    values: torch.Tensor
+    reach: float
+
+    @property
+    def changed(self) -> torch.Tensor:
+        return torch.arange(len(self.wanted), device=self.features.device)
+
+    @property
+    def kept(self) -> torch.Tensor:
+        return torch.arange(len(self.wanted), len(self.features), device=self.features.device)
+
+
+def patch(
+    module: nn.Module,
+    wrong_inputs: torch.Tensor,
+    wanted: torch.Tensor,
+    keep_inputs: torch.Tensor,
+    *,
+    depth: int = 2,
+    margin: float = 1.0,
+    at: str = LOGITS,
+    head: str | None = None,
+    directions: str = AUTO,
+    precision: str = AUTO,
+    reach: float = 0.5,
+    held_out_inputs: torch.Tensor | None = None,
+    draws: int = 200,
+    generator: torch.Generator | None = None,
+    batch_size: int = 1024,
+) -> Patch:
+    """Changes the labels of ``wrong_inputs`` to ``wanted`` and those of ``keep_inputs`` not at all.
+
+    Args:
+        module: Network in eval mode that returns logits (B, C); stays as it is.
+        wrong_inputs: (N, ...) samples to change.
+        wanted: (N,) labels they shall have.
+        keep_inputs: (K - N, ...) samples whose label must stay.
+        depth: 2: at most ``min(3 N, K - 1)`` neurons. 3: about ``4 sqrt(2 N)`` per output, whatever K is, but steep.
+        margin: By how much the logit of a wanted label shall exceed all others.
+        at: ``logits``: the side network reads the input. ``features``: it reads what the head reads.
+        head: Dotted path of the head for ``at="features"``; default the last linear layer.
+        directions: ``own`` (one per sample, flat slopes), ``shared`` (one line for all), or ``auto``: the first of
+            them that holds in float32, failing that in float64. Three-layer networks share one line.
+        precision: ``float32``, ``float64``, or ``auto`` for the lower one that holds.
+        reach: How far, in (0, 1], a bump goes towards the nearest sample; smaller touches fewer unseen inputs and is
+            steeper.
+        held_out_inputs: Inputs that are neither; the certificate then says what share of them the patch touches.
+        draws: Random directions to choose the shared line from.
+        generator: Source of the directions; default seed 0.
+        batch_size: Samples per forward pass. The check is repeated one by one and in batches.
+
+    Returns:
+        The patched module and its certificate.
+
+    Raises:
+        ConflictingLabelsError: Two equal samples want different labels, or one is both wrong and to be kept.
+        PrecisionError: No construction holds in the asked precision.
+        TrainModeError: The module is in train mode.
+        InvalidOptionError: An option or a shape is impossible.
+    """
+    _check_options(module, depth, margin, at, directions, precision, reach)
+    path = base_head(module, head) if at == FEATURES else None
+    problem = _prepare(module, wrong_inputs, wanted, keep_inputs, path, margin, reach, batch_size)
+    generator = generator or torch.Generator().manual_seed(0)
+    failures = []
+    for construction, side in _candidates(problem, depth, directions, draws, generator, precision):
+        name = "float32" if side.center.dtype == torch.float32 else "float64"
+        measured = _measure(problem, side, batch_size)
+        certificate = _certificate(problem, side, construction, name, measured, depth)
+        if (
+            certificate.holds
+            and measured.smallest_margin > 0.5 * margin
+            and _holds_inside(module, problem, side, path, batch_size)
+        ):
+            patched = AdditiveModule(module, side, head=path).eval()
+            return Patch(patched, side, _with_touch_rate(certificate, patched, module, held_out_inputs, batch_size))
+        failures.append(f"{construction}/{name}: {measured}")
+    raise PrecisionError(
+        f"no {depth}-layer patch of {len(problem.wanted)} labels holds in {precision}; tried {'; '.join(failures)}."
+        " Use precision='float64', depth=2 with directions='own', or at='features'"
+    )
+
+
+def _check_options(
+    module: nn.Module, depth: int, margin: float, at: str, directions: str, precision: str, reach: float
+) -> None:
+    allowed = {
+        "depth": (depth, (2, 3)),
+        "at": (at, (LOGITS, FEATURES)),
+        "directions": (directions, (AUTO, SHARED, OWN) if depth == 2 else (AUTO, SHARED)),
+        "precision": (precision, (AUTO, *PRECISIONS)),
+    }
+    for name, (value, known) in allowed.items():
+        if value not in known:
+            raise InvalidOptionError(f"{name} must be one of {known} here, got {value!r}")
+    if not 0.0 < reach <= 1.0 or margin <= 0.0:
+        raise InvalidOptionError(f"expected margin > 0 and reach in (0, 1], got {margin=} and {reach=}")
+    if any(child.training for child in module.modules()):
+        raise TrainModeError("patch needs a fixed function: call module.eval() first")
+
+
+def _prepare(
+    module: nn.Module,
+    wrong: torch.Tensor,
+    wanted: torch.Tensor,
+    keep: torch.Tensor,
+    head: str | None,
+    margin: float,
+    reach: float,
+    batch_size: int,
+) -> _Problem:
+    if len(wrong) != len(wanted) or not len(wrong):
+        raise InvalidOptionError(
+            f"expected one wanted label per wrong input and at least one, got {len(wrong)} inputs"
+            f" and {len(wanted)} labels"
+        )
+    inputs = torch.cat([wrong, keep])
+    features = _features(module, inputs, head, batch_size)
+    first = _distinct(features, wanted, len(wrong))
+    inputs, features = inputs[first], features[first]
+    labels = wanted.to(features.device)[first[first < len(wrong)]].long()
+    logits = run_in_batches(module, inputs, batch_size)
+    if logits.dim() != 2 or not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+        raise InvalidOptionError(f"expected logits (B, C) and labels below C, got {tuple(logits.shape)} and {labels}")
+    values = torch.zeros(len(labels), logits.shape[1], dtype=torch.float64, device=logits.device)
+    missing = margin - label_margins(logits[: len(labels)].double(), labels)
+    values.scatter_(1, labels[:, None], missing.clamp_min(0.0)[:, None])
+    return _Problem(inputs, features, logits, labels, values, reach)
+
+
+def _features(module: nn.Module, inputs: torch.Tensor, head: str | None, batch_size: int) -> torch.Tensor:
+    if head is None:
+        return inputs.flatten(1)
+    return torch.cat([head_features(module, head, chunk) for chunk in batches_of(inputs, batch_size)])
+
+
+def _distinct(features: torch.Tensor, wanted: torch.Tensor, num_wrong: int) -> torch.Tensor:
+    """Indices of the first of every set of equal samples, in order.
+
+    Raises:
+        ConflictingLabelsError: Equal samples want different things.
+    """
+    _, group = torch.unique(features, dim=0, return_inverse=True)
+    first: dict[int, int] = {}
+    for index, key in enumerate(group.tolist()):
+        known = first.setdefault(key, index)
+        if known == index or known >= num_wrong:
+            continue
+        if index >= num_wrong:
+            raise ConflictingLabelsError(
+                f"wrong input {known} equals keep input {index - num_wrong}; it cannot do both"
+            )
+        if int(wanted[known]) != int(wanted[index]):
+            raise ConflictingLabelsError(
+                f"wrong inputs {known} and {index} are equal to the side network but want labels"
+                f" {int(wanted[known])} and {int(wanted[index])}"
+            )
+    return torch.tensor(sorted(first.values()), device=features.device)
+
+
+def _candidates(
+    problem: _Problem, depth: int, directions: str, draws: int, generator: torch.Generator, precision: str
+) -> Iterator[tuple[str, ClosedFormSideNetwork]]:
+    """Constructions from the most to the least robust, each in the asked precisions, lower first."""
+    samples = problem.features.double()
+    center = samples.mean(0)
+    centred = samples - center
+    active = (problem.values != 0).any(dim=1)
+    changed, values = problem.changed[active], problem.values[active]
+    if not len(changed):
+        changed, values = problem.changed[:1], problem.values[:1] + 0.0
+    built: list[tuple[str, ClosedFormSideNetwork]] = []
+    bound = two_layer_neurons(len(problem.wanted), len(samples))
+    if depth == 2 and directions in (AUTO, OWN):
+        side = own_direction(center, centred, changed, values, reach=problem.reach)
+        if side.neurons <= bound or directions == OWN:
+            built.append((OWN, side))
+    if directions in (AUTO, SHARED):
+        line = best_shared_direction(centred, changed, draws=draws, generator=generator)
+        construct = shared_direction if depth == 2 else three_layer
+        built.append((SHARED, construct(center, line, changed, values, reach=problem.reach)))
+    for name in PRECISIONS if precision == AUTO else (precision,):
+        for construction, side in built:
+            yield construction, side.to_precision(PRECISIONS[name])
+
+
+def _measure(problem: _Problem, side: ClosedFormSideNetwork, batch_size: int) -> Effect:
+    added = run_in_batches(side, problem.features, batch_size)
+    return effect(problem.logits, added, problem.changed, problem.wanted, problem.kept)
+
+
+def _holds_inside(
+    module: nn.Module, problem: _Problem, side: ClosedFormSideNetwork, head: str | None, batch_size: int
+) -> bool:
+    """Runs the whole patched network again in other batches: bumps must survive another order of summation."""
+    patched = AdditiveModule(module, side, head=head).eval()
+    together = run_in_batches(patched, problem.inputs, max(batch_size // 2, 1)).argmax(1)
+    alone = run_in_batches(patched, problem.inputs[: min(len(problem.wanted), 256)], 1).argmax(1)
+    expected = torch.cat([problem.wanted, problem.logits[problem.kept].argmax(1)])
+    return torch.equal(together, expected) and torch.equal(alone, expected[: len(alone)])
+
+
+def _certificate(
+    problem: _Problem, side: ClosedFormSideNetwork, construction: str, precision: str, measured: Effect, depth: int
+) -> PatchCertificate:
+    if depth == 2:
+        bound = two_layer_neurons(len(problem.wanted), len(problem.features))
+    else:
+        per_class = torch.bincount(problem.wanted).tolist()
+        bound = sum(three_layer_neurons(count) for count in per_class)
+    return PatchCertificate(
+        num_changed=len(problem.wanted),
+        num_kept=len(problem.kept),
+        changed_right=measured.changed_right,
+        kept_same=measured.kept_same,
+        smallest_margin=measured.smallest_margin,
+        kept_largest_change=measured.kept_largest_change,
+        neurons=side.neurons,
+        neuron_bound=bound,
+        depth=depth,
+        precision=precision,
+        construction=construction,
+    )
+
+
+@torch.no_grad()
+def _with_touch_rate(
+    certificate: PatchCertificate,
+    patched: AdditiveModule,
+    module: nn.Module,
+    held_out: torch.Tensor | None,
+    batch_size: int,
+) -> PatchCertificate:
+    if held_out is None or not len(held_out):
+        return certificate
+    before = run_in_batches(module, held_out, batch_size)
+    after = run_in_batches(patched, held_out, batch_size)
+    if after.shape != before.shape:
+        raise CertificateError(f"patched logits have shape {tuple(after.shape)}, expected {tuple(before.shape)}")
+    touched = ((after - before).abs().max(1).values > 1e-3 * (1.0 + before.abs().max())).float().mean()
+    relabelled = (after.argmax(1) != before.argmax(1)).float().mean()
+    return replace(certificate, touched=float(touched), relabelled=float(relabelled))

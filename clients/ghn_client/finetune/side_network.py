@@ -1,0 +1,120 @@
+"""The small ReLU networks g that are added to a frozen network f: one to train, one with weights in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+
+class SideNetwork(nn.Module):
+    """A trainable ReLU network whose last layer starts at zero, so that f + g starts as f.
+
+    Args:
+        in_features: Numbers per sample D after flattening.
+        hidden: Widths of the hidden layers.
+        outputs: Outputs C.
+    """
+
+    def __init__(self, in_features: int, hidden: Sequence[int], outputs: int) -> None:
+        super().__init__()
+        widths = [in_features, *hidden, outputs]
+        self.layers = nn.ModuleList(nn.Linear(inputs, out) for inputs, out in pairwise(widths))
+        last = self.layers[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(B, ...) to (B, C)."""
+        features = inputs.flatten(1)
+        for layer in self.layers[:-1]:
+            features = torch.relu(layer(features))
+        output: torch.Tensor = self.layers[-1](features)
+        return output
+
+
+class ClosedFormSideNetwork(nn.Module):
+    """A ReLU network along few directions, with weights that were computed, not trained.
+
+        t = (x - center) U^T            (B, P)   projections
+        h = relu(t[select] - knots)     (B, M1)  first hidden layer
+        h = relu(h W^T + b)             (B, M2)  second hidden layer, only of three-layer networks
+        g = h A^T + c                   (B, C)
+
+    As a function it is an ordinary network with one or two hidden layers; projections are shared so that it stays
+    small. It computes in its own precision and returns that of the input.
+
+    Args:
+        center: (D,) subtracted first.
+        directions: (P, D) unit vectors U.
+        select: (M1,) which projection each neuron reads.
+        knots: (M1,) where each neuron switches on.
+        output_weight: (C, M) with M the width of the last hidden layer.
+        output_bias: (C,).
+        mixing: (M2, M1) and (M2,) of the second hidden layer, or ``None``.
+    """
+
+    center: torch.Tensor
+    directions: torch.Tensor
+    select: torch.Tensor
+    knots: torch.Tensor
+    output_weight: torch.Tensor
+    output_bias: torch.Tensor
+    mixing_weight: torch.Tensor
+    mixing_bias: torch.Tensor
+
+    def __init__(
+        self,
+        *,
+        center: torch.Tensor,
+        directions: torch.Tensor,
+        select: torch.Tensor,
+        knots: torch.Tensor,
+        output_weight: torch.Tensor,
+        output_bias: torch.Tensor,
+        mixing: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.depth = 2 if mixing is None else 3
+        for name, tensor in (
+            ("center", center),
+            ("directions", directions),
+            ("select", select),
+            ("knots", knots),
+            ("output_weight", output_weight),
+            ("output_bias", output_bias),
+        ):
+            self.register_buffer(name, tensor)
+        if mixing is not None:
+            self.register_buffer("mixing_weight", mixing[0])
+            self.register_buffer("mixing_bias", mixing[1])
+
+    @property
+    def neurons(self) -> int:
+        """ReLU neurons in all hidden layers."""
+        return len(self.knots) + (len(self.mixing_bias) if self.depth == 3 else 0)
+
+    @property
+    def num_numbers(self) -> int:
+        """Numbers that are stored, center and directions included."""
+        return sum(buffer.numel() for buffer in self.buffers())
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(B, ...) to (B, C), in the precision of ``inputs``."""
+        centred = inputs.flatten(1).to(self.center.dtype) - self.center
+        projections = centred @ self.directions.T
+        hidden = torch.relu(projections[:, self.select] - self.knots)
+        if self.depth == 3:
+            hidden = torch.relu(hidden @ self.mixing_weight.T + self.mixing_bias)
+        return (hidden @ self.output_weight.T + self.output_bias).to(inputs.dtype)
+
+    def to_precision(self, dtype: torch.dtype) -> ClosedFormSideNetwork:
+        """A copy that computes in ``dtype``."""
+        tensors = {
+            name: buffer.to(dtype) if buffer.is_floating_point() else buffer for name, buffer in self.named_buffers()
+        }
+        mixing = (tensors.pop("mixing_weight"), tensors.pop("mixing_bias")) if self.depth == 3 else None
+        return ClosedFormSideNetwork(**tensors, mixing=mixing)
