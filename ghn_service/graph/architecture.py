@@ -163,6 +163,8 @@ class ArchitectureGraph:
             initialised by their ``fallback`` rule.
         buffers: Float tensors that are not weights.
         warnings: What was not understood, or what the user should know; sentences.
+        unknown_operators: Operators of the file that are not understood; data flows through them as if they were
+            element-wise.
     """
 
     nodes: tuple[Node, ...]
@@ -170,6 +172,7 @@ class ArchitectureGraph:
     other_parameters: tuple[ParameterSpec, ...] = ()
     buffers: tuple[BufferSpec, ...] = ()
     warnings: tuple[str, ...] = field(default=())
+    unknown_operators: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.nodes or self.nodes[0].op_type != "input":
@@ -273,6 +276,7 @@ def decode_graph(text: str) -> ArchitectureGraph:
             other_parameters=tuple(_spec_from_json(item) for item in body["other_parameters"]),
             buffers=tuple(BufferSpec(item["name"], tuple(item["shape"]), item["kind"]) for item in body["buffers"]),
             warnings=tuple(body["warnings"]),
+            unknown_operators=tuple(body.get("unknown_operators", ())),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidArchitectureError(f"not a JSON architecture graph: {error}") from error

@@ -1,0 +1,247 @@
+"""The state of one reading of an ONNX model, and the few steps that every operator's handler is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx
+
+from ghn_service.graph.onnx_file import FLOAT_TYPES, OnnxFile, OnnxNode, TensorHeader
+from ghn_service.graph.onnx_limits import GraphLimits, check_name, checked_shape, exceeded, invalid, unsupported
+from ghn_service.graph.onnx_names import TorchNames, is_anonymous
+from ghn_service.graph.onnx_patterns import find_patterns
+from ghn_service.graph.onnx_values import CONSTANT, Value, View
+from ghn_service.graph.raw_graph import INPUT, RawGraph, RawNode, Source, TensorUse
+
+_MAX_VIEWS = 16
+
+
+class ReadContext:
+    """Values, raw nodes and weights found so far.
+
+    Attributes:
+        file: The model.
+        graph: The raw graph.
+        patterns: What ``find_patterns`` found.
+        names: Torch names.
+        values: What is known about each value.
+        sources: Every tensor that may be a weight, in file order.
+        unknown_operators: Operators without a handler, with their number of nodes.
+        folded: Labels of convolutions with a batch normalization folded into them.
+        restored: Torch names of zero biases that the exporter dropped.
+    """
+
+    def __init__(self, file: OnnxFile, limits: GraphLimits) -> None:
+        self.file = file
+        self.graph = RawGraph(limits)
+        self.patterns = find_patterns(file)
+        self.names = TorchNames(file)
+        self.values: dict[str, Value] = {"": CONSTANT}
+        self.sources: list[Source] = []
+        self.unknown_operators: dict[str, int] = {}
+        self.folded: list[str] = []
+        self.restored: list[str] = []
+        self._limits = limits
+        self._level = 0
+        self._elements = 0
+        for header in file.initializers.values():
+            self._add_root(header)
+        for header in file.inputs:
+            self._add_input(header)
+
+    # ---- values -------------------------------------------------------------------------------------------------
+
+    def start(self, node: OnnxNode) -> list[Value]:
+        """The values of a node's inputs; sets the level of what the node writes."""
+        values = [self.values[name] for name in node.inputs]
+        self._level = 1 + max((value.level for value in values), default=0)
+        return values
+
+    @property
+    def level(self) -> int:
+        """Level of the node that is being read."""
+        return self._level
+
+    def emit(self, node: OnnxNode, value: Value) -> None:
+        """Gives every output of the node this value."""
+        value = dataclasses.replace(value, level=self._level)
+        for name in node.outputs:
+            self.values[name] = value
+
+    def joined(self, values: list[Value]) -> Value:
+        """A value computed from several by an operator without weights; data wins over weights and constants."""
+        data = [value for value in values if value.flow]
+        if not data:
+            return Value(views=self._derived(values))
+        if len(data) == 1:
+            value = data[0]
+            return Value(flow=value.flow, gate=value.gate, attention=value.attention, spatial=value.spatial)
+        flow = self.graph.union([value.flow for value in data])
+        attention = self.graph.union([value.attention for value in data])
+        return Value(flow=flow, attention=attention, spatial=data[0].spatial)
+
+    def note_activation(self, value: Value, label: str) -> None:
+        """Records that the output of the nodes behind ``value`` passes the activation ``label`` next."""
+        self.graph.spend(len(value.flow))
+        for index in value.flow:
+            node = self.graph.nodes[index]
+            if node.activation is None or (self._level, label) < node.activation:
+                node.activation = (self._level, label)
+
+    def _derived(self, values: list[Value]) -> tuple[View, ...]:
+        views: dict[int, View] = {}
+        alone = sum(bool(value.views) for value in values) == 1
+        for value in values:
+            for view in value.views:
+                if len(views) < _MAX_VIEWS:
+                    views[id(view.source)] = view.derived(keeps_shape=alone)
+        return tuple(views.values())
+
+    # ---- weights ------------------------------------------------------------------------------------------------
+
+    def weight(self, node: OnnxNode, index: int, *, literal: bool = True) -> View | None:
+        """The weight at an operand, or None where the operand is absent, data, or not trainable.
+
+        Args:
+            node: The reading node.
+            index: Index of the operand.
+            literal: Whether constants of the file count as weights too.
+
+        Raises:
+            InvalidArchitectureError: The operand is an empty tensor.
+            UnsupportedArchitectureError: The operand is quantised.
+        """
+        name = node.inputs[index] if index < len(node.inputs) else ""
+        value = self.values[name]
+        if not name or value.flow:
+            return None
+        header = self.file.initializers.get(name)
+        if header is not None and not value.views:
+            self._refuse_operand(header, node)
+        candidates = [view for view in value.views if self.is_trainable(view.source, literal=literal)]
+        if not candidates:
+            for view in value.views:
+                if view.source.kind == "BUFFER":
+                    self.use(node, index, view, "buffer")
+            return None
+        best = max(candidates, key=lambda view: view.source.num_elements)
+        for view in candidates:
+            if view is not best:
+                self.use(node, index, view, "ones")
+        return best
+
+    def is_trainable(self, source: Source, *, literal: bool = False) -> bool:
+        """Whether a tensor is a weight when read outside (``literal=False``) or inside a weight slot."""
+        if source.kind == "CONSTANT":
+            return literal and (source.num_elements > 1 or not source.is_literal)
+        return source.kind != "BUFFER"
+
+    def use(
+        self,
+        node: OnnxNode,
+        index: int,
+        view: View,
+        role: str,
+        *,
+        slot: str = "operand",
+        axes: tuple[int, ...] | None = None,
+    ) -> TensorUse:
+        """Records that a node reads a weight.
+
+        Args:
+            node: The reading node.
+            index: Index of the operand.
+            view: The weight as the operand shows it.
+            role: ``node``, ``buffer``, or a fallback rule.
+            slot: As in ``TorchNames.identify``.
+            axes: The view's axes in torch's order.
+        """
+        torch_name, token = self.names.identify(view.source, node, slot)
+        use = TensorUse(
+            source=view.source,
+            role=role,
+            level=self._level,
+            node=node.label,
+            input_index=index,
+            torch_name=torch_name,
+            token=token,
+            permutation=view.permutation(axes) if axes is not None else (),
+        )
+        view.source.uses.append(use)
+        return use
+
+    def fall_back(self, node: OnnxNode, index: int, rule: str, *, literal: bool = False) -> bool:
+        """Gives every weight at an operand the fallback rule; says whether there was one."""
+        name = node.inputs[index] if index < len(node.inputs) else ""
+        found = False
+        for view in self.values[name].views:
+            if self.is_trainable(view.source, literal=literal):
+                self.use(node, index, view, rule)
+                found = True
+        return found
+
+    def new_source(
+        self, name: str, shape: tuple[int, ...], *, kind: str = "", initializer: str = "", is_literal: bool = False
+    ) -> Source | None:
+        """Registers a tensor; None for an empty one.
+
+        Raises:
+            LimitExceededError: All weights together are over ``max_parameters``.
+        """
+        check_name(name, self._limits)
+        count = checked_shape(name, shape, self._limits)
+        if count == 0:
+            return None
+        if not initializer:
+            self._elements += count
+            if self._elements > self._limits.max_parameters:
+                raise exceeded("parameters", f"at least {self._elements}", self._limits.max_parameters)
+        source = Source(name, initializer or name, shape, kind, is_literal)
+        self.sources.append(source)
+        return source
+
+    def add(self, node: RawNode) -> int:
+        """Appends a raw node at the present level."""
+        node.level = self._level
+        return self.graph.add(node)
+
+    # ---- roots --------------------------------------------------------------------------------------------------
+
+    def kind_of(self, name: str, shape: tuple[int, ...]) -> str:
+        """The kind of an initializer or input, as in ``Source.kind``."""
+        declared = self.file.kinds.get(name) or self.patterns.input_kinds.get(name)
+        if declared:
+            return declared
+        is_scalar = all(size == 1 for size in shape)
+        if self.file.is_torch and (is_anonymous(name) or (is_scalar and self.file.has_kinds)):
+            return "CONSTANT"
+        return "CONSTANT" if is_scalar and not self.file.is_torch else ""
+
+    def _add_root(self, header: TensorHeader) -> None:
+        shape = header.shape or ()
+        self.values[header.name] = CONSTANT
+        if header.data_type not in FLOAT_TYPES:
+            checked_shape(header.name, shape, self._limits)
+            return
+        source = self.new_source(header.name, shape, kind=self.kind_of(header.name, shape))
+        if source is not None:
+            self.values[header.name] = Value(views=(View.of(source),))
+
+    def _add_input(self, header: TensorHeader) -> None:
+        kind = self.file.kinds.get(header.name) or self.patterns.input_kinds.get(header.name)
+        if kind is None:
+            spatial = header.shape[2:] if header.shape is not None and len(header.shape) > 2 else None
+            self.values[header.name] = Value(flow=INPUT, spatial=spatial)
+            return
+        if header.shape is None:
+            raise invalid(f"the weight {header.name!r} has no fixed shape; export the model with static weight shapes")
+        self._add_root(header)
+
+    def _refuse_operand(self, header: TensorHeader, node: OnnxNode) -> None:
+        if header.data_type not in FLOAT_TYPES:
+            kind = onnx.TensorProto.DataType.Name(header.data_type) if header.data_type else "no type"
+            raise unsupported(
+                f"node {node.label!r} ({node.op_type}) has the weight {header.name!r} of type {kind};"
+                " weights must be floating point: export the network before quantising it"
+            )
+        raise invalid(f"the weight {header.name!r} of node {node.label!r} has shape {header.shape}, which is empty")

@@ -1,0 +1,224 @@
+"""Handlers of arithmetic between values: branches that meet, gates, biases, scales, position embeddings."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ghn_service.graph.onnx_context import ReadContext
+from ghn_service.graph.onnx_file import OnnxNode
+from ghn_service.graph.onnx_layers import add_bias, out_features
+from ghn_service.graph.onnx_values import Value, View
+from ghn_service.graph.raw_graph import INPUT, RawNode
+from ghn_service.graph.reference_quirks import has_position_grid
+
+_PRODUCT_ACTIVATIONS = {"sigmoid": "silu", "hardsigmoid": "hardswish", "relu6": "hardswish", "tanh": "gelu"}
+_TRANSPARENT = frozenset(
+    {"Identity", "Cast", "CastLike", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Dropout", "Mul", "Div", "Where",
+     "Flatten", "Expand"}
+)  # fmt: skip
+_MAX_LOOK_AHEAD = 12
+
+
+def read_add(context: ReadContext, node: OnnxNode) -> None:
+    """Add, Sum and Mean of values: two branches meet, or a bias or position embedding is added to one."""
+    data = context.start(node)
+    flowing = [value for value in data if value.flow]
+    if len(flowing) == 1:
+        _add_weights(context, node, data, flowing[0])
+    elif node.outputs[0] in context.patterns.logit_additions and flowing:
+        branches = [value for value in flowing if value.flow != INPUT] or flowing
+        context.emit(node, Value(flow=context.graph.union([value.flow for value in branches])))
+    elif len({value.flow for value in flowing}) > 1:
+        context.emit(node, _meeting(context, node, "sum", flowing))
+    else:
+        context.emit(node, context.joined(data))
+
+
+def read_concat(context: ReadContext, node: OnnxNode) -> None:
+    """Concat: two branches meet; a weight among them is a token."""
+    data = context.start(node)
+    flowing = [value for value in data if value.flow]
+    if flowing:
+        for index, value in enumerate(data):
+            if not value.flow and value.views:
+                context.fall_back(node, index, "truncated_normal")
+    if len({value.flow for value in flowing}) > 1:
+        context.emit(node, _meeting(context, node, "concat", flowing))
+    else:
+        joined = context.joined(data)
+        context.emit(node, dataclasses.replace(joined, gate="", attention=frozenset()) if flowing else joined)
+
+
+def read_multiply(context: ReadContext, node: OnnxNode) -> None:
+    """Mul: a squeeze-and-excitation gate, the second half of an activation, or a scale."""
+    data = context.start(node)
+    if node.outputs[0] in context.patterns.layer_norms | context.patterns.other_norms:
+        read_normalized(context, node, data)
+        return
+    flowing = [value for value in data if value.flow]
+    if len(flowing) == 2:
+        context.emit(node, _product(context, node, flowing))
+    elif len(flowing) == 1:
+        _scale(context, node, data, flowing[0])
+    else:
+        context.emit(node, context.joined(data))
+
+
+def read_divide(context: ReadContext, node: OnnxNode) -> None:
+    """Div: the end of a written-out normalisation, or mere arithmetic."""
+    data = context.start(node)
+    if node.outputs[0] in context.patterns.layer_norms | context.patterns.other_norms:
+        read_normalized(context, node, data)
+    else:
+        combine(context, node, data, "ones")
+
+
+def read_normalized(context: ReadContext, node: OnnxNode, data: list[Value]) -> None:
+    """The last node of a written-out normalisation, whose scale and shift may follow."""
+    if not data[0].flow and data[0].views:
+        context.emit(node, context.joined(data))
+        return
+    kind = "layer" if node.outputs[0] in context.patterns.layer_norms else "other"
+    flow = context.graph.union([value.flow for value in data])
+    context.emit(node, Value(flow=flow, normalized=kind, spatial=data[0].spatial))
+
+
+def read_arithmetic(context: ReadContext, node: OnnxNode) -> None:
+    """Sub, Max, Min and the like: data passes; a weight among the operands starts at zero."""
+    combine(context, node, context.start(node), "zeros")
+
+
+def read_power(context: ReadContext, node: OnnxNode) -> None:
+    """Pow: data passes; a trainable exponent starts at one."""
+    combine(context, node, context.start(node), "ones")
+
+
+def read_where(context: ReadContext, node: OnnxNode) -> None:
+    """Where: data of the two alternatives passes, the condition does not."""
+    data = context.start(node)
+    for index in (1, 2):
+        if any(value.flow for value in data[1:]):
+            context.fall_back(node, index, "zeros")
+    context.emit(node, context.joined(data[1:]))
+
+
+def combine(context: ReadContext, node: OnnxNode, data: list[Value], rule: str) -> None:
+    """Unites the data of all operands; weights among them get the fallback ``rule``."""
+    if any(value.flow for value in data):
+        for index, value in enumerate(data):
+            if not value.flow and value.views:
+                context.fall_back(node, index, rule)
+    context.emit(node, context.joined(data))
+
+
+def _meeting(context: ReadContext, node: OnnxNode, op_type: str, branches: list[Value]) -> Value:
+    flow = context.graph.union([value.flow for value in branches])
+    index = context.add(RawNode(op_type, 0, 2, node.label, set(flow)))
+    return Value(flow=frozenset({index}), spatial=branches[0].spatial)
+
+
+def _product(context: ReadContext, node: OnnxNode, factors: list[Value]) -> Value:
+    first, second = factors
+    if first.flow == second.flow:
+        gate, other = (first, second) if first.gate else (second, first)
+        _rename_activation(context, other if gate.gate else first)
+        return Value(flow=first.flow, spatial=first.spatial)
+    if not (first.gate or second.gate):
+        return context.joined(factors)
+    gate, feature = (first, second) if first.gate else (second, first)
+    flow = context.graph.union([gate.flow, feature.flow])
+    raw = RawNode("cse", 0, 2, node.label, set(flow), gate=gate.flow, feature=feature.flow)
+    return Value(flow=frozenset({context.add(raw)}), spatial=feature.spatial)
+
+
+def _rename_activation(context: ReadContext, value: Value) -> None:
+    """``x * sigmoid(x)`` is SiLU, and so on."""
+    for index in value.flow:
+        raw = context.graph.nodes[index]
+        if raw.activation is not None and raw.activation[1] in _PRODUCT_ACTIVATIONS:
+            raw.activation = (raw.activation[0], _PRODUCT_ACTIVATIONS[raw.activation[1]])
+
+
+def _scale(context: ReadContext, node: OnnxNode, data: list[Value], value: Value) -> None:
+    index = next(position for position, item in enumerate(data) if item is not value)
+    view = next((item for item in data[index].views if context.is_trainable(item.source)), None)
+    if view is None:
+        keeps = dataclasses.replace(value, layer=-1, norm=-1, normalized="")
+        context.emit(node, keeps)
+    elif value.normalized == "layer" and view.source.is_vector and view.source.num_elements > 1:
+        use = context.use(node, index, view, "node", slot="operand")
+        raw = RawNode("ln", 0, 0, use.torch_name or view.source.name, set(value.flow), use)
+        norm = context.add(raw)
+        context.emit(node, Value(flow=frozenset({norm}), norm=norm, spatial=value.spatial))
+    else:
+        is_layer_scale = not value.normalized and view.source.is_vector and _meets_branch(context, node)
+        context.fall_back(node, index, "layer_scale" if is_layer_scale else "ones")
+        context.emit(node, Value(flow=value.flow, normalized=value.normalized, spatial=value.spatial))
+
+
+def _meets_branch(context: ReadContext, node: OnnxNode) -> bool:
+    """Whether a node's output is added to another branch, with nothing but views and scales in between."""
+    for _ in range(_MAX_LOOK_AHEAD):
+        readers = context.patterns.consumers.get(node.outputs[0], [])
+        if len(readers) != 1:
+            return False
+        node = readers[0]
+        if node.op_type in ("Add", "Sum"):
+            known = (context.values.get(name) for name in node.inputs)
+            return not any(value is not None and not value.flow for value in known)
+        if node.op_type not in _TRANSPARENT:
+            return False
+    return False
+
+
+def _add_weights(context: ReadContext, node: OnnxNode, data: list[Value], value: Value) -> None:
+    """Adds constants and weights to a single branch."""
+    result = dataclasses.replace(value, layer=-1, norm=-1, shifted=True)
+    for index, operand in enumerate(data):
+        if operand is value:
+            continue
+        view = _added_weight(context, operand, value)
+        if view is not None:
+            result = _add_weight(context, node, index, view, value)
+    context.emit(node, result)
+
+
+def _added_weight(context: ReadContext, operand: Value, value: Value) -> View | None:
+    """The weight among what is added; a folded constant counts where it fits as the bias of the layer before."""
+    for view in operand.views:
+        if context.is_trainable(view.source, literal=_fits_bias(context, view, value)):
+            return view
+    return None
+
+
+def _fits_bias(context: ReadContext, view: View, value: Value) -> bool:
+    if value.layer < 0 or not view.source.is_vector:
+        return False
+    features = out_features(context, value.layer)
+    return context.graph.nodes[value.layer].bias < 0 and view.source.num_elements == features
+
+
+def _add_weight(context: ReadContext, node: OnnxNode, index: int, view: View, value: Value) -> Value:
+    if _fits_bias(context, view, value):
+        end = add_bias(context, node, value.layer, index, view)
+        return Value(flow=frozenset({end}), spatial=value.spatial)
+    if value.norm >= 0 and view.source.is_vector and context.graph.nodes[value.norm].norm_bias is None:
+        norm_bias = context.use(node, index, view, "node", slot="operand")
+        context.graph.nodes[value.norm].norm_bias = norm_bias
+        return Value(flow=value.flow, spatial=value.spatial)
+    if node.outputs[0] in context.patterns.logit_additions:
+        context.use(node, index, view, "truncated_normal")
+        return Value(flow=value.flow)
+    if view.order is not None and has_position_grid(view.source.shape) and view.shape is not None:
+        return _add_positions(context, node, index, view, value)
+    context.use(node, index, view, "zeros" if view.source.is_vector else "truncated_normal")
+    return Value(flow=value.flow, spatial=value.spatial)
+
+
+def _add_positions(context: ReadContext, node: OnnxNode, index: int, view: View, value: Value) -> Value:
+    """A position embedding is a node without predecessors, summed with the tokens."""
+    use = context.use(node, index, view, "node", slot="operand")
+    name = use.torch_name or view.source.name
+    position = context.add(RawNode("pos_enc", 0, 1, name, set(), use))
+    total = context.add(RawNode("sum", 0, 2, node.label, {*value.flow, position}))
+    return Value(flow=frozenset({total}), spatial=value.spatial)

@@ -1,0 +1,355 @@
+"""An ONNX model as a flat list of nodes over named values: functions expanded, order and names checked.
+
+Values keep their names; inside an expanded function they get a prefix. Tensor data is never touched, except that
+``OnnxFile.integers`` reads up to 64 inline integers (axes and target shapes). External data is never opened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy
+import onnx
+
+from ghn_service.graph.onnx_limits import (
+    ONNX_DOMAINS,
+    FunctionKey,
+    GraphLimits,
+    called_key,
+    check_name,
+    function_key,
+    invalid,
+    parse_model,
+    subgraphs,
+)
+
+PARAMETERS_KEY = "ghn.parameters"
+BUFFERS_KEY = "ghn.buffers"
+FLOAT_TYPES = frozenset(
+    {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16}
+)
+_INTEGER_DTYPES = {onnx.TensorProto.INT64: "<i8", onnx.TensorProto.INT32: "<i4"}
+_MAX_INTEGERS = 64
+_MAX_PREFIX = 200
+_KIND_KEY = "pkg.torch.export.graph_signature.InputSpec.kind"
+
+
+@dataclass(slots=True)
+class OnnxNode:
+    """One node: its operator, the names of its values, and access to its attributes."""
+
+    op_type: str
+    domain: str
+    inputs: list[str]
+    outputs: list[str]
+    name: str
+    proto: onnx.NodeProto
+    bindings: Mapping[str, onnx.AttributeProto] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The node's name, or that of its first output where it has none."""
+        return self.name or next((name for name in self.outputs if name), self.op_type)
+
+    def attribute(self, name: str) -> onnx.AttributeProto | None:
+        """The attribute ``name``, resolved through the function call that this node came from."""
+        for attribute in self.proto.attribute:
+            if attribute.name == name:
+                if attribute.ref_attr_name:
+                    return self.bindings.get(attribute.ref_attr_name)
+                return attribute
+        return None
+
+    def integer(self, name: str, default: int) -> int:
+        """An integer attribute."""
+        attribute = self.attribute(name)
+        return default if attribute is None else attribute.i
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        """A list-of-integers attribute; empty if it is absent."""
+        attribute = self.attribute(name)
+        return () if attribute is None else tuple(attribute.ints)
+
+    def text(self, name: str) -> str:
+        """A string attribute; "" if it is absent."""
+        attribute = self.attribute(name)
+        return "" if attribute is None else attribute.s.decode("utf-8", "replace")
+
+    def metadata(self) -> dict[str, str]:
+        """The metadata that the exporter wrote on the node."""
+        return {entry.key: entry.value for entry in self.proto.metadata_props}
+
+
+@dataclass(slots=True)
+class TensorHeader:
+    """Type and shape of a tensor; ``shape`` is None where a size is symbolic or unknown."""
+
+    name: str
+    data_type: int
+    shape: tuple[int, ...] | None
+
+
+@dataclass(slots=True)
+class OnnxFile:
+    """A checked model, ready for reading.
+
+    Attributes:
+        nodes: All nodes, each after the nodes that it reads.
+        inputs: Graph inputs that have no initializer, in order.
+        outputs: Names of the graph outputs.
+        initializers: Headers of the initializers.
+        kinds: ``PARAMETER`` or ``BUFFER`` for values that the exporter or the client declared as such.
+        has_kinds: Whether the file declares kinds at all.
+        is_torch: Whether one of torch's exporters wrote the file.
+        value_shapes: Protos with the shapes of intermediate values, where the file has them.
+    """
+
+    nodes: list[OnnxNode]
+    inputs: list[TensorHeader]
+    outputs: list[str]
+    initializers: dict[str, TensorHeader]
+    kinds: dict[str, str]
+    has_kinds: bool
+    is_torch: bool
+    value_shapes: dict[str, onnx.ValueInfoProto]
+    tensors: dict[str, onnx.TensorProto]
+    producers: dict[str, OnnxNode]
+
+    def integers(self, name: str) -> tuple[int, ...] | None:
+        """The integers that the value ``name`` holds, if it is a small inline constant."""
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            producer = self.producers.get(name)
+            if producer is None or producer.op_type != "Constant":
+                return None
+            for attribute in producer.proto.attribute:
+                if attribute.name == "value_int":
+                    return (attribute.i,)
+                if attribute.name == "value_ints":
+                    return tuple(attribute.ints[:_MAX_INTEGERS])
+                if attribute.name == "value":
+                    tensor = attribute.t
+        return None if tensor is None else _inline_integers(tensor)
+
+    def value_shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape that the file states for a value, if it states a fixed one."""
+        info = self.value_shapes.get(name)
+        return None if info is None else _static_shape(info)
+
+
+def load_file(data: bytes, limits: GraphLimits) -> OnnxFile:
+    """Parses and checks a model.
+
+    Raises:
+        InvalidArchitectureError: The bytes are no well-formed model.
+        UnsupportedArchitectureError: The model needs a newer reader.
+        LimitExceededError: The model is over a limit.
+    """
+    model = parse_model(data, limits)
+    graph = model.graph
+    initializers: dict[str, TensorHeader] = {}
+    for tensor in graph.initializer:
+        if not tensor.name:
+            raise invalid("an initializer has no name")
+        if tensor.name in initializers:
+            raise invalid(f"the initializer {tensor.name!r} is defined twice")
+        check_name(tensor.name, limits)
+        initializers[tensor.name] = TensorHeader(tensor.name, tensor.data_type, tuple(tensor.dims))
+    inputs = _read_inputs(graph, initializers, limits)
+    kinds, has_kinds = _read_kinds(model, initializers, inputs)
+    nodes = list(_flat_nodes(model))
+    outputs = [output.name for output in graph.output]
+    producers = _check_names(nodes, [header.name for header in inputs], initializers, outputs, limits)
+    return OnnxFile(
+        nodes=nodes,
+        inputs=inputs,
+        outputs=outputs,
+        initializers=initializers,
+        kinds=kinds,
+        has_kinds=has_kinds,
+        is_torch=model.producer_name == "pytorch",
+        value_shapes={info.name: info for info in graph.value_info},
+        tensors={tensor.name: tensor for tensor in graph.initializer},
+        producers=producers,
+    )
+
+
+def _read_inputs(
+    graph: onnx.GraphProto, initializers: Mapping[str, TensorHeader], limits: GraphLimits
+) -> list[TensorHeader]:
+    inputs: list[TensorHeader] = []
+    seen: set[str] = set()
+    for info in graph.input:
+        if not info.name:
+            raise invalid("a graph input has no name")
+        if info.name in seen:
+            raise invalid(f"the graph input {info.name!r} is defined twice")
+        seen.add(info.name)
+        if info.name in initializers:
+            continue
+        check_name(info.name, limits)
+        inputs.append(TensorHeader(info.name, info.type.tensor_type.elem_type, _static_shape(info)))
+    return inputs
+
+
+def _read_kinds(
+    model: onnx.ModelProto, initializers: Mapping[str, TensorHeader], inputs: list[TensorHeader]
+) -> tuple[dict[str, str], bool]:
+    kinds: dict[str, str] = {}
+    names = {header.name for header in inputs}
+    for infos in (model.graph.input, model.graph.value_info):
+        for info in infos:
+            if info.metadata_props and (info.name in initializers or info.name in names):
+                for entry in info.metadata_props:
+                    if entry.key == _KIND_KEY and entry.value in ("PARAMETER", "BUFFER"):
+                        kinds[info.name] = entry.value
+    for entry in model.metadata_props:
+        if entry.key in (PARAMETERS_KEY, BUFFERS_KEY):
+            kind = "PARAMETER" if entry.key == PARAMETERS_KEY else "BUFFER"
+            for name in _json_names(entry.key, entry.value):
+                kinds[name] = kind
+    return kinds, bool(kinds)
+
+
+def _json_names(key: str, text: str) -> list[str]:
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise invalid(f"the model's metadata {key!r} must be a JSON list of names") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise invalid(f"the model's metadata {key!r} must be a JSON list of names")
+    return names
+
+
+def _static_shape(info: onnx.ValueInfoProto) -> tuple[int, ...] | None:
+    tensor_type = info.type.tensor_type
+    if not tensor_type.HasField("shape"):
+        return None
+    sizes = []
+    for dim in tensor_type.shape.dim:
+        if not dim.HasField("dim_value"):
+            return None
+        sizes.append(dim.dim_value)
+    return tuple(sizes)
+
+
+@dataclass(slots=True)
+class _Frame:
+    """A body that is being expanded: its nodes still to come, and how its names read outside."""
+
+    nodes: Iterator[onnx.NodeProto]
+    names: Mapping[str, str]
+    prefix: str
+    bindings: Mapping[str, onnx.AttributeProto]
+
+
+def _flat_nodes(model: onnx.ModelProto) -> Iterator[OnnxNode]:
+    functions: dict[FunctionKey, onnx.FunctionProto] = {function_key(item): item for item in model.functions}
+    stack = [_Frame(iter(model.graph.node), {}, "", {})]
+    expansions = 0
+    while stack:
+        frame = stack[-1]
+        proto = next(frame.nodes, None)
+        if proto is None:
+            stack.pop()
+            continue
+        node = _read_node(proto, frame)
+        function = functions.get(called_key(proto)) if functions else None
+        if function is None:
+            yield node
+        else:
+            expansions += 1
+            prefix = f"{node.label}#{expansions}/"
+            stack.append(_enter(function, node, prefix if len(prefix) < _MAX_PREFIX else f"#{expansions}/"))
+
+
+def _read_node(proto: onnx.NodeProto, frame: _Frame) -> OnnxNode:
+    inputs, outputs, name = list(proto.input), list(proto.output), proto.name
+    for graph in subgraphs(proto) if proto.attribute else ():
+        inputs.extend(_captured(graph))
+    if frame.prefix:
+        inputs = [frame.names.get(item, frame.prefix + item) if item else "" for item in inputs]
+        outputs = [frame.names.get(item, frame.prefix + item) if item else "" for item in outputs]
+        name = frame.prefix + name
+    domain = "" if proto.domain in ONNX_DOMAINS else proto.domain
+    return OnnxNode(proto.op_type, domain, inputs, outputs, name, proto, frame.bindings)
+
+
+def _enter(function: onnx.FunctionProto, call: OnnxNode, prefix: str) -> _Frame:
+    if len(call.inputs) > len(function.input) or len(call.outputs) > len(function.output):
+        raise invalid(f"node {call.label!r} passes more values than the function {function.name!r} has")
+    names = dict(zip(function.input, call.inputs + [""] * len(function.input), strict=False))
+    names.update((inner, outer) for inner, outer in zip(function.output, call.outputs, strict=False) if outer)
+    bindings = {item.name: item for item in function.attribute_proto}
+    for attribute in call.proto.attribute:
+        resolved = call.attribute(attribute.name)
+        if resolved is not None:
+            bindings[attribute.name] = resolved
+    return _Frame(iter(function.node), names, prefix, bindings)
+
+
+def _captured(graph: onnx.GraphProto) -> list[str]:
+    """Names that a subgraph reads from outside."""
+    defined = {tensor.name for tensor in graph.initializer} | {info.name for info in graph.input}
+    found: dict[str, None] = {}
+    for node in graph.node:
+        names = list(node.input)
+        for inner in subgraphs(node):
+            names.extend(_captured(inner))
+        found.update((name, None) for name in names if name and name not in defined)
+        defined.update(node.output)
+    found.update((info.name, None) for info in graph.output if info.name and info.name not in defined)
+    return list(found)
+
+
+def _check_names(
+    nodes: list[OnnxNode],
+    inputs: list[str],
+    initializers: Mapping[str, TensorHeader],
+    outputs: list[str],
+    limits: GraphLimits,
+) -> dict[str, OnnxNode]:
+    defined = {*inputs, *initializers, ""}
+    producers: dict[str, OnnxNode] = {}
+    for node in nodes:
+        for name in node.inputs:
+            if name not in defined:
+                raise invalid(_why_undefined(name, node, nodes))
+        for name in node.outputs:
+            if name:
+                if name in defined:
+                    raise invalid(f"the value {name!r}, written by node {node.label!r}, is defined twice")
+                defined.add(name)
+                producers[name] = node
+    for name in outputs:
+        if not name or name not in defined:
+            raise invalid(f"the graph output {name!r} is written by no node")
+    return producers
+
+
+def _why_undefined(name: str, node: OnnxNode, nodes: list[OnnxNode]) -> str:
+    if any(name in other.outputs for other in nodes):
+        return (
+            f"node {node.label!r} reads {name!r} before it is written: the nodes are in a cycle or not in"
+            " topological order"
+        )
+    return f"node {node.label!r} reads {name!r}, which nothing writes"
+
+
+def _inline_integers(tensor: onnx.TensorProto) -> tuple[int, ...] | None:
+    dtype = _INTEGER_DTYPES.get(tensor.data_type)
+    if dtype is None or tensor.data_location == onnx.TensorProto.EXTERNAL:
+        return None
+    count = 1
+    for size in tensor.dims:
+        count *= size
+    if not 0 <= count <= _MAX_INTEGERS:
+        return None
+    if tensor.raw_data:
+        if len(tensor.raw_data) != count * numpy.dtype(dtype).itemsize:
+            return None
+        return tuple(numpy.frombuffer(tensor.raw_data, dtype=dtype).tolist())
+    values = tensor.int64_data if tensor.data_type == onnx.TensorProto.INT64 else tensor.int32_data
+    return tuple(values) if len(values) == count else None

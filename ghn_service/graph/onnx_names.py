@@ -1,0 +1,203 @@
+"""Torch's own parameter names, recovered from what its exporters leave on the nodes.
+
+The newer exporter writes on every node the line of the traced program that it came from, whose arguments name the
+parameters with dots turned into underscores (``%p_layer1_0_conv1_weight``), and the path of the module. That tells the
+uses of a merged initializer apart, names folded and transposed weights, and shows biases that an optimisation dropped
+because they were zero. The older exporter keeps names, aliases merged tensors with Identity nodes, and puts the module
+path into the node's name (``/layer1/layer1.0/conv1/Conv``).
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cached_property
+
+from ghn_service.graph.onnx_file import OnnxFile, OnnxNode
+from ghn_service.graph.raw_graph import Source
+
+_FX_KEY = "pkg.torch.onnx.fx_node"
+_SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+_CLASSES_KEY = "pkg.torch.onnx.class_hierarchy"
+_TOKEN = re.compile(r"%([pb]_\w+)")
+_TARGET = re.compile(r"target=torch\.ops\.aten\.(\w+)")
+_ANONYMOUS = re.compile(r"(?:val_\d+|_val_\d+|onnx::\w+_\d+|.*/Constant(?:_\d+)?_output_\d+)$")
+_ALIAS_NODE = re.compile(r"Identity_\d+$")
+_NOT_IDENTIFIER = re.compile(r"\W")
+
+_WEIGHT_BIAS = ("weight", "bias")
+_SLOTS: dict[str, tuple[str, ...]] = {
+    "addmm": ("bias", "weight"),
+    **dict.fromkeys(
+        (
+            "linear", "conv1d", "conv2d", "conv3d", "convolution", "layer_norm", "native_layer_norm", "group_norm",
+            "native_group_norm", "instance_norm", "batch_norm", "native_batch_norm", "cudnn_batch_norm",
+            "_native_batch_norm_legit", "_native_batch_norm_legit_functional",
+            "_native_batch_norm_legit_no_training", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+        ),
+        _WEIGHT_BIAS,
+    ),
+}  # fmt: skip
+_LAYER_OPS = frozenset({"linear", "addmm", "conv1d", "conv2d", "conv3d", "convolution"})
+_CONV_OPS = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
+# Parameters of torch modules whose own name ends like a submodule's weight or bias.
+_PLAIN_ATTRIBUTES = frozenset(
+    {"in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
+)
+
+
+def is_anonymous(name: str) -> bool:
+    """Whether one of torch's exporters made up this value name."""
+    return _ANONYMOUS.match(name) is not None
+
+
+class TorchNames:
+    """Names of the parameters behind the operands of nodes."""
+
+    def __init__(self, file: OnnxFile) -> None:
+        self._file = file
+
+    def identify(self, source: Source, node: OnnxNode, slot: str) -> tuple[str, str]:
+        """The torch name of ``source`` as ``node`` uses it in ``slot``, and a token that tells uses apart.
+
+        Args:
+            source: The tensor.
+            node: The node that reads it.
+            slot: ``weight``, ``bias``, ``running_mean``, ``running_var`` or ``operand``.
+
+        Returns:
+            The torch name, "" if it cannot be told, and the token, "" if there is none.
+        """
+        if not self._file.is_torch:
+            return "", ""
+        metadata = node.metadata() if node.proto.metadata_props else {}
+        token = self._token(source, metadata.get(_FX_KEY, ""), slot)
+        if token:
+            if _mangled(source.name) == token[2:] and not is_anonymous(source.name):
+                return source.name, token
+            return self._demangled(token, _scopes(metadata)), token
+        if source.kind == "CONSTANT" or is_anonymous(source.name):
+            return self._from_path(node, metadata, slot), ""
+        known = source.kind or not self._file.has_kinds
+        return (source.name if known else ""), ""
+
+    def dropped_bias(self, node: OnnxNode) -> tuple[str, str]:
+        """Torch name and token of a bias that the exporter left out of ``node`` because it was zero."""
+        operator, tokens = self._call(node)
+        slots = _SLOTS.get(operator, ())
+        if operator not in _LAYER_OPS or len(tokens) < 2 or len(tokens) != len(slots):
+            return "", ""
+        token = tokens[slots.index("bias")]
+        return self._demangled(token, _scopes(node.metadata())), token
+
+    def is_folded_bias(self, source: Source, node: OnnxNode) -> bool:
+        """Whether the bias of a convolution is what remains of a batch normalization folded into it."""
+        if not self._file.is_torch:
+            return False
+        operator, tokens = self._call(node)
+        if operator:
+            return operator in _CONV_OPS and len(tokens) == 1
+        return source.name.startswith("onnx::Conv_")
+
+    def module_class(self, node: OnnxNode) -> str:
+        """Class of the innermost module around ``node``, without its package; "" if it is not known."""
+        text = next((item.value for item in node.proto.metadata_props if item.key == _CLASSES_KEY), "")
+        classes = _string_list(text)
+        return classes[-2].rpartition(".")[2] if len(classes) > 1 else ""
+
+    def is_alias(self, node: OnnxNode) -> bool:
+        """Whether ``node`` is an Identity with which the older exporter gives a merged tensor its own name back."""
+        return self._file.is_torch and node.op_type == "Identity" and _ALIAS_NODE.match(node.name) is not None
+
+    def _call(self, node: OnnxNode) -> tuple[str, list[str]]:
+        text = next((item.value for item in node.proto.metadata_props if item.key == _FX_KEY), "")
+        target = _TARGET.search(text)
+        if target is None:
+            return "", []
+        return target.group(1), [token for token in _TOKEN.findall(text) if token.startswith("p_")]
+
+    def _token(self, source: Source, text: str, slot: str) -> str:
+        tokens = _TOKEN.findall(text)
+        if not tokens:
+            return ""
+        own = _mangled(source.name)
+        target = _TARGET.search(text)
+        slots = _SLOTS.get(target.group(1), ()) if target else ()
+        if slot in ("running_mean", "running_var"):
+            return next((token for token in tokens if token.startswith("b_") and token.endswith(slot)), "")
+        parameters = [token for token in tokens if token.startswith("p_")]
+        if slot in slots and slots.index(slot) < len(parameters) <= len(slots):
+            return parameters[slots.index(slot)]
+        exact = [token for token in tokens if token[2:] == own]
+        if exact:
+            return exact[0]
+        return tokens[0] if slot == "operand" and len(tokens) == 1 else ""
+
+    def _demangled(self, token: str, scopes: list[str]) -> str:
+        known = self._known.get(token[2:])
+        if known is not None:
+            return known
+        text = token[2:]
+        for scope in reversed(scopes):
+            prefix = _mangled(scope) + "_" if scope else ""
+            if not text.startswith(prefix):
+                continue
+            rest = text[len(prefix) :]
+            stem, _, leaf = rest.rpartition("_")
+            if stem and leaf in _WEIGHT_BIAS and rest not in _PLAIN_ATTRIBUTES:
+                rest = f"{stem}.{leaf}"
+            return f"{scope}.{rest}" if scope else rest
+        return ""
+
+    def _from_path(self, node: OnnxNode, metadata: dict[str, str], slot: str) -> str:
+        if slot not in _WEIGHT_BIAS:
+            return ""
+        scopes = _scopes(metadata)
+        path = scopes[-1] if scopes else _path_of(node.name)
+        return f"{path}.{slot}" if path else ""
+
+    @cached_property
+    def _known(self) -> dict[str, str]:
+        names = [*self._file.initializers, *(header.name for header in self._file.inputs)]
+        return {_mangled(name): name for name in names if not is_anonymous(name)}
+
+
+def sibling_name(name: str, *, of_bias: bool) -> str:
+    """The torch name of a layer's weight, given that of its bias (``of_bias``), or the other way round."""
+    have, want = ("bias", "weight") if of_bias else ("weight", "bias")
+    stem, _, leaf = name.rpartition(".")
+    if leaf == have:
+        return f"{stem}.{want}" if stem else want
+    if leaf == f"in_proj_{have}":
+        return f"{stem}.in_proj_{want}" if stem else f"in_proj_{want}"
+    return ""
+
+
+def _mangled(name: str) -> str:
+    return _NOT_IDENTIFIER.sub("_", name)
+
+
+def _scopes(metadata: dict[str, str]) -> list[str]:
+    """Paths of the modules around a node, outermost first."""
+    return _string_list(metadata.get(_SCOPES_KEY, ""))[:-1]
+
+
+def _string_list(text: str) -> list[str]:
+    try:
+        value = ast.literal_eval(text) if text.startswith("[") and len(text) < 10_000 else []
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return []
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+
+
+def _path_of(node_name: str) -> str:
+    """The module path in a node name such as ``/layer1/layer1.0/conv1/Conv``."""
+    if not node_name.startswith("/"):
+        return ""
+    path: list[str] = []
+    for part in node_name.split("/")[1:-1]:
+        if path and part.startswith(path[-1] + "."):
+            path[-1] = part
+        else:
+            path.append(part)
+    return ".".join(path)

@@ -1,0 +1,158 @@
+"""The graph while it is being read: every candidate node, before the passes decide which stay.
+
+A raw node is anything that might become a node of the architecture graph. ``level`` is the length of the longest path
+of ONNX nodes before it, which does not depend on the order of nodes in the file; every edge goes to a higher
+``(level, rank)``, so sorting by it is a topological order that is the same for every valid order of the same file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ghn_service.graph.onnx_limits import GraphLimits, exceeded
+
+Flow = frozenset[int]
+NOTHING: Flow = frozenset()
+INPUT: Flow = frozenset({0})
+
+
+@dataclass(slots=True, eq=False)
+class Source:
+    """A float tensor of the file that may turn out to be a weight.
+
+    Attributes:
+        name: Name of the value; for an exporter's alias of a merged initializer, the alias.
+        initializer: Name of the initializer, graph input or weight-producing value behind it.
+        shape: Stored shape.
+        kind: ``PARAMETER`` or ``BUFFER`` where declared; ``CONSTANT`` for what an exporter folded or wrote as a
+            literal, which is a weight only where it feeds a weight slot; "" where nothing is known.
+        is_literal: Whether it comes from a Constant node rather than from an initializer or input.
+        uses: Every place where it acts as a weight, in reading order.
+    """
+
+    name: str
+    initializer: str
+    shape: tuple[int, ...]
+    kind: str = ""
+    is_literal: bool = False
+    uses: list[TensorUse] = field(default_factory=list)
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether at most one axis is longer than 1: biases, norm weights, layer scales."""
+        return sum(size > 1 for size in self.shape) <= 1
+
+    @property
+    def num_elements(self) -> int:
+        """Number of scalars."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(slots=True, eq=False)
+class TensorUse:
+    """One place where a source acts as a weight.
+
+    Attributes:
+        source: The tensor.
+        role: ``node`` for a tensor that a graph node stands for, ``buffer``, or the name of a fallback rule.
+        level: Level of the reading node.
+        node: Label of the reading ONNX node; "" where the exporter dropped the operand.
+        input_index: Which input of that node.
+        torch_name: ``state_dict`` key of this use, where it can be told.
+        token: What tells uses of one merged initializer apart; "" where nothing does.
+        permutation: As in ``ParameterSpec``.
+        is_scale: Whether this is a normalisation's weight rather than a bias.
+    """
+
+    source: Source
+    role: str
+    level: int
+    node: str
+    input_index: int
+    torch_name: str = ""
+    token: str = ""
+    permutation: tuple[int, ...] = ()
+    is_scale: bool = False
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """Uses with equal keys read the same weight."""
+        return id(self.source), self.token if self.source.is_vector or self.role != "node" else ""
+
+
+@dataclass(slots=True, eq=False)
+class RawNode:
+    """A candidate node; the fields are those of ``architecture.Node`` plus what the passes need.
+
+    Attributes:
+        op_type: Op type that it gets if it stays.
+        level: See the module docstring.
+        rank: Order among nodes of one level.
+        name: Name of the operation or parameter, for people.
+        predecessors: Indices of raw nodes that data comes from.
+        weight: The tensor that it stands for.
+        norm_bias: The bias beside a norm's weight.
+        bias: Index of this layer's bias node, -1 without one.
+        is_linear: Whether the weight is that of a fully connected layer.
+        window: Pooling window.
+        from_adaptive: Whether an average pool is known to be adaptive (True), known not to be (False) or neither.
+        covers_input: Whether an average pool can be global or adaptive by its geometry.
+        gate: Predecessors of a cse node on the gate's side.
+        feature: Predecessors of a cse node on the other side.
+        activation: Name of the activation that the output passes next, with its level.
+        attributes: Keyword arguments of ``LayerAttributes``.
+    """
+
+    op_type: str
+    level: int
+    rank: int = 0
+    name: str = ""
+    predecessors: set[int] = field(default_factory=set)
+    weight: TensorUse | None = None
+    norm_bias: TensorUse | None = None
+    bias: int = -1
+    is_linear: bool = False
+    window: tuple[int, int] | None = None
+    from_adaptive: bool | None = None
+    covers_input: bool = False
+    gate: Flow = NOTHING
+    feature: Flow = NOTHING
+    activation: tuple[int, str] | None = None
+    attributes: dict[str, int | tuple[int, ...]] = field(default_factory=dict)
+
+
+class RawGraph:
+    """Raw nodes by index; index 0 is the input. Counts the work that building them costs."""
+
+    def __init__(self, limits: GraphLimits) -> None:
+        self.nodes: list[RawNode] = [RawNode("input", 0, name="input")]
+        self.outputs: list[Flow] = []
+        self._limits = limits
+        self._work = 0
+
+    def add(self, node: RawNode) -> int:
+        """Appends a node and returns its index."""
+        self.nodes.append(node)
+        self.spend(len(node.predecessors))
+        return len(self.nodes) - 1
+
+    def union(self, flows: list[Flow]) -> Flow:
+        """The union of flows, shared where they are equal."""
+        distinct = [flow for flow in dict.fromkeys(flows) if flow]
+        if len(distinct) <= 1:
+            return distinct[0] if distinct else NOTHING
+        self.spend(sum(len(flow) for flow in distinct))
+        return frozenset().union(*distinct)
+
+    def spend(self, amount: int) -> None:
+        """Counts set elements touched.
+
+        Raises:
+            LimitExceededError: There were more than eight times ``max_edges``: the graph is too densely connected.
+        """
+        self._work += amount
+        if self._work > 8 * self._limits.max_edges:
+            raise exceeded("connections", f"over {self._work // 8}", self._limits.max_edges)
