@@ -23,7 +23,7 @@ _LARGEST = {
     "num_layers": 256,
     "num_heads": 256,
     "num_classes": 1_000_000,
-    "distance_cutoff": 254,
+    "distance_cutoff": 253,
     "rank": 4096,
 }
 

@@ -21,7 +21,7 @@ from torch_geometric.data import Batch, Data
 
 from ghn_service.errors import UnsupportedArchitectureError
 from ghn_service.graph.architecture import ArchitectureGraph, Node, ParameterSpec
-from ghn_service.graph.distances import shortest_path_lengths
+from ghn_service.graph.distances import shortest_distances
 from ghn_service.hypernetwork.config import GHNConfig
 
 UNKNOWN_POOL_WINDOW = (3, 3)
@@ -81,16 +81,16 @@ class GraphFeatures:
     """What a hypernetwork reads of one architecture.
 
     Attributes:
-        type_index: Row of the type embedding per node, (N,) int64.
-        shape_index: Rows of the channel embedding (out, in) and of the spatial embedding (height, width), (N, 4) int64.
+        type_row: Row of the type embedding per node, (N,) int64.
+        shape_rows: Rows of the channel embedding (out, in) and of the spatial embedding (height, width), (N, 4) int64.
         generation: Length of the longest path from a node without predecessors, (N,) int64.
         edge_index: Direct edges, (2, E) int64.
         distances: Shortest path lengths; 0 where there is no path within the cutoff, (N, N) uint8.
         targets: The tensors to decode, in the order of ``ArchitectureGraph.parameters``.
     """
 
-    type_index: Tensor
-    shape_index: Tensor
+    type_row: Tensor
+    shape_rows: Tensor
     generation: Tensor
     edge_index: Tensor
     distances: Tensor
@@ -99,7 +99,7 @@ class GraphFeatures:
     @property
     def num_nodes(self) -> int:
         """Number of nodes N."""
-        return int(self.type_index.shape[0])
+        return int(self.type_row.shape[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,7 @@ class GraphBatch:
     """Several architectures side by side.
 
     Attributes:
-        data: Node tensors of all graphs joined (``type_index``, ``shape_index``, ``generation``, ``edge_index``,
+        data: Node tensors of all graphs joined (``type_row``, ``shape_rows``, ``generation``, ``edge_index``,
             ``batch``, ``ptr``), as ``torch_geometric`` does it.
         distances: Shortest path lengths, padded with 0, (B, S, S) uint8.
         targets: The tensors to decode, per graph.
@@ -148,11 +148,11 @@ def build_features(graph: ArchitectureGraph, config: GHNConfig) -> GraphFeatures
         )
     vocabulary = shape_vocabulary(config.num_classes, config.max_shape[3])
     return GraphFeatures(
-        type_index=torch.tensor([type_rows[node.op_type] for node in graph.nodes]),
-        shape_index=torch.tensor([vocabulary.rows(node) for node in graph.nodes]),
+        type_row=torch.tensor([type_rows[node.op_type] for node in graph.nodes]),
+        shape_rows=torch.tensor([vocabulary.rows(node) for node in graph.nodes]),
         generation=torch.tensor(_generations(graph)),
         edge_index=torch.tensor(graph.edges, dtype=torch.int64).reshape(-1, 2).t().contiguous(),
-        distances=torch.from_numpy(shortest_path_lengths(graph.num_nodes, graph.edges, cutoff=config.distance_cutoff)),
+        distances=torch.from_numpy(shortest_distances(graph, cutoff=config.distance_cutoff)),
         targets=tuple(_targets(graph)),
     )
 
@@ -174,8 +174,8 @@ def collate(features: Sequence[GraphFeatures]) -> GraphBatch:
         [
             Data(
                 num_nodes=item.num_nodes,
-                type_index=item.type_index,
-                shape_index=item.shape_index,
+                type_row=item.type_row,
+                shape_rows=item.shape_rows,
                 generation=item.generation,
                 edge_index=item.edge_index,
             )

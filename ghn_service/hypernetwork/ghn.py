@@ -67,7 +67,7 @@ class GraphHyperNetwork(nn.Module):
         Returns:
             Node embeddings, (T, C).
         """
-        features = self.node_encoder(batch.data.type_index, batch.data.shape_index)
+        features = self.node_encoder(batch.data.type_row, batch.data.shape_rows)
         embeddings: Tensor = self.output_norm(self.encoder(features, batch))
         return embeddings
 

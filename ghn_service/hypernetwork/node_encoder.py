@@ -27,17 +27,17 @@ class NodeEncoder(nn.Module):
         self.channel_embedding = nn.Embedding(len(vocabulary.channels) + 1, part)
         self.spatial_embedding = nn.Embedding(len(vocabulary.spatial) + 1, part)
 
-    def forward(self, type_index: Tensor, shape_index: Tensor) -> Tensor:
+    def forward(self, type_row: Tensor, shape_rows: Tensor) -> Tensor:
         """Encodes nodes.
 
         Args:
-            type_index: Rows of the type embedding, (T,).
-            shape_index: Rows for (out channels, in channels, height, width), (T, 4).
+            type_row: Rows of the type embedding, (T,).
+            shape_rows: Rows for (out channels, in channels, height, width), (T, 4).
 
         Returns:
             Node features, (T, C).
         """
-        channels = self.channel_embedding(shape_index[:, :2]).flatten(1)  # (T, 2, C/4) -> (T, C/2)
-        spatial = self.spatial_embedding(shape_index[:, 2:]).flatten(1)
-        features: Tensor = self.type_embedding(type_index) + torch.cat((channels, spatial), dim=1)
+        channels = self.channel_embedding(shape_rows[:, :2]).flatten(1)  # (T, 2, C/4) -> (T, C/2)
+        spatial = self.spatial_embedding(shape_rows[:, 2:]).flatten(1)
+        features: Tensor = self.type_embedding(type_row) + torch.cat((channels, spatial), dim=1)
         return features
