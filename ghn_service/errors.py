@@ -65,3 +65,19 @@ class OverloadedError(GhnServiceError):
 
 class OutOfMemoryError(GhnServiceError):
     """The device has not enough memory for this request."""
+
+
+class DeadlineExceededError(GhnServiceError):
+    """The request took longer than the client or the server allows."""
+
+
+class RequestCancelledError(GhnServiceError):
+    """The client no longer wants the answer."""
+
+
+class UnavailableError(GhnServiceError):
+    """The server cannot answer now, since it is starting or stopping; the same request may succeed later."""
+
+
+class ConfigurationError(GhnServiceError):
+    """The server cannot start with these settings."""

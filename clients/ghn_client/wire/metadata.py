@@ -1,0 +1,132 @@
+"""What a file of predicted weights says about itself: the ``__metadata__`` of its safetensors header.
+
+The file stands alone: whoever finds it knows which hypernetwork made it, for which architecture and with which
+options, where each tensor came from, and what it is called elsewhere. Nothing in it differs between two equal
+requests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ghn_client.errors import PredictionFileError
+
+FORMAT = "ghn-prediction/1"
+PREFIX = "ghn."
+FORMAT_KEY = PREFIX + "format"
+FRAMEWORK = {"format": "pt"}
+"""What other readers of safetensors files look for: the tensors follow torch's conventions."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorUse:
+    """A place of the architecture's file that reads a tensor: input ``input_index`` of the ONNX node ``node``."""
+
+    node: str
+    input_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorNote:
+    """What is known of one tensor; the fields are those of ``TensorInfo`` in the protocol.
+
+    Attributes:
+        name: Key in the file.
+        origin: ``predicted``, ``tiled`` or ``fallback:<rule>``.
+        initializer: Name in the architecture's file.
+        torch_name: Key in the module's ``state_dict``, or "".
+        permutation: Torch's axis i is stored axis ``permutation[i]``; empty where the layout is torch's own.
+        uses: Places that read it, where an exporter merged equal tensors.
+    """
+
+    name: str
+    origin: str
+    initializer: str = ""
+    torch_name: str = ""
+    permutation: tuple[int, ...] = ()
+    uses: tuple[TensorUse, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionMetadata:
+    """What a file of predicted weights says about itself.
+
+    Attributes:
+        model: Name of the hypernetwork.
+        model_digest: sha256 of its checkpoint, in hexadecimal.
+        graph_digest: Digest of the architecture, in hexadecimal.
+        seed: Seed of everything that was drawn.
+        dtype: ``float32``, ``float16`` or ``bfloat16``.
+        tensors: Every tensor of the file, in its order.
+        buffers: Float tensors of the architecture that are not weights (running statistics), and not in the file.
+        warnings: What the user should know; sentences.
+        steps: What each post-processing step did, as JSON values.
+        low_rank: What became of each layer, as JSON values; None for dense weights.
+        include: Patterns that chose the tensors; empty for all.
+        versions: Version by package.
+    """
+
+    model: str
+    model_digest: str
+    graph_digest: str
+    seed: int
+    dtype: str
+    tensors: tuple[TensorNote, ...]
+    buffers: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    steps: tuple[Mapping[str, Any], ...] = ()
+    low_rank: Mapping[str, Any] | None = None
+    include: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def encode_metadata(metadata: PredictionMetadata) -> dict[str, str]:
+    """The metadata as text by key: plain text where the field is text, else JSON."""
+    encoded = {**FRAMEWORK, FORMAT_KEY: FORMAT}
+    for item in dataclasses.fields(metadata):
+        value = getattr(metadata, item.name)
+        if item.name == "tensors":
+            value = [_compact(note) for note in value]
+        is_text = isinstance(value, str)
+        encoded[PREFIX + item.name] = value if is_text else json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return encoded
+
+
+def decode_metadata(encoded: Mapping[str, str]) -> PredictionMetadata:
+    """The metadata that ``encode_metadata`` wrote; keys of newer versions are passed over.
+
+    Raises:
+        PredictionFileError: The file was not written by this service, or its metadata is damaged.
+    """
+    if encoded.get(FORMAT_KEY) != FORMAT:
+        raise PredictionFileError(
+            f"expected a safetensors file with {FORMAT_KEY}={FORMAT!r} in its metadata, got {encoded.get(FORMAT_KEY)!r}"
+        )
+    try:
+        values: dict[str, Any] = {}
+        for item in dataclasses.fields(PredictionMetadata):
+            text = encoded[PREFIX + item.name]
+            values[item.name] = text if item.type == "str" else json.loads(text)
+        for name in ("buffers", "warnings", "steps", "include"):
+            values[name] = tuple(values[name])
+        values["tensors"] = tuple(_expand(entry) for entry in values["tensors"])
+        return PredictionMetadata(**values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise PredictionFileError(f"the metadata of the prediction is damaged: {error!r}") from error
+
+
+def _compact(note: TensorNote) -> dict[str, Any]:
+    """The note without its empty fields."""
+    return {name: value for name, value in dataclasses.asdict(note).items() if value}
+
+
+def _expand(entry: Mapping[str, Any]) -> TensorNote:
+    known = {item.name for item in dataclasses.fields(TensorNote)}
+    values = {name: value for name, value in entry.items() if name in known}
+    values["permutation"] = tuple(values.get("permutation", ()))
+    values["uses"] = tuple(TensorUse(**use) for use in values.get("uses", ()))
+    return TensorNote(**values)
