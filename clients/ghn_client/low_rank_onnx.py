@@ -1,0 +1,184 @@
+"""Rewrites an ONNX model so that it computes with factors: one layer becomes two thinner ones.
+
+``Conv`` becomes a convolution to r channels and a 1 x 1 convolution; ``Gemm`` and ``MatMul`` become two of themselves.
+Where a weight is read by anything else, the product is computed inside the model, and nothing but size is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnx
+import torch
+from onnx import helper
+
+from ghn_client.low_rank import FACTOR_IN, FACTOR_OUT, FactorPair
+
+_DATA_TYPES = {
+    torch.float32: onnx.TensorProto.FLOAT,
+    torch.float64: onnx.TensorProto.DOUBLE,
+    torch.float16: onnx.TensorProto.FLOAT16,
+    torch.bfloat16: onnx.TensorProto.BFLOAT16,
+}
+
+
+def factorize_onnx(
+    model: onnx.ModelProto, pairs: Mapping[str, FactorPair], *, permutations: Mapping[str, Sequence[int]] | None = None
+) -> onnx.ModelProto:
+    """A copy of a model whose weights named in ``pairs`` are replaced by their factors.
+
+    Args:
+        model: A model whose weights are initializers (with or without data) or graph inputs.
+        pairs: Factors by name of the weight in the file; names that the file does not have are left out.
+        permutations: For weights stored in another layout than torch's, which stored axis each of torch's axes is
+            (``permutation`` of the low-rank metadata); needed only where the file reads them in an unusual way.
+
+    Returns:
+        The rewritten model; all other values are as they were.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    known = {item.name for item in graph.initializer} | {item.name for item in graph.input}
+    for name, pair in pairs.items():
+        if name not in known:
+            continue
+        pair = _in_dtype_of_file(graph, name, pair)
+        if not _rewrite_layers(graph, name, pair):
+            _insert_product(graph, name, pair, tuple((permutations or {}).get(name, ())))
+        _remove_weight(graph, name)
+    return result
+
+
+def _rewrite_layers(graph: onnx.GraphProto, name: str, pair: FactorPair) -> bool:
+    """Replaces every layer that reads the weight; False, and nothing done, if one of them is no plain layer."""
+    readers = _readers(graph, name)
+    transposes = [node for node in readers if node.op_type == "Transpose" and _perm(node) == [1, 0]]
+    layers = [(node, name) for node in readers if node not in transposes]
+    layers += [(node, item.output[0]) for item in transposes for node in _readers(graph, item.output[0])]
+    if not layers or _is_read_in_subgraph(graph, name) or name in {item.name for item in graph.output}:
+        return False
+    if any(_is_read_in_subgraph(graph, node.output[0]) for node in transposes):
+        return False
+    if not all(_is_plain_layer(node, weight) for node, weight in layers):
+        return False
+    for node, _ in layers:
+        _split(graph, node, name, pair)
+    for node in transposes:
+        graph.node.remove(node)
+    return True
+
+
+def _is_plain_layer(node: onnx.NodeProto, weight: str) -> bool:
+    if list(node.input).count(weight) != 1 or len(node.input) < 2 or node.input[1] != weight:
+        return False
+    attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+    if node.op_type == "Conv":
+        return int(attributes.get("group", 1)) == 1
+    if node.op_type == "Gemm":
+        return int(attributes.get("transA", 0)) == 0
+    return node.op_type == "MatMul"
+
+
+def _split(graph: onnx.GraphProto, node: onnx.NodeProto, name: str, pair: FactorPair) -> None:
+    """Puts two nodes in the place of one."""
+    middle = f"{node.output[0]}.low_rank"
+    first, second = onnx.NodeProto(), onnx.NodeProto()
+    first.CopyFrom(node)
+    second.CopyFrom(node)
+    base = node.name or node.output[0]
+    first.name, second.name = base + FACTOR_IN, base + FACTOR_OUT
+    if node.op_type == "MatMul":
+        names = (f"{name}{FACTOR_IN}.transposed", f"{name}{FACTOR_OUT}.transposed")
+        factors = (pair.factor_in.flatten(1).mT, pair.factor_out.flatten(1).mT)
+    else:
+        names, factors = (name + FACTOR_IN, name + FACTOR_OUT), (pair.factor_in, pair.factor_out)
+    if node.op_type == "Gemm":
+        factors = (pair.factor_in.flatten(1), pair.factor_out.flatten(1))
+        _set_attributes(first, {"transB": 1}, drop={"alpha", "beta"})
+        _set_attributes(second, {"transB": 1})
+    if node.op_type == "Conv":
+        _set_attributes(
+            second,
+            {"kernel_shape": [1] * (pair.factor_in.dim() - 2)},
+            drop={"strides", "pads", "dilations", "auto_pad"},
+        )
+    del first.input[2:]
+    first.input[1], first.output[0] = names[0], middle
+    second.input[0], second.input[1] = middle, names[1]
+    place = list(graph.node).index(node)
+    graph.node.remove(node)
+    graph.node.insert(place, second)
+    graph.node.insert(place, first)
+    for factor_name, factor in zip(names, factors, strict=True):
+        _add_initializer(graph, factor_name, factor)
+
+
+def _insert_product(graph: onnx.GraphProto, name: str, pair: FactorPair, permutation: tuple[int, ...]) -> None:
+    """Computes the weight from its factors at the start of the graph, under the weight's own name."""
+    shape = [pair.factor_out.shape[0], *pair.factor_in.shape[1:]]
+    _add_initializer(graph, name + FACTOR_OUT, pair.factor_out.flatten(1))
+    _add_initializer(graph, name + FACTOR_IN, pair.factor_in.flatten(1))
+    stored = _stored_shape(graph, name)
+    if not permutation and stored != shape and stored == shape[::-1]:
+        permutation = (1, 0)
+    nodes = [helper.make_node("MatMul", [name + FACTOR_OUT, name + FACTOR_IN], [f"{name}.product"])]
+    last = f"{name}.product"
+    if len(shape) > 2:
+        graph.initializer.append(helper.make_tensor(f"{name}.shape", onnx.TensorProto.INT64, [len(shape)], shape))
+        nodes.append(helper.make_node("Reshape", [last, f"{name}.shape"], [f"{name}.reshaped"]))
+        last = f"{name}.reshaped"
+    if permutation:
+        inverse = [permutation.index(axis) for axis in range(len(permutation))]
+        nodes.append(helper.make_node("Transpose", [last], [f"{name}.transposed"], perm=inverse))
+    nodes[-1].output[0] = name
+    for node in reversed(nodes):
+        graph.node.insert(0, node)
+
+
+def _remove_weight(graph: onnx.GraphProto, name: str) -> None:
+    for items in (graph.initializer, graph.input, graph.value_info):
+        for item in [item for item in items if item.name == name]:
+            items.remove(item)  # type: ignore[arg-type]
+
+
+def _add_initializer(graph: onnx.GraphProto, name: str, tensor: torch.Tensor) -> None:
+    if any(item.name == name for item in graph.initializer):
+        return
+    values = tensor.detach().cpu().contiguous()
+    raw = values.flatten().view(torch.uint8).numpy().tobytes()
+    graph.initializer.append(helper.make_tensor(name, _DATA_TYPES[values.dtype], list(values.shape), raw, raw=True))
+
+
+def _set_attributes(node: onnx.NodeProto, values: Mapping[str, object], *, drop: set[str] | None = None) -> None:
+    for item in [item for item in node.attribute if item.name in values or item.name in (drop or set())]:
+        node.attribute.remove(item)
+    node.attribute.extend(helper.make_attribute(key, value) for key, value in values.items())
+
+
+def _readers(graph: onnx.GraphProto, name: str) -> list[onnx.NodeProto]:
+    return [node for node in graph.node if name in node.input]
+
+
+def _perm(node: onnx.NodeProto) -> list[int]:
+    return next((list(item.ints) for item in node.attribute if item.name == "perm"), [])
+
+
+def _is_read_in_subgraph(graph: onnx.GraphProto, name: str) -> bool:
+    bodies = [item.g for node in graph.node for item in node.attribute if item.type == onnx.AttributeProto.GRAPH]
+    return any(_readers(body, name) or _is_read_in_subgraph(body, name) for body in bodies)
+
+
+def _in_dtype_of_file(graph: onnx.GraphProto, name: str, pair: FactorPair) -> FactorPair:
+    stored = [item.data_type for item in graph.initializer if item.name == name]
+    stored += [item.type.tensor_type.elem_type for item in graph.input if item.name == name]
+    dtype = next((dtype for dtype, code in _DATA_TYPES.items() if code == stored[0]), pair.factor_in.dtype)
+    return FactorPair(pair.factor_in.to(dtype), pair.factor_out.to(dtype))
+
+
+def _stored_shape(graph: onnx.GraphProto, name: str) -> list[int]:
+    for tensor in graph.initializer:
+        if tensor.name == name:
+            return list(tensor.dims)
+    value = next(item for item in graph.input if item.name == name)
+    return [axis.dim_value for axis in value.type.tensor_type.shape.dim]
