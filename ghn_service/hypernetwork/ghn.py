@@ -46,7 +46,7 @@ class GraphHyperNetwork(nn.Module):
         self.output_norm = nn.LayerNorm(config.hidden_channels) if config.layer_norm else nn.Identity()
         self.decoder = DECODERS[config.decoder](config)
         initialize_parameters(self, generator)
-        self.decoder.shrink_last_layers()
+        self.decoder.scale_first_predictions()
 
     @property
     def num_parameters(self) -> int:

@@ -40,8 +40,8 @@ def initialize_parameters(module: nn.Module, generator: torch.Generator | None) 
 
 
 @torch.no_grad()
-def shrink_last_layer(layer: nn.Linear, shrinkage: float = LAST_LAYER_SHRINKAGE) -> None:
-    """Divides the weight of a decoder's last layer and clears its bias."""
+def shrink_layer(layer: nn.Linear, shrinkage: float = LAST_LAYER_SHRINKAGE) -> None:
+    """Divides a layer's weight and clears its bias."""
     layer.weight.div_(shrinkage)
     layer.bias.zero_()
 

@@ -27,9 +27,13 @@ from ghn_service.hypernetwork.blocks import (
 )
 from ghn_service.hypernetwork.config import GHNConfig
 from ghn_service.hypernetwork.features import Role, Target
-from ghn_service.hypernetwork.initialization import LAST_LAYER_SHRINKAGE, shrink_last_layer
+from ghn_service.hypernetwork.initialization import shrink_layer
 from ghn_service.hypernetwork.scaling import weight_scale
 from ghn_service.hypernetwork.vector_decoder import VectorDecoder
+
+FIRST_PRODUCT_STD = 0.1
+# Linear layers start uniform with variance 1 / (3 fan-in); He's variance before a ReLU is 2 / fan-in.
+DEFAULT_TO_HE = 1 / math.sqrt(6)
 
 
 class LowRankDecoder(nn.Module):
@@ -61,11 +65,17 @@ class LowRankDecoder(nn.Module):
         self.class_output = nn.Linear(config.rank, config.num_classes)
         self.vectors = VectorDecoder(config)
 
-    def shrink_last_layers(self) -> None:
-        """Brings the first predictions of an untrained decoder close to their mean; two factors share the shrinkage."""
+    def scale_first_predictions(self) -> None:
+        """Brings the first predictions of an untrained decoder close to their mean.
+
+        A product of two small factors would be tiny and have no gradient, so activations keep unit variance up to the
+        factors (He et al. 2015), and only the product is small.
+        """
+        for layer in (self.expand, self.hidden, self.factors):
+            shrink_layer(layer, DEFAULT_TO_HE)
         for layer in (self.out_output, self.in_output, self.class_output):
-            shrink_last_layer(layer, math.sqrt(LAST_LAYER_SHRINKAGE))
-        shrink_last_layer(self.vectors.output)
+            shrink_layer(layer, 1 / math.sqrt(3 * FIRST_PRODUCT_STD))
+        shrink_layer(self.vectors.output)
 
     def forward(
         self, embeddings: Tensor, requests: Sequence[Request], *, seed: int = 0, max_elements: int | None = None

@@ -27,7 +27,7 @@ from ghn_service.hypernetwork.blocks import (
 )
 from ghn_service.hypernetwork.config import GHNConfig
 from ghn_service.hypernetwork.features import Role
-from ghn_service.hypernetwork.initialization import shrink_last_layer
+from ghn_service.hypernetwork.initialization import shrink_layer
 from ghn_service.hypernetwork.scaling import weight_scale
 from ghn_service.hypernetwork.slices import take_slices
 from ghn_service.hypernetwork.vector_decoder import VectorDecoder
@@ -56,10 +56,10 @@ class TiledDecoder(nn.Module):
         self.class_output = nn.Linear(max_out, config.num_classes)
         self.vectors = VectorDecoder(config)
 
-    def shrink_last_layers(self) -> None:
+    def scale_first_predictions(self) -> None:
         """Brings the first predictions of an untrained decoder close to their mean."""
         for layer in (self.output, self.class_output, self.vectors.output):
-            shrink_last_layer(layer)
+            shrink_layer(layer)
 
     def forward(
         self, embeddings: Tensor, requests: Sequence[Request], *, seed: int = 0, max_elements: int | None = None
