@@ -103,7 +103,7 @@ class OnnxFile:
         kinds: ``PARAMETER`` or ``BUFFER`` for values that the exporter or the client declared as such.
         has_kinds: Whether the file declares kinds at all.
         is_torch: Whether one of torch's exporters wrote the file.
-        value_shapes: Protos with the shapes of intermediate values, where the file has them.
+        value_shapes: Protos with the shapes of intermediate values and outputs, where the file has them.
     """
 
     nodes: list[OnnxNode]
@@ -170,7 +170,7 @@ def load_file(data: bytes, limits: GraphLimits) -> OnnxFile:
         kinds=kinds,
         has_kinds=has_kinds,
         is_torch=model.producer_name == "pytorch",
-        value_shapes={info.name: info for info in graph.value_info},
+        value_shapes={info.name: info for info in (*graph.value_info, *graph.output)},
         tensors={tensor.name: tensor for tensor in graph.initializer},
         producers=producers,
     )
