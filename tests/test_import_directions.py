@@ -52,7 +52,7 @@ ALLOWED = {
 HOMES = {
     "torch_geometric": {"ghn_service/hypernetwork"},
     "grpc": {"ghn_service/server", "clients/ghn_client"},
-    "google": {"ghn_service/server", "clients/ghn_client"},
+    "google": {"ghn_service/server", "clients/ghn_client", "ghn_service/graph"},
 }
 
 

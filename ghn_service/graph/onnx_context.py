@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import onnx
 
 from ghn_service.graph.onnx_file import FLOAT_TYPES, OnnxFile, OnnxNode, TensorHeader
@@ -43,6 +41,7 @@ class ReadContext:
         self.restored: list[str] = []
         self._limits = limits
         self._level = 0
+        self._levels: dict[str, int] = {"": 0}
         self._elements = 0
         for header in file.initializers.values():
             self._add_root(header)
@@ -53,8 +52,13 @@ class ReadContext:
 
     def start(self, node: OnnxNode) -> list[Value]:
         """The values of a node's inputs; sets the level of what the node writes."""
-        values = [self.values[name] for name in node.inputs]
-        self._level = 1 + max((value.level for value in values), default=0)
+        known, levels, level = self.values, self._levels, 0
+        values = []
+        for name in node.inputs:
+            values.append(known[name])
+            if levels.get(name, 0) > level:
+                level = levels[name]
+        self._level = level + 1
         return values
 
     @property
@@ -64,9 +68,9 @@ class ReadContext:
 
     def emit(self, node: OnnxNode, value: Value) -> None:
         """Gives every output of the node this value."""
-        value = dataclasses.replace(value, level=self._level)
         for name in node.outputs:
             self.values[name] = value
+            self._levels[name] = self._level
 
     def joined(self, values: list[Value]) -> Value:
         """A value computed from several by an operator without weights; data wins over weights and constants."""
@@ -145,6 +149,7 @@ class ReadContext:
         *,
         slot: str = "operand",
         axes: tuple[int, ...] | None = None,
+        is_scale: bool = False,
     ) -> TensorUse:
         """Records that a node reads a weight.
 
@@ -155,6 +160,7 @@ class ReadContext:
             role: ``node``, ``buffer``, or a fallback rule.
             slot: As in ``TorchNames.identify``.
             axes: The view's axes in torch's order.
+            is_scale: Whether this is a normalisation's weight.
         """
         torch_name, token = self.names.identify(view.source, node, slot)
         use = TensorUse(
@@ -166,6 +172,7 @@ class ReadContext:
             torch_name=torch_name,
             token=token,
             permutation=view.permutation(axes) if axes is not None else (),
+            is_scale=is_scale,
         )
         view.source.uses.append(use)
         return use

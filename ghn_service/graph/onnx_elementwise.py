@@ -146,7 +146,7 @@ def _scale(context: ReadContext, node: OnnxNode, data: list[Value], value: Value
         keeps = dataclasses.replace(value, layer=-1, norm=-1, normalized="")
         context.emit(node, keeps)
     elif value.normalized == "layer" and view.source.is_vector and view.source.num_elements > 1:
-        use = context.use(node, index, view, "node", slot="operand")
+        use = context.use(node, index, view, "node", slot="operand", is_scale=True)
         raw = RawNode("ln", 0, 0, use.torch_name or view.source.name, set(value.flow), use)
         norm = context.add(raw)
         context.emit(node, Value(flow=frozenset({norm}), norm=norm, spatial=value.spatial))

@@ -14,6 +14,7 @@ import numpy
 import onnx
 
 from ghn_service.graph.onnx_limits import (
+    GRAPH_TYPES,
     ONNX_DOMAINS,
     FunctionKey,
     GraphLimits,
@@ -267,8 +268,10 @@ def _flat_nodes(model: onnx.ModelProto) -> Iterator[OnnxNode]:
 
 def _read_node(proto: onnx.NodeProto, frame: _Frame) -> OnnxNode:
     inputs, outputs, name = list(proto.input), list(proto.output), proto.name
-    for graph in subgraphs(proto) if proto.attribute else ():
-        inputs.extend(_captured(graph))
+    for attribute in proto.attribute:
+        if attribute.type in GRAPH_TYPES:
+            inputs.extend(name for graph in subgraphs(proto) for name in _captured(graph))
+            break
     if frame.prefix:
         inputs = [frame.names.get(item, frame.prefix + item) if item else "" for item in inputs]
         outputs = [frame.names.get(item, frame.prefix + item) if item else "" for item in outputs]

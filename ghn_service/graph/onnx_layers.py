@@ -39,9 +39,10 @@ def read_convolution(context: ReadContext, node: OnnxNode) -> None:
         "positions": _positions(context, node, spatial),
     }
     bias = context.weight(node, 2)
-    if bias is not None and context.names.is_folded_bias(bias.source, node):
+    is_folded = context.names.has_folded_norm(node, bias.source if bias is not None else None)
+    if is_folded:
         context.folded.append(node.label)
-    _finish_layer(context, node, index, bias, 2, spatial)
+    _finish_layer(context, node, index, bias, 2, spatial, is_folded=is_folded)
 
 
 def read_transposed_convolution(context: ReadContext, node: OnnxNode) -> None:
@@ -205,9 +206,13 @@ def read_prelu(context: ReadContext, node: OnnxNode) -> None:
     context.emit(node, context.joined(data[:1]))
 
 
-def add_bias(context: ReadContext, node: OnnxNode, layer: int, index: int, view: View) -> int:
-    """Gives a layer its bias node and returns the node's index."""
+def add_bias(
+    context: ReadContext, node: OnnxNode, layer: int, index: int, view: View, *, is_folded: bool = False
+) -> int:
+    """Gives a layer its bias node and returns the node's index; torch knows no name for a folded bias."""
     use = context.use(node, index, view, "node", slot="bias")
+    if is_folded:
+        use.torch_name = ""
     raw = context.graph.nodes[layer]
     raw.bias = context.add(RawNode("bias", 0, 1, use.torch_name or view.source.name, {layer}, use))
     return raw.bias
@@ -278,10 +283,12 @@ def _finish_layer(
     bias: View | None,
     bias_index: int,
     spatial: tuple[int, ...] | None,
+    *,
+    is_folded: bool = False,
 ) -> None:
     """Adds the bias that a layer has, or had before the exporter dropped it, and emits the layer's output."""
     if bias is not None and bias.source.num_elements == out_features(context, layer):
-        end = add_bias(context, node, layer, bias_index, bias)
+        end = add_bias(context, node, layer, bias_index, bias, is_folded=is_folded)
         context.emit(node, Value(flow=frozenset({end}), spatial=spatial))
         return
     if bias is not None:
@@ -331,7 +338,7 @@ def _read_norm(context: ReadContext, node: OnnxNode, op_type: str, data: Value, 
         context.fall_back(node, 2, "zeros", literal=literal)
         context.emit(node, Value(flow=data.flow, normalized="layer" if op_type == "ln" else "other"))
         return
-    weight = context.use(node, 1, view, "node", slot="weight")
+    weight = context.use(node, 1, view, "node", slot="weight", is_scale=True)
     bias_view = context.weight(node, 2, literal=literal)
     bias = context.use(node, 2, bias_view, "node", slot="bias") if bias_view is not None else None
     name = weight.torch_name or view.source.name

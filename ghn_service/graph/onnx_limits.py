@@ -18,6 +18,7 @@ from ghn_service.errors import InvalidArchitectureError, LimitExceededError, Uns
 FIELD = "architecture.onnx_model"
 ONNX_DOMAINS = ("", "ai.onnx")
 FunctionKey = tuple[str, str, str]
+GRAPH_TYPES = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
 _UNSAFE_NAMES = frozenset({"__metadata__"})
 _LARGEST_COUNT = 2**63 - 1
@@ -198,8 +199,10 @@ def _count_nodes(
             count += 1
             if functions and called_key(node) in functions:
                 called.append(called_key(node))
-            if node.attribute:
-                waiting.extend((graph.node, depth + 1) for graph in subgraphs(node))
+            for attribute in node.attribute:
+                if attribute.type in GRAPH_TYPES:
+                    waiting.extend((graph.node, depth + 1) for graph in subgraphs(node))
+                    break
         if count > limits.max_nodes:
             raise exceeded("or more nodes", count, limits.max_nodes)
     return count, called

@@ -26,20 +26,21 @@ _ALIAS_NODE = re.compile(r"Identity_\d+$")
 _NOT_IDENTIFIER = re.compile(r"\W")
 
 _WEIGHT_BIAS = ("weight", "bias")
-_SLOTS: dict[str, tuple[str, ...]] = {
-    "addmm": ("bias", "weight"),
-    **dict.fromkeys(
-        (
-            "linear", "conv1d", "conv2d", "conv3d", "convolution", "layer_norm", "native_layer_norm", "group_norm",
-            "native_group_norm", "instance_norm", "batch_norm", "native_batch_norm", "cudnn_batch_norm",
-            "_native_batch_norm_legit", "_native_batch_norm_legit_functional",
-            "_native_batch_norm_legit_no_training", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
-        ),
-        _WEIGHT_BIAS,
-    ),
+_CONV_OPS = frozenset(
+    {"conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
+)
+_LINEAR_OPS = frozenset({"linear", "addmm", "mm", "matmul"})
+_NORM_OPS = frozenset(
+    {"layer_norm", "native_layer_norm", "group_norm", "native_group_norm", "instance_norm", "batch_norm",
+     "native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_functional",
+     "_native_batch_norm_legit_no_training"}
+)  # fmt: skip
+# Traced operators whose weight and bias an ONNX operator may hold; another one's metadata came with a fusion.
+_TRACED_OPS: dict[str, frozenset[str]] = {
+    "Conv": _CONV_OPS, "ConvTranspose": _CONV_OPS, "Gemm": _LINEAR_OPS, "MatMul": _LINEAR_OPS, "Add": _LINEAR_OPS,
+    "BatchNormalization": _NORM_OPS, "LayerNormalization": _NORM_OPS, "GroupNormalization": _NORM_OPS,
+    "InstanceNormalization": _NORM_OPS,
 }  # fmt: skip
-_LAYER_OPS = frozenset({"linear", "addmm", "conv1d", "conv2d", "conv3d", "convolution"})
-_CONV_OPS = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
 # Parameters of torch modules whose own name ends like a submodule's weight or bias.
 _PLAIN_ATTRIBUTES = frozenset(
     {"in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
@@ -56,6 +57,8 @@ class TorchNames:
 
     def __init__(self, file: OnnxFile) -> None:
         self._file = file
+        self._read: OnnxNode | None = None
+        self._metadata: dict[str, str] = {}
 
     def identify(self, source: Source, node: OnnxNode, slot: str) -> tuple[str, str]:
         """The torch name of ``source`` as ``node`` uses it in ``slot``, and a token that tells uses apart.
@@ -70,13 +73,17 @@ class TorchNames:
         """
         if not self._file.is_torch:
             return "", ""
-        metadata = node.metadata() if node.proto.metadata_props else {}
-        token = self._token(source, metadata.get(_FX_KEY, ""), slot)
+        if self._read is not node:
+            self._read, self._metadata = node, node.metadata() if node.proto.metadata_props else {}
+        metadata = self._metadata
+        token = self._token(source, node, metadata.get(_FX_KEY, ""), slot)
         if token:
             if _mangled(source.name) == token[2:] and not is_anonymous(source.name):
                 return source.name, token
             return self._demangled(token, _scopes(metadata)), token
         if source.kind == "CONSTANT" or is_anonymous(source.name):
+            if metadata.get(_FX_KEY) and self._traced(node, metadata[_FX_KEY]) not in _TRACED_OPS.get(node.op_type, ()):
+                return "", ""
             return self._from_path(node, metadata, slot), ""
         known = source.kind or not self._file.has_kinds
         return (source.name if known else ""), ""
@@ -84,20 +91,19 @@ class TorchNames:
     def dropped_bias(self, node: OnnxNode) -> tuple[str, str]:
         """Torch name and token of a bias that the exporter left out of ``node`` because it was zero."""
         operator, tokens = self._call(node)
-        slots = _SLOTS.get(operator, ())
-        if operator not in _LAYER_OPS or len(tokens) < 2 or len(tokens) != len(slots):
+        if operator not in _TRACED_OPS.get(node.op_type, ()) or len(tokens) != 2:
             return "", ""
-        token = tokens[slots.index("bias")]
+        token = tokens[0 if operator == "addmm" else 1]
         return self._demangled(token, _scopes(node.metadata())), token
 
-    def is_folded_bias(self, source: Source, node: OnnxNode) -> bool:
-        """Whether the bias of a convolution is what remains of a batch normalization folded into it."""
+    def has_folded_norm(self, node: OnnxNode, bias: Source | None) -> bool:
+        """Whether a batch normalization was folded into a convolution; ``bias`` is what it has for a bias now."""
         if not self._file.is_torch:
             return False
         operator, tokens = self._call(node)
         if operator:
-            return operator in _CONV_OPS and len(tokens) == 1
-        return source.name.startswith("onnx::Conv_")
+            return operator in _NORM_OPS or (bias is not None and operator in _CONV_OPS and len(tokens) == 1)
+        return bias is not None and is_anonymous(bias.name) and not bias.is_literal
 
     def module_class(self, node: OnnxNode) -> str:
         """Class of the innermost module around ``node``, without its package; "" if it is not known."""
@@ -116,18 +122,24 @@ class TorchNames:
             return "", []
         return target.group(1), [token for token in _TOKEN.findall(text) if token.startswith("p_")]
 
-    def _token(self, source: Source, text: str, slot: str) -> str:
+    def _traced(self, node: OnnxNode, text: str) -> str:
+        target = _TARGET.search(text)
+        return target.group(1) if target else ""
+
+    def _token(self, source: Source, node: OnnxNode, text: str, slot: str) -> str:
         tokens = _TOKEN.findall(text)
         if not tokens:
             return ""
         own = _mangled(source.name)
-        target = _TARGET.search(text)
-        slots = _SLOTS.get(target.group(1), ()) if target else ()
+        operator = self._traced(node, text)
         if slot in ("running_mean", "running_var"):
             return next((token for token in tokens if token.startswith("b_") and token.endswith(slot)), "")
         parameters = [token for token in tokens if token.startswith("p_")]
-        if slot in slots and slots.index(slot) < len(parameters) <= len(slots):
-            return parameters[slots.index(slot)]
+        if slot in _WEIGHT_BIAS and operator in _TRACED_OPS.get(node.op_type, ()) and len(parameters) <= 2:
+            place = _WEIGHT_BIAS.index(slot)
+            place = len(parameters) - 1 - place if operator == "addmm" else place
+            if 0 <= place < len(parameters):
+                return parameters[place]
         exact = [token for token in tokens if token[2:] == own]
         if exact:
             return exact[0]

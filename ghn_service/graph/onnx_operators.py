@@ -208,13 +208,13 @@ def read_skip_norm(context: ReadContext, node: OnnxNode) -> None:
         context.fall_back(node, 2, "ones")
         context.emit(node, Value(flow=total))
         return
-    weight = context.use(node, 2, view, "node", slot="operand")
+    weight = context.use(node, 2, view, "node", slot="operand", is_scale=True)
     bias_view = context.weight(node, 3, literal=False)
     bias = context.use(node, 3, bias_view, "node", slot="operand") if bias_view is not None else None
     norm = context.add(RawNode("ln", 0, 1, view.source.name, set(total), weight, bias))
     context.emit(node, Value(flow=frozenset({norm})))
     if len(node.outputs) > 3 and node.outputs[3]:
-        context.values[node.outputs[3]] = Value(flow=total, level=context.level)
+        context.values[node.outputs[3]] = Value(flow=total)
 
 
 def read_control_flow(context: ReadContext, node: OnnxNode) -> None:

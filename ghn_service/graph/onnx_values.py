@@ -88,7 +88,6 @@ class Value:
 
     Attributes:
         flow: Raw nodes that its data comes from; empty for weights, constants and shape arithmetic.
-        level: Length of the longest path of ONNX nodes up to it.
         views: Weights that it was computed from, where it carries no data.
         gate: Name of the value that went into the sigmoid, for the output of a gate; "" otherwise.
         attention: Softmax nodes whose probabilities this value is.
@@ -101,7 +100,6 @@ class Value:
     """
 
     flow: Flow = NOTHING
-    level: int = 0
     views: tuple[View, ...] = ()
     gate: str = ""
     attention: Flow = NOTHING
