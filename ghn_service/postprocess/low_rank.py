@@ -190,7 +190,7 @@ def _factorize_white(
 def rescale_rows(
     matrix: torch.Tensor, u: torch.Tensor, lengths: torch.Tensor, kernel: ActivationKernel
 ) -> torch.Tensor:
-    """Gives each row of a projection the length that is best for the activation, or leaves it if that is no better.
+    """Gives each row of a projection the length that is best for the activation.
 
     Args:
         matrix: W (m, d).
@@ -202,8 +202,7 @@ def rescale_rows(
     spectral = lengths.double()
     cosine = torch.where(target > 0, spectral / target.clamp_min(torch.finfo(torch.float64).tiny), 1.0).clamp(0.0, 1.0)
     best = kernel.best_length(target, cosine)
-    is_better = kernel.loss(target, best, cosine) < kernel.loss(target, spectral, cosine)
-    scale = torch.where(is_better & (spectral > 0), best / spectral.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
+    scale = torch.where(spectral > 0, best / spectral.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
     return u * scale.to(u.dtype)[:, None]
 
 
