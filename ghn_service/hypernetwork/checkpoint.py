@@ -1,6 +1,7 @@
 """Checkpoints: safetensors files that hold a hypernetwork's weights, configuration and vocabulary, and no code.
 
-The metadata has three entries: ``format``, ``config`` (JSON; the op vocabulary is in it by name) and ``card`` (JSON).
+The metadata has one entry, ``ghn_checkpoint``: a JSON object of ``format``, ``config`` (with the op vocabulary by name)
+and ``card``. It is one entry because safetensors writes several in random order; equal checkpoints have equal digests.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ghn_service.errors import CheckpointError
 from ghn_service.hypernetwork.config import GHNConfig, decode_config, encode_config
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
 
+METADATA_KEY = "ghn_checkpoint"
 FORMAT = "ghn-checkpoint/1"
 MAX_NAMED_KEYS = 5
 
@@ -83,18 +85,14 @@ def save_checkpoint(ghn: GraphHyperNetwork, path: Path, *, card: ModelCard | Non
     """
     card = card or ModelCard()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in ghn.state_dict().items()}
-    metadata = {
-        "format": FORMAT,
-        "config": json.dumps(encode_config(ghn.config)),
-        "card": json.dumps(dataclasses.asdict(card)),
-    }
+    description = {"format": FORMAT, "config": encode_config(ghn.config), "card": dataclasses.asdict(card)}
     partial = path.with_name(f"{path.name}.part")
     try:
-        save_file(tensors, partial, metadata=metadata)
+        save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(description)})
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write the checkpoint {path.name!r}: {error}") from error
+        raise CheckpointError(f"cannot write the checkpoint {path.name!r}: {_reason(error)}") from error
     return CheckpointSummary(ghn.config, card, _digest(path), ghn.num_parameters, path.stat().st_size)
 
 
@@ -108,6 +106,8 @@ def load_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> tuple[
     Raises:
         CheckpointError: The file is missing, damaged, of another kind, or does not fit its own configuration.
     """
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path.name!r}")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             config, card = _decode_metadata(file.metadata(), path.name)
@@ -117,7 +117,7 @@ def load_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> tuple[
             tensors = {name: file.get_tensor(name) for name in names}
         digest, num_bytes = _digest(path), path.stat().st_size
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read the checkpoint {path.name!r}: {error}") from error
+        raise CheckpointError(f"cannot read the checkpoint {path.name!r}: {_reason(error)}") from error
     fill_ghn(ghn, tensors, source=path.name)
     return ghn.eval(), CheckpointSummary(config, card, digest, ghn.num_parameters, num_bytes)
 
@@ -172,19 +172,26 @@ def _check_names(names: list[str], ghn: GraphHyperNetwork, source: str) -> None:
 
 def _decode_metadata(metadata: Mapping[str, str] | None, source: str) -> tuple[GHNConfig, ModelCard]:
     """The configuration and card in a file's metadata."""
-    kind = (metadata or {}).get("format", "")
-    if kind != FORMAT or metadata is None:
+    if metadata is None or METADATA_KEY not in metadata:
         raise CheckpointError(
-            f"{source!r} is a safetensors file, but no checkpoint of format {FORMAT!r} (its format is {kind!r}); "
-            "published hypernetworks are converted by `ghn-server import-checkpoint`"
+            f"{source!r} is a safetensors file, but no checkpoint of ghn-service; published ones are converted "
+            "by `ghn-server import-checkpoint`"
         )
     try:
-        config = json.loads(metadata["config"])
-        card = json.loads(metadata.get("card", "{}"))
-        card = ModelCard(**{**card, "class_names": tuple(card.get("class_names", ()))})
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        description = json.loads(metadata[METADATA_KEY])
+        if description["format"] != FORMAT:
+            raise CheckpointError(
+                f"{source!r} has the format {description['format']!r}; this version of ghn-service reads {FORMAT!r}"
+            )
+        card = ModelCard(**{**description["card"], "class_names": tuple(description["card"]["class_names"])})
+        return decode_config(description["config"]), card
+    except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"the metadata of {source!r} is damaged: {error}") from error
-    return decode_config(config), card
+
+
+def _reason(error: Exception) -> str:
+    """Why a file could not be read or written, without its folder."""
+    return error.strerror or type(error).__name__ if isinstance(error, OSError) else str(error)
 
 
 def _digest(path: Path) -> str:
