@@ -7,6 +7,7 @@ that is drawn has a generator of its own, and nothing is kept between prediction
 from __future__ import annotations
 
 import fnmatch
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ghn_service.errors import InvalidOptionError, PredictionError
-from ghn_service.graph.architecture import ArchitectureGraph, ParameterSpec
+from ghn_service.graph import ArchitectureGraph, ParameterSpec, read_onnx
 from ghn_service.graph.vocabulary import restrict_vocabulary
 from ghn_service.hypernetwork.blocks import drawn_generator
 from ghn_service.hypernetwork.checkpoint import CheckpointSummary, load_checkpoint
@@ -257,10 +258,9 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InvalidOptionError(f"device must be auto, cpu, cuda or cuda:N; got {name!r}", field="device") from error
+    if re.fullmatch(r"cpu|cuda(:\d{1,3})?", name) is None:
+        raise InvalidOptionError(f"device must be auto, cpu, cuda or cuda:N; got {name!r}", field="device")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InvalidOptionError(
             f"device {name!r} is not here; there are {torch.cuda.device_count()} CUDA devices", field="device"
@@ -272,8 +272,6 @@ def read_architecture(architecture: ArchitectureGraph | bytes, clock: _StageCloc
     """The graph itself, or the one in a serialised ONNX model."""
     if isinstance(architecture, ArchitectureGraph):
         return architecture
-    from ghn_service.graph.onnx_reader import read_onnx  # onnx is needed for bytes only
-
     with clock.stage(READING):
         return read_onnx(architecture)
 

@@ -152,7 +152,9 @@ def fill_ghn(ghn: GraphHyperNetwork, tensors: Mapping[str, Tensor], *, source: s
                 f"{source!r}: tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, but its configuration asks for "
                 f"floats of shape {tuple(expected.shape)}"
             )
-    ghn.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()}, assign=True)
+    # Copies, because tensors of a file are views of it: they would change with the file, and are not aligned in memory,
+    # on which the last bit of products depends.
+    ghn.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}, assign=True)
 
 
 def _empty_ghn(config: GHNConfig) -> GraphHyperNetwork:
