@@ -200,6 +200,8 @@ ACTIVATION_KERNELS: dict[str, ActivationKernel] = {
     "": PiecewiseLinear(slope=1.0),
     "identity": PiecewiseLinear(slope=1.0),
     "relu": PiecewiseLinear(slope=0.0),
+    # Rows as long as He initialisation makes them never reach 6: the probability is below 1e-4.
+    "relu6": PiecewiseLinear(slope=0.0),
     "leaky_relu": PiecewiseLinear(slope=0.01),
     "gelu": Quadrature(functional.gelu),
     "gelu_tanh": Quadrature(_gelu_tanh),
@@ -208,6 +210,11 @@ ACTIVATION_KERNELS: dict[str, ActivationKernel] = {
     "mish": Quadrature(functional.mish),
     "softplus": Quadrature(functional.softplus),
     "elu": Quadrature(functional.elu),
+    "celu": Quadrature(functional.celu),
+    "selu": Quadrature(functional.selu),
+    "hardswish": Quadrature(functional.hardswish),
+    "hardsigmoid": Quadrature(functional.hardsigmoid),
+    "softsign": Quadrature(functional.softsign),
     "tanh": Quadrature(torch.tanh),
     "sigmoid": Quadrature(torch.sigmoid),
 }

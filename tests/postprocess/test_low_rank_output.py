@@ -24,7 +24,7 @@ LAYERS = (
         "normed.weight", (40, 32), attributes=LayerAttributes(activation="relu", normalized=True, positions=4)
     ),
     ExampleLayer("last.weight", (40, 32), attributes=LayerAttributes(positions=4)),
-    ExampleLayer("odd.weight", (40, 32), attributes=LayerAttributes(activation="hardswish", positions=4)),
+    ExampleLayer("odd.weight", (40, 32), attributes=LayerAttributes(activation="prelu", positions=4)),
     ExampleLayer("grouped.weight", (16, 4, 3, 3), attributes=LayerAttributes(groups=2, activation="relu", positions=4)),
     ExampleLayer("narrow.weight", (2, 2), attributes=RELU),
     ExampleLayer("head.weight", (10, 40), is_head=True, attributes=LayerAttributes(positions=1)),
