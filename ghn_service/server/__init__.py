@@ -1,0 +1,1 @@
+"""The gRPC server: everything between a socket and the predictor."""

@@ -36,6 +36,21 @@ class DataFrame:
     data: memoryview
 
 
+@dataclass(frozen=True, slots=True)
+class OutgoingChunk:
+    """A chunk to be sent: its bytes are ``pieces``, one behind the other."""
+
+    offset: int
+    pieces: Sequence[bytes | memoryview]
+
+
+def encode_event(event: ghn_pb2.PredictWeightsResponse | OutgoingChunk) -> bytes:
+    """A serialised ``PredictWeightsResponse``; the bytes of a chunk are copied once."""
+    if isinstance(event, OutgoingChunk):
+        return encode_chunk_frame(event.offset, event.pieces)
+    return event.SerializeToString()
+
+
 def encode_chunk_frame(offset: int, pieces: Sequence[bytes | memoryview]) -> bytes:
     """A serialised ``PredictWeightsResponse`` with a chunk.
 

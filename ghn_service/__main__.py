@@ -1,0 +1,141 @@
+"""The command ``ghn-server``: serve, and look after checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="ghn-server",
+    help="Predicts starting weights for neural networks from their architecture alone, over gRPC.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+EXIT_FAILED = 1
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """An error of ours ends the command with one line and status 1."""
+    from ghn_service.errors import GhnServiceError
+
+    try:
+        yield
+    except GhnServiceError as error:
+        typer.echo(f"ghn-server: {error}", err=True)
+        raise typer.Exit(EXIT_FAILED) from error
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ghn-server {version('ghn-service')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Predicts starting weights for neural networks from their architecture alone, over gRPC."""
+
+
+@app.command()
+def serve(
+    config: Annotated[Path | None, typer.Option(help="TOML file with settings.", envvar="GHN_CONFIG")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 for any free one.")] = None,
+    checkpoint: Annotated[
+        list[str] | None, typer.Option(help="Hypernetwork to load, FILE or NAME=FILE; repeat for several.")
+    ] = None,
+    device: Annotated[list[str] | None, typer.Option(help="auto, cpu, cuda or cuda:N; repeat for several.")] = None,
+    max_queue: Annotated[int | None, typer.Option(help="Requests that may wait for a device.")] = None,
+    max_streams: Annotated[int | None, typer.Option(help="Predictions in memory at once.")] = None,
+    max_request_bytes: Annotated[int | None, typer.Option(help="Bytes of a request.")] = None,
+    max_nodes: Annotated[int | None, typer.Option(help="Nodes of an ONNX model.")] = None,
+    max_tensors: Annotated[int | None, typer.Option(help="Tensors of an ONNX model.")] = None,
+    max_parameters: Annotated[int | None, typer.Option(help="Trainable scalars of a network.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Seconds that a request may take.")] = None,
+    send_idle_seconds: Annotated[float | None, typer.Option(help="Seconds a client may read nothing.")] = None,
+    reflection: Annotated[bool | None, typer.Option(help="Describe the protocol to tools.")] = None,
+    exit_on_error: Annotated[bool | None, typer.Option(help="End if a checkpoint cannot be loaded.")] = None,
+    drain_seconds: Annotated[float | None, typer.Option(help="Seconds not ready before calls are refused.")] = None,
+    grace_seconds: Annotated[float | None, typer.Option(help="Seconds that running calls get on stop.")] = None,
+    log_format: Annotated[str | None, typer.Option(help="console or json.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = None,
+) -> None:
+    """Run the server until SIGTERM or SIGINT.
+
+    Every option is also a variable GHN_* and a key of the TOML file; a flag beats the variable, which beats the file.
+    """
+    flags: dict[str, Any] = {
+        name: value for name, value in locals().items() if name not in ("config", "checkpoint", "device")
+    }
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's own lines about a port that is taken; ours says it
+    from ghn_service.server.app import serve as run
+    from ghn_service.server.logs import configure_logging
+    from ghn_service.server.settings import load_settings
+
+    with _one_line_errors():
+        settings = load_settings(
+            config, checkpoints=tuple(checkpoint or ()) or None, device=tuple(device or ()) or None, **flags
+        )
+        configure_logging(settings.log_format, settings.log_level)
+        run(settings)
+
+
+@app.command()
+def import_checkpoint(
+    source: Annotated[Path, typer.Argument(help="A published .pt file, or .safetensors with .config.json beside it.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The checkpoint to write, .safetensors.")],
+) -> None:
+    """Convert a published GHN-2 or GHN-3; no pickled code is run."""
+    from ghn_service.hypernetwork.import_checkpoint import import_checkpoint as convert
+
+    with _one_line_errors():
+        summary = convert(source, output)
+    typer.echo(f"{output}: {summary.kind}, {summary.num_parameters:,} parameters, sha256 {summary.digest}")
+
+
+@app.command()
+def show_checkpoint(
+    path: Annotated[Path, typer.Argument(help="A checkpoint of ours.")],
+) -> None:
+    """Print what a checkpoint holds, as JSON."""
+    from ghn_service.hypernetwork.checkpoint import load_checkpoint
+    from ghn_service.hypernetwork.config import encode_config
+
+    with _one_line_errors():
+        _, summary = load_checkpoint(path)
+    card = summary.card
+    document = {
+        "kind": summary.kind,
+        "digest": summary.digest,
+        "num_parameters": summary.num_parameters,
+        "num_bytes": summary.num_bytes,
+        "dataset": card.dataset,
+        "class_names": list(card.class_names),
+        "trained_on": card.trained_on,
+        "protocol": card.protocol,
+        "details": dict(card.details),
+        "config": encode_config(summary.config),
+    }
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def main() -> None:
+    """Entry point of ``ghn-server``."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

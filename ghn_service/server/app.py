@@ -1,0 +1,196 @@
+"""Builds a server from settings, runs it, and stops it without dropping what is on its way."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
+
+import grpc
+from ghn_client.wire import ghn_pb2  # noqa: F401  registers the protocol for reflection
+from ghn_client.wire.framing import SERVICE
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from ghn_service.errors import ConfigurationError, GhnServiceError, UnavailableError
+from ghn_service.server.interceptors import CallInterceptor
+from ghn_service.server.models import LoadPredictor, ModelRegistry, load_predictor, resolve_devices
+from ghn_service.server.service import GhnService, method_handlers
+from ghn_service.server.settings import Settings, checkpoint_files
+from ghn_service.server.watchdog import Watchdog
+from ghn_service.server.work_queue import WorkQueue
+
+logger = logging.getLogger(__name__)
+
+SPARE_THREADS = 16
+"""Threads beyond those of admitted predictions: for health, for dry runs, and for saying no."""
+MAX_CONCURRENT_CALLS = 1_000
+MESSAGE_OVERHEAD_BYTES = 64 * 1024
+WORKER_JOIN_S = 10.0
+READY_POLL_S = 0.2
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class RunningServer:
+    """A server that listens; a context manager that stops it.
+
+    Args:
+        settings: Everything that can be chosen.
+        load: Reads one checkpoint onto one device.
+
+    Attributes:
+        address: Where it listens, as ``host:port``; a host that clients can dial even if it listens on all.
+
+    Raises:
+        ConfigurationError: There is no checkpoint, or the port is taken.
+        InvalidOptionError: There is no such device.
+    """
+
+    def __init__(self, settings: Settings, *, load: LoadPredictor = load_predictor) -> None:
+        devices = resolve_devices(settings.device)
+        files = checkpoint_files(settings)
+        self.settings = settings
+        num_threads = settings.max_queue + settings.max_streams + SPARE_THREADS
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="ghn-call")
+        self._server = _build_grpc_server(settings, self._pool)
+        self._health = health.HealthServicer(experimental_non_blocking=True, experimental_thread_pool=self._pool)
+        port = _bind(self._server, settings)
+        self.address = f"{_dialable(settings.host)}:{port}"
+        self._stopped = False
+        self._watchdog = Watchdog(settings.send_idle_seconds)
+        self._work_queue = WorkQueue(
+            num_workers=len(devices), max_queue=settings.max_queue, max_active=settings.max_streams
+        )
+        self._models = ModelRegistry(files, devices, load=load, on_ready=self._become_ready)
+        self._register(settings)
+        self._server.start()
+        self._models.start()
+
+    def __enter__(self) -> RunningServer:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop(grace_s=0.0)
+
+    def wait_ready(self, timeout_s: float | None = None) -> None:
+        """Waits until every checkpoint is loaded.
+
+        Raises:
+            CheckpointError: One cannot be loaded.
+            UnavailableError: It takes longer than this.
+        """
+        self._models.wait(timeout_s)
+
+    def stop(self, grace_s: float | None = None, *, drain_s: float = 0.0) -> None:
+        """Stops: says "not serving", waits, refuses calls, lets running ones finish, ends the threads.
+
+        Args:
+            grace_s: Seconds that running calls get; None for those of the settings.
+            drain_s: Seconds between saying "not serving" and refusing calls, so that load balancers notice first.
+        """
+        if self._stopped:
+            return
+        self._stopped = True
+        self._health.enter_graceful_shutdown()
+        time.sleep(drain_s)
+        self._server.stop(self.settings.grace_seconds if grace_s is None else grace_s).wait()
+        self._watchdog.close()
+        if not self._work_queue.close(WORKER_JOIN_S):
+            logger.warning("a worker did not end within %g seconds", WORKER_JOIN_S)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def hurry(self) -> None:
+        """Ends the grace of a ``stop`` that is on its way."""
+        self._server.stop(0.0)
+
+    def _register(self, settings: Settings) -> None:
+        service = GhnService(settings, self._models, self._work_queue, self._watchdog)
+        self._server.add_generic_rpc_handlers((method_handlers(service),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._health.set("", _SERVING)
+        self._health.set(SERVICE, _NOT_SERVING)
+        if settings.reflection:
+            names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
+
+    def _become_ready(self) -> None:
+        self._health.set(SERVICE, _SERVING)
+
+
+def start_server(settings: Settings, *, load: LoadPredictor = load_predictor) -> RunningServer:
+    """Starts a server; it listens at once, and loads its hypernetworks in the background."""
+    return RunningServer(settings, load=load)
+
+
+def serve(settings: Settings) -> None:
+    """Runs a server until SIGTERM or SIGINT, then stops it gracefully; a second signal ends the grace.
+
+    Raises:
+        ConfigurationError: It cannot start.
+        InvalidOptionError: There is no such device.
+        CheckpointError: A checkpoint cannot be loaded, and ``exit_on_error`` is set.
+    """
+    stop = threading.Event()
+    server = start_server(settings)
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            threading.Thread(target=server.hurry, daemon=True).start()
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    logger.info("listening", extra={"address": server.address})
+    try:
+        if settings.exit_on_error:
+            _wait_until_ready(server, stop)
+        stop.wait()
+    except GhnServiceError:
+        server.stop(0.0)
+        raise
+    logger.info("stopping", extra={"grace_seconds": settings.grace_seconds})
+    server.stop(drain_s=settings.drain_seconds)
+    logger.info("stopped")
+
+
+def _wait_until_ready(server: RunningServer, stop: threading.Event) -> None:
+    """Waits for the checkpoints, or for the signal to stop."""
+    while not stop.is_set():
+        try:
+            server.wait_ready(READY_POLL_S)
+        except UnavailableError:
+            continue
+        logger.info("ready")
+        return
+
+
+def _build_grpc_server(settings: Settings, pool: ThreadPoolExecutor) -> grpc.Server:
+    options = [
+        ("grpc.so_reuseport", 0),  # else a second server would share the port in silence
+        ("grpc.max_receive_message_length", settings.max_request_bytes + MESSAGE_OVERHEAD_BYTES),
+        ("grpc.max_send_message_length", -1),
+    ]
+    return grpc.server(
+        pool, interceptors=[CallInterceptor()], options=options, maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS
+    )
+
+
+def _bind(server: grpc.Server, settings: Settings) -> int:
+    address = f"{settings.host}:{settings.port}"
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ConfigurationError(f"cannot listen on {address}: the port is taken or the host is not ours") from error
+    if port == 0:
+        raise ConfigurationError(f"cannot listen on {address}: the host is not ours")
+    return port
+
+
+def _dialable(host: str) -> str:
+    """A host that a client on this machine can dial."""
+    return {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)

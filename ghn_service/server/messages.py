@@ -1,0 +1,217 @@
+"""Messages of the protocol <-> our values, in pairs; everything that a request may say is checked here."""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import torch
+from ghn_client.wire import ghn_pb2
+
+from ghn_service.errors import InvalidOptionError, UnsupportedOptionError
+from ghn_service.graph.architecture import ParameterSpec
+from ghn_service.postprocess.base import POSTPROCESSORS, Step
+from ghn_service.postprocess.low_rank import FUNCTION, FUNCTION_OPTIMIZED, SPECTRAL
+from ghn_service.postprocess.low_rank_plan import LowRank
+from ghn_service.postprocess.rank_allocation import RANK_RULES, RankRule
+from ghn_service.predictor import (
+    DECODING,
+    ENCODING,
+    POST_PROCESSING,
+    READING,
+    ArchitectureAnalysis,
+    PredictionOptions,
+)
+from ghn_service.server.models import LoadedModel
+from ghn_service.server.settings import Settings
+from ghn_service.server.work_queue import JobProgress
+
+MAX_REQUEST_ID_CHARACTERS = 128
+MAX_INCLUDE_PATTERNS = 256
+MAX_PATTERN_CHARACTERS = 1024
+MAX_OPTION_CHARACTERS = 256
+
+DTYPE_NAMES: Mapping[int, str] = {
+    ghn_pb2.DATA_TYPE_UNSPECIFIED: "float32",
+    ghn_pb2.DATA_TYPE_FLOAT32: "float32",
+    ghn_pb2.DATA_TYPE_FLOAT16: "float16",
+    ghn_pb2.DATA_TYPE_BFLOAT16: "bfloat16",
+}
+LOW_RANK_METHODS: Mapping[int, str] = {
+    ghn_pb2.LOW_RANK_METHOD_UNSPECIFIED: FUNCTION,
+    ghn_pb2.LOW_RANK_METHOD_SPECTRAL: SPECTRAL,
+    ghn_pb2.LOW_RANK_METHOD_FUNCTION: FUNCTION,
+    ghn_pb2.LOW_RANK_METHOD_FUNCTION_OPTIMIZED: FUNCTION_OPTIMIZED,
+}
+STAGES: Mapping[str, ghn_pb2.Stage.ValueType] = {
+    "": ghn_pb2.STAGE_QUEUED,
+    READING: ghn_pb2.STAGE_ENCODING,
+    ENCODING: ghn_pb2.STAGE_ENCODING,
+    DECODING: ghn_pb2.STAGE_PREDICTING,
+    POST_PROCESSING: ghn_pb2.STAGE_POST_PROCESSING,
+}
+
+
+def decode_options(request: ghn_pb2.PredictWeightsRequest) -> PredictionOptions:
+    """The options of a request.
+
+    Raises:
+        InvalidOptionError: One has an impossible value; ``field`` names it.
+        UnsupportedOptionError: One is not implemented by this server.
+    """
+    if request.report:
+        raise UnsupportedOptionError("this server makes no diversity reports; leave `report` unset", field="report")
+    return PredictionOptions(
+        dtype=decode_dtype(request.dtype),
+        seed=request.seed,
+        steps=tuple(_decode_step(step, index) for index, step in enumerate(request.steps)),
+        low_rank=_decode_low_rank(request.low_rank) if request.HasField("low_rank") else None,
+        include=_decode_include(request.include),
+    )
+
+
+def decode_dtype(dtype: int) -> str:
+    """Name of an element type.
+
+    Raises:
+        InvalidOptionError: There is none of this number.
+    """
+    if dtype not in DTYPE_NAMES:
+        known = ", ".join(ghn_pb2.DataType.keys())
+        raise InvalidOptionError(f"expected one of {known}, got the number {dtype}", field="dtype")
+    return DTYPE_NAMES[dtype]
+
+
+def encode_dtype(name: str) -> ghn_pb2.DataType.ValueType:
+    """The inverse of ``decode_dtype``; never unspecified."""
+    return ghn_pb2.DataType.Value(f"DATA_TYPE_{name.upper()}")
+
+
+def decode_request_id(request_id: str) -> str:
+    """The identifier of a request, made up where the client gave none.
+
+    Raises:
+        InvalidOptionError: It is too long or not printable ASCII.
+    """
+    if len(request_id) > MAX_REQUEST_ID_CHARACTERS or not (request_id.isascii() and request_id.isprintable()):
+        raise InvalidOptionError(
+            f"expected at most {MAX_REQUEST_ID_CHARACTERS} printable ASCII characters, got {len(request_id)}",
+            field="request_id",
+        )
+    return request_id or uuid.uuid4().hex
+
+
+def encode_progress(progress: JobProgress) -> ghn_pb2.PredictWeightsResponse:
+    """A sign of life."""
+    stage = STAGES[progress.stage]
+    return ghn_pb2.PredictWeightsResponse(
+        progress=ghn_pb2.Progress(stage=stage, queue_position=progress.queue_position)
+    )
+
+
+def encode_tensors(
+    specs: Mapping[str, ParameterSpec], origins: Mapping[str, str], op_types: Mapping[str, str]
+) -> Iterable[ghn_pb2.TensorInfo]:
+    """One entry a tensor, in the order of ``specs``."""
+    for name, spec in specs.items():
+        yield ghn_pb2.TensorInfo(
+            name=name,
+            shape=spec.shape,
+            origin=origins[name],
+            initializer=spec.initializer or name,
+            torch_name=spec.torch_name,
+            op_type=op_types.get(name, ""),
+            uses=[ghn_pb2.TensorUse(node=use.node, input_index=use.input_index) for use in spec.uses],
+            permutation=spec.permutation,
+        )
+
+
+def encode_analysis(
+    analysis: ArchitectureAnalysis, model: LoadedModel, *, total_bytes: int, request_id: str
+) -> ghn_pb2.AnalyzeArchitectureResponse:
+    """The answer of AnalyzeArchitecture."""
+    graph = analysis.graph
+    return ghn_pb2.AnalyzeArchitectureResponse(
+        request_id=request_id,
+        num_nodes=graph.num_nodes,
+        num_edges=len(graph.edges),
+        num_parameters=graph.num_parameters,
+        num_predicted_parameters=analysis.num_predicted_parameters,
+        total_bytes=total_bytes,
+        tensors=encode_tensors(analysis.specs, analysis.origins, analysis.op_types),
+        buffers=[buffer.name for buffer in graph.buffers],
+        warnings=analysis.warnings,
+        op_type_counts=Counter(node.op_type for node in graph.nodes),
+        unknown_operators=graph.unknown_operators,
+        graph_digest=graph.digest(),
+        model=model.name,
+    )
+
+
+def encode_models(models: Iterable[LoadedModel], *, default_name: str) -> ghn_pb2.ListModelsResponse:
+    """The answer of ListModels."""
+    entries = [
+        ghn_pb2.ModelInfo(
+            name=model.name,
+            digest=model.summary.digest,
+            kind=model.summary.kind,
+            num_parameters=model.summary.num_parameters,
+            num_classes=model.summary.config.num_classes,
+            dataset=model.summary.card.dataset,
+            is_default=model.name == default_name,
+            device=model.devices[0],
+        )
+        for model in models
+    ]
+    return ghn_pb2.ListModelsResponse(models=entries, steps=list(POSTPROCESSORS))
+
+
+def encode_server_info(
+    settings: Settings, devices: Iterable[str], *, version: str, uptime_s: float
+) -> ghn_pb2.GetServerInfoResponse:
+    """The answer of GetServerInfo."""
+    limits = ghn_pb2.Limits(
+        max_nodes=settings.max_nodes,
+        max_tensors=settings.max_tensors,
+        max_parameters=settings.max_parameters,
+        max_request_bytes=settings.max_request_bytes,
+        max_queue=settings.max_queue,
+        max_seconds=settings.max_seconds,
+    )
+    return ghn_pb2.GetServerInfoResponse(
+        version=version, torch_version=torch.__version__, devices=devices, limits=limits, uptime_seconds=uptime_s
+    )
+
+
+def _decode_step(step: ghn_pb2.PostProcessingStep, index: int) -> Step:
+    for name, text in step.options.items():
+        if max(len(name), len(text)) > MAX_OPTION_CHARACTERS:
+            raise InvalidOptionError(
+                f"expected at most {MAX_OPTION_CHARACTERS} characters per option", field=f"steps[{index}].options"
+            )
+    return Step(step.name, dict(sorted(step.options.items())))
+
+
+def _decode_low_rank(low_rank: ghn_pb2.LowRankOutput) -> LowRank:
+    if low_rank.method not in LOW_RANK_METHODS:
+        known = ", ".join(ghn_pb2.LowRankMethod.keys())
+        raise InvalidOptionError(f"expected one of {known}, got the number {low_rank.method}", field="low_rank.method")
+    kind = low_rank.WhichOneof("rank_rule")
+    if kind is None:
+        raise InvalidOptionError(f"expected one of {', '.join(RANK_RULES)}, got none", field="low_rank.rank_rule")
+    return LowRank(RankRule(kind, float(getattr(low_rank, kind))), LOW_RANK_METHODS[low_rank.method])
+
+
+def _decode_include(patterns: Iterable[str]) -> tuple[str, ...]:
+    include = tuple(patterns)
+    if len(include) > MAX_INCLUDE_PATTERNS:
+        raise InvalidOptionError(
+            f"expected at most {MAX_INCLUDE_PATTERNS} patterns, got {len(include)}", field="include"
+        )
+    for index, pattern in enumerate(include):
+        if not 1 <= len(pattern) <= MAX_PATTERN_CHARACTERS:
+            raise InvalidOptionError(
+                f"expected 1 to {MAX_PATTERN_CHARACTERS} characters, got {len(pattern)}", field=f"include[{index}]"
+            )
+    return include

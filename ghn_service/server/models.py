@@ -1,0 +1,175 @@
+"""The hypernetworks of a server: loaded in the background, one copy per device, found by name."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from ghn_service.errors import CheckpointError, GhnServiceError, UnavailableError, UnknownModelError
+from ghn_service.graph.architecture import ArchitectureGraph
+from ghn_service.hypernetwork.checkpoint import CheckpointSummary
+from ghn_service.predictor import (
+    ArchitectureAnalysis,
+    OnStage,
+    PredictionOptions,
+    PredictionResult,
+    Predictor,
+    choose_device,
+)
+from ghn_service.server.memory import translate_memory_errors
+
+logger = logging.getLogger(__name__)
+
+
+class ServedPredictor(Protocol):
+    """What a server needs of a ``Predictor``."""
+
+    summary: CheckpointSummary | None
+
+    def run(
+        self, architecture: ArchitectureGraph, *, options: PredictionOptions, on_stage: OnStage
+    ) -> PredictionResult:
+        """Predicts weights; called by one thread at a time."""
+        ...
+
+    def analyze(self, architecture: ArchitectureGraph) -> ArchitectureAnalysis:
+        """Says what ``run`` would do."""
+        ...
+
+
+LoadPredictor = Callable[[Path, str], ServedPredictor]
+"""Makes a predictor of a checkpoint file and the name of a device."""
+
+
+def load_predictor(path: Path, device: str) -> ServedPredictor:
+    """The real ``LoadPredictor``."""
+    return Predictor.from_checkpoint(path, device=device)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """One hypernetwork.
+
+    Attributes:
+        name: Name in requests.
+        summary: What its checkpoint holds.
+        predictors: One copy per device.
+        devices: Name of the device of each copy.
+    """
+
+    name: str
+    summary: CheckpointSummary
+    predictors: tuple[ServedPredictor, ...]
+    devices: tuple[str, ...]
+
+
+class ModelRegistry:
+    """Loads checkpoints in a thread of its own, so that a server answers while large ones are read.
+
+    Args:
+        files: Checkpoint by name, the default one first.
+        devices: Names of the devices.
+        load: Reads one checkpoint onto one device.
+        on_ready: Called once, when at least one hypernetwork is loaded and none is left to load.
+    """
+
+    def __init__(
+        self,
+        files: Mapping[str, Path],
+        devices: tuple[str, ...],
+        *,
+        load: LoadPredictor = load_predictor,
+        on_ready: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.devices = devices
+        self._files = dict(files)
+        self._load = load
+        self._on_ready = on_ready
+        self._models: dict[str, LoadedModel] = {}
+        self._failures: dict[str, GhnServiceError] = {}
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._load_all, name="ghn-loader", daemon=True)
+
+    def start(self) -> None:
+        """Begins to load."""
+        self._thread.start()
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Waits until everything is loaded.
+
+        Raises:
+            UnavailableError: It takes longer than this.
+            CheckpointError: A checkpoint cannot be loaded.
+        """
+        if not self._done.wait(timeout_s):
+            raise UnavailableError(f"the hypernetworks were not loaded within {timeout_s} seconds")
+        for failure in self._failures.values():
+            raise failure
+
+    @property
+    def default_name(self) -> str:
+        """Name of the hypernetwork that requests without a name use."""
+        return next(iter(self._files))
+
+    def loaded(self) -> tuple[LoadedModel, ...]:
+        """The hypernetworks that are ready, the default one first."""
+        return tuple(self._models[name] for name in self._files if name in self._models)
+
+    def get(self, name: str) -> LoadedModel:
+        """The hypernetwork of this name; the default one for "".
+
+        Raises:
+            UnknownModelError: There is none of this name.
+            UnavailableError: It is still being loaded.
+            CheckpointError: It cannot be loaded.
+        """
+        name = name or self.default_name
+        if name in self._models:
+            return self._models[name]
+        if name in self._failures:
+            raise CheckpointError(
+                f"the hypernetwork {name!r} could not be loaded when this server started", field="model"
+            )
+        if name in self._files:
+            raise UnavailableError(f"the hypernetwork {name!r} is still being loaded; try again", field="model")
+        raise UnknownModelError(f"no hypernetwork {name!r}; known are {', '.join(self._files)}", field="model")
+
+    def _load_all(self) -> None:
+        for name, path in self._files.items():
+            try:
+                self._models[name] = self._load_one(name, path)
+                logger.info("loaded", extra={"model": name, "digest": self._models[name].summary.digest})
+            except GhnServiceError as error:
+                self._failures[name] = error
+            except Exception:
+                logger.exception("a checkpoint cannot be loaded", extra={"model": name})
+                self._failures[name] = CheckpointError(f"the checkpoint {path.name!r} cannot be loaded; see the log")
+            if name in self._failures:
+                logger.error("cannot load %s: %s", name, self._failures[name], extra={"model": name})
+        if self._models:
+            self._on_ready()
+        self._done.set()
+
+    def _load_one(self, name: str, path: Path) -> LoadedModel:
+        with translate_memory_errors():
+            predictors = tuple(self._load(path, device) for device in self.devices)
+        summary = predictors[0].summary
+        assert summary is not None, "a predictor that was loaded from a file knows what was in it"
+        return LoadedModel(name, summary, predictors, self.devices)
+
+
+def resolve_devices(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Full names of the devices (``cuda:0`` for ``auto`` on a machine with a GPU), without repetitions.
+
+    Raises:
+        InvalidOptionError: There is no such device.
+    """
+    devices = [choose_device(name) for name in names or ("auto",)]
+    full = [torch.device(item.type, item.index or 0) if item.type == "cuda" else item for item in devices]
+    return tuple(dict.fromkeys(str(device) for device in full))

@@ -1,0 +1,176 @@
+"""The servicer: one method per rpc, each a few lines from message to message."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import grpc
+from ghn_client.wire import ghn_pb2
+from ghn_client.wire.codec import iterate_chunks
+from ghn_client.wire.framing import SERVICE, OutgoingChunk, encode_event
+
+from ghn_service.errors import DeadlineExceededError, InvalidOptionError, RequestCancelledError
+from ghn_service.graph.architecture import ArchitectureGraph
+from ghn_service.graph.onnx_reader import read_onnx
+from ghn_service.predictor import READING, PredictionOptions, PredictionResult
+from ghn_service.server.logs import current_request_id
+from ghn_service.server.memory import translate_memory_errors
+from ghn_service.server.messages import (
+    decode_dtype,
+    decode_options,
+    encode_analysis,
+    encode_models,
+    encode_progress,
+    encode_server_info,
+)
+from ghn_service.server.models import LoadedModel, ModelRegistry
+from ghn_service.server.reply import VERSION, Reply, build_reply, expected_bytes
+from ghn_service.server.settings import Settings
+from ghn_service.server.watchdog import Watchdog
+from ghn_service.server.work_queue import Checkpoint, Job, WorkQueue
+
+Events = Iterator[ghn_pb2.PredictWeightsResponse | OutgoingChunk]
+
+
+class GhnService:
+    """Answers the calls of ``ghn.v1.GhnService``; errors are mapped by the interceptor.
+
+    Args:
+        settings: Limits.
+        models: The hypernetworks.
+        work_queue: Where predictions wait.
+        watchdog: Ends streams that stand still.
+    """
+
+    def __init__(self, settings: Settings, models: ModelRegistry, work_queue: WorkQueue, watchdog: Watchdog) -> None:
+        self.settings = settings
+        self.models = models
+        self.work_queue = work_queue
+        self.watchdog = watchdog
+        self.started = time.monotonic()
+
+    def predict_weights(self, request: ghn_pb2.PredictWeightsRequest, context: grpc.ServicerContext) -> Events:
+        """Predicts every trainable tensor of an architecture."""
+        options = decode_options(request)
+        model = self.models.get(request.model)
+        deadline = self._deadline(context)
+        with self.work_queue.admit() as admission:
+            start = time.perf_counter()
+            graph = self._read(request.architecture)
+            seconds = {READING: time.perf_counter() - start}
+            job = Job(partial(_predict, model, graph, options), deadline=deadline)
+            if not context.add_callback(job.cancel):
+                raise RequestCancelledError("the request was cancelled")
+            admission.submit(job)
+            for progress in job.progress(lambda: self.work_queue.position(job)):
+                yield encode_progress(progress)
+            result = job.result()
+            seconds |= {"waiting": job.wait_s, **result.seconds}
+            reply = build_reply(result, options, model, request_id=current_request_id())
+            yield ghn_pb2.PredictWeightsResponse(header=reply.header)
+            yield from self._stream(reply, seconds, context, deadline)
+
+    def analyze_architecture(
+        self, request: ghn_pb2.AnalyzeArchitectureRequest, context: grpc.ServicerContext
+    ) -> ghn_pb2.AnalyzeArchitectureResponse:
+        """Reads an architecture and says what a prediction would do, without predicting."""
+        dtype = decode_dtype(request.dtype)
+        model = self.models.get(request.model)
+        graph = self._read(request.architecture)
+        analysis = model.predictors[0].analyze(graph)
+        return encode_analysis(
+            analysis, model, total_bytes=expected_bytes(analysis, dtype, model), request_id=current_request_id()
+        )
+
+    def list_models(
+        self, request: ghn_pb2.ListModelsRequest, context: grpc.ServicerContext
+    ) -> ghn_pb2.ListModelsResponse:
+        """Lists the hypernetworks that are loaded."""
+        return encode_models(self.models.loaded(), default_name=self.models.default_name)
+
+    def get_server_info(
+        self, request: ghn_pb2.GetServerInfoRequest, context: grpc.ServicerContext
+    ) -> ghn_pb2.GetServerInfoResponse:
+        """Tells version, devices and limits."""
+        uptime_s = time.monotonic() - self.started
+        return encode_server_info(self.settings, self.models.devices, version=VERSION, uptime_s=uptime_s)
+
+    def _deadline(self, context: grpc.ServicerContext) -> float:
+        """``time.monotonic()`` at which the client or the server gives up."""
+        remaining = context.time_remaining()
+        limit = self.settings.max_seconds
+        return time.monotonic() + (limit if remaining is None else min(limit, remaining))
+
+    def _read(self, architecture: ghn_pb2.Architecture) -> ArchitectureGraph:
+        with translate_memory_errors():
+            return read_onnx(architecture.onnx_model, limits=self.settings.limits)
+
+    def _stream(
+        self, reply: Reply, seconds: dict[str, float], context: grpc.ServicerContext, deadline: float
+    ) -> Events:
+        """The file in chunks, then the trailer."""
+        start = time.perf_counter()
+        sha256 = hashlib.sha256()
+        with self.watchdog.watch(context.cancel, deadline=deadline) as watch:
+            for offset, pieces in iterate_chunks(reply.file_header, reply.buffers()):
+                if time.monotonic() > deadline:
+                    raise DeadlineExceededError("the request ran out of time while its weights were sent")
+                for piece in pieces:
+                    sha256.update(piece)
+                yield OutgoingChunk(offset, pieces)
+                watch.touch()
+            seconds["streaming"] = time.perf_counter() - start
+            yield ghn_pb2.PredictWeightsResponse(
+                trailer=ghn_pb2.StreamTrailer(sha256=sha256.hexdigest(), seconds=seconds)
+            )
+
+
+def method_handlers(service: GhnService) -> grpc.GenericRpcHandler:
+    """The servicer as gRPC takes it.
+
+    Unlike the generated ``add_GhnServiceServicer_to_server``, it copies chunks only once (``wire.framing``).
+    """
+    return grpc.method_handlers_generic_handler(
+        SERVICE,
+        {
+            "PredictWeights": grpc.unary_stream_rpc_method_handler(
+                service.predict_weights,
+                request_deserializer=ghn_pb2.PredictWeightsRequest.FromString,
+                response_serializer=encode_event,
+            ),
+            "AnalyzeArchitecture": grpc.unary_unary_rpc_method_handler(
+                service.analyze_architecture,
+                request_deserializer=ghn_pb2.AnalyzeArchitectureRequest.FromString,
+                response_serializer=ghn_pb2.AnalyzeArchitectureResponse.SerializeToString,
+            ),
+            "ListModels": grpc.unary_unary_rpc_method_handler(
+                service.list_models,
+                request_deserializer=ghn_pb2.ListModelsRequest.FromString,
+                response_serializer=ghn_pb2.ListModelsResponse.SerializeToString,
+            ),
+            "GetServerInfo": grpc.unary_unary_rpc_method_handler(
+                service.get_server_info,
+                request_deserializer=ghn_pb2.GetServerInfoRequest.FromString,
+                response_serializer=ghn_pb2.GetServerInfoResponse.SerializeToString,
+            ),
+        },
+    )
+
+
+def _predict(
+    model: LoadedModel,
+    graph: ArchitectureGraph,
+    options: PredictionOptions,
+    device_index: int,
+    checkpoint: Checkpoint,
+) -> PredictionResult:
+    """The work of one job, on a worker's thread."""
+    result = model.predictors[device_index].run(graph, options=options, on_stage=checkpoint)
+    if not len(result.parameters):
+        raise InvalidOptionError(
+            f"none of the {len(list(graph.parameters()))} tensors matches {', '.join(options.include)}", field="include"
+        )
+    return result

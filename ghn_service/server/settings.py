@@ -1,0 +1,162 @@
+"""``Settings``: all that can be chosen about a server; a flag beats ``GHN_*``, which beats the TOML file."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from ghn_service.errors import ConfigurationError
+from ghn_service.graph.onnx_limits import GraphLimits
+
+BUNDLED_CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
+DEFAULT_LIMITS = GraphLimits()
+MEBIBYTE = 2**20
+
+Names = Annotated[tuple[str, ...], NoDecode]
+
+
+class Settings(BaseSettings):
+    """Everything that can be chosen about a server.
+
+    Attributes:
+        host: Address to listen on; ``0.0.0.0`` for all of IPv4, ``[::]`` for all.
+        port: Port to listen on; 0 for any free one.
+        checkpoints: Hypernetworks to load, each ``NAME=FILE`` or ``FILE`` (the file's stem is the name); the first is
+            the default one. Empty for those that come with the package.
+        device: Devices that predict: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; one worker each.
+        max_queue: Requests that may wait for a device.
+        max_streams: Predictions that may be in memory at once, being made or being sent.
+        max_request_bytes: Bytes of a request.
+        max_nodes: Nodes of an ONNX model, after functions are expanded.
+        max_tensors: Tensors of an ONNX model.
+        max_parameters: Trainable scalars of a network.
+        max_seconds: Seconds that a request may take, the stream included.
+        send_idle_seconds: Seconds that a client may read nothing before its stream is cancelled.
+        reflection: Whether the server describes its protocol to tools such as grpcurl.
+        exit_on_error: Whether the server ends if a checkpoint cannot be loaded; else it stays up and is not ready.
+        drain_seconds: Seconds between saying "not serving" and refusing calls, when the server is stopped.
+        grace_seconds: Seconds that running requests get to finish, when the server is stopped.
+        log_format: ``console`` for people, ``json`` for machines.
+        log_level: Least level that is logged.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="GHN_", extra="forbid", frozen=True)
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=50051, ge=0, le=65535)
+    checkpoints: Names = ()
+    device: Names = ("auto",)
+    max_queue: int = Field(default=16, ge=0, le=10_000)
+    max_streams: int = Field(default=4, ge=1, le=1_000)
+    max_request_bytes: int = Field(default=64 * MEBIBYTE, ge=1024, le=2**31 - 1)
+    max_nodes: int = Field(default=DEFAULT_LIMITS.max_nodes, ge=1)
+    max_tensors: int = Field(default=DEFAULT_LIMITS.max_tensors, ge=1)
+    max_parameters: int = Field(default=DEFAULT_LIMITS.max_parameters, ge=1)
+    max_seconds: float = Field(default=600.0, gt=0, le=86_400, allow_inf_nan=False)
+    send_idle_seconds: float = Field(default=30.0, gt=0, le=86_400, allow_inf_nan=False)
+    reflection: bool = True
+    exit_on_error: bool = True
+    drain_seconds: float = Field(default=0.0, ge=0, le=3_600, allow_inf_nan=False)
+    grace_seconds: float = Field(default=30.0, ge=0, le=3_600, allow_inf_nan=False)
+    log_format: Literal["console", "json"] = "console"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @field_validator("checkpoints", "device", mode="before")
+    @classmethod
+    def _split_commas(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _upper_case(cls, value: Any) -> Any:
+        return value.upper() if isinstance(value, str) else value
+
+    @property
+    def limits(self) -> GraphLimits:
+        """The largest architecture that is read."""
+        return GraphLimits(
+            max_bytes=self.max_request_bytes,
+            max_nodes=self.max_nodes,
+            max_tensors=self.max_tensors,
+            max_parameters=self.max_parameters,
+        )
+
+
+def load_settings(config: Path | None = None, **flags: Any) -> Settings:
+    """Settings from flags, ``GHN_*`` variables and a TOML file, in this order of precedence.
+
+    Args:
+        config: The TOML file, with the names of ``Settings`` as top-level keys; None for none.
+        **flags: What was given on the command line; None for what was not.
+
+    Raises:
+        ConfigurationError: A value is impossible, a name is unknown, or the file cannot be read; one line.
+    """
+
+    class FileSettings(Settings):
+        """Settings with a file as the last source."""
+
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=config)
+
+    try:
+        if config is not None and not config.is_file():
+            raise ConfigurationError(f"there is no configuration file {str(config)!r}")
+        values = FileSettings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise ConfigurationError(f"the settings are not usable: {'; '.join(faults)}") from error
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"the configuration file {str(config)!r} cannot be read: {error}") from error
+    return Settings.model_construct(**values.model_dump())
+
+
+def checkpoint_files(settings: Settings) -> dict[str, Path]:
+    """Checkpoint by name of the hypernetwork, the default one first.
+
+    Raises:
+        ConfigurationError: There is none, a name is given twice, or a file is missing.
+    """
+    entries = settings.checkpoints or tuple(str(path) for path in sorted(BUNDLED_CHECKPOINTS.glob("*.safetensors")))
+    if not entries:
+        raise ConfigurationError(
+            "no trained checkpoint comes with this version, so --checkpoint FILE is needed "
+            "(published hypernetworks are converted by `ghn-server import-checkpoint`)"
+        )
+    files: dict[str, Path] = {}
+    for entry in entries:
+        name, path = _split_entry(entry)
+        if name in files:
+            raise ConfigurationError(f"two checkpoints are called {name!r}; name them with --checkpoint NAME=FILE")
+        if not path.is_file():
+            raise ConfigurationError(f"there is no checkpoint {str(path)!r}")
+        files[name] = path
+    return files
+
+
+def _split_entry(entry: str) -> tuple[str, Path]:
+    """Name and file of ``NAME=FILE`` or ``FILE``; a file that exists is taken as it stands."""
+    name, separator, rest = entry.partition("=")
+    if not separator or Path(entry).is_file():
+        return Path(entry).stem, Path(entry)
+    if not name.strip() or not rest.strip():
+        raise ConfigurationError(f"expected --checkpoint NAME=FILE or --checkpoint FILE, got {entry!r}")
+    return name.strip(), Path(rest.strip())
