@@ -1,0 +1,228 @@
+"""ONNX models without weights: what the service is sent.
+
+Two forms. A model that ``export`` made knows which tensors are parameters, so they become typed graph inputs, listed
+in the model's metadata; such a file passes the checker and strict shape inference. A user's own file keeps its
+initializers as names with types and shapes, so that it reads exactly as the original does; only the data goes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Iterator
+
+import onnx
+import onnx_ir
+from google.protobuf.message import DecodeError
+
+from ghn_client.errors import InvalidArchitectureError
+
+PARAMETERS_KEY = "ghn.parameters"
+"""Key of the model's metadata: JSON list of the stripped trainable tensors."""
+
+BUFFERS_KEY = "ghn.buffers"
+"""Key of the model's metadata: JSON list of the float tensors that are no weights."""
+
+KEPT_ELEMENTS = 1024
+"""Integer tensors of at most this many elements keep their values: they hold shapes and axes."""
+
+_KEPT_FLOATS = 1
+_FLOAT_TYPES = frozenset(
+    {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16}
+)
+_INDEX_TYPES = frozenset({onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL})
+_DATA_FIELDS = (
+    "raw_data",
+    "float_data",
+    "double_data",
+    "int32_data",
+    "int64_data",
+    "uint64_data",
+    "string_data",
+    "external_data",
+    "data_location",
+    "doc_string",
+)
+# Names of modules and parameters, which the reader needs; the others hold source lines and paths of the user's machine.
+_KEPT_METADATA = frozenset(
+    {"pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy", "pkg.torch.onnx.fx_node"}
+)
+
+
+# ---- models made by export ------------------------------------------------------------------------------------------
+
+
+def encode_structure(model: onnx_ir.Model, parameters: Collection[str]) -> bytes:
+    """A model as bytes, with float initializers as typed graph inputs.
+
+    Args:
+        model: The model; it is changed. Its initializers may be without data, as on the meta device.
+        parameters: Names of the trainable tensors; all other float initializers are buffers or constants.
+    """
+    _clear_metadata(model)
+    _rename_clashes(model)
+    named: dict[str, list[str]] = {PARAMETERS_KEY: [], BUFFERS_KEY: []}
+    for name, value in list(model.graph.initializers.items()):
+        if name not in parameters and not value.uses():
+            del model.graph.initializers[name]
+            continue
+        is_float = value.dtype is not None and int(value.dtype) in _FLOAT_TYPES
+        if is_float:
+            named[PARAMETERS_KEY if name in parameters else BUFFERS_KEY].append(name)
+        if name in parameters or not _keeps_value(value, is_float=is_float):
+            del model.graph.initializers[name]
+            value.const_value = None
+            model.graph.inputs.append(value)
+    for key, names in named.items():
+        model.metadata_props[key] = json.dumps(names)
+    return onnx_ir.to_proto(model).SerializeToString()
+
+
+def _keeps_value(value: onnx_ir.Value, *, is_float: bool) -> bool:
+    count = math.prod(size if isinstance(size, int) else 0 for size in value.shape) if value.shape is not None else 0
+    return value.const_value is not None and count <= (_KEPT_FLOATS if is_float else KEPT_ELEMENTS)
+
+
+def _clear_metadata(model: onnx_ir.Model) -> None:
+    model.doc_string = None
+    model.metadata_props.clear()
+    graphs: list[onnx_ir.Graph | onnx_ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
+        graph.doc_string = None
+        graph.metadata_props.clear()
+        for node in onnx_ir.traversal.RecursiveGraphIterator(graph):
+            node.doc_string = None
+            _keep_names_only(node.metadata_props)
+            for value in node.outputs:
+                value.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+
+
+def _keep_names_only(metadata: dict[str, str]) -> None:
+    for key in [key for key in metadata if key not in _KEPT_METADATA]:
+        del metadata[key]
+
+
+def _rename_clashes(model: onnx_ir.Model) -> None:
+    """Gives way to parameters whose name an intermediate value or an input has too."""
+    taken = set(model.graph.initializers)
+    others: list[onnx_ir.Value] = list(model.graph.inputs)
+    for node in onnx_ir.traversal.RecursiveGraphIterator(model.graph):
+        others.extend(node.outputs)
+    for value in others:
+        while value.name in taken:
+            value.name = f"{value.name}_"
+        if value.name:
+            taken.add(value.name)
+
+
+# ---- files of users -------------------------------------------------------------------------------------------------
+
+
+def strip_weights(onnx_bytes: bytes) -> bytes:
+    """The same model without the values of its weights, and without doc strings and traces of the user's machine.
+
+    External data is not opened, and the references to it are dropped. Small integer tensors stay: they are shapes.
+
+    Raises:
+        InvalidArchitectureError: The bytes are no ONNX model.
+    """
+    model = parse_onnx(onnx_bytes)
+    strip_model(model)
+    return model.SerializeToString()
+
+
+def parse_onnx(onnx_bytes: bytes) -> onnx.ModelProto:
+    """The model message in ``onnx_bytes``.
+
+    Raises:
+        InvalidArchitectureError: The bytes are no ONNX model.
+    """
+    try:
+        model = onnx.ModelProto.FromString(onnx_bytes)
+    except DecodeError as error:
+        raise InvalidArchitectureError(f"the {len(onnx_bytes)} bytes are no ONNX model: {error}") from error
+    if not model.graph.node and not model.graph.output:
+        raise InvalidArchitectureError("expected an ONNX model, got a message without a graph")
+    return model
+
+
+def strip_model(model: onnx.ModelProto) -> None:
+    """Takes the weights' values out of ``model``; see ``strip_weights``."""
+    model.ClearField("doc_string")
+    model.ClearField("training_info")
+    kept = [(entry.key, entry.value) for entry in model.metadata_props if entry.key in (PARAMETERS_KEY, BUFFERS_KEY)]
+    del model.metadata_props[:]
+    for key, text in kept:
+        model.metadata_props.add(key=key, value=text)
+    for function in model.functions:
+        function.ClearField("doc_string")
+        for node in function.node:
+            _strip_node(node)
+    for graph in _graphs(model):
+        _strip_graph(graph)
+
+
+def _graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    """The main graph and every subgraph, also those of functions."""
+    stack: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
+    while stack:
+        owner = stack.pop()
+        if isinstance(owner, onnx.GraphProto):
+            yield owner
+        for node in owner.node:
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.GRAPH:
+                    stack.append(attribute.g)
+                stack.extend(attribute.graphs)
+
+
+def _strip_graph(graph: onnx.GraphProto) -> None:
+    graph.ClearField("doc_string")
+    del graph.metadata_props[:]
+    for tensor in graph.initializer:
+        strip_tensor(tensor)
+    for sparse in graph.sparse_initializer:
+        strip_tensor(sparse.values)
+        strip_tensor(sparse.indices)
+    for info in (*graph.input, *graph.output, *graph.value_info):
+        info.ClearField("doc_string")
+        kinds = [(entry.key, entry.value) for entry in info.metadata_props if entry.key.endswith("InputSpec.kind")]
+        del info.metadata_props[:]
+        for key, text in kinds:
+            info.metadata_props.add(key=key, value=text)
+    for node in graph.node:
+        _strip_node(node)
+
+
+def _strip_node(node: onnx.NodeProto) -> None:
+    node.ClearField("doc_string")
+    kept = [(entry.key, entry.value) for entry in node.metadata_props if entry.key in _KEPT_METADATA]
+    del node.metadata_props[:]
+    for key, text in kept:
+        node.metadata_props.add(key=key, value=text)
+    for attribute in node.attribute:
+        attribute.ClearField("doc_string")
+        if attribute.type == onnx.AttributeProto.TENSOR:
+            strip_tensor(attribute.t)
+        elif attribute.name == "value_floats" and len(attribute.floats) > _KEPT_FLOATS:
+            _strip_float_list(attribute)
+
+
+def _strip_float_list(attribute: onnx.AttributeProto) -> None:
+    count = len(attribute.floats)
+    attribute.ClearField("floats")
+    attribute.name, attribute.type = "value", onnx.AttributeProto.TENSOR
+    attribute.t.data_type = onnx.TensorProto.FLOAT
+    attribute.t.dims.append(count)
+
+
+def strip_tensor(tensor: onnx.TensorProto) -> None:
+    """Drops the values of a tensor, unless it is a small integer tensor or a single number."""
+    count = math.prod(tensor.dims)
+    is_external = tensor.data_location == onnx.TensorProto.EXTERNAL
+    limit = KEPT_ELEMENTS if tensor.data_type in _INDEX_TYPES else _KEPT_FLOATS
+    if is_external or not 0 <= count <= limit:
+        for field in _DATA_FIELDS:
+            tensor.ClearField(field)  # type: ignore[arg-type]
