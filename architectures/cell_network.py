@@ -1,0 +1,192 @@
+"""Networks of repeated cells in the manner of DeepNets-1M.
+
+References: Liu et al. 2019, "DARTS" (arXiv:1806.09055); Knyazev et al. 2021 (arXiv:2110.13100), appendix A.
+
+Shapes: B examples, C channels, H x W positions, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from architectures.cell_operations import ConvolutionOperation, make_operation
+from architectures.genotype import CellGenotype, Genotype
+from architectures.interface import Interface
+from architectures.layers import ClassifierHead, conv_norm, embedding_parameter
+
+
+@dataclass(frozen=True, slots=True)
+class CellNetworkConfiguration:
+    """A network of cells.
+
+    Attributes:
+        genotype: The two cells.
+        num_cells: Number of cells L; cells L // 3 and 2 L // 3 halve the resolution.
+        channels: Channels of each value inside the first cells.
+        multiplier: Factor of the channels at each reduction.
+        stem: ``simple`` (one convolution), ``strided`` (two convolutions, stride 2) or ``patch``.
+        stem_kernel: Kernel of the stem; patch size for ``patch``.
+        stem_pool: Whether a max pooling halves the resolution after a simple stem.
+        preprocess: Whether a 1x1 convolution precedes each cell's inputs even where shapes fit.
+        positions: Whether a position embedding is added after a patch stem.
+        pooled: Whether the head averages over positions; otherwise it flattens.
+        head: Widths of hidden linear layers before the classifier.
+        norm: ``batch`` or ``none``.
+    """
+
+    family: ClassVar[str] = "cells"
+
+    genotype: Genotype
+    num_cells: int
+    channels: int
+    multiplier: int = 2
+    stem: str = "simple"
+    stem_kernel: int = 3
+    stem_pool: bool = False
+    preprocess: bool = True
+    positions: bool = False
+    pooled: bool = True
+    head: tuple[int, ...] = ()
+    norm: str = "batch"
+
+    def build(self, interface: Interface) -> nn.Module:
+        """The network for ``interface``."""
+        return CellNetwork(self, interface)
+
+    @property
+    def reductions(self) -> frozenset[int]:
+        """Places of the cells that halve the resolution."""
+        if self.genotype.is_isotropic:
+            return frozenset()
+        return frozenset({self.num_cells // 3, 2 * self.num_cells // 3})
+
+
+class Cell(nn.Module):
+    """One cell: two inputs brought to a common shape, the steps of its genotype, and their concatenation.
+
+    Args:
+        genotype: Wiring.
+        in_channels: Channels of the outputs of the last but one and the last cell.
+        channels: Channels of each step.
+        stride: Stride of the operations that read the cell's inputs.
+        input_stride: Stride of the last but one cell's output relative to the last one's.
+        configuration: The network's configuration.
+    """
+
+    def __init__(
+        self,
+        genotype: CellGenotype,
+        in_channels: tuple[int, int],
+        channels: int,
+        *,
+        stride: int,
+        input_stride: int,
+        configuration: CellNetworkConfiguration,
+    ) -> None:
+        super().__init__()
+        self.genotype = genotype
+        self.inputs = nn.ModuleDict()
+        for value in sorted(genotype.used_inputs):
+            value_stride = input_stride if value == 0 else 1
+            if configuration.preprocess or in_channels[value] != channels or value_stride > 1:
+                layer = ConvolutionOperation(
+                    in_channels[value], channels, 1, stride=value_stride, norm=configuration.norm
+                )
+                self.inputs[str(value)] = layer
+        self.steps = nn.ModuleList(
+            nn.ModuleList(
+                make_operation(name, channels, stride=stride if value < 2 else 1, norm=configuration.norm)
+                for name, value in zip(step.operations, step.inputs, strict=True)
+            )
+            for step in genotype.steps
+        )
+
+    def forward(self, before: Tensor, last: Tensor) -> Tensor:
+        """(B, C0, H0, W0) and (B, C1, H, W) -> (B, outputs * channels, H', W')."""
+        values = [before, last]
+        for name, layer in self.inputs.items():
+            values[int(name)] = layer(values[int(name)])
+        for step, operations in zip(self.genotype.steps, self.steps, strict=True):
+            terms = [layer(values[value]) for layer, value in zip(operations, step.inputs, strict=True)]  # type: ignore[call-overload]
+            values.append(terms[0] if len(terms) == 1 else terms[0] + terms[1])
+        outputs = [values[2 + place] for place in self.genotype.outputs]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+
+class PositionEmbedding(nn.Module):
+    """A trainable tensor added to the feature.
+
+    Args:
+        channels: Channels C.
+        size: Side S of the feature (B, C, S, S).
+    """
+
+    def __init__(self, channels: int, size: int) -> None:
+        super().__init__()
+        self.weight = embedding_parameter(1, channels, size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, S, S) -> (B, C, S, S)."""
+        return x + self.weight
+
+
+class CellNetwork(nn.Module):
+    """Stem, cells that each read the two before them, and a head."""
+
+    def __init__(self, configuration: CellNetworkConfiguration, interface: Interface) -> None:
+        super().__init__()
+        self.stem, size = _make_stem(configuration, interface)
+        channels = configuration.channels
+        before, last, input_stride = channels, channels, 1
+        self.cells = nn.ModuleList()
+        for place in range(configuration.num_cells):
+            is_reduction = place in configuration.reductions and size > 1
+            genotype = configuration.genotype.reduction if is_reduction else configuration.genotype.normal
+            channels *= configuration.multiplier if is_reduction else 1
+            stride = 2 if is_reduction else 1
+            self.cells.append(
+                Cell(
+                    genotype,
+                    (before, last),
+                    channels,
+                    stride=stride,
+                    input_stride=input_stride,
+                    configuration=configuration,
+                )
+            )
+            before, last, input_stride = last, channels * len(genotype.outputs), stride
+            size = -(-size // stride)
+        spatial = None if configuration.pooled else size
+        self.head = ClassifierHead(last, interface.num_classes, hidden=configuration.head, spatial=spatial)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, K)."""
+        before = last = self.stem(x)
+        for cell in self.cells:
+            before, last = last, cell(before, last)
+        return self.head(last)  # type: ignore[no-any-return]
+
+
+def _make_stem(configuration: CellNetworkConfiguration, interface: Interface) -> tuple[nn.Sequential, int]:
+    """The first layers, and the side of their output."""
+    channels, kernel, norm = configuration.channels, configuration.stem_kernel, configuration.norm
+    if configuration.stem == "patch":
+        stem = conv_norm(interface.in_channels, channels, kernel, stride=kernel, norm=norm)
+        stem[0].padding = (0, 0)
+        size = interface.image_size // kernel
+        if configuration.positions:
+            stem.append(PositionEmbedding(channels, size))
+        return stem, size
+    if configuration.stem == "strided":
+        half = max(channels // 2, 8)
+        first = conv_norm(interface.in_channels, half, kernel, stride=2, norm=norm, activation="relu")
+        return nn.Sequential(*first, *conv_norm(half, channels, 3, norm=norm)), -(-interface.image_size // 2)
+    stem = conv_norm(interface.in_channels, channels, kernel, norm=norm)
+    if configuration.stem_pool:
+        stem.append(nn.MaxPool2d(3, stride=2, padding=1))
+        return stem, -(-interface.image_size // 2)
+    return stem, interface.image_size

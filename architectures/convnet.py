@@ -1,0 +1,87 @@
+"""Plain convolutional networks without shortcuts, of the VGG kind.
+
+Reference: Simonyan and Zisserman 2015, "Very Deep Convolutional Networks" (arXiv:1409.1556).
+
+Shapes: B examples, C channels, H x W positions, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from architectures.interface import Interface
+from architectures.layers import ClassifierHead, conv_norm
+
+
+@dataclass(frozen=True, slots=True)
+class ConvNetConfiguration:
+    """A plain convolutional network.
+
+    Attributes:
+        widths: Channels of each stage.
+        depths: Convolutions in each stage.
+        kernel: Kernel of all convolutions but the first.
+        stem_kernel: Kernel of the first convolution.
+        stem_stride: Stride of the first convolution.
+        downsampling: What ends each stage: ``max`` or ``avg`` pooling, or ``stride`` in its last convolution.
+        pooled: Whether the head averages over positions; otherwise it flattens.
+        head: Widths of hidden linear layers before the classifier.
+        norm: ``batch`` or ``none``.
+        activation: Nonlinearity.
+    """
+
+    family: ClassVar[str] = "convnet"
+
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    kernel: int = 3
+    stem_kernel: int = 3
+    stem_stride: int = 1
+    downsampling: str = "max"
+    pooled: bool = True
+    head: tuple[int, ...] = ()
+    norm: str = "batch"
+    activation: str = "relu"
+
+    def build(self, interface: Interface) -> nn.Module:
+        """The network for ``interface``."""
+        return ConvNet(self, interface)
+
+
+class ConvNet(nn.Module):
+    """Convolutions with norm and activation, stages divided by halved resolution, and a head."""
+
+    def __init__(self, configuration: ConvNetConfiguration, interface: Interface) -> None:
+        super().__init__()
+        self.features = nn.Sequential()
+        channels, size = interface.in_channels, interface.image_size
+        for stage, (width, depth) in enumerate(zip(configuration.widths, configuration.depths, strict=True)):
+            for place in range(depth):
+                is_first = stage == place == 0
+                is_strided = configuration.downsampling == "stride" and place == depth - 1
+                stride = configuration.stem_stride if is_first else 2 if is_strided and size > 1 else 1
+                kernel = configuration.stem_kernel if is_first else configuration.kernel
+                self.features.append(
+                    conv_norm(
+                        channels,
+                        width,
+                        kernel,
+                        stride=stride,
+                        norm=configuration.norm,
+                        activation=configuration.activation,
+                    )
+                )
+                channels, size = width, -(-size // stride)
+            if configuration.downsampling != "stride" and size > 1:
+                pool = nn.MaxPool2d if configuration.downsampling == "max" else nn.AvgPool2d
+                self.features.append(pool(2, stride=2))
+                size //= 2
+        spatial = None if configuration.pooled else size
+        self.head = ClassifierHead(channels, interface.num_classes, hidden=configuration.head, spatial=spatial)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, K)."""
+        return self.head(self.features(x))  # type: ignore[no-any-return]

@@ -1,0 +1,146 @@
+"""Genotypes: the wiring of a cell as data, drawn at random in the manner of DeepNets-1M.
+
+References: Liu et al. 2019, "DARTS" (arXiv:1806.09055); Knyazev et al. 2021 (arXiv:2110.13100), appendix A.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from architectures.draw import Draw
+
+FREE_OPERATIONS = ("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect")
+OPERATIONS = (
+    *FREE_OPERATIONS,
+    "sep_conv_3x3",
+    "sep_conv_5x5",
+    "dil_conv_3x3",
+    "dil_conv_5x5",
+    "conv_1x1",
+    "conv_7x1_1x7",
+    "conv_3x3",
+    "conv_5x5",
+    "conv_7x7",
+    "msa",
+    "cse",
+)
+_LARGE = ("conv_5x5", "conv_7x7")
+_MAX_TRIES = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One inner value of a cell: the sum of operations on earlier values.
+
+    Attributes:
+        operations: Names in ``OPERATIONS``, none of them ``none``; one or two.
+        inputs: The value that each operation reads: 0 and 1 are the outputs of the last but one and the last cell,
+            ``2 + i`` is step ``i``.
+    """
+
+    operations: tuple[str, ...]
+    inputs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CellGenotype:
+    """The wiring of one cell; steps that nothing reads have been taken out.
+
+    Attributes:
+        steps: Inner values in order.
+        outputs: Steps whose values the cell concatenates.
+    """
+
+    steps: tuple[Step, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def used_inputs(self) -> frozenset[int]:
+        """Which of the two inputs (0 and 1) are read."""
+        return frozenset(value for step in self.steps for value in step.inputs if value < 2)
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """All operations of the cell."""
+        return tuple(name for step in self.steps for name in step.operations)
+
+
+@dataclass(frozen=True, slots=True)
+class Genotype:
+    """The two cells that a network repeats.
+
+    Attributes:
+        normal: Cell that keeps the resolution.
+        reduction: Cell that halves it.
+    """
+
+    normal: CellGenotype
+    reduction: CellGenotype
+
+    @property
+    def is_isotropic(self) -> bool:
+        """Whether the network keeps one resolution throughout, as those with self-attention do."""
+        return "msa" in self.normal.operations
+
+
+def draw_genotype(draw: Draw, *, steps: int, allowed: tuple[str, ...] = OPERATIONS) -> Genotype:
+    """A random pair of cells with at most ``steps`` steps that make a connected, sensible network.
+
+    Args:
+        draw: Source of randomness.
+        steps: Steps of each cell before unread ones are taken out.
+        allowed: Operations to choose from.
+    """
+    reduction_operations = tuple(name for name in allowed if name != "msa")
+    if draw.chance(0.5):
+        reduction_operations = tuple(name for name in reduction_operations if name in FREE_OPERATIONS)
+    for _ in range(_MAX_TRIES):
+        kept = _draw_outputs(draw, steps)
+        normal = _draw_cell(draw, steps, kept, allowed)
+        reduction = _draw_cell(draw, steps, kept, reduction_operations)
+        if _is_sensible(normal, must_learn=True) and _is_sensible(reduction, must_learn=False):
+            return Genotype(normal, reduction)
+    raise AssertionError(f"no sensible genotype among {_MAX_TRIES} of {allowed}")
+
+
+def _draw_outputs(draw: Draw, steps: int) -> tuple[int, ...]:
+    if steps > 1 and draw.chance(0.5):
+        return (*(step for step in range(steps - 1) if draw.chance(0.5)), steps - 1)
+    return tuple(range(steps))
+
+
+def _draw_cell(draw: Draw, steps: int, outputs: tuple[int, ...], allowed: tuple[str, ...]) -> CellGenotype:
+    wiring: list[Step] = []
+    for step in range(steps):
+        first, second = draw.sample(range(2 + step), 2)
+        names = [draw.choice([name for name in allowed if name != "none" or steps > 1]) for _ in range(2)]
+        pairs = [(name, value) for name, value in zip(names, (first, second), strict=True) if name != "none"]
+        if not pairs:
+            pairs = [("skip_connect", max(first, second))]
+        wiring.append(Step(tuple(name for name, _ in pairs), tuple(value for _, value in pairs)))
+    return _without_dead_steps(wiring, outputs)
+
+
+def _without_dead_steps(steps: list[Step], outputs: tuple[int, ...]) -> CellGenotype:
+    live = set(outputs)
+    for index in range(len(steps) - 1, -1, -1):
+        if index in live:
+            live |= {value - 2 for value in steps[index].inputs if value >= 2}
+    place = {old + 2: new + 2 for new, old in enumerate(sorted(live))} | {0: 0, 1: 1}
+    kept = tuple(
+        Step(steps[old].operations, tuple(place[value] for value in steps[old].inputs)) for old in sorted(live)
+    )
+    return CellGenotype(kept, tuple(place[old + 2] - 2 for old in outputs))
+
+
+def _is_sensible(cell: CellGenotype, *, must_learn: bool) -> bool:
+    """Whether a cell reads the cell before it, has weights, and not too many costly operations."""
+    names = cell.operations
+    has_layers = any(name not in (*FREE_OPERATIONS, "cse") for name in names)
+    return (
+        1 in cell.used_inputs
+        and (has_layers or not must_learn)
+        and names.count("cse") <= (1 if has_layers else 0)
+        and sum(name in _LARGE for name in names) <= 1
+        and names.count("msa") <= 2
+    )

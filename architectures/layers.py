@@ -1,0 +1,202 @@
+"""The layers that every network here is made of: torch's own, with He initialisation that can be skipped.
+
+A hypernetwork's training builds thousands of networks only to replace their weights; under ``skip_initialization``
+building one costs microseconds per layer, and its weights are whatever memory held.
+
+Reference: He et al. 2015, "Delving Deep into Rectifiers" (arXiv:1502.01852).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+
+from ghn_service.errors import InvalidOptionError
+
+_INITIALIZE: ContextVar[bool] = ContextVar("architectures_initialize", default=True)
+
+
+@contextmanager
+def skip_initialization() -> Iterator[None]:
+    """Within this context weights of new layers stay uninitialised memory (buffers are initialised as always)."""
+    token = _INITIALIZE.set(False)
+    try:
+        yield
+    finally:
+        _INITIALIZE.reset(token)
+
+
+class Conv2d(nn.Conv2d):
+    """``torch.nn.Conv2d`` with He-normal weights (fan-in) and zero bias."""
+
+    def reset_parameters(self) -> None:
+        """Draws the weight anew, unless initialisation is skipped."""
+        if _INITIALIZE.get():
+            nn.init.kaiming_normal_(self.weight, mode="fan_in", nonlinearity="relu")
+            if self.bias is not None:
+                nn.init.zeros_(self.bias)
+
+
+class Linear(nn.Linear):
+    """``torch.nn.Linear`` with He-normal weights (fan-in) and zero bias."""
+
+    def reset_parameters(self) -> None:
+        """Draws the weight anew, unless initialisation is skipped."""
+        if _INITIALIZE.get():
+            nn.init.kaiming_normal_(self.weight, mode="fan_in", nonlinearity="relu")
+            if self.bias is not None:
+                nn.init.zeros_(self.bias)
+
+
+class TokenLinear(nn.Linear):
+    """The linear layer of transformers: weights from a truncated normal of deviation 0.02, zero bias."""
+
+    def reset_parameters(self) -> None:
+        """Draws the weight anew, unless initialisation is skipped."""
+        if _INITIALIZE.get():
+            nn.init.trunc_normal_(self.weight, std=0.02)
+            if self.bias is not None:
+                nn.init.zeros_(self.bias)
+
+
+def embedding_parameter(*shape: int, std: float = 0.02) -> nn.Parameter:
+    """A free trainable tensor (position embedding, class token) from a truncated normal of deviation ``std``."""
+    values = torch.empty(shape)
+    if _INITIALIZE.get():
+        nn.init.trunc_normal_(values, std=std)
+    return nn.Parameter(values)
+
+
+def constant_parameter(*shape: int, value: float) -> nn.Parameter:
+    """A free trainable tensor that starts at ``value`` everywhere (layer scale, bias tables)."""
+    return nn.Parameter(torch.full(shape, value))
+
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "hardswish": nn.Hardswish,
+    "leaky_relu": lambda: nn.LeakyReLU(0.1),
+}
+
+
+def make_activation(name: str) -> nn.Module:
+    """The nonlinearity called ``name``.
+
+    Raises:
+        InvalidOptionError: There is no such name in ``ACTIVATIONS``.
+    """
+    if name not in ACTIVATIONS:
+        raise InvalidOptionError(f"no activation is called {name!r}; known are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]()
+
+
+def make_norm(name: str, channels: int) -> nn.Module:
+    """Batch normalisation over ``channels``, or nothing.
+
+    Raises:
+        InvalidOptionError: ``name`` is neither ``batch`` nor ``none``.
+    """
+    if name == "batch":
+        return nn.BatchNorm2d(channels)
+    if name == "none":
+        return nn.Identity()
+    raise InvalidOptionError(f"no norm is called {name!r}; known are batch, none")
+
+
+def conv_norm(
+    in_channels: int,
+    out_channels: int,
+    kernel: int,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    norm: str = "batch",
+    activation: str | None = None,
+) -> nn.Sequential:
+    """Convolution with padding that keeps the size, norm and activation; the convolution has a bias if no norm follows.
+
+    Args:
+        in_channels: Channels of the input (B, in_channels, H, W).
+        out_channels: Channels of the output (B, out_channels, ceil(H / stride), ceil(W / stride)).
+        kernel: Odd window size.
+        stride: Stride along both axes.
+        groups: Groups of the convolution.
+        norm: ``batch`` or ``none``.
+        activation: Name in ``ACTIVATIONS``; None for none.
+    """
+    layers: list[nn.Module] = [
+        Conv2d(
+            in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=norm == "none"
+        )
+    ]
+    if norm != "none":
+        layers.append(make_norm(norm, out_channels))
+    if activation is not None:
+        layers.append(make_activation(activation))
+    return nn.Sequential(*layers)
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gate: ``x * sigmoid(expand(relu(reduce(mean(x)))))``.
+
+    Reference: Hu et al. 2018, "Squeeze-and-Excitation Networks" (arXiv:1709.01507).
+
+    Args:
+        channels: Channels C of the gated feature (B, C, H, W).
+        squeezed_channels: Channels of the bottleneck.
+        hard: Whether the gate is a hard sigmoid.
+    """
+
+    def __init__(self, channels: int, squeezed_channels: int, *, hard: bool = False) -> None:
+        super().__init__()
+        self.reduce = Conv2d(channels, squeezed_channels, 1)
+        self.activation = nn.ReLU()
+        self.expand = Conv2d(squeezed_channels, channels, 1)
+        self.gate = nn.Hardsigmoid() if hard else nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        gate = self.gate(self.expand(self.activation(self.reduce(x.mean((2, 3), keepdim=True)))))
+        return x * gate
+
+
+def round_channels(value: float, *, least: int = 8) -> int:
+    """``value`` rounded to a multiple of 8 that is at least ``least`` and at least 90% of ``value``."""
+    rounded = max(least, int(value + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * value else rounded
+
+
+class ClassifierHead(nn.Module):
+    """Global average pooling (or flattening), optional hidden layers, and the classifier.
+
+    Args:
+        channels: Channels C of the feature (B, C, H, W).
+        num_classes: Number of classes K.
+        hidden: Widths of hidden linear layers with ReLU.
+        spatial: Side of the feature if it is flattened instead of averaged; None for averaging.
+    """
+
+    def __init__(
+        self, channels: int, num_classes: int, *, hidden: tuple[int, ...] = (), spatial: int | None = None
+    ) -> None:
+        super().__init__()
+        self.pooled = spatial is None
+        width = channels if spatial is None else channels * spatial * spatial
+        self.hidden = nn.ModuleList()
+        for hidden_width in hidden:
+            self.hidden.append(Linear(width, hidden_width))
+            width = hidden_width
+        self.classifier = Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, K)."""
+        x = x.mean((2, 3)) if self.pooled else x.flatten(1)
+        for layer in self.hidden:
+            x = torch.relu(layer(x))
+        return self.classifier(x)  # type: ignore[no-any-return]

@@ -1,0 +1,340 @@
+"""What torch's functions do to symbols: one rule for each function that the networks here use.
+
+The rules are those by which ``ghn_service.graph`` reads ONNX files, applied to torch's own functions: convolutions,
+linear layers, norms, poolings, attention, gates, sums and concatenations leave nodes; everything else only passes
+on where its input came from.
+
+Shapes: B examples (1 while tracing), C channels, H x W positions, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from architectures.tracing.symbol import Symbol, rule
+from ghn_service.errors import UnsupportedArchitectureError
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def _windows(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _weighted(
+    x: Symbol,
+    op_type: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    shape: tuple[int, ...],
+    attributes: dict[str, int | tuple[int, ...]],
+) -> Symbol:
+    """The output of a layer with ``weight`` and ``bias``, applied at ``attributes["positions"]`` places."""
+    recorder, level = x.recorder, x.level + 1
+    index = end = recorder.add_parameter(op_type, level, weight, x.sources)
+    recorder.records[index].attributes = attributes
+    if bias is not None:
+        end = recorder.add_parameter("bias", level, bias, frozenset((index,)), fallback="zeros")
+        recorder.records[index].bias = end
+    recorder.multiply_adds += math.prod(shape[1:]) * (weight.numel() // int(weight.shape[0]))
+    recorder.activation_elements += math.prod(shape)
+    return Symbol(recorder, shape, frozenset((end,)), level)
+
+
+@rule(F.conv2d)
+def conv2d(
+    x: Symbol,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Symbol:
+    """(B, C, H, W) with weight (C', C / groups, kh, kw) -> (B, C', H', W')."""
+    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+    kernel = (int(weight.shape[2]), int(weight.shape[3]))
+    height, width = (_windows(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
+    op_type = "conv" if groups == 1 else ("dil_conv" if min(dilation) > 1 else "sep_conv")
+    attributes: dict[str, int | tuple[int, ...]] = {
+        "groups": groups,
+        "stride": stride,
+        "dilations": dilation,
+        "padding": (*padding, *padding),
+        "positions": height * width,
+    }
+    return _weighted(x, op_type, weight, bias, (x.shape[0], int(weight.shape[0]), height, width), attributes)
+
+
+@rule(F.linear)
+def linear(x: Symbol, weight: Tensor, bias: Tensor | None = None) -> Symbol:
+    """(..., C) with weight (C', C) -> (..., C')."""
+    shape = (*x.shape[:-1], int(weight.shape[0]))
+    return _weighted(x, "conv", weight, bias, shape, {"positions": math.prod(shape[1:-1])})
+
+
+def _norm(x: Symbol, op_type: str, weight: Tensor, bias: Tensor | None) -> Symbol:
+    recorder, level = x.recorder, x.level + 1
+    index = recorder.add_parameter(op_type, level, weight, x.sources, fallback="ones")
+    if bias is not None:
+        recorder.records[index].norm_bias = recorder.spec(bias, "zeros")
+    recorder.activation_elements += math.prod(x.shape)
+    return Symbol(recorder, x.shape, frozenset((index,)), level)
+
+
+@rule(F.batch_norm)
+def batch_norm(
+    x: Symbol,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *_: Any,
+    **__: Any,
+) -> Symbol:
+    """Batch normalisation over the channels of (B, C, H, W)."""
+    return _norm(x, "bn", weight, bias)
+
+
+@rule(F.layer_norm)
+def layer_norm(
+    x: Symbol, normalized_shape: Sequence[int], weight: Tensor, bias: Tensor | None = None, *_: Any, **__: Any
+) -> Symbol:
+    """Layer normalisation over the last axis of (..., C)."""
+    return _norm(x, "ln", weight, bias)
+
+
+def _pool(x: Symbol, op_type: str, kernel_size: Any, stride: Any, padding: Any) -> Symbol:
+    kernel, padding = _pair(kernel_size), _pair(padding)
+    stride = _pair(stride) if stride else kernel
+    height, width = (_windows(x.shape[2 + i], kernel[i], stride[i], padding[i]) for i in (0, 1))
+    index = x.recorder.add_operation(op_type, x.level + 1, x.sources)
+    x.recorder.records[index].kernel_shape = kernel
+    x.recorder.activation_elements += x.shape[1] * height * width
+    return Symbol(x.recorder, (x.shape[0], x.shape[1], height, width), frozenset((index,)), x.level + 1)
+
+
+@rule(F.max_pool2d, torch.max_pool2d)
+def max_pool2d(x: Symbol, kernel_size: Any, stride: Any = None, padding: Any = 0, *_: Any, **__: Any) -> Symbol:
+    """(B, C, H, W) -> (B, C, H', W')."""
+    return _pool(x, "max_pool", kernel_size, stride, padding)
+
+
+@rule(F.avg_pool2d)
+def avg_pool2d(x: Symbol, kernel_size: Any, stride: Any = None, padding: Any = 0, *_: Any, **__: Any) -> Symbol:
+    """(B, C, H, W) -> (B, C, H', W')."""
+    return _pool(x, "avg_pool", kernel_size, stride, padding)
+
+
+@rule(torch.mean)
+def mean(x: Symbol, dim: Any, keepdim: bool = False) -> Symbol:
+    """Mean over all positions of (B, C, H, W) or all tokens of (B, T, C)."""
+    axes = {axis % len(x.shape) for axis in ((dim,) if isinstance(dim, int) else dim)}
+    shape = tuple(1 if axis in axes else size for axis, size in enumerate(x.shape) if keepdim or axis not in axes)
+    index = x.recorder.add_operation("glob_avg", x.level + 1, x.sources)
+    return Symbol(x.recorder, shape, frozenset((index,)), x.level + 1)
+
+
+def _activation(name: str) -> Any:
+    def apply(x: Symbol, *_: Any, **__: Any) -> Symbol:
+        x.recorder.note_activation(x.sources, x.level + 1, name)
+        x.recorder.activation_elements += math.prod(x.shape)
+        gate = x.gate or name in ("sigmoid", "hardsigmoid")
+        return Symbol(x.recorder, x.shape, x.sources, x.level + 1, gate=gate, attention=x.attention)
+
+    return apply
+
+
+for _name, _functions in {
+    "relu": (F.relu, torch.relu, torch.relu_),
+    "gelu": (F.gelu,),
+    "silu": (F.silu,),
+    "hardswish": (F.hardswish,),
+    "leaky_relu": (F.leaky_relu,),
+    "tanh": (torch.tanh,),
+    "sigmoid": (torch.sigmoid,),
+    "hardsigmoid": (F.hardsigmoid,),
+}.items():
+    rule(*_functions)(_activation(_name))
+
+
+@rule(torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__)
+def add(x: Any, y: Any) -> Any:
+    """Sum of two branches, of a branch and a position embedding, or of a branch and something that does not count."""
+    if not isinstance(x, Symbol):
+        x, y = y, x
+    if isinstance(y, nn.Parameter):
+        embedding = x.recorder.add_parameter("pos_enc", x.level + 1, y, frozenset())
+        total = x.recorder.add_operation("sum", x.level + 1, x.sources | {embedding})
+        return Symbol(x.recorder, x.shape, frozenset((total,)), x.level + 1)
+    if not isinstance(y, Symbol):
+        return Symbol(x.recorder, x.shape, x.sources, x.level + 1, gate=x.gate, attention=x.attention)
+    return _meeting("sum", _broadcast(x.shape, y.shape), (x, y))
+
+
+def _meeting(op_type: str, shape: tuple[int, ...], branches: Sequence[Symbol]) -> Symbol:
+    recorder = branches[0].recorder
+    recorder.activation_elements += math.prod(shape)
+    level = 1 + max(branch.level for branch in branches)
+    sources = branches[0].sources.union(*(branch.sources for branch in branches[1:]))
+    if any(branch.sources != sources for branch in branches):
+        sources = frozenset((recorder.add_operation(op_type, level, sources),))
+    return Symbol(recorder, shape, sources, level)
+
+
+@rule(torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__)
+def mul(x: Any, y: Any) -> Any:
+    """Gate of squeeze-and-excitation, layer scale, a product of branches, or a constant factor."""
+    if not isinstance(x, Symbol):
+        x, y = y, x
+    if isinstance(y, nn.Parameter):
+        x.recorder.fallbacks[x.recorder.names[id(y)]] = "layer_scale"
+    if not isinstance(y, Symbol):
+        return Symbol(x.recorder, x.shape, x.sources, x.level + 1, gate=x.gate, attention=x.attention)
+    level = 1 + max(x.level, y.level)
+    shape, sources = _broadcast(x.shape, y.shape), x.sources | y.sources
+    x.recorder.activation_elements += math.prod(shape)
+    if (x.gate or y.gate) and x.sources != y.sources:
+        gate, feature = (x, y) if x.gate else (y, x)
+        index = x.recorder.add_operation("cse", level, sources)
+        x.recorder.records[index].gate, x.recorder.records[index].feature = gate.sources, feature.sources
+        sources = frozenset((index,))
+    return Symbol(x.recorder, shape, sources, level)
+
+
+def _broadcast(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(torch.broadcast_shapes(first, second)) if first != second else first
+
+
+@rule(torch.cat, torch.concat)
+def cat(tensors: Sequence[Any], dim: int = 0) -> Symbol:
+    """Concatenation of branches along an axis; class tokens contribute nothing."""
+    symbols = [tensor for tensor in tensors if isinstance(tensor, Symbol)]
+    axis = dim % len(symbols[0].shape)
+    shape = list(symbols[0].shape)
+    shape[axis] = sum(int(tensor.shape[axis]) for tensor in tensors)
+    return _meeting("concat", tuple(shape), symbols)
+
+
+@rule(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+def matmul(x: Symbol, y: Symbol) -> Symbol:
+    """(..., T, D) @ (..., D, E) -> (..., T, E) of two computed tensors, as in attention."""
+    shape = (*x.shape[:-1], y.shape[-1])
+    x.recorder.multiply_adds += math.prod(shape[1:]) * x.shape[-1]
+    x.recorder.activation_elements += math.prod(shape)
+    level = 1 + max(x.level, y.level)
+    for index in x.attention:
+        x.recorder.records[index].predecessors |= y.sources - x.sources
+    sources = x.sources if x.attention else x.sources | y.sources
+    return Symbol(x.recorder, shape, sources, level)
+
+
+@rule(torch.softmax, F.softmax, torch.Tensor.softmax)
+def softmax(x: Symbol, dim: int, *_: Any, **__: Any) -> Symbol:
+    """The weights of self-attention."""
+    x.recorder.activation_elements += math.prod(x.shape)
+    sources = frozenset((x.recorder.add_operation("msa", x.level + 1, x.sources),))
+    return Symbol(x.recorder, x.shape, sources, x.level + 1, attention=sources)
+
+
+@rule(F.scaled_dot_product_attention)
+def attention(query: Symbol, key: Symbol, value: Symbol, attn_mask: Any = None, **_: Any) -> Symbol:
+    """softmax(Q K^T / sqrt(D)) V over (..., heads, T, D); its values reach the next layer through the softmax only."""
+    recorder = query.recorder
+    level = 1 + max(query.level, key.level, value.level)
+    index = recorder.add_operation("msa", level, query.sources | key.sources | value.sources)
+    scores = math.prod(query.shape[1:-1]) * key.shape[-2]
+    recorder.multiply_adds += scores * (query.shape[-1] + value.shape[-1])
+    recorder.activation_elements += 2 * scores + math.prod(query.shape)
+    return Symbol(recorder, (*query.shape[:-1], value.shape[-1]), frozenset((index,)), level)
+
+
+@rule(torch.flatten)
+def flatten(x: Symbol, start_dim: int = 0, end_dim: int = -1) -> Symbol:
+    """Joins the axes from ``start_dim`` to ``end_dim``."""
+    start, end = start_dim % len(x.shape), end_dim % len(x.shape)
+    return x.reshaped((*x.shape[:start], math.prod(x.shape[start : end + 1]), *x.shape[end + 1 :]))
+
+
+@rule(torch.unflatten)
+def unflatten(x: Symbol, dim: int, sizes: Sequence[int]) -> Symbol:
+    """Splits one axis into several; one of them may be -1."""
+    axis = dim % len(x.shape)
+    return x.reshaped((*x.shape[:axis], *_resolve(sizes, x.shape[axis]), *x.shape[axis + 1 :]))
+
+
+@rule(torch.reshape)
+def reshape(x: Symbol, shape: Sequence[int]) -> Symbol:
+    """The same elements in another shape; one size may be -1."""
+    return x.reshaped(_resolve(shape, math.prod(x.shape)))
+
+
+def _resolve(sizes: Sequence[int], total: int) -> tuple[int, ...]:
+    known = math.prod(size for size in sizes if size != -1)
+    return tuple(total // known if size == -1 else int(size) for size in sizes)
+
+
+@rule(torch.permute)
+def permute(x: Symbol, dims: Sequence[int]) -> Symbol:
+    """Axes in another order."""
+    return x.reshaped(tuple(x.shape[axis] for axis in dims))
+
+
+@rule(torch.transpose)
+def transpose(x: Symbol, first: int, second: int) -> Symbol:
+    """Two axes exchanged."""
+    shape = list(x.shape)
+    shape[first], shape[second] = shape[second], shape[first]
+    return x.reshaped(tuple(shape))
+
+
+@rule(torch.chunk)
+def chunk(x: Symbol, chunks: int, dim: int = 0) -> tuple[Symbol, ...]:
+    """Equal parts along an axis."""
+    axis = dim % len(x.shape)
+    if x.shape[axis] % chunks:
+        raise UnsupportedArchitectureError(f"expected an axis that {chunks} divides, got {x.shape[axis]} in {x.shape}")
+    part = x.reshaped((*x.shape[:axis], x.shape[axis] // chunks, *x.shape[axis + 1 :]))
+    return (part,) * chunks
+
+
+@rule(torch.unbind)
+def unbind(x: Symbol, dim: int = 0) -> tuple[Symbol, ...]:
+    """The slices along an axis, which disappears."""
+    axis = dim % len(x.shape)
+    return (x.reshaped((*x.shape[:axis], *x.shape[axis + 1 :])),) * x.shape[axis]
+
+
+@rule(torch.Tensor.__getitem__)
+def getitem(x: Symbol, key: Any) -> Symbol:
+    """Indexing with integers and slices."""
+    keys = key if isinstance(key, tuple) else (key,)
+    shape: list[int] = []
+    for axis, size in enumerate(x.shape):
+        item = keys[axis] if axis < len(keys) else slice(None)
+        if isinstance(item, slice):
+            shape.append(len(range(*item.indices(size))))
+    return x.reshaped(tuple(shape))
+
+
+@rule(torch.roll)
+def roll(x: Symbol, shifts: Any, dims: Any = None) -> Symbol:
+    """Positions shifted in a circle."""
+    return x
+
+
+@rule(F.pad)
+def pad(x: Symbol, pad: Sequence[int], *_: Any, **__: Any) -> Symbol:
+    """Constant borders; ``pad`` lists (before, after) from the last axis on."""
+    shape = list(x.shape)
+    for place in range(len(pad) // 2):
+        shape[-1 - place] += pad[2 * place] + pad[2 * place + 1]
+    return x.reshaped(tuple(shape))
