@@ -11,8 +11,9 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ from ghn_service.hypernetwork.ghn import GraphHyperNetwork
 from ghn_service.hypernetwork.tiling import write_tiled
 from ghn_service.parameters import PREDICTED, TILED, ParameterSet, allocate_tensors, fallback_origin
 from ghn_service.postprocess.base import Step, apply_steps, parse_steps
+from ghn_service.postprocess.distribution_shift import METADATA_KEY, GraphStatistics, decode_statistics, measure_shift
+from ghn_service.postprocess.diversity_report import build_report, measure_network
 from ghn_service.postprocess.low_rank_output import apply_low_rank
 from ghn_service.postprocess.low_rank_plan import LowRank, LowRankRecord
 from ghn_service.postprocess.records import StepRecord
@@ -50,6 +53,7 @@ class PredictionOptions:
         steps: Post-processing, in order.
         low_rank: Asks for low-rank factors in the place of weights; None for dense weights.
         include: Shell-style patterns on tensor names; only matching tensors are returned. Empty for all.
+        report: Whether to measure the diversity of the weights before and after post-processing.
 
     Raises:
         InvalidOptionError: A value is impossible; ``field`` names it.
@@ -60,6 +64,7 @@ class PredictionOptions:
     steps: tuple[Step, ...] = ()
     low_rank: LowRank | None = None
     include: tuple[str, ...] = ()
+    report: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -70,8 +75,8 @@ class PredictionOptions:
 
     @property
     def has_steps(self) -> bool:
-        """Whether anything is done to the weights after they are predicted."""
-        return bool(self.steps) or self.low_rank is not None
+        """Whether anything is done with the weights after they are predicted."""
+        return bool(self.steps) or self.low_rank is not None or self.report
 
     def includes(self, name: str) -> bool:
         """Whether the tensor of this name is wanted."""
@@ -88,6 +93,7 @@ class PredictionResult:
         seconds: Seconds by stage: ``reading`` (if bytes were given), ``encoding``, ``decoding``, ``post-processing``.
         records: What each post-processing step did.
         low_rank: What became of each layer, if factors were asked for.
+        report: The diversity report as values that ``json`` writes, if it was asked for.
     """
 
     parameters: ParameterSet
@@ -95,6 +101,7 @@ class PredictionResult:
     seconds: Mapping[str, float]
     records: tuple[StepRecord, ...] = ()
     low_rank: LowRankRecord | None = None
+    report: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +159,16 @@ class Predictor:
         """Where the hypernetwork is."""
         return self.ghn.device
 
+    @property
+    def graph_statistics(self) -> GraphStatistics | None:
+        """What the training architectures look like, where the checkpoint says so.
+
+        Raises:
+            CheckpointError: The checkpoint says it in a form that cannot be read.
+        """
+        text = self.summary.card.details.get(METADATA_KEY) if self.summary else None
+        return decode_statistics(text) if text else None
+
     def predict(
         self, architecture: ArchitectureGraph | bytes, *, options: PredictionOptions | None = None
     ) -> ParameterSet:
@@ -193,12 +210,8 @@ class Predictor:
         if not options.has_steps:
             return PredictionResult(parameters, graph, clock.seconds)
         with clock.stage(POST_PROCESSING):
-            parameters, records = apply_steps(parameters, known, options.steps, seed=options.seed)
-            low_rank: LowRankRecord | None = None
-            if options.low_rank is not None:
-                parameters, low_rank = apply_low_rank(parameters, known, options.low_rank)
-            parameters = _finished(parameters, options)
-        return PredictionResult(parameters, graph, clock.seconds, records, low_rank)
+            result = self._post_process(parameters, known, options, clock)
+        return replace(result, graph=graph)
 
     def analyze(self, architecture: ArchitectureGraph | bytes) -> ArchitectureAnalysis:
         """Says what a prediction would do with each tensor, without predicting; raises as ``run`` does."""
@@ -243,6 +256,23 @@ class Predictor:
                 _write_fallback(spec, tensors[spec.name], drawn_generator(options.seed, draw))
         origins = {name: self._origin(spec, by_name.get(name)) for name, spec in specs.items()}
         return ParameterSet(specs, tensors, origins, graph.warnings)
+
+    def _post_process(
+        self, predicted: ParameterSet, graph: ArchitectureGraph, options: PredictionOptions, clock: _StageClock
+    ) -> PredictionResult:
+        """Steps, then the report about them, then factors."""
+        before = measure_network(predicted, graph) if options.report else {}
+        parameters, records = apply_steps(predicted, graph, options.steps, seed=options.seed)
+        report: dict[str, Any] | None = None
+        if options.report:
+            clock.tick(POST_PROCESSING)
+            after = measure_network(parameters, graph) if options.steps else before
+            shift = measure_shift(graph, self.graph_statistics)
+            report = build_report(graph, before, after, origins=predicted.origins, records=records, shift=shift)
+        low_rank: LowRankRecord | None = None
+        if options.low_rank is not None:
+            parameters, low_rank = apply_low_rank(parameters, graph, options.low_rank)
+        return PredictionResult(_finished(parameters, options), graph, clock.seconds, records, low_rank, report)
 
     def _origin(self, spec: ParameterSpec, target: Target | None) -> str:
         if target is None:

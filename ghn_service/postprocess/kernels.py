@@ -166,7 +166,8 @@ class Quadrature:
 def _gauss_hermite(nodes: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Points and weights (n,) with which a weighted sum of f(points) is E[f(z)] for a standard normal z."""
     points, weights = np.polynomial.hermite_e.hermegauss(nodes)
-    return torch.from_numpy(points), torch.from_numpy(weights / math.sqrt(2 * math.pi))
+    with torch.inference_mode(False):  # kept for later calls, which may differentiate
+        return torch.from_numpy(points), torch.from_numpy(weights / math.sqrt(2 * math.pi))
 
 
 def golden_section(

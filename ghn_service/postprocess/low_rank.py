@@ -210,21 +210,22 @@ def _optimize(
     matrix: torch.Tensor, u: torch.Tensor, v: torch.Tensor, kernel: ActivationKernel, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """L-BFGS on both factors in float64, from (u, v); the better of start and end."""
-    matrix64 = matrix.double()
-    factors = [u.double().clone().requires_grad_(), v.double().clone().requires_grad_()]
-    scale = float(matrix64.square().sum()) or 1.0
+    # Predictions run in inference mode, whose tensors an optimizer cannot update; clones made outside of it are plain.
+    with torch.inference_mode(False), torch.enable_grad():
+        matrix64 = matrix.clone().double()
+        factors = [u.clone().double().requires_grad_(), v.clone().double().requires_grad_()]
+        scale = float(matrix64.square().sum()) or 1.0
 
-    def closure() -> torch.Tensor:
-        left, right = (factor.detach() for factor in factors)
-        loss, gradient = loss_and_gradient(matrix64, left @ right.mT, kernel)
-        factors[0].grad, factors[1].grad = gradient @ right / scale, gradient.mT @ left / scale
-        return loss / scale
+        def closure() -> torch.Tensor:
+            left, right = (factor.detach() for factor in factors)
+            loss, gradient = loss_and_gradient(matrix64, left @ right.mT, kernel)
+            factors[0].grad, factors[1].grad = gradient @ right / scale, gradient.mT @ left / scale
+            return loss / scale
 
-    start = closure()
-    optimizer = torch.optim.LBFGS(factors, max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
-    with torch.enable_grad():
+        start = closure()
+        optimizer = torch.optim.LBFGS(factors, max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
         optimizer.step(closure)  # type: ignore[no-untyped-call]
-    end = closure()
+        end = closure()
     if not math.isfinite(float(end)) or float(end) >= float(start):
         return u, v
     return factors[0].detach().to(u.dtype), factors[1].detach().to(v.dtype)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ghn_service.errors import InvalidOptionError
+from ghn_service.postprocess import kernels
 from ghn_service.postprocess.kernels import activation_kernel, arc_cosine_kernel
 from ghn_service.postprocess.low_rank import (
     METHODS,
@@ -87,6 +88,14 @@ def test_optimising_never_ends_above_its_start(activation: str) -> None:
     errors = [error(weight, 3, method, activation) for method in ("spectral", "function", "function_optimized")]
     assert errors == sorted(errors, reverse=True)
     assert errors[2] < errors[1]
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_optimising_works_within_inference_mode(activation: str) -> None:
+    kernels._gauss_hermite.cache_clear()
+    with torch.inference_mode():
+        within = error(he_normal(24, 32), 3, "function_optimized", activation)
+    assert error(he_normal(24, 32), 3, "function_optimized", activation) == pytest.approx(within, rel=1e-4)
 
 
 def test_the_rescaled_row_has_the_length_of_the_arc_cosine_kernel() -> None:
