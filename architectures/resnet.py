@@ -16,7 +16,15 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from architectures.interface import Interface
-from architectures.layers import ClassifierHead, Conv2d, SqueezeExcite, conv_norm, make_activation, make_norm
+from architectures.layers import (
+    ClassifierHead,
+    Conv2d,
+    SqueezeExcite,
+    conv_norm,
+    make_activation,
+    make_norm,
+    round_channels,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +100,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         norm, activation, kernel = configuration.norm, configuration.activation, configuration.kernel
         if configuration.block == "bottleneck":
-            inner = max(out_channels // configuration.expansion, configuration.groups)
+            inner = round_channels(out_channels / configuration.expansion)
             layers = [
                 conv_norm(in_channels, inner, 1, norm=norm, activation=activation),
                 conv_norm(
@@ -159,7 +167,7 @@ class ResNet(nn.Module):
         preactivation = configuration.block == "preactivation"
         channels = configuration.widths[0]
         if configuration.block == "bottleneck":
-            channels = max(channels // configuration.expansion, 8)
+            channels = round_channels(channels / configuration.expansion)
         self.stem = conv_norm(
             interface.in_channels,
             channels,
