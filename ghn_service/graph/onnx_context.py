@@ -246,7 +246,8 @@ class ReadContext:
 
     def _refuse_operand(self, header: TensorHeader, node: OnnxNode) -> None:
         if header.data_type not in FLOAT_TYPES:
-            kind = onnx.TensorProto.DataType.Name(header.data_type) if header.data_type else "no type"
+            names = {number: name for name, number in onnx.TensorProto.DataType.items()}
+            kind = names.get(header.data_type, f"number {header.data_type}")
             raise unsupported(
                 f"node {node.label!r} ({node.op_type}) has the weight {header.name!r} of type {kind};"
                 " weights must be floating point: export the network before quantising it"

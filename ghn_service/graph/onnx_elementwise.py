@@ -7,6 +7,7 @@ import dataclasses
 from ghn_service.graph.onnx_context import ReadContext
 from ghn_service.graph.onnx_file import OnnxNode
 from ghn_service.graph.onnx_layers import add_bias, out_features
+from ghn_service.graph.onnx_patterns import is_constant
 from ghn_service.graph.onnx_values import Value, View
 from ghn_service.graph.raw_graph import INPUT, RawNode
 from ghn_service.graph.reference_quirks import has_position_grid
@@ -151,7 +152,8 @@ def _scale(context: ReadContext, node: OnnxNode, data: list[Value], value: Value
         norm = context.add(raw)
         context.emit(node, Value(flow=frozenset({norm}), norm=norm, spatial=value.spatial))
     else:
-        is_layer_scale = not value.normalized and view.source.is_vector and _meets_branch(context, node)
+        is_normalized = value.normalized or any(context.graph.nodes[item].op_type in ("bn", "ln") for item in value.flow)
+        is_layer_scale = not is_normalized and view.source.is_vector and _meets_branch(context, node)
         context.fall_back(node, index, "layer_scale" if is_layer_scale else "ones")
         context.emit(node, Value(flow=value.flow, normalized=value.normalized, spatial=value.spatial))
 
@@ -164,8 +166,7 @@ def _meets_branch(context: ReadContext, node: OnnxNode) -> bool:
             return False
         node = readers[0]
         if node.op_type in ("Add", "Sum"):
-            known = (context.values.get(name) for name in node.inputs)
-            return not any(value is not None and not value.flow for value in known)
+            return not any(is_constant(context.file, name) for name in node.inputs)
         if node.op_type not in _TRANSPARENT:
             return False
     return False

@@ -22,6 +22,7 @@ from ghn_service.graph.onnx_limits import (
     check_name,
     function_key,
     invalid,
+    is_text,
     parse_model,
     subgraphs,
 )
@@ -80,7 +81,7 @@ class OnnxNode:
 
     def metadata(self) -> dict[str, str]:
         """The metadata that the exporter wrote on the node."""
-        return {entry.key: entry.value for entry in self.proto.metadata_props}
+        return {entry.key: entry.value for entry in self.proto.metadata_props if is_text(entry.value)}
 
 
 @dataclass(slots=True)
@@ -268,6 +269,8 @@ def _flat_nodes(model: onnx.ModelProto) -> Iterator[OnnxNode]:
 
 def _read_node(proto: onnx.NodeProto, frame: _Frame) -> OnnxNode:
     inputs, outputs, name = list(proto.input), list(proto.output), proto.name
+    if not (is_text(name) and is_text(proto.op_type) and is_text(proto.domain)):
+        raise invalid(f"the name or operator of node {name!r} ({proto.op_type!r}) is not valid UTF-8")
     for attribute in proto.attribute:
         if attribute.type in GRAPH_TYPES:
             inputs.extend(name for graph in subgraphs(proto) for name in _captured(graph))
@@ -322,6 +325,8 @@ def _check_names(
                 raise invalid(_why_undefined(name, node, nodes))
         for name in node.outputs:
             if name:
+                if not is_text(name):
+                    raise invalid(f"node {node.label!r} writes the value {name!r}, whose name is not valid UTF-8")
                 if name in defined:
                     raise invalid(f"the value {name!r}, written by node {node.label!r}, is defined twice")
                 defined.add(name)

@@ -108,12 +108,19 @@ def checked_shape(name: str, dims: tuple[int, ...], limits: GraphLimits) -> int:
     return count
 
 
+def is_text(value: object) -> bool:
+    """Whether a protobuf string is one: text that is not UTF-8 is handed out as bytes."""
+    return isinstance(value, str)
+
+
 def check_name(name: str, limits: GraphLimits) -> None:
     """Refuses tensor names that cannot be keys of a reply.
 
     Raises:
         InvalidArchitectureError: The name is reserved, too long, or holds a NUL.
     """
+    if not is_text(name):
+        raise invalid(f"the tensor name {name!r} is not valid UTF-8; rename it")
     if name in _UNSAFE_NAMES:
         raise invalid(f"a tensor is called {name!r}, which is reserved in safetensors files; rename it")
     if len(name) > limits.max_name_bytes or len(name.encode("utf-8", "replace")) > limits.max_name_bytes:

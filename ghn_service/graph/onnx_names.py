@@ -73,9 +73,7 @@ class TorchNames:
         """
         if not self._file.is_torch:
             return "", ""
-        if self._read is not node:
-            self._read, self._metadata = node, node.metadata() if node.proto.metadata_props else {}
-        metadata = self._metadata
+        metadata = self._metadata_of(node)
         token = self._token(source, node, metadata.get(_FX_KEY, ""), slot)
         if token:
             if _mangled(source.name) == token[2:] and not is_anonymous(source.name):
@@ -87,6 +85,11 @@ class TorchNames:
             return self._from_path(node, metadata, slot), ""
         known = source.kind or not self._file.has_kinds
         return (source.name if known else ""), ""
+
+    def _metadata_of(self, node: OnnxNode) -> dict[str, str]:
+        if self._read is not node:
+            self._read, self._metadata = node, node.metadata() if node.proto.metadata_props else {}
+        return self._metadata
 
     def dropped_bias(self, node: OnnxNode) -> tuple[str, str]:
         """Torch name and token of a bias that the exporter left out of ``node`` because it was zero."""
@@ -107,7 +110,7 @@ class TorchNames:
 
     def module_class(self, node: OnnxNode) -> str:
         """Class of the innermost module around ``node``, without its package; "" if it is not known."""
-        text = next((item.value for item in node.proto.metadata_props if item.key == _CLASSES_KEY), "")
+        text = node.metadata().get(_CLASSES_KEY, "")
         classes = _string_list(text)
         return classes[-2].rpartition(".")[2] if len(classes) > 1 else ""
 
@@ -116,7 +119,7 @@ class TorchNames:
         return self._file.is_torch and node.op_type == "Identity" and _ALIAS_NODE.match(node.name) is not None
 
     def _call(self, node: OnnxNode) -> tuple[str, list[str]]:
-        text = next((item.value for item in node.proto.metadata_props if item.key == _FX_KEY), "")
+        text = self._metadata_of(node).get(_FX_KEY, "")
         target = _TARGET.search(text)
         if target is None:
             return "", []

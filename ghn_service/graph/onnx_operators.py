@@ -300,17 +300,17 @@ OPERATORS: dict[tuple[str, str], Handler] = {
     **_rows(read_view, "Identity Cast CastLike Reshape Transpose Squeeze Unsqueeze Flatten Dropout Expand QuantizeLinear"),
     **_rows(
         read_first,
-        "Slice Split Pad Tile Resize Upsample GatherElements GatherND DepthToSpace SpaceToDepth LRN LpNormalization"
+        "Slice Split Pad Tile Resize Upsample GatherElements GatherND DepthToSpace SpaceToDepth"
         " ReduceSum ReduceMax ReduceMin ReduceProd ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceSumSquare"
-        " TopK CumSum CumProd Trilu GlobalMaxPool GlobalLpPool LpPool MaxUnpool MeanVarianceNormalization"
+        " TopK CumSum CumProd Trilu GlobalMaxPool GlobalLpPool LpPool MaxUnpool"
         " SplitToSequence SequenceAt SequenceErase Compress ReverseSequence GridSample RoiAlign MaxRoiPool AffineGrid"
-        " CenterCropPad Col2Im Optional OptionalGetElement RotaryEmbedding DFT STFT Hardmax Det Shrink Bernoulli",
+        " CenterCropPad Col2Im Optional OptionalGetElement RotaryEmbedding DFT STFT Det Bernoulli",
     ),
     **_rows(
         read_activation,
         "Relu LeakyRelu Elu Selu Celu Gelu Erf Sigmoid HardSigmoid HardSwish Mish Softplus Softsign Tanh Clip Swish"
         " ThresholdedRelu Exp Log Sqrt Reciprocal Neg Abs Ceil Floor Round Sign Sin Cos Tan Asin Acos Atan Sinh Cosh"
-        " Asinh Acosh Atanh LogSoftmax BitwiseNot",
+        " Asinh Acosh Atanh LogSoftmax BitwiseNot LRN LpNormalization MeanVarianceNormalization Shrink Hardmax",
     ),
     **_rows(read_constant, "Constant"),
     **_rows(read_filled, "ConstantOfShape"),

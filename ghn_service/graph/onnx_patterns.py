@@ -29,6 +29,7 @@ WEIGHT_SLOTS: dict[str, dict[int, bool]] = {
     "RNN": {1: False, 2: False, 3: False},
 }
 _VIEWS = frozenset({"Identity", "Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze"})
+_LITERALS = frozenset({"Constant", "ConstantOfShape"})
 _LOGIT_OPS = frozenset(
     {"Add", "Sub", "Mul", "Div", "Where", "Cast", "CastLike", "Reshape", "Identity", "Transpose", "Unsqueeze",
      "Squeeze", "Max", "Min", "Clip", "Tanh"}
@@ -129,7 +130,7 @@ def _find_logit_additions(file: OnnxFile, patterns: Patterns) -> None:
             if producer is None or name in seen:
                 continue
             if producer.op_type in ("MatMul", "Einsum"):
-                has_product |= not any(_is_weight(file, operand) for operand in producer.inputs)
+                has_product |= not any(is_constant(file, operand) for operand in producer.inputs)
             elif producer.op_type in _LOGIT_OPS:
                 seen.add(name)
                 if producer.op_type == "Add":
@@ -139,13 +140,14 @@ def _find_logit_additions(file: OnnxFile, patterns: Patterns) -> None:
             patterns.logit_additions.update(additions)
 
 
-def _is_weight(file: OnnxFile, name: str) -> bool:
+def is_constant(file: OnnxFile, name: str) -> bool:
+    """Whether a value is a weight or constant of the file, or a mere view of one."""
     for _ in range(8):
-        if name in file.initializers or file.kinds.get(name) == "PARAMETER":
+        if name in file.initializers or name in file.kinds:
             return True
         producer = file.producers.get(name)
         if producer is None or producer.op_type not in _VIEWS:
-            return False
+            return producer is not None and producer.op_type in _LITERALS
         name = producer.inputs[0]
     return False
 

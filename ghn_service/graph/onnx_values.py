@@ -73,13 +73,7 @@ class View:
             result = long_axes + [axis for axis in range(len(self.source.shape)) if axis not in long_axes]
         if sorted(result) != list(range(len(self.source.shape))):
             return ()
-        return () if result == sorted(result) or self._same_but_for_ones(result) else tuple(result)
-
-    def _same_but_for_ones(self, result: list[int]) -> bool:
-        """Whether a permutation of other rank only moves axes of length 1."""
-        shape = self.source.shape
-        long_axes = [axis for axis in result if shape[axis] > 1]
-        return self.shape is not None and len(self.shape) != len(shape) and long_axes == sorted(long_axes)
+        return () if result == sorted(result) else tuple(result)
 
 
 @dataclass(frozen=True, slots=True)
