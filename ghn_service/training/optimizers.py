@@ -68,7 +68,7 @@ def _groups(hypernetwork: nn.Module, settings: OptimizerSettings) -> tuple[list[
     muon: list[nn.Parameter] = []
     for name, parameter in hypernetwork.named_parameters():
         is_matrix = parameter.ndim == 2 and id(parameter) not in embeddings
-        if settings.name == "muon" and is_matrix:
+        if settings.name == "muon" and is_matrix and min(parameter.shape) <= settings.muon_largest_side:
             muon.append(parameter)
         else:
             adam.setdefault((name.startswith("decoder"), is_matrix), []).append(parameter)

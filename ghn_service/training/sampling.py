@@ -35,8 +35,12 @@ class TargetArchitecture(Protocol):
         """Multiply-adds of one image."""
         ...
 
-    def build(self) -> nn.Module:
-        """The network as a torch module; its parameters have the names that the graph gives them."""
+    def build(self, *, initialize: bool = True) -> nn.Module:
+        """The network as a torch module; its parameters have the names that the graph gives them.
+
+        Args:
+            initialize: Whether weights get initial values; otherwise they are whatever memory held.
+        """
         ...
 
     def graph(self) -> ArchitectureGraph:
@@ -78,13 +82,16 @@ def use_batch_statistics(module: nn.Module) -> nn.Module:
 def prepare(index: int, architecture: TargetArchitecture, config: GHNConfig, device: torch.device) -> TargetNetwork:
     """Builds a network and its features; what is not predicted has the network's own seeded initial values.
 
+    Where everything is predicted, no initial value is computed.
+
     Raises:
         TrainingError: The graph names a parameter that the network does not have.
     """
-    features = build_features(architecture.graph(), config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(index)
-        module = architecture.build()
+        graph = architecture.graph()
+        features = build_features(graph, config)
+        module = architecture.build(initialize=len(features.targets) < sum(1 for _ in graph.parameters()))
     module = use_batch_statistics(module.to(device, memory_format=torch.channels_last)).train()
     names = {target.name for target in features.targets}
     own = dict(module.named_parameters())

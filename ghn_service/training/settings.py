@@ -58,6 +58,7 @@ class SamplingSettings(_Section):
         start_macs: ``largest_macs`` at the start; it grows to ``largest_macs`` over ``growth`` of the run.
         growth: Fraction of the run over which the largest network grows.
         largest_nodes: Networks with more graph nodes than this are left out.
+        pool: Different networks; after that many they come again.
     """
 
     meta_batch: int = Field(1, ge=1)
@@ -65,7 +66,8 @@ class SamplingSettings(_Section):
     largest_macs: float = Field(60e6, gt=0)
     start_macs: float = Field(60e6, gt=0)
     growth: float = Field(0.3, ge=0, le=1)
-    largest_nodes: int = Field(400, ge=4)
+    largest_nodes: int = Field(250, ge=4)
+    pool: int = Field(4000, ge=1)
 
 
 class ObjectiveSettings(_Section):
@@ -92,6 +94,8 @@ class OptimizerSettings(_Section):
         learning_rate: Largest rate of AdamW.
         decoder_scale: Factor on the rate of the decoders' parameters.
         muon_learning_rate: Largest rate of Muon.
+        muon_largest_side: Matrices whose shorter side is longer than this stay with AdamW: orthogonalising costs its
+            cube.
         betas: Averaging of AdamW.
         weight_decay: Decoupled decay of matrices; vectors and embeddings have none.
         clip: Largest norm of the whole gradient.
@@ -106,7 +110,8 @@ class OptimizerSettings(_Section):
     learning_rate: float = Field(1e-3, gt=0)
     decoder_scale: float = Field(1.0, gt=0)
     muon_learning_rate: float = Field(0.01, gt=0)
-    betas: tuple[float, float] = (0.9, 0.99)
+    muon_largest_side: int = Field(256, ge=1)
+    betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(1e-2, ge=0)
     clip: float = Field(5.0, gt=0)
     schedule: Literal["cosine", "trapezoid"] = "cosine"

@@ -1,0 +1,222 @@
+"""The fine-tuning comparison: predicted starts against He initialisation, at equal small budgets.
+
+One run trains with a constant learning rate and is scored along the way, so that it serves every budget up to its
+length and shows how many steps a start saves. Each side chooses its rate from the same grid on validation images.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ghn_service.training.augmentation import Augmentation, Batches
+from ghn_service.training.data import ImageSet, Normalization
+from ghn_service.training.zero_shot import batch_accuracy
+
+
+@dataclass(frozen=True)
+class FineTunePlan:
+    """How networks are fine-tuned.
+
+    Attributes:
+        learning_rates: The grid; SGD with momentum 0.9, constant.
+        choose_at: Steps after which a side keeps only its best learning rate.
+        budgets: Steps at which the two sides are compared.
+        longest: Steps of the He side, so that its way to the predicted side's accuracy can be counted.
+        every: Steps between two points of a curve.
+        batch_size: Images per step.
+        weight_decay: Weight decay.
+        clip: Largest gradient norm.
+    """
+
+    learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
+    choose_at: int = 100
+    budgets: tuple[int, ...] = (100, 500)
+    longest: int = 800
+    every: int = 50
+    batch_size: int = 64
+    weight_decay: float = 5e-4
+    clip: float = 5.0
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Accuracy over fine-tuning.
+
+    Attributes:
+        learning_rate: The rate that was chosen.
+        steps: Steps of the points.
+        test: Accuracy on test images at each.
+    """
+
+    learning_rate: float
+    steps: tuple[int, ...]
+    test: tuple[float, ...]
+
+    def at(self, step: int) -> float:
+        """Test accuracy after ``step`` steps, which must be a point of the curve."""
+        return self.test[self.steps.index(step)]
+
+    def steps_to_reach(self, accuracy: float) -> int | None:
+        """First point with at least this accuracy, interpolated between points; None if there is none."""
+        for index, (step, value) in enumerate(zip(self.steps, self.test, strict=True)):
+            if value >= accuracy:
+                if index == 0:
+                    return step
+                before_step, before = self.steps[index - 1], self.test[index - 1]
+                return before_step + math.ceil((step - before_step) * (accuracy - before) / (value - before))
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class FineTuneData:
+    """Images of one comparison.
+
+    Attributes:
+        training: Images to fine-tune on.
+        validation: Images to choose learning rates on.
+        test: Images to report on.
+        normalization: Channel statistics.
+    """
+
+    training: ImageSet
+    validation: ImageSet
+    test: ImageSet
+    normalization: Normalization
+
+
+class _Run:
+    """One network being fine-tuned with one learning rate; the images it sees depend on the seed alone."""
+
+    def __init__(
+        self, module: nn.Module, data: FineTuneData, plan: FineTunePlan, rate: float, seed: int, precision: torch.dtype
+    ) -> None:
+        self.module = copy.deepcopy(module).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        self.plan, self.rate, self.precision, self.data = plan, rate, precision, data
+        self.batches = Batches(data.training, data.normalization, Augmentation(), plan.batch_size)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.optimizer = torch.optim.SGD(
+            self.module.parameters(), lr=rate, momentum=0.9, weight_decay=plan.weight_decay
+        )
+        self.step = 0
+        self.points: list[tuple[int, float]] = [(0, self.score(data.test))]
+
+    def score(self, images: ImageSet) -> float:
+        return batch_accuracy(self.module, images, self.data.normalization)
+
+    def advance(self, steps: int) -> None:
+        while self.step < steps:
+            pixels, labels, _ = self.batches.draw(generator=self.generator)
+            with torch.autocast(pixels.device.type, self.precision, enabled=self.precision != torch.float32):
+                logits = self.module(pixels)
+            loss = functional.cross_entropy(logits.float(), labels)
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.plan.clip)
+            if torch.isfinite(norm):
+                self.optimizer.step()
+            self.step += 1
+            if self.step % self.plan.every == 0:
+                self.points.append((self.step, self.score(self.data.test)))
+
+    def curve(self) -> Curve:
+        steps, test = zip(*self.points, strict=True)
+        return Curve(self.rate, tuple(steps), tuple(test))
+
+
+def fine_tune(
+    module: nn.Module,
+    data: FineTuneData,
+    plan: FineTunePlan,
+    *,
+    steps: int,
+    seed: int,
+    precision: torch.dtype = torch.float32,
+) -> Curve:
+    """Fine-tunes copies of ``module`` with every rate of the grid, goes on with the best, and returns its curve.
+
+    Args:
+        module: The start; it is not changed.
+        data: Images.
+        plan: The grid, and when to choose.
+        steps: Length of the curve; a multiple of ``plan.every``.
+        seed: Order of the images; the same for both sides of a comparison.
+        precision: Number format of the passes (autocast).
+    """
+    runs = [_Run(module, data, plan, rate, seed, precision) for rate in plan.learning_rates]
+    for run in runs:
+        run.advance(min(plan.choose_at, steps))
+    best = max(runs, key=lambda run: run.score(data.validation)) if len(runs) > 1 else runs[0]
+    best.advance(steps)
+    return best.curve()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Predicted start against He initialisation for one network, data size and seed.
+
+    Attributes:
+        predicted: Curve from the predicted start.
+        he: Curve from He initialisation.
+    """
+
+    predicted: Curve
+    he: Curve
+
+    def gap(self, step: int) -> float:
+        """Accuracy of the predicted side minus that of the He side after ``step`` steps of both."""
+        return self.predicted.at(step) - self.he.at(step)
+
+    def steps_saved(self, step: int) -> int:
+        """Further steps that He initialisation needs to reach what the predicted side has after ``step`` steps.
+
+        Negative where He is faster; where it does not get there at all, its whole length counts, so the mean is a
+        lower bound.
+        """
+        needed = self.he.steps_to_reach(self.predicted.at(step))
+        return (self.he.steps[-1] if needed is None else needed) - step
+
+
+def compare_starts(
+    predicted: nn.Module,
+    he: nn.Module,
+    data: FineTuneData,
+    plan: FineTunePlan,
+    *,
+    seed: int,
+    precision: torch.dtype = torch.float32,
+) -> Comparison:
+    """Fine-tunes both starts on the same batches; see ``fine_tune``."""
+    longest = max(plan.budgets)
+    return Comparison(
+        fine_tune(predicted, data, plan, steps=longest, seed=seed, precision=precision),
+        fine_tune(he, data, plan, steps=max(longest, plan.longest), seed=seed, precision=precision),
+    )
+
+
+def small_training_set(images: ImageSet, count: int, *, seed: int) -> ImageSet:
+    """A seeded random part of ``count`` images with equal shares of the classes, as far as they last."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(images), generator=generator)
+    per_class = [order[images.labels[order] == label] for label in range(images.num_classes)]
+    interleaved: list[torch.Tensor] = []
+    for position in range(max(len(items) for items in per_class)):
+        interleaved.extend(items[position : position + 1] for items in per_class if position < len(items))
+        if len(interleaved) >= count:
+            break
+    return images.subset(torch.cat(interleaved)[:count])
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and its standard error (0 for a single value)."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, 0.0
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
