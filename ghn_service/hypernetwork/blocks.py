@@ -85,6 +85,12 @@ def crop(size: int, limit: int, *, is_centered: bool) -> slice:
     return slice(max(0, middle - size // 2), min(limit, middle + math.ceil(size / 2)))
 
 
+def kernel_slices(kernel: tuple[int, int], limits: tuple[int, int], *, is_centered: bool) -> tuple[slice, slice]:
+    """``crop`` for height and width."""
+    height, width = (crop(size, limit, is_centered=is_centered) for size, limit in zip(kernel, limits, strict=True))
+    return height, width
+
+
 def resize(blocks: Tensor, kernel: tuple[int, int]) -> Tensor:
     """Interpolates blocks (P, o, i, h, w) to a kernel that is larger than the grid."""
     if blocks.shape[3:] == kernel:

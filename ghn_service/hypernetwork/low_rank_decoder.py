@@ -8,7 +8,7 @@ Reference: Zhou et al. 2024, LoGAH (arXiv:2405.16287), section 4.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from ghn_service.hypernetwork.blocks import (
     VECTOR_ROLES,
     DecodedGroup,
     Request,
-    crop,
     grouped,
+    kernel_slices,
     parts,
     position_rows,
     resize,
@@ -29,11 +29,16 @@ from ghn_service.hypernetwork.config import GHNConfig
 from ghn_service.hypernetwork.features import Role, Target
 from ghn_service.hypernetwork.initialization import shrink_layer
 from ghn_service.hypernetwork.scaling import weight_scale
+from ghn_service.hypernetwork.slices import sliced_linear, take_slices
 from ghn_service.hypernetwork.vector_decoder import VectorDecoder
 
 FIRST_PRODUCT_STD = 0.1
 # Linear layers start uniform with variance 1 / (3 fan-in); He's variance before a ReLU is 2 / fan-in.
 DEFAULT_TO_HE = 1 / math.sqrt(6)
+
+# (side: 0 out or 1 in, channels, first position, position after the last)
+Corner = tuple[int, int, int, int]
+Layer = tuple[Tensor, Tensor]
 
 
 class LowRankDecoder(nn.Module):
@@ -89,36 +94,47 @@ class LowRankDecoder(nn.Module):
         features = self.factors(functional.relu(self.hidden(features)))
         features = functional.relu(torch.unflatten(features, 1, (2, self.rank, self.rank)))  # (nodes, 2, r, r)
         place = {index: position for position, index in enumerate(matrices)}
+        factors = self._factors([requests[index].target for index in matrices])
         for (role, shape), members in grouped(matrices, lambda index: role_and_shape(requests[index])).items():
             target = requests[members[0]].target
+            scale = weight_scale(shape) if self.weight_norm else 1.0
             for part in parts(members, math.prod(shape), max_elements):
-                blocks = self._product(features[[place[index] for index in part]], target)
+                blocks = self._product(features[[place[index] for index in part]], target, factors, scale)
                 if role is Role.POSITION:
                     blocks = position_rows(blocks, shape, [requests[index].target.draw for index in part], seed)
                 else:
                     blocks = blocks.reshape(len(part), *blocks.shape[1:3], *shape[2:])
-                yield DecodedGroup(tuple(part), blocks * weight_scale(shape) if self.weight_norm else blocks)
+                yield DecodedGroup(tuple(part), blocks)
 
-    def _product(self, features: Tensor, target: Target) -> Tensor:
-        """Blocks (P, o, i, h, w) from features (P, 2, r, r)."""
-        out_channels, in_channels = target.channels
-        height, width = (
-            crop(size, limit, is_centered=self.is_centered)
-            for size, limit in zip(target.kernel, self.max_shape[2:], strict=True)
-        )
+    def _factors(self, targets: Sequence[Target]) -> dict[Corner, Layer]:
+        """Weight and bias of the last layers for each of the two corners of each target."""
+        layers: dict[Corner, Layer] = {}
+        for layer, max_channels, side in (
+            (self.out_output, self.max_shape[0], 0),
+            (self.in_output, self.max_shape[1], 1),
+        ):
+            corners = sorted({self._corners(target)[side] for target in targets})
+            indices = [(slice(0, channels), slice(start, stop)) for _, channels, start, stop in corners]
+            weights = take_slices(torch.unflatten(layer.weight, 0, (max_channels, -1)), indices)
+            biases = take_slices(torch.unflatten(layer.bias, 0, (max_channels, -1)), indices)
+            layers.update(zip(corners, zip(weights, biases, strict=True), strict=True))
+        return layers
+
+    def _corners(self, target: Target) -> tuple[Corner, Corner]:
+        """What a target needs of each of the two last layers."""
+        height, width = kernel_slices(target.kernel, self.max_shape[2:], is_centered=self.is_centered)
+        out_channels, in_channels = map(min, zip(target.channels, self.max_shape[:2], strict=True))
+        return (0, out_channels, height.start, height.stop), (1, in_channels, width.start, width.stop)
+
+    def _product(self, features: Tensor, target: Target, factors: Mapping[Corner, Layer], scale: float) -> Tensor:
+        """Scaled blocks (P, o, i, h, w) from features (P, 2, r, r)."""
+        left_corner, right_corner = self._corners(target)
         if target.role is Role.CLASS_MATRIX:
-            left = self.class_output(features[:, 0])[..., None]  # (P, r, K, 1)
+            left = self.class_output(features[:, 0])[:, :, : target.channels[0], None]  # (P, r, K, 1)
         else:
-            left = self._factor(self.out_output, features[:, 0], self.max_shape[0], out_channels, height)
-        left = left[:, :, :out_channels]
-        right = self._factor(self.in_output, features[:, 1], self.max_shape[1], in_channels, width)
+            left = sliced_linear(features[:, 0], *factors[left_corner])  # (P, r, o, h)
+        left = left * (scale / math.sqrt(self.rank))
+        right = sliced_linear(features[:, 1], *factors[right_corner])  # (P, r, i, w)
         product = left.flatten(2).transpose(1, 2) @ right.flatten(2)  # (P, o * h, i * w)
         product = torch.unflatten(torch.unflatten(product, 2, right.shape[2:]), 1, left.shape[2:])  # (P, o, h, i, w)
-        return resize(product.permute(0, 1, 3, 2, 4), target.kernel) / math.sqrt(self.rank)
-
-    @staticmethod
-    def _factor(layer: nn.Linear, features: Tensor, max_channels: int, channels: int, positions: slice) -> Tensor:
-        """One factor, (P, r, channels, positions), decoding no more than is needed."""
-        weight = torch.unflatten(layer.weight, 0, (max_channels, -1))[:channels, positions]
-        bias = torch.unflatten(layer.bias, 0, (max_channels, -1))[:channels, positions]
-        return torch.unflatten(functional.linear(features, weight.flatten(0, 1), bias.flatten()), -1, bias.shape)
+        return resize(product.permute(0, 1, 3, 2, 4), target.kernel)

@@ -1,7 +1,8 @@
-"""Several slices of one parameter as a single differentiable operation.
+"""Products with slices of one large parameter, without a gradient or a copy of the whole for each slice.
 
 Decoders use corners of one large weight matrix for tensors of different sizes. Slicing it once per size would make
-autograd fill and add a gradient of the whole matrix for every slice; here all slices add into one.
+autograd fill and add a gradient of the whole matrix for every slice; with ``take_slices`` all slices add into one. A
+product needs its slice in one piece of memory; without gradients ``sliced_linear`` copies only a few rows at a time.
 """
 
 from __future__ import annotations
@@ -11,8 +12,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Index = tuple[slice, ...]
+MAX_COPIED_ELEMENTS = 4 * 2**20
+
+
+def sliced_linear(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer whose outputs have several axes, for a weight that may be a slice of a larger one.
+
+    Args:
+        features: (..., inputs).
+        weight: (*outputs, inputs).
+        bias: (*outputs).
+
+    Returns:
+        (..., *outputs).
+    """
+    if torch.is_grad_enabled() or weight.is_contiguous():
+        return torch.unflatten(functional.linear(features, weight.flatten(0, -2), bias.flatten()), -1, bias.shape)
+    out = features.new_empty(*features.shape[:-1], *bias.shape)
+    axis = features.dim() - 1
+    rows = max(1, MAX_COPIED_ELEMENTS // weight[0].numel())
+    for start, (some_weights, some_biases) in enumerate(zip(torch.split(weight, rows), torch.split(bias, rows), strict=True)):
+        product = functional.linear(features, some_weights.flatten(0, -2), some_biases.flatten())
+        product = torch.unflatten(product, -1, some_biases.shape)
+        out.narrow(axis, start * rows, len(some_biases)).copy_(product)
+    return out
 
 
 def take_slices(parameter: Tensor, indices: Sequence[Index]) -> list[Tensor]:
@@ -23,12 +49,12 @@ def take_slices(parameter: Tensor, indices: Sequence[Index]) -> list[Tensor]:
         indices: Slices without steps, one per leading axis.
 
     Returns:
-        The slices, contiguous; they may share memory with ``parameter``.
+        The slices; they share memory with ``parameter`` where no gradient is wanted.
     """
     if not indices:
         return []
     if not torch.is_grad_enabled() or not parameter.requires_grad:
-        return [parameter[index].contiguous() for index in indices]
+        return [parameter[index] for index in indices]
     return list(_TakeSlices.apply(parameter, tuple(indices)))  # type: ignore[no-untyped-call]
 
 

@@ -18,8 +18,8 @@ from ghn_service.hypernetwork.blocks import (
     VECTOR_ROLES,
     DecodedGroup,
     Request,
-    crop,
     grouped,
+    kernel_slices,
     parts,
     position_rows,
     resize,
@@ -29,7 +29,7 @@ from ghn_service.hypernetwork.config import GHNConfig
 from ghn_service.hypernetwork.features import Role
 from ghn_service.hypernetwork.initialization import shrink_layer
 from ghn_service.hypernetwork.scaling import weight_scale
-from ghn_service.hypernetwork.slices import take_slices
+from ghn_service.hypernetwork.slices import sliced_linear, take_slices
 from ghn_service.hypernetwork.vector_decoder import VectorDecoder
 
 
@@ -75,22 +75,15 @@ class TiledDecoder(nn.Module):
             for sizes, members in grouped(same_kernel, lambda index: self._block_sizes(requests[index])).items():
                 elements = hidden.shape[1] * hidden.shape[2] * sizes[0] * sizes[1]
                 for part in parts(members, elements, max_elements):
-                    blocks = _channels(hidden[[place[index] for index in part]], *outputs[sizes])
+                    blocks = sliced_linear(hidden[[place[index] for index in part]], *outputs[sizes])  # (P, h, w, o, i)
+                    blocks = blocks.permute(0, 3, 4, 1, 2)
                     yield from self._finish(resize(blocks, kernel), part, requests, seed)
 
     def _grids(self, kernels: Sequence[tuple[int, int]]) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
         """Weight (4C, h, w, C) and bias (4C, h, w) of the grid positions that each kernel takes."""
         distinct = sorted(set(kernels))
-        indices = [
-            (
-                slice(None),
-                *(
-                    crop(size, limit, is_centered=self.is_centered)
-                    for size, limit in zip(kernel, self.max_shape[2:], strict=True)
-                ),
-            )
-            for kernel in distinct
-        ]
+        limits = self.max_shape[2:]
+        indices = [(slice(None), *kernel_slices(kernel, limits, is_centered=self.is_centered)) for kernel in distinct]
         weight = torch.unflatten(self.grid.weight, 0, (-1, *self.max_shape[2:]))  # (4C, Mh, Mw, C)
         bias = torch.unflatten(self.grid.bias, 0, (-1, *self.max_shape[2:]))
         pairs = zip(take_slices(weight, indices), take_slices(bias, indices), strict=True)
@@ -107,9 +100,8 @@ class TiledDecoder(nn.Module):
 
     def _positions(self, embeddings: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Features of every kernel position, (P, h, w, 8C), with h and w at most those of the grid."""
-        grid = functional.linear(embeddings, weight.flatten(0, 2), bias.flatten())
-        grid = torch.unflatten(functional.relu(grid), 1, weight.shape[:3]).permute(0, 2, 3, 1)  # (P, h, w, 4C)
-        return functional.relu(self.hidden(grid))
+        grid = functional.relu(sliced_linear(embeddings, weight, bias))  # (P, 4C, h, w)
+        return functional.relu(self.hidden(grid.permute(0, 2, 3, 1)))
 
     def _block_sizes(self, request: Request) -> tuple[int, int]:
         """(o, i) to decode: what the tensor needs, rounded up to a power of two so that more tensors share a batch."""
@@ -141,12 +133,6 @@ class TiledDecoder(nn.Module):
         features = functional.relu(blocks[..., 0, 0]).transpose(1, 2)  # (P, i, Mo)
         classes: Tensor = self.class_output(features)
         return classes.transpose(1, 2)[..., None, None]
-
-
-def _channels(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Blocks (P, o, i, h, w) from features of positions, (P, h, w, 8C)."""
-    decoded = functional.linear(hidden, weight.flatten(0, 1), bias.flatten())
-    return torch.unflatten(decoded, -1, bias.shape).permute(0, 3, 4, 1, 2)
 
 
 def _round_up(size: int, limit: int) -> int:
