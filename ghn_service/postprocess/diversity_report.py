@@ -14,11 +14,13 @@ from ghn_service.parameters import ParameterSet
 from ghn_service.postprocess.distribution_shift import DistributionShift
 from ghn_service.postprocess.diversity import TensorDiversity, measure_diversity
 from ghn_service.postprocess.layers import WeightedLayer, weighted_layers
-from ghn_service.postprocess.records import CHANGED, StepRecord, encode_record
+from ghn_service.postprocess.records import CHANGED, StepRecord
 
 REPORT_FORMAT = "ghn-diversity-report/1"
 TROUBLED = 0.1
 LARGE_NORM, SMALL_NORM = 4.0, 0.25
+# The report travels in one message of at most 4 MiB: curves get coarser with the layers, and only the worst are listed.
+MAX_LAYERS, MAX_POINTS, TOTAL_POINTS = 1500, 48, 24_000
 
 Measures = Mapping[str, TensorDiversity]
 
@@ -51,11 +53,13 @@ def build_report(
         records: What the steps did.
         shift: Distance of the architecture from those of training.
     """
+    actions = _actions(records)
     layers = [
-        _layer_entry(layer, before[layer.name], after[layer.name], origins[layer.name], records)
+        _layer_entry(layer, before[layer.name], after[layer.name], origins[layer.name], actions.get(layer.name, []))
         for layer in weighted_layers(graph)
         if layer.name in before
     ]
+    worst_first = sorted(layers, key=lambda entry: (-entry["after"]["trouble"], -entry["before"]["trouble"]))
     return {
         "format": REPORT_FORMAT,
         "network": {
@@ -67,8 +71,9 @@ def build_report(
         "summary": {"before": summarize(before, layers), "after": summarize(after, layers)},
         "findings": _findings(layers, records),
         "distribution_shift": dataclasses.asdict(shift),
-        "steps": [encode_record(record) for record in records],
-        "layers": sorted(layers, key=lambda entry: (-entry["after"]["trouble"], -entry["before"]["trouble"])),
+        "steps": [{"name": record.name, "options": dict(record.options)} for record in records],
+        "layers": [_thinned(entry, len(layers)) for entry in worst_first[:MAX_LAYERS]],
+        "layers_left_out": max(len(layers) - MAX_LAYERS, 0),
     }
 
 
@@ -101,7 +106,7 @@ def _layer_entry(
     before: TensorDiversity,
     after: TensorDiversity,
     origin: str,
-    records: Sequence[StepRecord],
+    actions: Sequence[Mapping[str, str]],
 ) -> dict[str, Any]:
     return {
         "parameter": layer.name,
@@ -115,15 +120,32 @@ def _layer_entry(
         "is_head": layer.is_head,
         "origin": origin,
         "notes": layer_notes(after),
-        "actions": [
-            {"step": record.name, "outcome": item.outcome, "reason": item.reason}
-            for record in records
-            for item in record.layers
-            if item.parameter == layer.name
-        ],
+        "actions": list(actions),
         "before": _encode_measures(before),
         "after": _encode_measures(after),
     }
+
+
+def _actions(records: Sequence[StepRecord]) -> dict[str, list[dict[str, str]]]:
+    """What every step did, by name of the weight."""
+    actions: dict[str, list[dict[str, str]]] = {}
+    for record in records:
+        for item in record.layers:
+            entry = {"step": record.name, "outcome": item.outcome, "reason": item.reason}
+            actions.setdefault(item.parameter, []).append(entry)
+    return actions
+
+
+def _thinned(entry: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """The entry with curves of no more points than there is room for."""
+    points = max(min(MAX_POINTS, TOTAL_POINTS // max(num_layers, 1)), 8)
+    thinned = dict(entry)
+    for when in ("before", "after"):
+        curve = entry[when]["singular_values"]
+        step = (len(curve) - 1) / max(points - 1, 1)
+        kept = [curve[round(index * step)] for index in range(points)] if len(curve) > points else curve
+        thinned[when] = {**entry[when], "singular_values": [float(f"{value:.4g}") for value in kept]}
+    return thinned
 
 
 def layer_notes(measured: TensorDiversity) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from ghn_client.wire import ghn_pb2
 
-from ghn_service.errors import InvalidOptionError, UnsupportedOptionError
+from ghn_service.errors import InvalidOptionError
 from ghn_service.graph.architecture import ParameterSpec
 from ghn_service.postprocess.base import POSTPROCESSORS, Step
 from ghn_service.postprocess.low_rank import FUNCTION, FUNCTION_OPTIMIZED, SPECTRAL
@@ -58,16 +58,14 @@ def decode_options(request: ghn_pb2.PredictWeightsRequest) -> PredictionOptions:
 
     Raises:
         InvalidOptionError: One has an impossible value; ``field`` names it.
-        UnsupportedOptionError: One is not implemented by this server.
     """
-    if request.report:
-        raise UnsupportedOptionError("this server makes no diversity reports; leave `report` unset", field="report")
     return PredictionOptions(
         dtype=decode_dtype(request.dtype),
         seed=request.seed,
         steps=tuple(_decode_step(step, index) for index, step in enumerate(request.steps)),
         low_rank=_decode_low_rank(request.low_rank) if request.HasField("low_rank") else None,
         include=_decode_include(request.include),
+        report=request.report,
     )
 
 

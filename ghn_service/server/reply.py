@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -32,11 +33,13 @@ class Reply:
         header: The event that comes first.
         file_header: First bytes of the safetensors file.
         parameters: The values that follow.
+        report_json: The diversity report, if it was asked for, else "".
     """
 
     header: ghn_pb2.StreamHeader
     file_header: bytes
     parameters: ParameterSet
+    report_json: str = ""
 
     def buffers(self) -> Iterator[memoryview]:
         """Bytes of each tensor, without a copy where it is contiguous."""
@@ -66,7 +69,22 @@ def build_reply(result: PredictionResult, options: PredictionOptions, model: Loa
         warnings=parameters.warnings,
         dtype=encode_dtype(options.dtype),
     )
-    return Reply(header, file_header, parameters)
+    return Reply(header, file_header, parameters, encode_report(result, options, model))
+
+
+def encode_report(result: PredictionResult, options: PredictionOptions, model: LoadedModel) -> str:
+    """The diversity report as JSON, with the prediction that it is about; "" if there is none."""
+    if result.report is None:
+        return ""
+    prediction = {
+        "model": model.name,
+        "model_digest": model.summary.digest,
+        "graph_digest": result.graph.digest(),
+        "seed": options.seed,
+        "dtype": options.dtype,
+    }
+    low_rank = encode_low_rank_record(result.low_rank) if result.low_rank else None
+    return json.dumps({"prediction": prediction, **result.report, "low_rank": low_rank}, separators=(",", ":"))
 
 
 def expected_bytes(analysis: ArchitectureAnalysis, dtype: str, model: LoadedModel) -> int:

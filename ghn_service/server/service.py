@@ -124,7 +124,7 @@ class GhnService:
                 watch.touch()
             seconds["streaming"] = time.perf_counter() - start
             yield ghn_pb2.PredictWeightsResponse(
-                trailer=ghn_pb2.StreamTrailer(sha256=sha256.hexdigest(), seconds=seconds)
+                trailer=ghn_pb2.StreamTrailer(sha256=sha256.hexdigest(), seconds=seconds, report_json=reply.report_json)
             )
 
 

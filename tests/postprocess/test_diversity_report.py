@@ -71,3 +71,14 @@ def test_a_weight_of_zeros_and_a_tiny_weight_are_measured_without_a_fault() -> N
     assert json.dumps(body, allow_nan=False)
     assert body["layers"][0]["notes"] == ["all values are zero"]
     assert measured["zero.weight"].effective_rank == pytest.approx(0.0)
+
+
+def test_the_report_of_a_huge_network_fits_into_one_message() -> None:
+    graph = chain_graph([ExampleLayer(f"block.{index}.projection.weight", (6, 6)) for index in range(2500)])
+    parameters = random_parameters(graph)
+    measured = measure_network(parameters, graph)
+    _, records = apply_steps(parameters, graph, [Step("noise"), Step("orthogonal")], seed=0)
+    shift = measure_shift(graph, None)
+    body = build_report(graph, measured, measured, origins=parameters.origins, records=records, shift=shift)
+    assert body["layers_left_out"] == 1000
+    assert len(json.dumps(body)) < 3_500_000
