@@ -159,6 +159,7 @@ def _factor_layer(
         multiply_adds=before * attributes.positions,
         factored_multiply_adds=after * attributes.positions,
         shape=layer.spec.torch_shape,
+        permutation=layer.spec.permutation,
         factors=tuple(factors),
     )
     return factors, record
@@ -182,9 +183,14 @@ def _entries(
             yield name, spec, parameters[name]
             continue
         for factor_name, factor in replaced[name].items():
-            shape = tuple(factor.shape)
+            suffix = factor_name.removeprefix(name)
             factor_spec = dataclasses.replace(
-                spec, name=factor_name, shape=shape, permutation=(), torch_name="", uses=()
+                spec,
+                name=factor_name,
+                shape=tuple(factor.shape),
+                permutation=(),
+                torch_name=spec.torch_name + suffix if spec.torch_name else "",
+                uses=(),
             )
             yield name, factor_spec, factor
 

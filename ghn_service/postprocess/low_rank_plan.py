@@ -71,6 +71,7 @@ class FactorRecord:
         multiply_adds: Multiply-adds per example before; 0 where the number of positions is unknown.
         factored_multiply_adds: The same after.
         shape: Shape of the weight in torch's layout.
+        permutation: Torch's axis i was stored axis ``permutation[i]`` of the file; empty if the file has torch's layout.
         factors: Names of the two factors, the one that is applied first first; empty where dense.
     """
 
@@ -87,6 +88,7 @@ class FactorRecord:
     multiply_adds: int
     factored_multiply_adds: int
     shape: tuple[int, ...]
+    permutation: tuple[int, ...]
     factors: tuple[str, ...]
 
 
@@ -113,7 +115,12 @@ class LowRankRecord:
 def encode_low_rank_record(record: LowRankRecord) -> dict[str, Any]:
     """The record as values that ``json`` writes: enough to use the factors without the request."""
     layers = [
-        {**dataclasses.asdict(layer), "shape": list(layer.shape), "factors": list(layer.factors)}
+        {
+            **dataclasses.asdict(layer),
+            "shape": list(layer.shape),
+            "permutation": list(layer.permutation),
+            "factors": list(layer.factors),
+        }
         for layer in record.layers
     ]
     return {"method": record.method, "rule": dataclasses.asdict(record.rule), "layers": layers}
