@@ -71,7 +71,7 @@ class FactorRecord:
         multiply_adds: Multiply-adds per example before; 0 where the number of positions is unknown.
         factored_multiply_adds: The same after.
         shape: Shape of the weight in torch's layout.
-        permutation: Torch's axis i was stored axis ``permutation[i]`` of the file; empty if the file has torch's layout.
+        permutation: The axis of the file that each of torch's axes is; empty if the file has torch's layout.
         factors: Names of the two factors, the one that is applied first first; empty where dense.
     """
 
