@@ -1,7 +1,8 @@
 """How each family of convolutional networks is drawn: everything but the width, which the budget decides.
 
-Each function takes a stream of random choices and returns a *plan*: a function from a base width (channels of the
-first stage, a multiple of 8) to a configuration. ``generator.py`` looks for the width whose cost fits.
+Each function takes a stream of random choices and a scale (1 for tiny networks, 2 for small, 3 for base: it bounds the
+depth) and returns a *plan*: a function from a base width (channels of the first stage, a multiple of 8) to a
+configuration. ``generator.py`` looks for the width whose cost fits.
 
 Reference: Knyazev et al. 2021 (arXiv:2110.13100), appendix A, for the cells.
 """
@@ -34,9 +35,9 @@ def draw_norm(draw: Draw, *, without: float = 0.1) -> str:
     return "none" if draw.chance(without) else "batch"
 
 
-def draw_stem_stride(draw: Draw) -> int:
-    """Mostly 1, as usual for small images."""
-    return 2 if draw.chance(0.25) else 1
+def draw_stem_stride(draw: Draw, scale: int) -> int:
+    """Mostly 1, as usual for small images; 2 more often in smaller networks."""
+    return 2 if draw.chance(0.5 - 0.13 * scale) else 1
 
 
 def _widths(base: int, growths: tuple[float, ...]) -> tuple[int, ...]:
@@ -46,12 +47,12 @@ def _widths(base: int, growths: tuple[float, ...]) -> tuple[int, ...]:
     return tuple(round_channels(width) for width in widths)
 
 
-def plan_resnet(draw: Draw) -> Plan:
+def plan_resnet(draw: Draw, scale: int) -> Plan:
     """Basic and pre-activation residual networks, with the classical ones (16, 32, 64 channels) in their middle."""
     stages = draw.choice((2, 3, 3, 3, 3, 4))
-    equal = draw.integer(1, 4)
+    equal = draw.integer(1, 1 + scale)
     is_even = draw.chance(0.6)
-    depths = tuple(equal if is_even else draw.integer(1, 4) for _ in range(stages))
+    depths = tuple(equal if is_even else draw.integer(1, 1 + scale) for _ in range(stages))
     growths = tuple(2.0 if draw.chance(0.75) else draw.choice((1.0, 1.5, 3.0)) for _ in range(stages - 1))
     norm = draw_norm(draw, without=0.06)
     template = ResNetConfiguration(
@@ -59,7 +60,7 @@ def plan_resnet(draw: Draw) -> Plan:
         depths=depths,
         block="preactivation" if draw.chance(0.2) else "basic",
         stem_kernel=draw.choice((3, 3, 3, 5, 7)),
-        stem_stride=draw_stem_stride(draw),
+        stem_stride=draw_stem_stride(draw, scale),
         stem_pool=draw.chance(0.1),
         kernel=5 if draw.chance(0.06) else 3,
         shortcut=draw.weighted({"conv": 0.65, "pool": 0.2, "pad": 0.15}),
@@ -71,17 +72,17 @@ def plan_resnet(draw: Draw) -> Plan:
     return lambda base: _replaced(template, widths=_widths(base, growths))
 
 
-def plan_bottleneck(draw: Draw) -> Plan:
+def plan_bottleneck(draw: Draw, scale: int) -> Plan:
     """Residual networks of bottleneck blocks, some with grouped convolutions."""
     stages = draw.choice((2, 3, 3, 4))
-    depths = tuple(draw.integer(1, 4) for _ in range(stages))
+    depths = tuple(draw.integer(1, 1 + scale) for _ in range(stages))
     expansion = draw.choice((4, 4, 4, 2))
     template = ResNetConfiguration(
         widths=(8,),
         depths=depths,
         block="bottleneck",
         stem_kernel=draw.choice((3, 3, 5, 7)),
-        stem_stride=draw_stem_stride(draw),
+        stem_stride=draw_stem_stride(draw, scale),
         stem_pool=draw.chance(0.15),
         groups=draw.choice((2, 4, 8)) if draw.chance(0.25) else 1,
         expansion=expansion,
@@ -94,11 +95,11 @@ def plan_bottleneck(draw: Draw) -> Plan:
     return lambda base: _replaced(template, widths=_widths(base * expansion, growths))
 
 
-def plan_convnet(draw: Draw) -> Plan:
+def plan_convnet(draw: Draw, scale: int) -> Plan:
     """Plain convolutional networks."""
     stages = draw.integer(2, 5)
     norm = draw_norm(draw, without=0.2)
-    most = 2 if norm == "none" else 3
+    most = 2 if norm == "none" or scale == 1 else 3
     depths = tuple(draw.integer(1, most) for _ in range(stages))
     growths = tuple(draw.choice((1.0, 1.5, 2.0, 2.0, 2.0)) for _ in range(stages - 1))
     template = ConvNetConfiguration(
@@ -106,7 +107,7 @@ def plan_convnet(draw: Draw) -> Plan:
         depths=depths,
         kernel=draw.choice((3, 3, 3, 3, 3, 5)),
         stem_kernel=draw.choice((3, 3, 3, 5, 7)),
-        stem_stride=draw_stem_stride(draw),
+        stem_stride=draw_stem_stride(draw, scale),
         downsampling=draw.weighted({"max": 0.5, "stride": 0.35, "avg": 0.15}),
         pooled=draw.chance(0.8),
         head=draw.choice(((64,), (128,), (128, 64))) if draw.chance(0.15) else (),
@@ -116,16 +117,16 @@ def plan_convnet(draw: Draw) -> Plan:
     return lambda base: _replaced(template, widths=_widths(base, growths))
 
 
-def plan_densenet(draw: Draw) -> Plan:
+def plan_densenet(draw: Draw, scale: int) -> Plan:
     """Densely connected networks."""
     blocks = draw.choice((2, 3, 3))
-    depths = tuple(draw.integer(2, 6) for _ in range(blocks))
+    depths = tuple(draw.integer(2, 2 + 2 * scale) for _ in range(blocks))
     template = DenseNetConfiguration(
         growth=8,
         depths=depths,
         bottleneck=draw.choice((0, 2, 4)),
         compression=draw.choice((0.5, 1.0)),
-        stem_stride=draw_stem_stride(draw),
+        stem_stride=draw_stem_stride(draw, scale),
         norm=draw_norm(draw, without=0.03),
         activation=draw_activation(draw),
     )
@@ -133,20 +134,20 @@ def plan_densenet(draw: Draw) -> Plan:
     return lambda base: _replaced(template, growth=base, stem_width=base * factor)
 
 
-def plan_mobilenet(draw: Draw) -> Plan:
+def plan_mobilenet(draw: Draw, scale: int) -> Plan:
     """Inverted residuals, about half of them with squeeze-and-excitation gates."""
-    stages = draw.integer(2, 5)
+    stages = draw.integer(2, 2 + scale)
     growths = tuple(draw.choice((1.0, 1.5, 1.5, 2.0)) for _ in range(stages))
     strides = (1, *(2 if place < 4 and draw.chance(0.7) else 1 for place in range(stages - 1)))
     is_gated = draw.chance(0.5)
     expansion = draw.choice((2, 3, 4, 4, 6))
     template = MobileNetConfiguration(
         widths=(8,),
-        depths=tuple(draw.integer(1, 3) for _ in range(stages)),
+        depths=tuple(draw.integer(1, scale) for _ in range(stages)),
         strides=strides,
         expansions=(draw.choice((1, expansion)), *(expansion for _ in range(stages - 1))),
         kernels=tuple(draw.choice((3, 3, 3, 5)) for _ in range(stages)),
-        stem_stride=2 if draw.chance(0.4) else 1,
+        stem_stride=2 if draw.chance(0.7 - 0.17 * scale) else 1,
         squeeze=draw.choice((4, 4, 8)) if is_gated else 0,
         norm=draw_norm(draw, without=0.02),
         activation=draw.weighted({"relu": 0.5, "silu": 0.25, "hardswish": 0.25}),
@@ -160,31 +161,35 @@ def plan_mobilenet(draw: Draw) -> Plan:
     return plan
 
 
-def plan_cells(draw: Draw, *, cells: tuple[int, int] = (3, 10), steps: tuple[int, int] = (1, 3)) -> Plan:
+def plan_cells(draw: Draw, scale: int, *, steps: tuple[int, int] = (1, 3), norm: str | None = None) -> Plan:
     """Networks of repeated cells, the kind of DeepNets-1M, without self-attention.
 
     Args:
         draw: Source of randomness.
-        cells: Least and most cells.
+        scale: 1 to 3.
         steps: Least and most steps of a cell.
+        norm: ``batch`` or ``none``; drawn by default.
     """
     allowed = tuple(name for name in OPERATIONS if name != "msa")
-    num_cells = draw.integer(*cells)
-    num_steps = draw.integer(*steps) if num_cells <= 8 else draw.integer(steps[0], max(steps[0], steps[1] - 1))
+    num_cells = draw.integer(3, 4 + 2 * scale)
+    is_deep = num_cells > 7
+    num_steps = draw.integer(steps[0], max(steps[0], steps[1] - is_deep))
     genotype = draw_genotype(draw, steps=num_steps, allowed=allowed)
-    without = 0.5 if num_cells <= 5 and num_steps <= 2 else 0.0
-    return _plan_of_cells(draw, genotype, num_cells, stem=draw.weighted({"simple": 0.75, "strided": 0.25}), without=without)
+    if norm is None:
+        norm = draw_norm(draw, without=0.5 if num_cells <= 4 and num_steps <= 2 else 0.0)
+    stem = "strided" if draw.chance(0.5 - 0.1 * scale) else "simple"
+    return _plan_of_cells(draw, genotype, num_cells, stem=stem, norm=norm)
 
 
-def plan_attention_cells(draw: Draw) -> Plan:
+def plan_attention_cells(draw: Draw, scale: int) -> Plan:
     """Networks of cells with self-attention, at one resolution, on patches."""
     while True:
         genotype = draw_genotype(draw, steps=draw.integer(1, 2))
         if genotype.is_isotropic:
-            return _plan_of_cells(draw, genotype, draw.integer(2, 6), stem="patch", without=0.0)
+            return _plan_of_cells(draw, genotype, draw.integer(2, 2 + 2 * scale), stem="patch", norm="batch")
 
 
-def _plan_of_cells(draw: Draw, genotype: Genotype, num_cells: int, *, stem: str, without: float) -> Plan:
+def _plan_of_cells(draw: Draw, genotype: Genotype, num_cells: int, *, stem: str, norm: str) -> Plan:
     is_patch = stem == "patch"
     multiplier = draw.choice((1, 2, 2))
     is_deep = num_cells > 7
@@ -201,7 +206,7 @@ def _plan_of_cells(draw: Draw, genotype: Genotype, num_cells: int, *, stem: str,
         positions=is_patch,
         pooled=is_patch or is_deep or draw.chance(0.9),
         head=(draw.choice((64, 128)),) if has_layers else (),
-        norm=draw_norm(draw, without=without),
+        norm=norm,
     )
     return lambda base: _replaced(template, channels=base)
 

@@ -4,8 +4,8 @@ The splits are those of DeepNets-1M (Knyazev et al. 2021, arXiv:2110.13100): ``t
 distribution and no stream of random choices; ``wide``, ``deep``, ``dense`` and ``bnfree`` leave it on purpose;
 ``reference`` is the registry. Unlike there, networks are drawn on the fly, many are small, and more families take part.
 
-A draw goes: family, everything about the network except its width, a cost aimed at; then the width that comes closest
-to that cost. Costs are those of the network for 10 classes and three-channel 32 x 32 images, so that one index is one
+A draw goes: family, range of costs, everything about the network except its width, a usual width; if the cost is out of
+range, the width is scaled once, and if that fails the draw is repeated. Costs are those of the network for 10 classes and three-channel 32 x 32 images, so that one index is one
 architecture for every task.
 """
 
@@ -32,6 +32,7 @@ from ghn_service.errors import InvalidOptionError
 GENERATOR_VERSION = 1
 _MAX_TRIES = 200
 _WIDTHS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+_USUAL_WIDTHS = (8, 16, 16, 16, 24, 32, 32, 48, 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,11 @@ class Budget:
                 field="budget",
             )
 
+    @property
+    def scale(self) -> int:
+        """1 to 3: how deep networks of this cost are drawn."""
+        return 1 + (self.most_multiply_adds > 5_000_000) + (self.most_multiply_adds > 20_000_000)
+
     def admits(self, architecture: Architecture) -> bool:
         """Whether the architecture costs no more than this, nor much less."""
         return (
@@ -74,8 +80,8 @@ class Budget:
 
 
 SIZES: dict[str, Budget] = {
-    "tiny": Budget(700_000, 4_000_000, most_parameters=250_000, most_nodes=110, most_elements=350_000),
-    "small": Budget(3_000_000, 15_000_000, most_parameters=600_000, most_nodes=160, most_elements=800_000),
+    "tiny": Budget(700_000, 4_000_000, most_parameters=250_000, most_nodes=120, most_elements=450_000),
+    "small": Budget(3_000_000, 15_000_000, most_parameters=600_000, most_nodes=160, most_elements=900_000),
     "base": Budget(12_000_000, 60_000_000, most_parameters=2_000_000, most_nodes=240, most_elements=2_000_000),
 }
 SIZE_MIX = {"tiny": 0.45, "small": 0.4, "base": 0.15}
@@ -91,7 +97,7 @@ class Family:
         share: Share among the families of a split, relative.
     """
 
-    plan: Callable[[Draw], Plan]
+    plan: Callable[[Draw, int], Plan]
     share: float
 
 
@@ -170,35 +176,31 @@ def sample_architecture(
     shares = _shares(population, families)
     draw = Draw(f"ghn-architectures/{GENERATOR_VERSION}/{split}/{index}/{limit}/{sorted(families or ())}")
     name = draw.weighted(shares)
+    chosen = limit or SIZES[draw.weighted(SIZE_MIX)]
     for _ in range(_MAX_TRIES):
-        chosen = limit or SIZES[draw.weighted(SIZE_MIX)]
-        plan = population.families[name].plan(draw)
-        target = draw.log_uniform(chosen.least_multiply_adds, chosen.most_multiply_adds)
-        configuration = fit_width(plan, target, chosen)
+        plan = population.families[name].plan(draw, chosen.scale)
+        configuration = fit_width(plan, draw, chosen)
         if configuration is not None:
             return Architecture(name, configuration, interface, f"{split}/{index}")
     raise InvalidOptionError(f"none of {_MAX_TRIES} networks of family {name!r} fits {limit}; widen it", field="budget")
 
 
-def fit_width(plan: Plan, target: float, budget: Budget) -> Configuration | None:
-    """The configuration of ``plan`` whose cost is nearest to ``target`` multiply-adds; None if none fits ``budget``.
+def fit_width(plan: Plan, draw: Draw, budget: Budget) -> Configuration | None:
+    """A configuration of ``plan`` that fits ``budget``: a random usual width if it does, else one scaled to fit.
 
-    Cost grows about with the square of the width, so two or three trials are enough.
+    Cost grows about with the square of the width, so one correction is enough; None if that fails.
     """
-    place = 1
-    tried: dict[int, Architecture] = {}
-    for _ in range(3):
-        trial = Architecture("", plan(_WIDTHS[place]), CANONICAL)
-        tried[place] = trial
-        guess = _WIDTHS[place] * (target / trial.multiply_adds) ** 0.5
-        nearest = min(range(len(_WIDTHS)), key=lambda item: abs(_WIDTHS[item] - guess))
-        if nearest in tried:
-            break
-        place = nearest
-    fitting = [trial for trial in tried.values() if budget.admits(trial)]
-    if not fitting:
+    target = draw.log_uniform(budget.least_multiply_adds, budget.most_multiply_adds)
+    first = draw.choice(_USUAL_WIDTHS)
+    trial = Architecture("", plan(first), CANONICAL)
+    if budget.admits(trial):
+        return trial.configuration
+    guess = first * (target / trial.multiply_adds) ** 0.5
+    width = min(_WIDTHS, key=lambda item: abs(item - guess))
+    if width == first:
         return None
-    return min(fitting, key=lambda trial: abs(trial.multiply_adds - target)).configuration
+    trial = Architecture("", plan(width), CANONICAL)
+    return trial.configuration if budget.admits(trial) else None
 
 
 def _budget(population: Split, size: str | None, budget: Budget | None) -> Budget | None:
