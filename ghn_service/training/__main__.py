@@ -14,11 +14,11 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
-from ghn_service.errors import GhnServiceError
+from ghn_service.errors import GhnServiceError, InvalidOptionError
 
 app = typer.Typer(
     help="Train, watch and evaluate graph hypernetworks.",
@@ -29,10 +29,10 @@ app = typer.Typer(
 
 DataFolder = Annotated[Path, typer.Option("--data", help="Folder with labelled images (parquet, CIFAR batches, ...).")]
 Changes = Annotated[
-    Optional[list[str]], typer.Option("--set", metavar="NAME=VALUE", help="Change one setting; may be repeated.")
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change one setting; may be repeated.")
 ]
-Config = Annotated[Optional[Path], typer.Option("--config", help="TOML file with settings.")]
-Cache = Annotated[Optional[Path], typer.Option("--cache", help="Folder that keeps decoded images.")]
+Config = Annotated[Path | None, typer.Option("--config", help="TOML file with settings.")]
+Cache = Annotated[Path | None, typer.Option("--cache", help="Folder that keeps decoded images.")]
 
 
 def _reported(command: Callable[..., None]) -> Callable[..., None]:
@@ -60,9 +60,9 @@ def fit(
     changes: Changes = None,
     resume: Annotated[str, typer.Option(help="auto: go on with the run in --out; never: refuse to.")] = "auto",
     start_from: Annotated[
-        Optional[Path], typer.Option(help="Checkpoint or state file whose weights a new run begins with.")
+        Path | None, typer.Option(help="Checkpoint or state file whose weights a new run begins with.")
     ] = None,
-    teacher: Annotated[Optional[Path], typer.Option(help="Soft labels made by ghn-train teacher.")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="Soft labels made by ghn-train teacher.")] = None,
     cache: Cache = None,
 ) -> None:
     """Train a hypernetwork on random architectures and a folder of labelled images."""
@@ -70,9 +70,7 @@ def fit(
     from ghn_service.training.settings import load_settings
 
     settings = load_settings(config, changes or ())
-    progress = run_fit(
-        data, out, settings, resume=resume, start_from=start_from, teacher=teacher, cache=cache
-    )
+    progress = run_fit(data, out, settings, resume=resume, start_from=start_from, teacher=teacher, cache=cache)
     typer.echo(
         f"{progress.networks} networks in {progress.step} steps and {progress.elapsed_s / 60:.1f} minutes; "
         f"checkpoint in {out}"
@@ -81,14 +79,89 @@ def fit(
 
 @app.command()
 @_reported
+def evaluate(
+    checkpoint: Annotated[Path, typer.Option("--checkpoint", help="File that ghn-train fit wrote.")],
+    data: DataFolder,
+    splits: Annotated[
+        str, typer.Option(help="Splits, separated by commas: test, wide, deep, dense, bnfree, reference.")
+    ] = "test,wide,deep,dense,bnfree,reference",
+    networks: Annotated[int, typer.Option(help="Networks per split.")] = 50,
+    test_images: Annotated[int, typer.Option(help="Test images for zero-shot accuracy.")] = 2000,
+    fine_tune: Annotated[int, typer.Option(help="Networks in the fine-tuning comparison; 0: none.")] = 20,
+    fine_tune_images: Annotated[
+        str, typer.Option(help="Training-set sizes of the comparison, separated by commas; 0: all images.")
+    ] = "0,1000",
+    learning_rates: Annotated[str, typer.Option(help="Grid of the comparison, separated by commas.")] = "0.01,0.03,0.1",
+    seeds: Annotated[int, typer.Option(help="Seeds of the comparison.")] = 1,
+    library: Annotated[int, typer.Option(help="Training networks in the nearest-neighbour check; 0: no check.")] = 32,
+    workers: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
+    out: Annotated[Path | None, typer.Option(help="Folder for evaluation.md and evaluation.json.")] = None,
+    cache: Cache = None,
+) -> None:
+    """Measure a hypernetwork: zero-shot accuracy, fine-tuning against He initialisation, and novelty."""
+    from ghn_service.training import report
+    from ghn_service.training.evaluate import EvaluationPlan
+    from ghn_service.training.evaluate import evaluate as run_evaluation
+    from ghn_service.training.fine_tune import FineTunePlan
+
+    plan = EvaluationPlan(
+        splits=tuple(splits.split(",")),
+        networks=networks,
+        test_images=test_images,
+        fine_tune_networks=fine_tune,
+        fine_tune_images=_numbers(fine_tune_images, int, "fine-tune-images"),
+        seeds=tuple(range(seeds)),
+        fine_tune=FineTunePlan(learning_rates=_numbers(learning_rates, float, "learning-rates")),
+        library=library,
+    )
+    evaluation = run_evaluation(checkpoint, data, plan, workers=workers, cache=cache)
+    text = report.markdown_report(evaluation)
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "evaluation.md").write_text(text, encoding="utf-8")
+        (out / "evaluation.json").write_text(report.json_report(evaluation), encoding="utf-8")
+    typer.echo(text)
+
+
+@app.command()
+@_reported
+def teacher(
+    data: DataFolder,
+    out: Annotated[Path, typer.Option("--out", help="File for the soft labels (.safetensors).")],
+    minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 10.0,
+    network: Annotated[str, typer.Option(help="Reference network to train.")] = "resnet20",
+    config: Config = None,
+    changes: Changes = None,
+    cache: Cache = None,
+) -> None:
+    """Train a teacher for some minutes and write its soft labels, for objective.teacher_weight."""
+    from ghn_service.training.fit import make_teacher
+    from ghn_service.training.settings import load_settings
+
+    accuracy = make_teacher(
+        data, out, load_settings(config, changes or ()), minutes=minutes, network=network, cache=cache
+    )
+    typer.echo(f"soft labels of a teacher with {100 * accuracy:.1f}% on validation images in {out}")
+
+
+@app.command()
+@_reported
 def plot(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
-    out: Annotated[Optional[Path], typer.Option("--out", help="SVG file; curves.svg in the folder where omitted.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="SVG file; curves.svg in the folder where omitted.")] = None,
 ) -> None:
     """Draw the curves of a run."""
     from ghn_service.training.plot import plot_run
 
     typer.echo(str(plot_run(run, out)))
+
+
+def _numbers(text: str, kind: Callable[[str], Any], field: str) -> tuple[Any, ...]:
+    """Numbers separated by commas."""
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError as error:
+        raise InvalidOptionError(f"expected numbers separated by commas, got {text!r}", field=field) from error
 
 
 def main() -> None:

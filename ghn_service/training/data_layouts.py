@@ -87,7 +87,13 @@ def read_cifar_batches(folder: Path, split: str, image_format: ImageFormat) -> R
         DataError: A batch is no such pickle.
     """
     for name, files, meta, label_key, names_key in (
-        ("cifar-10-batches-py", {"train": "data_batch_*", "test": "test_batch"}, "batches.meta", b"labels", "label_names"),
+        (
+            "cifar-10-batches-py",
+            {"train": "data_batch_*", "test": "test_batch"},
+            "batches.meta",
+            b"labels",
+            "label_names",
+        ),
         ("cifar-100-python", {"train": "train", "test": "test"}, "meta", b"fine_labels", "fine_label_names"),
     ):
         home = folder if folder.name == name else folder / name

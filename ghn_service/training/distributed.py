@@ -63,13 +63,10 @@ class Workers:
         if self.world_size == 1:
             return
         flat = torch.cat(
-            [
-                (torch.zeros_like(item) if item.grad is None else item.grad).reshape(-1)
-                for item in parameters
-            ]
+            [(torch.zeros_like(item) if item.grad is None else item.grad).reshape(-1) for item in parameters]
         )
         distributed.all_reduce(flat)
-        for item, part in zip(parameters, flat.split([item.numel() for item in parameters]), strict=True):
+        for item, part in zip(parameters, torch.split(flat, [item.numel() for item in parameters]), strict=True):
             item.grad = part.view_as(item).clone()
 
     def any(self, flag: bool) -> bool:

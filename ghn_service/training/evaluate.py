@@ -1,6 +1,6 @@
 """The evaluation of a hypernetwork: zero-shot accuracy, the fine-tuning comparison, and the honesty check.
 
-Every network is one task; tasks run in parallel processes with one thread each. What a task measures depends on the
+Every network is one job; jobs run in parallel processes with one thread each. What a job measures depends on the
 network, the plan and the seeds alone, not on the number of processes.
 """
 
@@ -23,7 +23,7 @@ from ghn_service.training.data import ImageSet, Normalization, measure_normaliza
 from ghn_service.training.data_layouts import ImageFormat
 from ghn_service.training.fine_tune import Comparison, FineTuneData, FineTunePlan, compare_starts, small_training_set
 from ghn_service.training.memory import keep_freed_memory
-from ghn_service.training.networks import evaluation_networks
+from ghn_service.training.networks import Task, find_network, network_names
 from ghn_service.training.novelty import PredictionLibrary
 from ghn_service.training.sampling import TargetArchitecture
 from ghn_service.training.trainer import choose_precision
@@ -136,7 +136,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class _Task:
+class _Job:
     split: str
     name: str
     kind: str
@@ -146,7 +146,7 @@ class _Task:
 
 @dataclass(frozen=True, eq=False)
 class _Context:
-    """What every task of a worker process needs."""
+    """What every job of a worker process needs."""
 
     hypernetwork: GraphHyperNetwork
     training: ImageSet
@@ -157,15 +157,8 @@ class _Context:
     library: PredictionLibrary | None
 
     def network(self, split: str, name: str) -> TargetArchitecture:
-        found = evaluation_networks(split, **self._task_shape())
-        return found(name)
-
-    def _task_shape(self) -> dict[str, int]:
-        return {
-            "num_classes": self.training.num_classes,
-            "in_channels": self.training.channels,
-            "image_size": self.training.image_size,
-        }
+        sizes = Task(self.training.num_classes, self.training.channels, self.training.image_size)
+        return find_network(split, name, sizes)
 
 
 _context: _Context | None = None
@@ -189,15 +182,15 @@ def evaluate(
     """
     started = time.monotonic()
     context = _make_context(checkpoint, data_folder, plan, cache)
-    tasks, skipped = _tasks(context)
+    jobs, skipped = _jobs(context)
     zero_shot: list[ZeroShot] = []
     fine_tuned: list[FineTuned] = []
-    for number, result in enumerate(_run(tasks, (checkpoint, data_folder, plan, cache), workers), start=1):
+    for number, result in enumerate(_run(jobs, (checkpoint, data_folder, plan, cache), workers), start=1):
         if isinstance(result, ZeroShot):
             zero_shot.append(result)
         else:
             fine_tuned.append(result)
-        logger.info("%d of %d tasks after %.0f s", number, len(tasks), time.monotonic() - started)
+        logger.info("%d of %d jobs after %.0f s", number, len(jobs), time.monotonic() - started)
     return Evaluation(plan, tuple(zero_shot), tuple(fine_tuned), skipped, time.monotonic() - started)
 
 
@@ -219,25 +212,24 @@ def _make_context(checkpoint: Path, data_folder: Path, plan: EvaluationPlan, cac
     context = _Context(hypernetwork, training, validation, test, normalization, plan, None)
     if not plan.library:
         return context
-    source = evaluation_networks("train", **context._task_shape())
-    library = PredictionLibrary(hypernetwork, (source(str(index)) for index in range(plan.library)))
+    trained_on = (context.network("train", str(index)) for index in range(plan.library))
+    library = PredictionLibrary(hypernetwork, trained_on)
     return _Context(hypernetwork, training, validation, test, normalization, plan, library)
 
 
-def _tasks(context: _Context) -> tuple[list[_Task], int]:
-    """All tasks, longest first, and the number of networks left out."""
+def _jobs(context: _Context) -> tuple[list[_Job], int]:
+    """All jobs, longest first, and the number of networks left out."""
     plan, skipped = context.plan, 0
-    zero_shot: list[_Task] = []
+    zero_shot: list[_Job] = []
     for split in plan.splits:
-        source = evaluation_networks(split, **context._task_shape())
-        for name in source.names(plan.networks):
-            if source(name).multiply_adds > plan.largest_macs:
+        for name in network_names(split, plan.networks):
+            if context.network(split, name).multiply_adds > plan.largest_macs:
                 skipped += 1
             else:
-                zero_shot.append(_Task(split, name, "zero-shot"))
-    chosen = [task.name for task in zero_shot if task.split == "test"][: plan.fine_tune_networks]
+                zero_shot.append(_Job(split, name, "zero-shot"))
+    chosen = [job.name for job in zero_shot if job.split == "test"][: plan.fine_tune_networks]
     fine_tune = [
-        _Task("test", name, "fine-tune", images, seed)
+        _Job("test", name, "fine-tune", images, seed)
         for name in chosen
         for images in plan.fine_tune_images
         for seed in plan.seeds
@@ -246,15 +238,15 @@ def _tasks(context: _Context) -> tuple[list[_Task], int]:
 
 
 def _run(
-    tasks: Sequence[_Task], setup: tuple[Path, Path, EvaluationPlan, Path | None], workers: int
+    jobs: Sequence[_Job], setup: tuple[Path, Path, EvaluationPlan, Path | None], workers: int
 ) -> Iterator[ZeroShot | FineTuned]:
     if workers <= 1:
         _start_worker(*setup)
-        yield from map(_run_task, tasks)
+        yield from map(_run_job, jobs)
         return
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=setup) as pool:
-        yield from pool.map(_run_task, tasks)
+        yield from pool.map(_run_job, jobs)
 
 
 def _start_worker(checkpoint: Path, data_folder: Path, plan: EvaluationPlan, cache: Path | None) -> None:
@@ -264,13 +256,13 @@ def _start_worker(checkpoint: Path, data_folder: Path, plan: EvaluationPlan, cac
     _context = _make_context(checkpoint, data_folder, plan, cache)
 
 
-def _run_task(task: _Task) -> ZeroShot | FineTuned:
+def _run_job(job: _Job) -> ZeroShot | FineTuned:
     assert _context is not None, "the worker was started without its initializer"
-    return _zero_shot(task, _context) if task.kind == "zero-shot" else _fine_tune(task, _context)
+    return _zero_shot(job, _context) if job.kind == "zero-shot" else _fine_tune(job, _context)
 
 
-def _zero_shot(task: _Task, context: _Context) -> ZeroShot:
-    architecture = context.network(task.split, task.name)
+def _zero_shot(job: _Job, context: _Context) -> ZeroShot:
+    architecture = context.network(job.split, job.name)
     plan, normalization = context.plan, context.normalization
     test = context.test.subset(torch.arange(min(plan.test_images, len(context.test))))
     calibration = context.training.subset(torch.arange(min(plan.calibration_images, len(context.training))))
@@ -286,15 +278,15 @@ def _zero_shot(task: _Task, context: _Context) -> ZeroShot:
         load_tensors(module, novelty.copies)
         scores["novelty"], scores["covered"] = novelty.distance, novelty.covered
         scores["copied"] = batch_accuracy(module, test, normalization)
-    return ZeroShot(task.split, task.name, **scores)
+    return ZeroShot(job.split, job.name, **scores)
 
 
-def _fine_tune(task: _Task, context: _Context) -> FineTuned:
-    architecture = context.network(task.split, task.name)
+def _fine_tune(job: _Job, context: _Context) -> FineTuned:
+    architecture = context.network(job.split, job.name)
     plan = context.plan
     training = context.training
-    if task.images:
-        training = small_training_set(training, task.images, seed=task.seed)
+    if job.images:
+        training = small_training_set(training, job.images, seed=job.seed)
     data = FineTuneData(
         training,
         context.validation.subset(torch.arange(min(plan.validation_images, len(context.validation)))),
@@ -302,11 +294,11 @@ def _fine_tune(task: _Task, context: _Context) -> FineTuned:
         context.normalization,
     )
     comparison = compare_starts(
-        predict_module(context.hypernetwork, architecture, seed=task.seed),
-        he_module(architecture, seed=task.seed),
+        predict_module(context.hypernetwork, architecture, seed=job.seed),
+        he_module(architecture, seed=job.seed),
         data,
         plan.fine_tune,
-        seed=task.seed,
+        seed=job.seed,
         precision=choose_precision(plan.precision, torch.device("cpu")),
     )
-    return FineTuned(task.name, task.images, task.seed, comparison)
+    return FineTuned(job.name, job.images, job.seed, comparison)

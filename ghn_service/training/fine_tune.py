@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from ghn_service.training.augmentation import Augmentation, Batches
 from ghn_service.training.data import ImageSet, Normalization
+from ghn_service.training.sampling import to_channels_last
 from ghn_service.training.zero_shot import batch_accuracy
 
 
@@ -97,7 +98,7 @@ class _Run:
     def __init__(
         self, module: nn.Module, data: FineTuneData, plan: FineTunePlan, rate: float, seed: int, precision: torch.dtype
     ) -> None:
-        self.module = copy.deepcopy(module).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        self.module = to_channels_last(copy.deepcopy(module)).train()
         self.plan, self.rate, self.precision, self.data = plan, rate, precision, data
         self.batches = Batches(data.training, data.normalization, Augmentation(), plan.batch_size)
         self.generator = torch.Generator().manual_seed(seed)

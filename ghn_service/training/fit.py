@@ -24,13 +24,13 @@ from ghn_service.training.data import (
 from ghn_service.training.data_layouts import ImageFormat
 from ghn_service.training.distributed import Workers, join_workers
 from ghn_service.training.memory import keep_freed_memory
-from ghn_service.training.networks import Pool, Task
+from ghn_service.training.networks import REFERENCE, Pool, Task, find_network
 from ghn_service.training.sampling import ArchitectureSource
 from ghn_service.training.settings import TrainingSettings
 from ghn_service.training.state import Progress, find_state, load_state
-from ghn_service.training.teacher import load_teacher_logits
-from ghn_service.training.trainer import Trainer
-from ghn_service.training.zero_shot import make_validation
+from ghn_service.training.teacher import image_logits, load_teacher_logits, save_teacher_logits, train_teacher
+from ghn_service.training.trainer import Trainer, choose_precision
+from ghn_service.training.zero_shot import accuracy, make_validation
 
 logger = logging.getLogger(__name__)
 CHECKPOINT_FILE = "ghn.safetensors"
@@ -126,7 +126,10 @@ def _make_trainer(
     limits = settings.limits
     shown = data.validation.subset(torch.arange(min(limits.validation_images, len(data.validation))))
     validation = make_validation(
-        source or Pool("val", task, limits.validation_networks), range(limits.validation_networks), shown, data.normalization
+        source or Pool("val", task, limits.validation_networks),
+        range(limits.validation_networks),
+        shown,
+        data.normalization,
     )
     if settings.objective.teacher_weight and teacher is None:
         raise TrainingError("objective.teacher_weight needs soft labels; make them with ghn-train teacher")
@@ -155,6 +158,47 @@ def _begin(trainer: Trainer, out: Path, resume: str, start_from: Path | None) ->
             trainer.start_from(load_checkpoint(start_from)[0].state_dict())
         else:
             trainer.start_from(load_state(start_from).average)
+
+
+def make_teacher(
+    data_folder: Path,
+    out: Path,
+    settings: TrainingSettings,
+    *,
+    minutes: float,
+    network: str,
+    cache: Path | None = None,
+) -> float:
+    """Trains a reference network and writes its soft labels for every training image.
+
+    Args:
+        data_folder: Labelled images.
+        out: File to write.
+        settings: Decide the images, their format and the number format of training.
+        minutes: Minutes of training.
+        network: Name in the registry.
+        cache: Folder for decoded images.
+
+    Returns:
+        The teacher's accuracy on validation images.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    keep_freed_memory()
+    data = load_training_data(data_folder, settings, cache or out.parent / "cache")
+    task = Task(data.training.num_classes, data.training.channels, data.training.image_size)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module = train_teacher(
+        find_network(REFERENCE, network, task).build().to(device),
+        data.training.to(device),
+        data.normalization,
+        minutes=minutes,
+        precision=choose_precision(settings.precision, device),
+        seed=settings.seed,
+    )
+    save_teacher_logits(image_logits(module, data.training.to(device), data.normalization).cpu(), out)
+    with torch.no_grad():
+        return accuracy(module, data.validation.to(device), data.normalization, batch_size=250)
 
 
 def export_checkpoint(trainer: Trainer, path: Path, data: TrainingData, dataset: str) -> CheckpointSummary:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from architectures.generator import sample_architecture
@@ -78,7 +77,4 @@ def find_network(split: str, name: str, task: Task) -> TargetArchitecture:
 
     if name not in ARCHITECTURES:
         raise InvalidOptionError(f"no reference network is called {name!r}; known are {', '.join(ARCHITECTURES)}")
-    return _reference(name, task)
-
-
-_reference: Callable[[str, Task], TargetArchitecture]
+    return _registered(name, task)

@@ -74,9 +74,7 @@ class PredictionLibrary:
 
 
 @torch.no_grad()
-def _predict(
-    hypernetwork: GraphHyperNetwork, architecture: TargetArchitecture
-) -> Iterable[tuple[Kind, str, Tensor]]:
+def _predict(hypernetwork: GraphHyperNetwork, architecture: TargetArchitecture) -> Iterable[tuple[Kind, str, Tensor]]:
     features = build_features(architecture.graph(), hypernetwork.config)
     predicted = hypernetwork(collate([features]).to(hypernetwork.device))[0]
     return [((target.role, target.shape), target.name, predicted[target.name]) for target in features.targets]

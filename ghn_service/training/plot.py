@@ -54,7 +54,8 @@ def run_panels(records: Sequence[dict[str, Any]]) -> list[Panel]:
         Panel("classification loss", _lines(training, ("loss",))),
         Panel(
             "accuracy",
-            _lines(training, ("accuracy",), "training ") + _lines(validation, ("accuracy", "best", "worst"), "validation "),
+            _lines(training, ("accuracy",), "training ")
+            + _lines(validation, ("accuracy", "best", "worst"), "validation "),
         ),
         Panel("architectures per second", _lines(training, ("networks_per_s",))),
         Panel("gradient norm", _lines(training, ("gradient_norm",))),

@@ -31,7 +31,7 @@ class RunLog:
         self._file = (folder / LOG_FILE).open("a", encoding="utf-8")
         from torch.utils.tensorboard import SummaryWriter  # imported here: it takes a second that others need not pay
 
-        self._board = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Writes one record.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ghn_service.errors import TrainingError
+from ghn_service.errors import GhnServiceError, TrainingError
 from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.hypernetwork.config import GHNConfig
 from ghn_service.hypernetwork.features import GraphFeatures, build_features
@@ -79,6 +79,11 @@ def use_batch_statistics(module: nn.Module) -> nn.Module:
     return module
 
 
+def to_channels_last(module: nn.Module) -> nn.Module:
+    """Brings a module's weights into the memory order that convolutions are fastest with; returns it."""
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
 def prepare(index: int, architecture: TargetArchitecture, config: GHNConfig, device: torch.device) -> TargetNetwork:
     """Builds a network and its features; what is not predicted has the network's own seeded initial values.
 
@@ -92,7 +97,7 @@ def prepare(index: int, architecture: TargetArchitecture, config: GHNConfig, dev
         graph = architecture.graph()
         features = build_features(graph, config)
         module = architecture.build(initialize=len(features.targets) < sum(1 for _ in graph.parameters()))
-    module = use_batch_statistics(module.to(device, memory_format=torch.channels_last)).train()
+    module = use_batch_statistics(to_channels_last(module.to(device))).train()
     names = {target.name for target in features.targets}
     own = dict(module.named_parameters())
     if missing := sorted(names - set(own)):
@@ -138,14 +143,25 @@ class NetworkStream:
         while rejected < _TOO_MANY_REJECTED:
             index = self.next_index
             self.next_index += 1
-            candidate = self.source(index)
-            if self._is_kept(index, candidate, largest):
+            candidate = self._candidate(index)
+            if candidate is not None and self._is_kept(index, candidate, largest):
                 rejected = 0
                 yield index, candidate
             rejected += 1
         raise TrainingError(
             f"none of {rejected} architectures is within {largest:.3g} multiply-adds; raise sampling.largest_macs"
         )
+
+    def _candidate(self, index: int) -> TargetArchitecture | None:
+        """The candidate, with its cost known; ``None`` where it cannot be made."""
+        try:
+            candidate = self.source(index)
+            if candidate.multiply_adds < 1:
+                return None
+        except GhnServiceError as error:
+            logger.warning("candidate %d cannot be made and is left out: %s", index, error)
+            return None
+        return candidate
 
     def _is_kept(self, index: int, candidate: TargetArchitecture, largest: float) -> bool:
         cost = candidate.multiply_adds

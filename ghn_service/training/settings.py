@@ -38,13 +38,13 @@ class DataSettings(_Section):
         validation_images: Training images held out for validation, where the data has no such split.
     """
 
-    batch_size: int = Field(64, ge=2)
-    batches_per_network: int = Field(1, ge=1)
-    image_size: int | None = Field(None, ge=4)
+    batch_size: int = Field(default=64, ge=2)
+    batches_per_network: int = Field(default=1, ge=1)
+    image_size: int | None = Field(default=None, ge=4)
     channels: Literal[1, 3] | None = None
-    pad: int = Field(4, ge=0)
+    pad: int = Field(default=4, ge=0)
     flip: bool = True
-    validation_images: int = Field(5000, ge=1)
+    validation_images: int = Field(default=5000, ge=1)
 
 
 class SamplingSettings(_Section):
@@ -61,13 +61,13 @@ class SamplingSettings(_Section):
         pool: Different networks; after that many they come again.
     """
 
-    meta_batch: int = Field(1, ge=1)
-    budget_macs: float = Field(8e6, gt=0)
-    largest_macs: float = Field(60e6, gt=0)
-    start_macs: float = Field(60e6, gt=0)
-    growth: float = Field(0.3, ge=0, le=1)
-    largest_nodes: int = Field(250, ge=4)
-    pool: int = Field(4000, ge=1)
+    meta_batch: int = Field(default=1, ge=1)
+    budget_macs: float = Field(default=8e6, gt=0)
+    largest_macs: float = Field(default=60e6, gt=0)
+    start_macs: float = Field(default=60e6, gt=0)
+    growth: float = Field(default=0.3, ge=0, le=1)
+    largest_nodes: int = Field(default=250, ge=4)
+    pool: int = Field(default=4000, ge=1)
 
 
 class ObjectiveSettings(_Section):
@@ -80,10 +80,10 @@ class ObjectiveSettings(_Section):
         teacher_temperature: Softening of both distributions for the teacher's part.
     """
 
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
-    penalty: float = Field(3e-5, ge=0)
-    teacher_weight: float = Field(0.0, ge=0, le=1)
-    teacher_temperature: float = Field(1.0, gt=0)
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    penalty: float = Field(default=3e-5, ge=0)
+    teacher_weight: float = Field(default=0.0, ge=0, le=1)
+    teacher_temperature: float = Field(default=1.0, gt=0)
 
 
 class OptimizerSettings(_Section):
@@ -107,18 +107,18 @@ class OptimizerSettings(_Section):
     """
 
     name: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = Field(1e-3, gt=0)
-    decoder_scale: float = Field(1.0, gt=0)
-    muon_learning_rate: float = Field(0.01, gt=0)
-    muon_largest_side: int = Field(256, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    decoder_scale: float = Field(default=1.0, gt=0)
+    muon_learning_rate: float = Field(default=0.01, gt=0)
+    muon_largest_side: int = Field(default=256, ge=1)
     betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(1e-2, ge=0)
-    clip: float = Field(5.0, gt=0)
+    weight_decay: float = Field(default=1e-2, ge=0)
+    clip: float = Field(default=5.0, gt=0)
     schedule: Literal["cosine", "trapezoid"] = "cosine"
-    warmup: float = Field(0.02, ge=0, lt=1)
-    cooldown: float = Field(0.3, gt=0, le=1)
-    ema_decay: float = Field(0.998, ge=0, lt=1)
-    ema_every: int = Field(4, ge=1)
+    warmup: float = Field(default=0.02, ge=0, lt=1)
+    cooldown: float = Field(default=0.3, gt=0, le=1)
+    ema_decay: float = Field(default=0.998, ge=0, lt=1)
+    ema_every: int = Field(default=4, ge=1)
 
 
 class LimitSettings(_Section):
@@ -138,16 +138,16 @@ class LimitSettings(_Section):
         give_up_after: Rollbacks after which the run stops with an error.
     """
 
-    steps: int = Field(100_000, ge=1)
-    minutes: float | None = Field(None, gt=0)
-    save_minutes: float = Field(3.0, ge=0)
-    log_every: int = Field(50, ge=1)
-    validate_minutes: float = Field(10.0, ge=0)
-    validation_networks: int = Field(24, ge=1)
-    validation_images: int = Field(512, ge=16)
-    rollback_after: int = Field(10, ge=1)
-    divergence: float = Field(20.0, gt=1)
-    give_up_after: int = Field(5, ge=1)
+    steps: int = Field(default=100_000, ge=1)
+    minutes: float | None = Field(default=None, gt=0)
+    save_minutes: float = Field(default=3.0, ge=0)
+    log_every: int = Field(default=50, ge=1)
+    validate_minutes: float = Field(default=10.0, ge=0)
+    validation_networks: int = Field(default=24, ge=1)
+    validation_images: int = Field(default=512, ge=16)
+    rollback_after: int = Field(default=10, ge=1)
+    divergence: float = Field(default=20.0, gt=1)
+    give_up_after: int = Field(default=5, ge=1)
 
 
 class TrainingSettings(_Section):
@@ -162,7 +162,7 @@ class TrainingSettings(_Section):
 
     seed: int = 0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     hypernetwork: dict[str, Any] = Field(default_factory=lambda: dict(SMALL_HYPERNETWORK))
     data: DataSettings = DataSettings()
     sampling: SamplingSettings = SamplingSettings()

@@ -18,6 +18,7 @@ from torch.nn import functional
 from ghn_service.errors import DataError
 from ghn_service.training.augmentation import Augmentation, Batches
 from ghn_service.training.data import ImageSet, Normalization
+from ghn_service.training.sampling import to_channels_last
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def train_teacher(
     seed: int = 0,
 ) -> nn.Module:
     """Trains ``module`` for some minutes: SGD with momentum, a triangular rate over the clock, smoothed labels."""
-    module = module.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    module = to_channels_last(module).train()
     batches = Batches(images, normalization, Augmentation(), batch_size)
     optimizer = torch.optim.SGD(module.parameters(), momentum=0.9, nesterov=True, weight_decay=5e-4)
     generator = torch.Generator().manual_seed(seed)
@@ -84,7 +85,8 @@ def load_teacher_logits(path: Path, images: ImageSet) -> Tensor:
         raise DataError(f"cannot read soft labels from {path.name}: {error}") from error
     if logits.shape != (len(images), images.num_classes):
         raise DataError(
-            f"{path.name} has soft labels of shape {tuple(logits.shape)}, expected {(len(images), images.num_classes)}; "
+            f"{path.name} has soft labels of shape {tuple(logits.shape)}, expected "
+            f"{(len(images), images.num_classes)}; "
             "make them from the same data and validation split"
         )
     return logits

@@ -73,9 +73,7 @@ class Trainer:
         self.hypernetwork = GraphHyperNetwork(self.config, generator=torch.Generator().manual_seed(settings.seed))
         self.hypernetwork.to(workers.device)
         self.optimizers = OptimizerGroup(self.hypernetwork, settings.optimizer)
-        self.average = MovingAverage(
-            self.hypernetwork, settings.optimizer.ema_decay, settings.optimizer.ema_every
-        )
+        self.average = MovingAverage(self.hypernetwork, settings.optimizer.ema_decay, settings.optimizer.ema_every)
         self.progress = Progress()
         self.stream = NetworkStream(source, settings.sampling, seed=settings.seed)
         self.precision = choose_precision(settings.precision, workers.device)
@@ -188,7 +186,9 @@ class Trainer:
         chosen = self.stream.take(meta_batch, self.done)
         mine = self.workers.share([architecture.multiply_adds for _, architecture in chosen])
         networks = [(slot, self._prepare(*chosen[slot])) for slot in mine]
-        networks = [(slot, item) for slot, item in networks if item.features.num_nodes <= settings.sampling.largest_nodes]
+        networks = [
+            (slot, item) for slot, item in networks if item.features.num_nodes <= settings.sampling.largest_nodes
+        ]
         self.optimizers.zero_grad()
         outcome = accumulate_gradients(
             self.hypernetwork,

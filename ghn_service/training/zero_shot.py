@@ -18,7 +18,7 @@ from ghn_service.hypernetwork.config import GHNConfig
 from ghn_service.hypernetwork.features import build_features, collate
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
 from ghn_service.training.data import ImageSet, Normalization
-from ghn_service.training.sampling import ArchitectureSource, TargetArchitecture, use_batch_statistics
+from ghn_service.training.sampling import ArchitectureSource, TargetArchitecture, to_channels_last, use_batch_statistics
 
 PUBLISHED_BATCH = 64
 
@@ -145,7 +145,7 @@ def make_validation(
         scores = []
         for index in indices:
             module = predict_module(hypernetwork, source(index), seed=index)
-            scores.append(batch_accuracy(module.to(memory_format=torch.channels_last), images, normalization))  # type: ignore[call-overload]
+            scores.append(batch_accuracy(to_channels_last(module), images, normalization))
         return {
             "accuracy": sum(scores) / len(scores),
             "best": max(scores),

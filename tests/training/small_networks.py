@@ -52,7 +52,7 @@ class SmallArchitecture:
             channels = self.width
         return total
 
-    def build(self) -> nn.Module:
+    def build(self, *, initialize: bool = True) -> nn.Module:
         return SmallConvnet(self.width, self.depth, self.kernel, self.in_channels, self.num_classes, self.stride_at)
 
     def graph(self) -> ArchitectureGraph:
