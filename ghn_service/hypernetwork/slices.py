@@ -34,10 +34,11 @@ def sliced_linear(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     out = features.new_empty(*features.shape[:-1], *bias.shape)
     axis = features.dim() - 1
     rows = max(1, MAX_COPIED_ELEMENTS // weight[0].numel())
-    for start, (some_weights, some_biases) in enumerate(zip(torch.split(weight, rows), torch.split(bias, rows), strict=True)):
-        product = functional.linear(features, some_weights.flatten(0, -2), some_biases.flatten())
-        product = torch.unflatten(product, -1, some_biases.shape)
-        out.narrow(axis, start * rows, len(some_biases)).copy_(product)
+    for start in range(0, len(weight), rows):
+        some = slice(start, start + rows)
+        product = functional.linear(features, weight[some].flatten(0, -2), bias[some].flatten())
+        product = torch.unflatten(product, -1, bias[some].shape)
+        out.narrow(axis, start, len(bias[some])).copy_(product)
     return out
 
 
