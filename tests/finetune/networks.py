@@ -80,9 +80,11 @@ def randomize_statistics(network: nn.Module) -> None:
             layer.bias.data.normal_(0.0, 0.3)
 
 
-def train_a_little(module: nn.Module, groups: list[dict], inputs: torch.Tensor, *, steps: int = 3) -> None:
-    """A few steps towards small outputs, in train mode; leaves the module in eval mode."""
-    module.train()
+def train_a_little(
+    module: nn.Module, groups: list[dict], inputs: torch.Tensor, *, steps: int = 3, train: bool = True
+) -> None:
+    """A few steps towards small outputs, in train mode unless told otherwise; leaves the module in eval mode."""
+    module.train(train)
     optimizer = torch.optim.SGD(groups, lr=0.1)
     for _ in range(steps):
         optimizer.zero_grad()

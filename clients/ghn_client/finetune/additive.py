@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import nn
 
 from ghn_client.finetune.capacity import hidden_widths
 from ghn_client.finetune.errors import InvalidOptionError, UnsupportedModuleError
-from ghn_client.finetune.handle import FineTuneHandle, Lifecycle, Part
+from ghn_client.finetune.handle import FineTuneHandle, Part
 from ghn_client.finetune.layers import find_head
 from ghn_client.finetune.side_network import SideNetwork
+from ghn_client.finetune.statistics import FREEZE, apply_statistics, running_layers, statistics_buffers
 
 LOGITS, FEATURES = "logits", "features"
 
@@ -108,6 +110,7 @@ def additive(
     in_features: int | None = None,
     outputs: int | None = None,
     seed: int = 0,
+    statistics: str = FREEZE,
 ) -> FineTuneHandle:
     """Freezes ``module`` and adds a small trainable ReLU network that starts at zero.
 
@@ -123,6 +126,7 @@ def additive(
         in_features: Numbers per sample that g reads, instead of ``example_inputs``.
         outputs: Outputs C, instead of ``example_inputs``.
         seed: Of the first layers.
+        statistics: What happens to the running statistics of ``module``; frozen, since f shall not change.
 
     Raises:
         InvalidOptionError: An option is impossible, or the sizes cannot be known without ``example_inputs``.
@@ -140,12 +144,16 @@ def additive(
     side.to(device=reference.device, dtype=reference.dtype)
     whole = AdditiveModule(module, side, head=path).train(module.training)
     config = {"depth": len(hidden) + 1, "width": list(hidden), "at": at, "head": head, "seed": seed}
-    config.update(in_features=in_features, outputs=outputs)
+    config.update(in_features=in_features, outputs=outputs, statistics=statistics)
     names = [f"side.{name}" for name, _ in side.named_parameters()]
-    switch = Lifecycle(
-        enable=(partial(setattr, whole, "enabled", True),), disable=(partial(setattr, whole, "enabled", False),)
+    policy = apply_statistics(running_layers(module), statistics)
+    switch = replace(
+        policy,
+        enable=(partial(setattr, whole, "enabled", True),),
+        disable=(partial(setattr, whole, "enabled", False),),
     )
-    part = Part("additive", config, whole, {"side": names})
+    buffers = [f"base.{name}" for name in statistics_buffers(module, statistics)]
+    part = Part("additive", config, whole, {"side": names}, buffers)
     return FineTuneHandle(part, base=module, lifecycle=switch)
 
 

@@ -130,7 +130,9 @@ def random_per_channel(
     switch = update_lifecycle(module, updates)
     lifecycle = replace(switch, restore=(*policy.restore, *switch.restore), merge=(*policy.merge, *switch.merge))
     groups = _with_head(module, "random", names, head_names)
-    part = Part("random_per_channel", config, module, groups, statistics_buffers(module, statistics))
+    indices = [name.replace(".values", ".indices") for name in names]
+    buffers = [*indices, *statistics_buffers(module, statistics)]
+    part = Part("random_per_channel", config, module, groups, buffers)
     return FineTuneHandle(part, lifecycle=lifecycle)
 
 

@@ -7,7 +7,7 @@ modules.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -89,8 +89,8 @@ class LowRankUpdate(nn.Module):
 def low_rank_update(
     module: nn.Module,
     *,
-    rank: int = 8,
-    alpha: float | None = None,
+    rank: int | Mapping[str, int] = 8,
+    alpha: float | Mapping[str, float] | None = None,
     layers: Sequence[str] | None = None,
     head: bool | str | Sequence[str] = True,
     seed: int = 0,
@@ -100,7 +100,7 @@ def low_rank_update(
 
     Args:
         module: Any network.
-        rank: Inner width; capped at the full rank of each layer.
+        rank: Inner width, for all layers or by dotted path; capped at the full rank of each layer.
         alpha: The change is scaled by ``alpha / rank``; default ``rank``.
         layers: Dotted paths of the layers to change; default all matrix layers but the head.
         head: Also tune the classifier, dense.
@@ -112,7 +112,7 @@ def low_rank_update(
         UnknownNameError: A path is no matrix layer.
         InvalidOptionError: The rank is below 1.
     """
-    if rank < 1:
+    if min([rank] if isinstance(rank, int) else rank.values(), default=0) < 1:
         raise InvalidOptionError(f"rank must be at least 1, got {rank}")
     known, head_names = matrix_layers(module), resolve_head(module, head)
     if not known:
@@ -124,13 +124,19 @@ def low_rank_update(
         if name not in known:
             raise UnknownNameError(f"{name!r} is no linear or convolutional layer; known ones are {list(known)[:20]}")
     generator = torch.Generator().manual_seed(seed)
-    updates = {name: _attach(known[name], rank, alpha, generator) for name in chosen}
+    ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(chosen, rank)
+    alphas = dict(alpha) if isinstance(alpha, Mapping) else dict.fromkeys(chosen, alpha)
+    if set(chosen) - set(ranks) or set(chosen) - set(alphas):
+        raise InvalidOptionError(
+            f"rank and alpha by layer must name all of {chosen}, got {list(ranks)}, {list(alphas)}"
+        )
+    updates = {name: _attach(known[name], ranks[name], alphas[name], generator) for name in chosen}
     names = [f"{name}.parametrizations.weight.0.{local}" for name in chosen for local in ("a", "b")]
     heads = [f"{name}.{local}" for name in head_names for local, _ in module.get_submodule(name).named_parameters()]
     groups = {"low_rank": names, **({"head": heads} if heads else {})}
     config = {
-        "rank": rank,
-        "alpha": alpha,
+        "rank": ranks,
+        "alpha": alphas if any(value is not None for value in alphas.values()) else None,
         "layers": chosen,
         "head": list(head_names),
         "seed": seed,

@@ -1,0 +1,260 @@
+"""Deltas: files of a few kilobytes with what was tuned, bound to the base that they belong to.
+
+A delta is a safetensors file. Tensors are named ``<part>/<path>``; the metadata says which strategies with which
+options made the parts, and what the base is:
+
+- ``weights``: the SHA-256 of all base values that the delta does not replace;
+- ``request``: the request that regenerates them. "Architecture + GHN + seed + gammas" is then a complete model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ghn_client.finetune.errors import DeltaFormatError, MissingExtraError, UnknownNameError, WrongBaseError
+from ghn_client.finetune.handle import FineTuneHandle, combine
+from ghn_client.finetune.insertion import CHILD
+from ghn_client.finetune.reparametrize import base_name
+from ghn_client.finetune.strategies import prepare
+
+FORMAT, VERSION = "ghn-delta", "1"
+WEIGHTS, REQUEST = "weights", "request"
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DeltaInfo:
+    """What a delta file says about itself.
+
+    Attributes:
+        parts: Strategy name and options of every part, in order.
+        base_kind: ``weights`` or ``request``.
+        digest: SHA-256 of the base values.
+        replaced: Names in the base whose values the delta replaces; they are not in the digest.
+        request: The request that regenerates the base, or ``None``.
+        num_numbers: Numbers in the file.
+    """
+
+    parts: tuple[tuple[str, dict[str, Any]], ...]
+    base_kind: str
+    digest: str
+    replaced: tuple[str, ...]
+    request: dict[str, Any] | None
+    num_numbers: int
+
+
+def base_digest(module: nn.Module, *, without: Collection[str] = ()) -> str:
+    """SHA-256 of the names, types, shapes and values of a module's parameters and buffers.
+
+    What strategies add to a module (inserted norm layers, low-rank and sparse updates) and BatchNorm's batch counters
+    are not part of it, so that it is the same before and after preparation.
+
+    Args:
+        module: The base.
+        without: Names to leave out, those that a delta replaces.
+    """
+    digest = hashlib.sha256()
+    values = {base_name(name): value for name, value in module.state_dict().items() if _belongs_to_base(name)}
+    for name in sorted(set(values) - set(without)):
+        value = values[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.hexdigest()
+
+
+def save_delta(handle: FineTuneHandle, path: str | Path, *, request: Mapping[str, Any] | None = None) -> int:
+    """Writes what ``handle`` tuned.
+
+    Args:
+        handle: An open handle in the enabled state.
+        path: File to write.
+        request: What regenerates the base (architecture digest, GHN, options, seed), as JSON types; without it the
+            delta is bound to the values of the base.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        MissingExtraError: ``safetensors`` is not installed.
+    """
+    tensors = {
+        f"{index}/{name}": value.cpu().contiguous().clone()
+        for index, part in enumerate(handle.parts)
+        for name, value in part.state().items()
+    }
+    replaced = _replaced(handle)
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "parts": json.dumps([[part.strategy, dict(part.config)] for part in handle.parts]),
+        "base": WEIGHTS if request is None else REQUEST,
+        "digest": base_digest(handle.base, without=replaced),
+        "replaced": json.dumps(replaced),
+        "request": json.dumps(None if request is None else dict(request), sort_keys=True),
+    }
+    data: bytes = _safetensors().save(tensors, metadata)
+    Path(path).write_bytes(data)
+    return len(data)
+
+
+def read_delta(path: str | Path) -> tuple[DeltaInfo, dict[str, torch.Tensor]]:
+    """What a delta file says, and its tensors named ``<part>/<path>``.
+
+    Raises:
+        DeltaFormatError: The file is no delta, or of a newer version.
+    """
+    library = _safetensors()
+    try:
+        tensors: dict[str, torch.Tensor] = library.load(Path(path).read_bytes())
+        metadata = _metadata(Path(path))
+        if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
+            raise DeltaFormatError(
+                f"expected a {FORMAT} file of version {VERSION}, got {metadata.get('format')} {metadata.get('version')}"
+            )
+        info = DeltaInfo(
+            parts=tuple((name, config) for name, config in json.loads(metadata["parts"])),
+            base_kind=metadata["base"],
+            digest=metadata["digest"],
+            replaced=tuple(json.loads(metadata["replaced"])),
+            request=json.loads(metadata["request"]),
+            num_numbers=sum(tensor.numel() for tensor in tensors.values()),
+        )
+    except (KeyError, ValueError, TypeError, library.SafetensorError) as error:
+        raise DeltaFormatError(f"{Path(path).name} is no delta file: {error}") from error
+    return info, tensors
+
+
+def load_delta(module: nn.Module, path: str | Path, *, request: Mapping[str, Any] | None = None) -> FineTuneHandle:
+    """Applies a delta to its base.
+
+    Args:
+        module: The base, as it was before tuning. A refused delta leaves it unchanged.
+        path: File of :func:`save_delta`.
+        request: What this base was regenerated from; needed for deltas that are bound to a request and whose digest
+            does not fit (another machine may round a prediction differently).
+
+    Returns:
+        A handle: ``handle.module`` is the tuned module, ``disabled()`` gives the base, ``merge()`` makes it permanent.
+
+    Raises:
+        WrongBaseError: The delta belongs to other weights or to another request.
+        DeltaFormatError: The file is no delta, or its tensors do not fit.
+    """
+    info, tensors = read_delta(path)
+    _check_base(module, info, request)
+    handles: list[FineTuneHandle] = []
+    current = module
+    try:
+        for index, (strategy, config) in enumerate(info.parts):
+            handles.append(prepare(current, strategy, **config))
+            current = handles[-1].module
+            _fill(handles[-1], tensors, index)
+    except (UnknownNameError, TypeError, DeltaFormatError) as error:
+        for handle in reversed(handles):
+            handle.restore()
+        raise DeltaFormatError(f"{Path(path).name} does not fit this module: {error}") from error
+    return handles[0] if len(handles) == 1 else combine(*handles)
+
+
+def load_complete_model(
+    module: nn.Module, path: str | Path, predict: Callable[[dict[str, Any]], Mapping[str, torch.Tensor]]
+) -> FineTuneHandle:
+    """Regenerates the base from the request in a delta, loads it into ``module`` and applies the delta.
+
+    Args:
+        module: A module of the right architecture; its values are replaced.
+        path: A delta that is bound to a request.
+        predict: Turns the request into tensors by state-dict name, usually by asking a server.
+
+    Raises:
+        DeltaFormatError: The delta holds no request, or the prediction does not fit the module.
+        WrongBaseError: See :func:`load_delta`.
+    """
+    info, _ = read_delta(path)
+    if info.request is None:
+        raise DeltaFormatError(f"{Path(path).name} is bound to weights, not to a request; load them and use load_delta")
+    missing, unexpected = module.load_state_dict(dict(predict(info.request)), strict=False)
+    learned = {name for name, _ in module.named_parameters()}
+    if unexpected or learned & set(missing):
+        raise DeltaFormatError(
+            f"the prediction does not fit the module: missing {sorted(learned & set(missing))[:5]}, unexpected"
+            f" {unexpected[:5]}"
+        )
+    return load_delta(module, path, request=info.request)
+
+
+def _check_base(module: nn.Module, info: DeltaInfo, request: Mapping[str, Any] | None) -> None:
+    actual = base_digest(module, without=info.replaced)
+    if actual == info.digest:
+        return
+    if info.base_kind == REQUEST and request is not None:
+        if json.dumps(dict(request), sort_keys=True) != json.dumps(info.request, sort_keys=True):
+            raise WrongBaseError(
+                f"the delta belongs to the request {info.request}, this base came from {dict(request)}"
+            )
+        _LOG.warning(
+            "the base was regenerated from the same request but differs in rounding from the one that was tuned"
+        )
+        return
+    raise WrongBaseError(
+        f"the delta belongs to base weights with digest {info.digest[:16]}..., this module has {actual[:16]}...;"
+        " load the weights that were tuned"
+        + (f", or regenerate them from the request {info.request}" if info.request is not None else "")
+    )
+
+
+def _replaced(handle: FineTuneHandle) -> list[str]:
+    """Names in the base whose values the delta holds."""
+    tuned = {id(value) for part in handle.parts for value in part.named_parameters().values()}
+    tuned |= {id(part.module.get_buffer(name)) for part in handle.parts for name in part.buffers}
+    live = [*handle.base.named_parameters(), *handle.base.named_buffers()]
+    return sorted(name for name, value in live if id(value) in tuned and _belongs_to_base(name))
+
+
+def _belongs_to_base(name: str) -> bool:
+    pieces = name.split(".")
+    added = CHILD in pieces or ("parametrizations" in pieces and not base_name(name).endswith(".weight"))
+    return not added and pieces[-1] != "num_batches_tracked" and base_name(name).count("parametrizations") == 0
+
+
+@torch.no_grad()
+def _fill(handle: FineTuneHandle, tensors: Mapping[str, torch.Tensor], index: int) -> None:
+    part = handle.parts[0]
+    own = {name.partition("/")[2]: value for name, value in tensors.items() if name.partition("/")[0] == str(index)}
+    state = part.state()
+    if set(own) != set(state):
+        odd = sorted(set(own) ^ set(state))[:5]
+        raise DeltaFormatError(
+            f"part {index} ({part.strategy}) tunes other tensors than the file holds; differing: {odd}"
+        )
+    for name, value in own.items():
+        if value.shape != state[name].shape:
+            raise DeltaFormatError(f"{name!r} has shape {tuple(value.shape)}, expected {tuple(state[name].shape)}")
+        state[name].copy_(value)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    import safetensors
+
+    with safetensors.safe_open(str(path), framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise MissingExtraError("delta files need the package safetensors: pip install safetensors") from error
+    module = safetensors.torch
+    module.SafetensorError = safetensors.SafetensorError  # type: ignore[attr-defined]
+    return module

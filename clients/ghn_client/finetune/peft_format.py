@@ -1,0 +1,197 @@
+"""To and from the adapter format of PEFT, where it has the same thing: LN tuning (``norm_only``) and LoRA.
+
+An adapter is a folder with ``adapter_config.json`` and ``adapter_model.safetensors``. Classifiers that are tuned along
+become PEFT's ``modules_to_save``. The tests load these folders with the real library.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ghn_client.finetune.delta import _safetensors
+from ghn_client.finetune.errors import DeltaFormatError, UnsupportedModuleError
+from ghn_client.finetune.handle import FineTuneHandle, Part
+from ghn_client.finetune.low_rank import low_rank_update
+from ghn_client.finetune.norm_only import norm_only
+from ghn_client.finetune.statistics import KEEP, UPDATE
+
+LN_TUNING, LORA = "LN_TUNING", "LORA"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_UPDATE = ".parametrizations.weight.0."
+
+
+def export_peft(handle: FineTuneHandle, folder: str | Path) -> Path:
+    """Writes the tuned part of ``handle`` as a PEFT adapter.
+
+    Args:
+        handle: Of ``norm_only`` without inserted layers, or of ``low_rank_update``.
+        folder: Where to write; made if absent.
+
+    Raises:
+        UnsupportedModuleError: PEFT has no adapter for this strategy.
+    """
+    if len(handle.parts) != 1 or handle.parts[0].strategy not in ("norm_only", "low_rank_update"):
+        raise UnsupportedModuleError(
+            f"PEFT has adapters for norm_only (LN tuning) and low_rank_update (LoRA), not for {handle.strategy};"
+            " use save_delta"
+        )
+    part = handle.parts[0]
+    config, tensors = _ln_tuning(part) if part.strategy == "norm_only" else _lora(part)
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    (target / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    contiguous = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    (target / WEIGHTS_FILE).write_bytes(_safetensors().save(contiguous, {"format": "pt"}))
+    return target
+
+
+def import_peft(module: nn.Module, folder: str | Path) -> FineTuneHandle:
+    """Applies a PEFT adapter of LN tuning or LoRA to its base, without wrapper modules.
+
+    Args:
+        module: The base.
+        folder: An adapter that PEFT or :func:`export_peft` wrote.
+
+    Raises:
+        DeltaFormatError: The adapter is of another kind, uses a variant of LoRA, or does not fit the module.
+    """
+    source = Path(folder)
+    config = json.loads((source / CONFIG_FILE).read_text())
+    tensors = _safetensors().load((source / WEIGHTS_FILE).read_bytes())
+    if not all(name.startswith(_PREFIX) for name in tensors):
+        raise DeltaFormatError(f"expected tensor names that start with {_PREFIX!r}, got {list(tensors)[:3]}")
+    own = {name[len(_PREFIX) :]: value for name, value in tensors.items()}
+    kind = config.get("peft_type")
+    if kind == LN_TUNING:
+        return _import_ln_tuning(module, own)
+    if kind == LORA:
+        return _import_lora(module, own, config)
+    raise DeltaFormatError(f"expected an adapter of kind {LN_TUNING} or {LORA}, got {kind!r}")
+
+
+def _ln_tuning(part: Part) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    if part.config.get("after"):
+        raise UnsupportedModuleError("PEFT tunes norm layers that are there; inserted ones have no PEFT format")
+    head = set(part.groups.get("head", ()))
+    layers = sorted({name.rpartition(".")[0] for name in part.groups["norm"]})
+    tensors = {
+        _PREFIX + (name if name in head else "{}.ln_tuning_layers.{}".format(*_split(name))): value
+        for name, value in part.state().items()
+    }
+    return {**_common(LN_TUNING, part), "target_modules": layers}, tensors
+
+
+def _lora(part: Part) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    tensors: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name, value in part.state().items():
+        layer, found, local = name.partition(_UPDATE)
+        if not found:
+            tensors[_PREFIX + name] = value
+            continue
+        owner: Any = part.module.get_submodule(layer)
+        update = owner.parametrizations.weight[0]
+        ranks[layer], alphas[layer] = len(update.a), update.scale * len(update.a)
+        shape = _lora_shape(owner, local, value)
+        tensors[f"{_PREFIX}{layer}.lora_{local.upper()}.weight"] = value.reshape(shape)
+    rank, alpha = max(ranks.values()), max(alphas.values())
+    config = {
+        **_common(LORA, part),
+        "target_modules": sorted(ranks),
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "rank_pattern": {layer: value for layer, value in ranks.items() if value != rank},
+        "alpha_pattern": {layer: value for layer, value in alphas.items() if value != alpha},
+    }
+    return config, tensors
+
+
+def _lora_shape(layer: nn.Module, local: str, value: torch.Tensor) -> tuple[int, ...]:
+    """PEFT keeps A and B of a convolution as convolutions: the kernel's shape for A, 1 x 1 for B."""
+    weight = layer.get_parameter("parametrizations.weight.original")
+    kernel = tuple(weight.shape[2:])
+    if not kernel:
+        return tuple(value.shape)
+    groups = getattr(layer, "groups", 1)
+    if groups != 1:
+        raise UnsupportedModuleError(f"PEFT's LoRA has no grouped convolutions like {layer}; leave it out of layers=")
+    return (len(value), weight.shape[1], *kernel) if local == "a" else (*value.shape, *[1] * len(kernel))
+
+
+def _common(kind: str, part: Part) -> dict[str, Any]:
+    head = sorted({name.rpartition(".")[0] for name in part.groups.get("head", ())})
+    return {
+        "peft_type": kind,
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "modules_to_save": head or None,
+        "revision": None,
+    }
+
+
+def _split(name: str) -> tuple[str, str]:
+    layer, _, local = name.rpartition(".")
+    return layer, local
+
+
+def _import_ln_tuning(module: nn.Module, own: Mapping[str, torch.Tensor]) -> FineTuneHandle:
+    plain = {name.replace(".ln_tuning_layers.", "."): value for name, value in own.items()}
+    norms = {name.partition(".ln_tuning_layers.")[0] for name in own if ".ln_tuning_layers." in name}
+    head = sorted({_split(name)[0] for name in own if ".ln_tuning_layers." not in name})
+    carries_statistics = any(name.endswith("running_mean") for name in plain)
+    handle = norm_only(module, head=head, statistics=UPDATE if carries_statistics else KEEP)
+    _copy(handle, plain, norms)
+    return handle
+
+
+def _import_lora(module: nn.Module, own: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> FineTuneHandle:
+    variants = [
+        name for name in ("use_dora", "use_rslora", "use_qalora", "fan_in_fan_out", "lora_bias") if config.get(name)
+    ]
+    if variants:
+        raise DeltaFormatError(f"this adapter uses {', '.join(variants)}, which low_rank_update does not compute")
+    layers = sorted({name.partition(".lora_")[0] for name in own if ".lora_" in name})
+    head = sorted({_split(name)[0] for name in own if ".lora_" not in name})
+    ranks = {layer: int(_pattern(config, "rank_pattern", layer, "r")) for layer in layers}
+    alphas = {layer: _pattern(config, "alpha_pattern", layer, "lora_alpha") for layer in layers}
+    handle = low_rank_update(module, rank=ranks, alpha=alphas, layers=layers, head=head)
+    plain = {}
+    for name, value in own.items():
+        layer, found, rest = name.partition(".lora_")
+        if found:
+            local = rest[0].lower()
+            plain[f"{layer}{_UPDATE}{local}"] = value.flatten(1) if local == "a" else value.reshape(len(value), -1)
+        else:
+            plain[name] = value
+    _copy(handle, plain, set(layers))
+    return handle
+
+
+def _pattern(config: Mapping[str, Any], pattern: str, layer: str, default: str) -> float:
+    return float((config.get(pattern) or {}).get(layer, config[default]))
+
+
+@torch.no_grad()
+def _copy(handle: FineTuneHandle, values: Mapping[str, torch.Tensor], layers: set[str]) -> None:
+    state = handle.parts[0].state()
+    for name, value in values.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        if name not in state or state[name].shape != value.shape:
+            handle.restore()
+            raise DeltaFormatError(f"the adapter's tensor {name!r} {tuple(value.shape)} has no place in this module")
+        state[name].copy_(value)
+    if not layers:
+        raise DeltaFormatError("the adapter tunes no layer")
