@@ -1,0 +1,53 @@
+"""Client of ghn-service: a network's architecture in, predicted starting weights out.
+
+``GHNClient`` talks to a server, ``export_architecture`` turns a torch module into what a server is sent, and
+``Prediction`` puts the reply into a module or a file.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ghn_client.client import GHNClient
+    from ghn_client.export import export_architecture
+    from ghn_client.load import LoadReport, load_parameters
+    from ghn_client.prediction import Prediction
+    from ghn_client.recalibrate import recalibrate_batchnorm
+    from ghn_client.steps import LowRankOptions, Step
+    from ghn_client.structure import strip_weights
+
+_HOMES = {
+    "GHNClient": "client",
+    "LoadReport": "load",
+    "LowRankOptions": "steps",
+    "Prediction": "prediction",
+    "Step": "steps",
+    "export_architecture": "export",
+    "load_parameters": "load",
+    "recalibrate_batchnorm": "recalibrate",
+    "strip_weights": "structure",
+}
+
+__all__ = [
+    "GHNClient",
+    "LoadReport",
+    "LowRankOptions",
+    "Prediction",
+    "Step",
+    "__version__",
+    "export_architecture",
+    "load_parameters",
+    "recalibrate_batchnorm",
+    "strip_weights",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used, so that the protocol can be imported without torch."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"ghn_client.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -68,7 +68,22 @@ class UnknownModelError(GhnClientError):
     exit_code = 2
 
 
-class ServerUnavailableError(GhnClientError):
+class TemporaryError(GhnClientError):
+    """The same request may succeed later.
+
+    Attributes:
+        retry_after_s: Seconds after which the server suggests another attempt; negative if it advises against one;
+            None if it does not say.
+    """
+
+    def __init__(
+        self, message: str, *, field: str = "", request_id: str = "", retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message, field=field, request_id=request_id)
+        self.retry_after_s = retry_after_s
+
+
+class ServerUnavailableError(TemporaryError):
     """No server answers at the address, or it went away and did not come back."""
 
     exit_code = 5
@@ -86,20 +101,10 @@ class AuthenticationError(GhnClientError):
     exit_code = 7
 
 
-class OverloadedError(GhnClientError):
-    """The server is too busy; the same request may succeed later.
-
-    Attributes:
-        retry_after_s: Seconds after which the server suggests another attempt; None if it does not say.
-    """
+class OverloadedError(TemporaryError):
+    """The server is too busy."""
 
     exit_code = 8
-
-    def __init__(
-        self, message: str, *, field: str = "", request_id: str = "", retry_after_s: float | None = None
-    ) -> None:
-        super().__init__(message, field=field, request_id=request_id)
-        self.retry_after_s = retry_after_s
 
 
 class CancelledError(GhnClientError):

@@ -1,0 +1,258 @@
+"""``GHNClient``: predicted weights for a network in three lines."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from ghn_client.connection import MAX_ATTEMPTS, Connection, TlsFiles
+from ghn_client.errors import GhnClientError, InvalidOptionError, ServerUnavailableError
+from ghn_client.prediction import Prediction
+from ghn_client.replies import (
+    Analysis,
+    Health,
+    ModelInfo,
+    ServerInfo,
+    decode_analysis,
+    decode_models,
+    decode_server_info,
+)
+from ghn_client.sources import Architecture, ModelSource, read_source
+from ghn_client.steps import LowRankOptions, StepLike, encode_low_rank, encode_step
+from ghn_client.wire import ghn_pb2
+from ghn_client.wire.codec import Progress, receive_stream
+from ghn_client.wire.framing import SERVICE, open_prediction_stream
+from ghn_client.wire.ghn_pb2_grpc import GhnServiceStub
+
+DTYPES = ("float32", "bfloat16", "float16")
+PREDICT_TIMEOUT_S = 300.0
+SHORT_TIMEOUT_S = 30.0
+MAX_BYTES = 1 << 36
+"""Bytes of weights that are accepted from a server, unless more is asked for."""
+
+
+class GHNClient:
+    """A connection to a server; a context manager. Threads may share it, and forked processes may inherit it.
+
+    Example::
+
+        with GHNClient("localhost:50051") as client:
+            prediction = client.predict(module, torch.zeros(1, 3, 224, 224))
+        prediction.load_into(module)
+
+    Args:
+        address: ``host:port``, or any gRPC target.
+        token: Bearer token; sent over TLS or to this machine only.
+        tls: Whether to encrypt; implied by any of the files below.
+        root_certificates: PEM file of the authorities to trust, instead of the system's.
+        client_certificate: PEM file of a certificate, for servers that ask clients for one.
+        client_key: PEM file of its private key.
+        timeout_s: Seconds that a call may take, retries included; None for 300 for predictions and 30 for the rest.
+        max_attempts: How often a call is tried while the server is away or busy.
+        max_bytes: The largest prediction to accept; nothing is allocated before this check.
+
+    Raises:
+        InvalidOptionError: The address is empty.
+        AuthenticationError: The token would travel in plain text.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        tls: bool = False,
+        root_certificates: str | Path | None = None,
+        client_certificate: str | Path | None = None,
+        client_key: str | Path | None = None,
+        timeout_s: float | None = None,
+        max_attempts: int = MAX_ATTEMPTS,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
+        paths = [Path(item) if item else None for item in (root_certificates, client_certificate, client_key)]
+        files = TlsFiles(*paths) if tls or any(paths) else None
+        self._connection = Connection(address, token=token, tls=files, max_attempts=max_attempts)
+        self._timeout_s = timeout_s
+        self._max_bytes = max_bytes
+        self._server: AbstractContextManager[object] | None = None
+
+    @classmethod
+    def embedded(cls, checkpoint: str | Path | None = None, *, timeout_s: float | None = None) -> GHNClient:
+        """A client of a server inside this process, which stops when the client is closed.
+
+        Args:
+            checkpoint: A hypernetwork; None for the one that comes with ghn-service.
+            timeout_s: As for ``GHNClient``.
+
+        Raises:
+            EmbeddedServerError: ghn-service is not installed, or has no such checkpoint.
+        """
+        from ghn_client.embedded import EmbeddedServer
+
+        server = EmbeddedServer(checkpoint)
+        client = cls(server.address, timeout_s=timeout_s)
+        client._server = server
+        return client
+
+    def __enter__(self) -> GHNClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def address(self) -> str:
+        """Where the server is."""
+        return self._connection.address
+
+    def close(self) -> None:
+        """Hangs up, and stops the embedded server if there is one."""
+        self._connection.close()
+        server, self._server = self._server, None
+        if server is not None:
+            server.__exit__(None, None, None)
+
+    def predict(
+        self,
+        architecture: Architecture,
+        example_inputs: Any = None,
+        *,
+        dtype: str = "float32",
+        seed: int = 0,
+        steps: Sequence[StepLike] = (),
+        low_rank: LowRankOptions | Mapping[str, Any] | None = None,
+        model: str = "",
+        include: Sequence[str] = (),
+        report: bool = False,
+        timeout_s: float | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Prediction:
+        """Predicts weights for a network.
+
+        Args:
+            architecture: A torch module, the path of an ONNX file, or its bytes. Weights stay here; only structure is
+                sent.
+            example_inputs: What a module is called with; see ``export_architecture``.
+            dtype: Element type of the reply: ``float32``, ``bfloat16`` or ``float16``.
+            seed: Seed of everything that is drawn, 0 to 2**64 - 1; the same seed gives the same bytes.
+            steps: Post-processing in order: names, ``(name, options)`` pairs, or ``Step`` values.
+            low_rank: Ask for factors instead of dense weights: ``LowRankOptions``, or its fields as a mapping.
+            model: Name of one of ``models()``; "" for the server's default.
+            include: Shell-style patterns on tensor names; empty for all.
+            report: Ask for the diversity report.
+            timeout_s: Seconds for all attempts together; None for the client's.
+            on_progress: Called for every sign of life, on this thread.
+
+        Raises:
+            GhnClientError: One of its kinds per cause; see ``ghn_client.errors``.
+        """
+        if dtype not in DTYPES:
+            raise InvalidOptionError(f"expected a dtype of {', '.join(DTYPES)}, got {dtype!r}", field="dtype")
+        if not 0 <= seed < 1 << 64:
+            raise InvalidOptionError(f"expected a seed from 0 to 2**64 - 1, got {seed}", field="seed")
+        source = read_source(architecture, example_inputs)
+        request = ghn_pb2.PredictWeightsRequest(
+            architecture=ghn_pb2.Architecture(onnx_model=source.structure),
+            model=model,
+            dtype=ghn_pb2.DataType.Value(f"DATA_TYPE_{dtype.upper()}"),
+            seed=seed,
+            steps=[encode_step(step) for step in steps],
+            low_rank=encode_low_rank(low_rank),
+            include=list(include),
+            request_id=uuid.uuid4().hex,
+            report=report,
+        )
+        return self._predict(request, source, timeout_s, on_progress)
+
+    def _predict(
+        self,
+        request: ghn_pb2.PredictWeightsRequest,
+        source: ModelSource,
+        timeout_s: float | None,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> Prediction:
+        def attempt(channel: grpc.Channel, remaining_s: float) -> Prediction:
+            events = open_prediction_stream(channel)(request, timeout=remaining_s, metadata=self._connection.metadata)
+            try:
+                received = receive_stream(events, max_bytes=self._max_bytes, on_progress=on_progress)
+            except GhnClientError as error:
+                error.request_id = error.request_id or request.request_id
+                raise
+            finally:
+                events.cancel()
+            return Prediction.from_received(received, source=source)
+
+        return self._connection.call(attempt, timeout_s=timeout_s or self._timeout_s or PREDICT_TIMEOUT_S)
+
+    def analyze(
+        self,
+        architecture: Architecture,
+        example_inputs: Any = None,
+        *,
+        dtype: str = "float32",
+        model: str = "",
+        timeout_s: float | None = None,
+    ) -> Analysis:
+        """Says what ``predict`` would do with each tensor, without predicting; arguments as there."""
+        if dtype not in DTYPES:
+            raise InvalidOptionError(f"expected a dtype of {', '.join(DTYPES)}, got {dtype!r}", field="dtype")
+        request = ghn_pb2.AnalyzeArchitectureRequest(
+            architecture=ghn_pb2.Architecture(onnx_model=read_source(architecture, example_inputs).structure),
+            model=model,
+            dtype=ghn_pb2.DataType.Value(f"DATA_TYPE_{dtype.upper()}"),
+            request_id=uuid.uuid4().hex,
+        )
+        reply: ghn_pb2.AnalyzeArchitectureResponse = self._unary("AnalyzeArchitecture", request, timeout_s)
+        return decode_analysis(reply)
+
+    def models(self, *, timeout_s: float | None = None) -> tuple[ModelInfo, ...]:
+        """The hypernetworks that the server has loaded, the default one first."""
+        reply: ghn_pb2.ListModelsResponse = self._unary("ListModels", ghn_pb2.ListModelsRequest(), timeout_s)
+        return decode_models(reply)
+
+    def steps(self, *, timeout_s: float | None = None) -> tuple[str, ...]:
+        """Names of the post-processing steps that the server knows."""
+        reply: ghn_pb2.ListModelsResponse = self._unary("ListModels", ghn_pb2.ListModelsRequest(), timeout_s)
+        return tuple(reply.steps)
+
+    def server_info(self, *, timeout_s: float | None = None) -> ServerInfo:
+        """Version, devices and limits of the server."""
+        reply: ghn_pb2.GetServerInfoResponse = self._unary("GetServerInfo", ghn_pb2.GetServerInfoRequest(), timeout_s)
+        return decode_server_info(reply)
+
+    def health(self, *, timeout_s: float | None = None) -> Health:
+        """Whether the server is there and can predict; asks once, and an absent server is no error."""
+        statuses = []
+        for service in ("", SERVICE):
+            request = health_pb2.HealthCheckRequest(service=service)
+
+            def attempt(
+                channel: grpc.Channel, remaining_s: float, request: health_pb2.HealthCheckRequest = request
+            ) -> int:
+                stub = health_pb2_grpc.HealthStub(channel)
+                return int(stub.Check(request, timeout=remaining_s, metadata=self._connection.metadata).status)
+
+            try:
+                seconds = timeout_s or self._timeout_s or SHORT_TIMEOUT_S
+                statuses.append(self._connection.call(attempt, timeout_s=seconds, max_attempts=1))
+            except ServerUnavailableError:
+                return Health(alive=False, ready=False)
+        return Health(*(status == health_pb2.HealthCheckResponse.SERVING for status in statuses))
+
+    def _unary(self, method: str, request: Any, timeout_s: float | None) -> Any:
+        def attempt(channel: grpc.Channel, remaining_s: float) -> Any:
+            call = getattr(GhnServiceStub(channel), method)
+            return call(request, timeout=remaining_s, metadata=self._connection.metadata)
+
+        return self._connection.call(attempt, timeout_s=timeout_s or self._timeout_s or SHORT_TIMEOUT_S)
+
+

@@ -1,0 +1,281 @@
+"""Puts predicted weights into the ONNX model that they were predicted for.
+
+Everything else in the file stays. Where an exporter had merged equal tensors of several layers into one, each use gets
+a tensor of its own; where a node produced a weight (ConstantOfShape, Constant), an initializer takes its place.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx
+import torch
+from onnx.external_data_helper import load_external_data_for_tensor
+
+from ghn_client.errors import LoadError
+from ghn_client.files import replaced_file
+from ghn_client.low_rank import FACTOR_IN, FACTOR_OUT, factor_pairs
+from ghn_client.sources import ModelSource
+from ghn_client.structure import BUFFERS_KEY, PARAMETERS_KEY, parse_onnx
+from ghn_client.wire.metadata import TensorNote
+
+if TYPE_CHECKING:
+    from ghn_client.prediction import Prediction
+
+EXTERNAL_BYTES = (1 << 31) - (1 << 24)
+"""Bytes of tensors from which a file keeps them beside itself: protobuf ends at 2 GiB."""
+
+_INITIAL_STATISTICS = {3: 0.0, 4: 1.0}
+_TORCH_TYPES = {
+    onnx.TensorProto.FLOAT: torch.float32,
+    onnx.TensorProto.DOUBLE: torch.float64,
+    onnx.TensorProto.FLOAT16: torch.float16,
+    onnx.TensorProto.BFLOAT16: torch.bfloat16,
+    onnx.TensorProto.INT64: torch.int64,
+    onnx.TensorProto.INT32: torch.int32,
+    onnx.TensorProto.BOOL: torch.bool,
+    onnx.TensorProto.UINT8: torch.uint8,
+    onnx.TensorProto.INT8: torch.int8,
+}
+_ONNX_TYPES = {dtype: number for number, dtype in _TORCH_TYPES.items()}
+
+
+def write_filled(prediction: Prediction, source: ModelSource | None, path: Path) -> None:
+    """Writes the filled model to ``path``, whole or not at all.
+
+    Args:
+        prediction: The weights.
+        source: The model that they were predicted for.
+        path: Where to write; from 2 GB on, the tensors go to ``<path>.data``.
+
+    Raises:
+        LoadError: There is no model, or the weights do not fit it.
+        PredictionFileError: The file cannot be written.
+    """
+    if source is None:
+        raise LoadError("this prediction was loaded from a file: give the model that it is for, to_onnx(path, model=...)")
+    write_model(fill_model(prediction, source), path)
+
+
+def fill_model(prediction: Prediction, source: ModelSource) -> onnx.ModelProto:
+    """The model of ``source`` with the weights in it.
+
+    Raises:
+        LoadError: The weights do not fit it.
+    """
+    model = parse_onnx(source.original or (source.path.read_bytes() if source.path else source.structure))
+    filler = _Filler(model, source.path.parent if source.path else None)
+    dense = {name: tensor for name, tensor in prediction.items() if not name.endswith((FACTOR_IN, FACTOR_OUT))}
+    for name, tensor in dense.items():
+        filler.put(prediction.notes.get(name) or TensorNote(name, "", initializer=name), tensor)
+    filler.finish(source.values)
+    pairs = factor_pairs(dict(prediction))
+    if pairs:
+        from ghn_client.low_rank_onnx import factorize_onnx
+
+        permutations = {name: note.permutation for name, note in prediction.notes.items() if note.permutation}
+        model = factorize_onnx(model, pairs, permutations=permutations)
+    _check_complete(model)
+    return model
+
+
+class _Filler:
+    """One model while it is filled."""
+
+    def __init__(self, model: onnx.ModelProto, folder: Path | None) -> None:
+        self.model = model
+        self.folder = folder
+        self.graphs = list(_graphs(model.graph))
+        self.initializers = {tensor.name: (graph, tensor) for graph in self.graphs for tensor in graph.initializer}
+        self.nodes: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        self.producers: dict[str, tuple[onnx.GraphProto, onnx.NodeProto]] = {}
+        for graph in self.graphs:
+            for node in graph.node:
+                self.nodes[_label(node)].append(node)
+                self.producers.update((output, (graph, node)) for output in node.output)
+        self.inputs = {info.name: info for info in model.graph.input}
+        self.filled: set[str] = set()
+        self.redirected: set[str] = set()
+
+    def put(self, note: TensorNote, tensor: torch.Tensor) -> None:
+        """Gives the tensor of ``note`` its value."""
+        initializer = note.initializer or note.name
+        if note.uses:
+            self._redirect(note, initializer, tensor)
+        elif initializer in self.initializers:
+            _fill(self.initializers[initializer][1], tensor)
+            self.filled.add(initializer)
+        elif initializer in self.inputs:
+            self.model.graph.input.remove(self.inputs[initializer])
+            self._add(initializer, tensor, self.inputs[initializer].type.tensor_type.elem_type)
+        elif initializer in self.producers:
+            self._replace_producer(initializer, tensor)
+        else:
+            raise LoadError(
+                f"the model has no tensor {initializer!r} to fill; weights inside functions of the model cannot be filled: "
+                "inline them first (onnx.inliner.inline_local_functions)"
+            )
+
+    def finish(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Fills in what is no weight, drops merged tensors that nothing reads any more, loads external data."""
+        for name in self.redirected:
+            if name in self.initializers and not self._is_read(name):
+                graph, tensor = self.initializers.pop(name)
+                graph.initializer.remove(tensor)
+        for name, value in values.items():
+            if name in self.inputs and name not in self.filled:
+                self.model.graph.input.remove(self.inputs[name])
+                self._add(name, value, self.inputs[name].type.tensor_type.elem_type)
+        self._initialise_statistics()
+        for name, (_, tensor) in self.initializers.items():
+            if name not in self.filled and tensor.data_location == onnx.TensorProto.EXTERNAL:
+                self._load_external(tensor)
+        kept = [item for item in self.model.metadata_props if item.key not in (PARAMETERS_KEY, BUFFERS_KEY)]
+        pairs = [(item.key, item.value) for item in kept]
+        del self.model.metadata_props[:]
+        for key, text in pairs:
+            self.model.metadata_props.add(key=key, value=text)
+
+    def _redirect(self, note: TensorNote, initializer: str, tensor: torch.Tensor) -> None:
+        data_type = onnx.TensorProto.FLOAT
+        if initializer in self.initializers:
+            data_type = self.initializers[initializer][1].data_type
+        name = note.name
+        while name != initializer and (name in self.initializers or name in self.inputs or name in self.producers):
+            name += "_"
+        if name in self.initializers:
+            _fill(self.initializers[name][1], tensor)
+            self.filled.add(name)
+        else:
+            self._add(name, tensor, data_type)
+        for use in note.uses:
+            readers = self.nodes.get(use.node, [])
+            if len(readers) != 1:
+                raise LoadError(f"{note.name!r} is read by the node {use.node!r}, of which the model has {len(readers)}")
+            inputs = readers[0].input
+            inputs.extend([""] * (use.input_index + 1 - len(inputs)))
+            inputs[use.input_index] = name
+        self.redirected.add(initializer)
+
+    def _replace_producer(self, name: str, tensor: torch.Tensor) -> None:
+        graph, node = self.producers.pop(name)
+        if len(node.output) != 1:
+            raise LoadError(f"the weight {name!r} is one of several outputs of a node and cannot be replaced")
+        graph.node.remove(node)
+        self._add(name, tensor, _ONNX_TYPES[tensor.dtype])
+
+    def _add(self, name: str, tensor: torch.Tensor, data_type: int) -> None:
+        proto = self.model.graph.initializer.add(name=name, data_type=data_type, dims=tensor.shape)
+        _fill(proto, tensor)
+        self.initializers[name] = (self.model.graph, proto)
+        self.filled.add(name)
+
+    def _is_read(self, name: str) -> bool:
+        return any(name in node.input for nodes in self.nodes.values() for node in nodes) or any(
+            name == output.name for output in self.model.graph.output
+        )
+
+    def _initialise_statistics(self) -> None:
+        """Mean 0 and variance 1 for running statistics without values, as a new module has them."""
+        for graph in self.graphs:
+            for node in graph.node:
+                if node.op_type != "BatchNormalization":
+                    continue
+                for index, value in _INITIAL_STATISTICS.items():
+                    info = self.inputs.get(node.input[index])
+                    if info is not None and info.name not in self.filled:
+                        self.model.graph.input.remove(info)
+                        tensor_type = info.type.tensor_type
+                        shape = [dim.dim_value for dim in tensor_type.shape.dim]
+                        self._add(info.name, torch.full(shape, value), tensor_type.elem_type)
+
+    def _load_external(self, tensor: onnx.TensorProto) -> None:
+        if self.folder is None:
+            raise LoadError(
+                f"{tensor.name!r} is stored outside of the model, whose folder is not known; give the model as a path"
+            )
+        try:
+            load_external_data_for_tensor(tensor, str(self.folder))
+        except (OSError, ValueError, onnx.checker.ValidationError) as error:
+            raise LoadError(f"the external data of {tensor.name!r} cannot be read: {error}") from error
+        tensor.ClearField("external_data")
+        tensor.data_location = onnx.TensorProto.DEFAULT
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _graphs(attribute.g)
+            for inner in attribute.graphs:
+                yield from _graphs(inner)
+
+
+def _label(node: onnx.NodeProto) -> str:
+    return node.name or next((name for name in node.output if name), node.op_type)
+
+
+def _fill(proto: onnx.TensorProto, tensor: torch.Tensor) -> None:
+    if tuple(proto.dims) != tuple(tensor.shape):
+        raise LoadError(f"{proto.name!r} has shape {tuple(proto.dims)} in the model and {tuple(tensor.shape)} here")
+    name, dims, data_type = proto.name, tuple(proto.dims), proto.data_type
+    if data_type not in _TORCH_TYPES:
+        raise LoadError(f"{name!r} has the type {onnx.TensorProto.DataType.Name(data_type)}, which cannot be filled")
+    proto.Clear()
+    proto.name, proto.data_type = name, data_type
+    proto.dims.extend(dims)
+    values = tensor.detach().to(device="cpu", dtype=_TORCH_TYPES[data_type]).contiguous()
+    proto.raw_data = values.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _check_complete(model: onnx.ModelProto) -> None:
+    """Says which tensors are without values: those of a stripped file that were not predicted."""
+    empty = [
+        tensor.name
+        for graph in _graphs(model.graph)
+        for tensor in graph.initializer
+        if tensor.ByteSize() < 64 and _num_elements(tensor) > 0 and not _has_data(tensor)
+    ]
+    if empty:
+        raise LoadError(
+            f"{len(empty)} tensors of the model have no values and were not predicted: {', '.join(empty[:5])}; "
+            "give the original model, not a stripped one"
+        )
+
+
+def _num_elements(tensor: onnx.TensorProto) -> int:
+    count = 1
+    for size in tensor.dims:
+        count *= size
+    return count
+
+
+def _has_data(tensor: onnx.TensorProto) -> bool:
+    return bool(
+        tensor.raw_data or tensor.float_data or tensor.int32_data or tensor.int64_data or tensor.double_data
+        or tensor.uint64_data or tensor.string_data
+    )  # fmt: skip
+
+
+def write_model(model: onnx.ModelProto, path: Path) -> None:
+    """Writes a model, above 2 GB with its tensors beside it.
+
+    Raises:
+        PredictionFileError: It cannot be written.
+    """
+    size = sum(len(tensor.raw_data) for graph in _graphs(model.graph) for tensor in graph.initializer)
+    if size < EXTERNAL_BYTES:
+        with replaced_file(path) as part:
+            part.write_bytes(model.SerializeToString())
+        return
+    with replaced_file(path) as part, tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        data_name = f"{path.name}.data"
+        written = Path(folder) / path.name
+        onnx.save_model(model, written, save_as_external_data=True, all_tensors_to_one_file=True, location=data_name)
+        (Path(folder) / data_name).replace(path.parent / data_name)
+        written.replace(part)

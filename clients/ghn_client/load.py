@@ -1,0 +1,192 @@
+"""Puts weights into a torch module: everything is checked before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.modules.batchnorm import _NormBase
+
+from ghn_client.errors import LoadError
+
+NAMES_SHOWN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What became of every tensor.
+
+    Attributes:
+        loaded: Parameters that got a value, each tied name included.
+        missing: Parameters that got none and are as they were.
+        unexpected: Tensors that the module has no parameter for.
+        fallback: The loaded parameters that a rule initialised instead of the hypernetwork.
+        mismatched: Expected and given shape, of parameters whose shape differs.
+        reset_buffers: Buffers of the meta device that got their initial values (running statistics).
+    """
+
+    loaded: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    fallback: tuple[str, ...] = ()
+    mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    reset_buffers: tuple[str, ...] = ()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every parameter got a value, and every tensor went somewhere."""
+        return not (self.missing or self.unexpected or self.mismatched)
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.loaded)} parameters loaded, {len(self.fallback)} of them by a fallback rule"]
+        for what, names in (("missing", self.missing), ("unexpected", self.unexpected)):
+            if names:
+                parts.append(f"{len(names)} {what}: {_shown(names)}")
+        if self.mismatched:
+            shapes = [f"{name} {given} for {expected}" for name, (expected, given) in self.mismatched.items()]
+            parts.append(f"{len(shapes)} of another shape: {_shown(shapes)}")
+        return "; ".join(parts)
+
+
+def load_parameters(
+    module: torch.nn.Module,
+    parameters: Mapping[str, torch.Tensor],
+    *,
+    strict: bool = True,
+    assign: bool = False,
+    origins: Mapping[str, str] | None = None,
+) -> LoadReport:
+    """Puts ``parameters`` into ``module``.
+
+    Tied parameters stay tied: a value for any of their names is enough. Values are copied into the module's own
+    memory, device and element type, unless ``assign``. A module on the meta device gets memory of its own, and its
+    running statistics start at mean 0 and variance 1.
+
+    Args:
+        module: The network.
+        parameters: Tensors by name in ``named_parameters``, in torch's layout.
+        strict: Whether every parameter must get a value, and every tensor must be used.
+        assign: Make the given tensors the module's parameters instead of copying them; saves memory, and the module
+            shares it with ``parameters``.
+        origins: ``predicted``, ``tiled`` or ``fallback:<rule>`` by name, for the report.
+
+    Raises:
+        LoadError: They do not fit, and ``strict``; or a buffer of the meta device has no known value. The module is
+            unchanged then.
+    """
+    owned = dict(module.named_parameters(remove_duplicate=False))
+    ties = _names_by_tensor(owned)
+    chosen, mismatched = _choose(owned, ties, parameters)
+    report = LoadReport(
+        loaded=tuple(name for name, parameter in owned.items() if id(parameter) in chosen),
+        missing=tuple(name for name in owned if id(owned[name]) not in chosen and name not in mismatched),
+        unexpected=tuple(name for name in parameters if name not in owned),
+        fallback=_fallback_names(owned, ties, chosen, parameters, origins or {}),
+        mismatched=mismatched,
+        reset_buffers=tuple(_resettable_buffers(module)),
+    )
+    if strict and not report.is_complete:
+        raise LoadError(
+            f"the weights do not fit {type(module).__name__}: {report}. Nothing was loaded; strict=False loads what fits"
+        )
+    _check_buffers(module, report.reset_buffers)
+    for key, value in chosen.items():
+        _put(module, ties[key], owned[ties[key][0]], value, assign=assign)
+    _reset_buffers(module)
+    return report
+
+
+def _names_by_tensor(owned: Mapping[str, torch.nn.Parameter]) -> dict[int, list[str]]:
+    ties: dict[int, list[str]] = {}
+    for name, parameter in owned.items():
+        ties.setdefault(id(parameter), []).append(name)
+    return ties
+
+
+Mismatched = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+def _choose(
+    owned: Mapping[str, torch.nn.Parameter], ties: Mapping[int, list[str]], parameters: Mapping[str, torch.Tensor]
+) -> tuple[dict[int, torch.Tensor], Mismatched]:
+    """The value of each parameter: that of the first of its names that is given."""
+    chosen: dict[int, torch.Tensor] = {}
+    mismatched: Mismatched = {}
+    for key, names in ties.items():
+        given = [name for name in names if name in parameters]
+        fitting = [name for name in given if parameters[name].shape == owned[name].shape]
+        if fitting:
+            chosen[key] = parameters[fitting[0]]
+        for name in given:
+            if name not in fitting:
+                mismatched[name] = (tuple(owned[name].shape), tuple(parameters[name].shape))
+    return chosen, mismatched
+
+
+def _fallback_names(
+    owned: Mapping[str, torch.nn.Parameter],
+    ties: Mapping[int, list[str]],
+    chosen: Mapping[int, torch.Tensor],
+    parameters: Mapping[str, torch.Tensor],
+    origins: Mapping[str, str],
+) -> tuple[str, ...]:
+    found = []
+    for name, parameter in owned.items():
+        source = next((item for item in ties[id(parameter)] if item in parameters), "")
+        if id(parameter) in chosen and origins.get(source, "").startswith("fallback"):
+            found.append(name)
+    return tuple(found)
+
+
+def _put(
+    module: torch.nn.Module, names: list[str], old: torch.nn.Parameter, value: torch.Tensor, *, assign: bool
+) -> None:
+    if not assign and not old.is_meta:
+        with torch.no_grad():
+            old.copy_(value)
+        return
+    if assign:
+        new = value.detach().contiguous()
+    else:
+        new = value.detach().to(dtype=old.dtype, copy=True).contiguous()
+    parameter = torch.nn.Parameter(new, requires_grad=old.requires_grad)
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(path), leaf, parameter)
+
+
+# ---- buffers of the meta device -------------------------------------------------------------------------------------
+
+
+def _resettable_buffers(module: torch.nn.Module) -> Iterator[str]:
+    for path, part in module.named_modules():
+        if isinstance(part, _NormBase) and part.track_running_stats:
+            for name, buffer in part.named_buffers(recurse=False):
+                if buffer.is_meta:
+                    yield f"{path}.{name}" if path else name
+
+
+def _check_buffers(module: torch.nn.Module, resettable: tuple[str, ...]) -> None:
+    unknown = [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in set(resettable)]
+    if unknown:
+        raise LoadError(
+            f"the buffers {_shown(unknown)} are on the meta device, and their values are no weights and cannot be told; "
+            "build the module so that buffers have memory (only the parameters on meta), or without the meta device"
+        )
+
+
+def _reset_buffers(module: torch.nn.Module) -> None:
+    for part in module.modules():
+        if not isinstance(part, _NormBase) or not part.track_running_stats:
+            continue
+        if any(buffer.is_meta for buffer in part.buffers(recurse=False)):
+            device = next((item.device for item in part.parameters(recurse=False) if not item.is_meta), None)
+            for name, buffer in list(part.named_buffers(recurse=False)):
+                part.register_buffer(name, torch.empty_like(buffer, device=device or torch.device("cpu")))
+            part.reset_running_stats()
+
+
+def _shown(names: list[str] | tuple[str, ...]) -> str:
+    rest = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,188 @@
+"""``Prediction``: predicted weights as a mapping of tensors that knows where each came from and where it goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ghn_client.errors import GhnClientError, PredictionFileError
+from ghn_client.files import replaced_file
+from ghn_client.load import LoadReport, load_parameters
+from ghn_client.sources import Architecture, ModelSource, read_source
+from ghn_client.wire.codec import PlacedTensor, ReceivedPrediction, decode_safetensors_header
+from ghn_client.wire.metadata import PredictionMetadata, TensorNote, decode_metadata
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction(Mapping[str, torch.Tensor]):
+    """Predicted weights: a mapping of name in the architecture's file to tensor, in the file's layout.
+
+    The tensors are views of one buffer, which is the safetensors file itself: no second copy is made.
+
+    Attributes:
+        buffer: The safetensors file.
+        placed: Every tensor and its place in ``buffer``.
+        metadata: What the file says about itself.
+        seconds: Seconds that the server spent, by what it did; empty for a loaded file.
+        report: The diversity report, if it was asked for.
+        source: The architecture that it was made for; None for a loaded file.
+    """
+
+    buffer: bytearray
+    placed: tuple[PlacedTensor, ...]
+    metadata: PredictionMetadata
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    report: Mapping[str, Any] | None = None
+    source: ModelSource | None = None
+
+    @staticmethod
+    def from_received(received: ReceivedPrediction, *, source: ModelSource | None = None) -> Prediction:
+        """The prediction that a stream brought.
+
+        Raises:
+            PredictionFileError: Its metadata is damaged.
+        """
+        return Prediction(
+            buffer=received.buffer,
+            placed=received.tensors,
+            metadata=decode_metadata(received.metadata),
+            seconds=dict(received.trailer.seconds),
+            report=json.loads(received.trailer.report_json) if received.trailer.report_json else None,
+            source=source,
+        )
+
+    @staticmethod
+    def load(path: str | Path) -> Prediction:
+        """Reads what ``save`` wrote.
+
+        Raises:
+            PredictionFileError: The file cannot be read, is damaged, or was not written by this service.
+        """
+        try:
+            with Path(path).open("rb") as file:
+                buffer = bytearray(Path(path).stat().st_size)
+                file.readinto(buffer)
+            placed, encoded = decode_safetensors_header(buffer)
+        except OSError as error:
+            raise PredictionFileError(f"cannot read {str(path)!r}: {error.strerror}") from error
+        except GhnClientError as error:
+            raise PredictionFileError(f"{str(path)!r} is no whole safetensors file: {error}") from error
+        return Prediction(buffer, placed, decode_metadata(encoded))
+
+    # ---- mapping ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """The tensors by name, in file order."""
+        return {item.entry.name: self._view(item) for item in self.placed}
+
+    def _view(self, item: PlacedTensor) -> torch.Tensor:
+        dtype = DTYPES[item.entry.dtype]
+        count = item.entry.num_bytes // dtype.itemsize
+        if count == 0:
+            return torch.empty(item.entry.shape, dtype=dtype)
+        return torch.frombuffer(self.buffer, dtype=dtype, count=count, offset=item.start).reshape(item.entry.shape)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.placed)
+
+    def __repr__(self) -> str:
+        return f"Prediction({len(self)} tensors, {self.num_parameters} parameters, model={self.metadata.model!r})"
+
+    # ---- what is known ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def notes(self) -> Mapping[str, TensorNote]:
+        """What is known of each tensor, by its name."""
+        return {note.name: note for note in self.metadata.tensors}
+
+    @property
+    def origins(self) -> Mapping[str, str]:
+        """``predicted``, ``tiled`` or ``fallback:<rule>`` by name."""
+        return {name: note.origin for name, note in self.notes.items()}
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know; sentences."""
+        return self.metadata.warnings
+
+    @property
+    def num_parameters(self) -> int:
+        """Scalars in all tensors together."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The tensors under their names in the module's ``state_dict`` and in torch's layout.
+
+        A tensor whose torch name cannot be told keeps the name that it has in the file.
+        """
+        state: dict[str, torch.Tensor] = {}
+        for name, tensor in self.tensors.items():
+            note = self.notes.get(name)
+            known = note.torch_name if note else ""
+            key = known if known and known not in state else name
+            state[key] = tensor.permute(note.permutation) if note and note.permutation else tensor
+        return state
+
+    # ---- where it goes ----------------------------------------------------------------------------------------------
+
+    def load_into(self, module: torch.nn.Module, *, strict: bool = True, assign: bool = False) -> LoadReport:
+        """Puts the weights into ``module``; see ``load_parameters``.
+
+        Raises:
+            LoadError: They do not fit, and ``strict``; the module is unchanged then.
+        """
+        state = self.state_dict()
+        origins = {key: self.origins.get(name, "") for key, name in zip(state, self.tensors, strict=True)}
+        return load_parameters(module, state, strict=strict, assign=assign, origins=origins)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the safetensors file; it is there whole or not at all.
+
+        Raises:
+            PredictionFileError: It cannot be written.
+        """
+        with replaced_file(path) as part:
+            part.write_bytes(self.buffer)
+
+    def to_onnx(self, path: str | Path, *, model: Architecture | None = None, example_inputs: Any = None) -> None:
+        """Writes the model with the predicted weights in it.
+
+        A user's own file stays as it is but for its weights; a module gives the file that was exported from it, with
+        its present buffers. Above 2 GB the weights go into ``<path>.data`` beside it.
+
+        Args:
+            path: Where to write.
+            model: The model to fill, for a prediction that was loaded from a file; None for what was predicted.
+            example_inputs: What a module is called with.
+
+        Raises:
+            LoadError: The weights do not fit the model, or there is no model.
+        """
+        from ghn_client.fill import write_filled
+
+        source = self.source if model is None else read_source(model, example_inputs)
+        write_filled(self, source, Path(path))

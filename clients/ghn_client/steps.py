@@ -1,0 +1,121 @@
+"""Options of a request as users write them, and as the protocol has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ghn_client.errors import InvalidOptionError
+from ghn_client.wire import ghn_pb2
+
+RANK_RULES = ("rank", "fraction", "energy", "function_error", "parameter_budget", "multiply_add_budget")
+LOW_RANK_METHODS = ("", "spectral", "function", "function_optimized")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One post-processing step, such as ``Step("noise", {"beta": 3e-5})``."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+StepLike = str | tuple[str, Mapping[str, Any]] | Step
+"""A step by name, as a pair of name and options, or as a value; text may hold options, as on the command line."""
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankOptions:
+    """Asks for factors wherever they are smaller; exactly one of the rank rules must be given.
+
+    Attributes:
+        rank: The same rank for every layer.
+        fraction: A share of each layer's full rank.
+        energy: Share of the squared singular values to keep.
+        function_error: The largest relative error of a layer's function.
+        parameter_budget: The most parameters of the whole network.
+        multiply_add_budget: The most multiply-adds per example of the whole network.
+        method: ``spectral``, ``function``, ``function_optimized``, or "" for the server's choice.
+
+    Raises:
+        InvalidOptionError: None or several rules are given, or the method is unknown.
+    """
+
+    rank: int | None = None
+    fraction: float | None = None
+    energy: float | None = None
+    function_error: float | None = None
+    parameter_budget: int | None = None
+    multiply_add_budget: int | None = None
+    method: str = ""
+
+    def __post_init__(self) -> None:
+        given = [rule for rule in RANK_RULES if getattr(self, rule) is not None]
+        if len(given) != 1:
+            raise InvalidOptionError(
+                f"expected exactly one of {', '.join(RANK_RULES)}, got {', '.join(given) or 'none'}", field="low_rank"
+            )
+        if self.method not in LOW_RANK_METHODS:
+            known = ", ".join(LOW_RANK_METHODS[1:])
+            raise InvalidOptionError(f"expected a method of {known}, got {self.method!r}", field="low_rank.method")
+
+
+def parse_step(text: str) -> Step:
+    """Reads ``name`` or ``name:key=value,key=value``.
+
+    Raises:
+        InvalidOptionError: The text has another form.
+    """
+    name, separator, rest = text.partition(":")
+    pairs = [pair.partition("=") for pair in rest.split(",")] if separator else []
+    if not name.strip() or any(not key.strip() or not equals for key, equals, _ in pairs):
+        raise InvalidOptionError(f"expected a step as name:key=value,key=value, got {text!r}", field="steps")
+    return Step(name.strip(), {key.strip(): value.strip() for key, _, value in pairs})
+
+
+def encode_step(step: StepLike) -> ghn_pb2.PostProcessingStep:
+    """The step as a message; numbers become text that reads back unchanged.
+
+    Raises:
+        InvalidOptionError: The text of a step has no such form.
+    """
+    if isinstance(step, str):
+        step = parse_step(step)
+    elif not isinstance(step, Step):
+        step = Step(*step)
+    return ghn_pb2.PostProcessingStep(
+        name=step.name, options={key: _option_text(value) for key, value in step.options.items()}
+    )
+
+
+def _option_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return ",".join(_option_text(item) for item in value)
+    return value if isinstance(value, str) else repr(value)
+
+
+def encode_low_rank(options: LowRankOptions | Mapping[str, Any] | None) -> ghn_pb2.LowRankOutput | None:
+    """The options as a message; None for dense weights.
+
+    Raises:
+        InvalidOptionError: An option is unknown or impossible.
+    """
+    if options is None:
+        return None
+    if not isinstance(options, LowRankOptions):
+        try:
+            options = LowRankOptions(**options)
+        except TypeError as error:
+            known = ", ".join((*RANK_RULES, "method"))
+            raise InvalidOptionError(f"low_rank knows {known}; got {sorted(options)}", field="low_rank") from error
+    rule = next(name for name in RANK_RULES if getattr(options, name) is not None)
+    method = options.method.upper() or "UNSPECIFIED"
+    try:
+        return ghn_pb2.LowRankOutput(
+            method=ghn_pb2.LowRankMethod.Value(f"LOW_RANK_METHOD_{method}"), **{rule: getattr(options, rule)}
+        )
+    except (ValueError, TypeError) as error:
+        raise InvalidOptionError(f"low_rank.{rule}: {error}", field=f"low_rank.{rule}") from error
