@@ -89,14 +89,16 @@ def _export_dynamo(module: nn.Module, example: torch.Tensor, *, optimize: bool) 
     is_meta = any(parameter.is_meta for parameter in module.parameters())
     if not is_meta:
         return strip(program.model_proto)
-    import onnx_ir  # noqa: PLC0415
+    import onnx_ir
 
     graph = program.model.graph
     headers = [
         (value.name, tuple(int(size) for size in value.shape), int(value.dtype))
         for value in graph.initializers.values()
-        if value.const_value is not None and isinstance(value.const_value, onnx_ir.TensorProtocol)
-        and value.dtype in _FLOATS and value.shape is not None
+        if value.const_value is not None
+        and isinstance(value.const_value, onnx_ir.TensorProtocol)
+        and value.dtype in _FLOATS
+        and value.shape is not None
     ]
     infos = {name: graph.initializers[name] for name, _, _ in headers}
     for name in infos:

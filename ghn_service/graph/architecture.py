@@ -296,6 +296,8 @@ def _node_from_json(item: Mapping[str, Any]) -> Node:
         values[key] = _spec_from_json(values[key]) if values[key] else None
     values["kernel_shape"] = tuple(values["kernel_shape"]) if values["kernel_shape"] else None
     if values["layer"]:
-        layer = {key: tuple(value) if isinstance(value, list) else value for key, value in values["layer"].items()}
+        layer: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values["layer"].items()
+        }
         values["layer"] = LayerAttributes(**layer)
     return Node(**values)

@@ -152,7 +152,9 @@ def _scale(context: ReadContext, node: OnnxNode, data: list[Value], value: Value
         norm = context.add(raw)
         context.emit(node, Value(flow=frozenset({norm}), norm=norm, spatial=value.spatial))
     else:
-        is_normalized = value.normalized or any(context.graph.nodes[item].op_type in ("bn", "ln") for item in value.flow)
+        is_normalized = value.normalized or any(
+            context.graph.nodes[item].op_type in ("bn", "ln") for item in value.flow
+        )
         is_layer_scale = not is_normalized and view.source.is_vector and _meets_branch(context, node)
         context.fall_back(node, index, "layer_scale" if is_layer_scale else "ones")
         context.emit(node, Value(flow=value.flow, normalized=value.normalized, spatial=value.spatial))

@@ -32,7 +32,7 @@ BUFFERS_KEY = "ghn.buffers"
 FLOAT_TYPES = frozenset(
     {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16}
 )
-_INTEGER_DTYPES = {onnx.TensorProto.INT64: "<i8", onnx.TensorProto.INT32: "<i4"}
+_INTEGER_DTYPES: dict[int, str] = {onnx.TensorProto.INT64: "<i8", onnx.TensorProto.INT32: "<i4"}
 _MAX_INTEGERS = 64
 _MAX_PREFIX = 200
 _KIND_KEY = "pkg.torch.export.graph_signature.InputSpec.kind"

@@ -118,6 +118,7 @@ def attended(context: ReadContext, left: Value, right: Value) -> Value:
     late: set[int] = set()
     for softmax in left.attention:
         raw = context.graph.nodes[softmax]
+        raw.is_attention = True
         context.graph.spend(len(right.flow))
         for index in right.flow - left.flow:
             earlier = context.graph.nodes[index].level < raw.level
@@ -139,7 +140,7 @@ def read_softmax(context: ReadContext, node: OnnxNode) -> None:
 def read_fused_attention(context: ReadContext, node: OnnxNode) -> None:
     """Attention as one operator (opset 23): its queries, keys and values meet in an attention node."""
     data = context.start(node)
-    index = context.add(RawNode("msa", 0, name=node.label))
+    index = context.add(RawNode("msa", 0, name=node.label, is_attention=True))
     flow = context.graph.union([value.flow for value in data[:3]])
     context.graph.nodes[index].predecessors.update(flow)
     for position in range(len(data)):
@@ -301,9 +302,7 @@ def _finish_layer(
     context.emit(node, Value(flow=frozenset({layer}), layer=layer, spatial=spatial))
 
 
-def _restore_bias(
-    context: ReadContext, node: OnnxNode, layer: int, index: int, torch_name: str, token: str
-) -> int:
+def _restore_bias(context: ReadContext, node: OnnxNode, layer: int, index: int, torch_name: str, token: str) -> int:
     source = context.new_source(torch_name, (out_features(context, layer),), kind="PARAMETER", is_literal=True)
     if source is None:
         raise AssertionError("a layer has at least one output feature")
@@ -348,9 +347,9 @@ def _read_norm(context: ReadContext, node: OnnxNode, op_type: str, data: Value, 
 
 def _positions(context: ReadContext, node: OnnxNode, spatial: tuple[int, ...] | None) -> int:
     """Places per example at which a layer's weight is applied; 0 if unknown."""
-    shape = context.file.value_shape(node.outputs[0])
-    if spatial is None and shape is not None and len(shape) >= 2:
-        spatial = shape[1:-1]
+    if spatial is None:
+        shapes = (context.file.value_shape(name) for name in (node.outputs[0], *node.inputs))
+        spatial = next((shape[1:-1] for shape in shapes if shape is not None and len(shape) >= 2), None)
     if spatial is None:
         return 0
     count = 1
@@ -365,12 +364,10 @@ def _einsum_axes(equation: str, index: int) -> tuple[int, int] | None:
     terms = sides[0].split(",")
     if len(sides) != 2 or len(terms) != 2 or len(terms[index]) != 2:
         return None
-    first, second = terms[index]
+    first, second = terms[index][0], terms[index][1]
     data, result = terms[1 - index], sides[1]
     if first in result and first not in data and second in data and second not in result:
         return (0, 1)
     if second in result and second not in data and first in data and first not in result:
         return (1, 0)
     return None
-
-

@@ -81,7 +81,7 @@ def parse_model(data: bytes, limits: GraphLimits) -> onnx.ModelProto:
         model = onnx.ModelProto.FromString(bytes(data))
     except DecodeError as error:
         raise invalid(
-            "expected a serialised onnx.ModelProto; the bytes are damaged, cut short, nested too deeply, or something else"
+            "expected a serialised onnx.ModelProto; the bytes are damaged, cut short, nested too deeply, or no model"
         ) from error
     _check_versions(model)
     _check_counts(model.graph, limits)
@@ -220,7 +220,8 @@ def _check_versions(model: onnx.ModelProto) -> None:
         raise invalid("the model has no ir_version, so it is not a complete onnx.ModelProto")
     if model.ir_version > onnx.IR_VERSION:
         raise unsupported(
-            f"the model has ir_version {model.ir_version}; this server reads up to {onnx.IR_VERSION}: export with an older one"
+            f"the model has ir_version {model.ir_version}; this server reads up to {onnx.IR_VERSION}:"
+            " export it with an older one"
         )
     if not model.graph.node:
         raise invalid("the model's graph has no nodes")
@@ -229,7 +230,9 @@ def _check_versions(model: onnx.ModelProto) -> None:
     if not versions or min(versions) < 1:
         raise invalid("the model imports no version of the standard operator set")
     if max(versions) > newest:
-        raise unsupported(f"the model uses operator set {max(versions)}; this server reads up to {newest}: export with an older one")
+        raise unsupported(
+            f"the model uses operator set {max(versions)}; this server reads up to {newest}: export with an older one"
+        )
 
 
 def _check_counts(graph: onnx.GraphProto, limits: GraphLimits) -> None:

@@ -42,9 +42,7 @@ _TRACED_OPS: dict[str, frozenset[str]] = {
     "InstanceNormalization": _NORM_OPS,
 }  # fmt: skip
 # Parameters of torch modules whose own name ends like a submodule's weight or bias.
-_PLAIN_ATTRIBUTES = frozenset(
-    {"in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
-)
+_PLAIN_ATTRIBUTES = frozenset({"in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"})
 
 
 def is_anonymous(name: str) -> bool:
@@ -130,7 +128,7 @@ class TorchNames:
         return target.group(1) if target else ""
 
     def _token(self, source: Source, node: OnnxNode, text: str, slot: str) -> str:
-        tokens = _TOKEN.findall(text)
+        tokens: list[str] = _TOKEN.findall(text)
         if not tokens:
             return ""
         own = _mangled(source.name)

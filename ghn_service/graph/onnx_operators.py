@@ -297,7 +297,9 @@ OPERATORS: dict[tuple[str, str], Handler] = {
     **_rows(elementwise.read_where, "Where"),
     **_rows(elementwise.read_arithmetic, "Sub Max Min Mod BitwiseAnd BitwiseOr BitwiseXor BitShift SequenceInsert"),
     **_rows(read_scatter, "ScatterND ScatterElements Scatter TensorScatter"),
-    **_rows(read_view, "Identity Cast CastLike Reshape Transpose Squeeze Unsqueeze Flatten Dropout Expand QuantizeLinear"),
+    **_rows(
+        read_view, "Identity Cast CastLike Reshape Transpose Squeeze Unsqueeze Flatten Dropout Expand QuantizeLinear"
+    ),
     **_rows(
         read_first,
         "Slice Split Pad Tile Resize Upsample GatherElements GatherND DepthToSpace SpaceToDepth"

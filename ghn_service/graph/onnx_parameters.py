@@ -32,11 +32,15 @@ class SettledTensors:
 
 def settle_tensors(context: ReadContext, skeleton: Skeleton) -> SettledTensors:
     """Gives every trainable tensor its name and its one place."""
-    kept = {id(use): context.graph.nodes[index] for index in skeleton.order for use in _uses(context.graph.nodes[index])}
+    kept = {
+        id(use): context.graph.nodes[index] for index in skeleton.order for use in _uses(context.graph.nodes[index])
+    }
     _name_siblings(context)
     settled = SettledTensors()
     taken: set[str] = set()
-    initializers = {source.initializer for source in context.sources if source.uses and source.name != source.initializer}
+    initializers = {
+        source.initializer for source in context.sources if source.uses and source.name != source.initializer
+    }
     for source in context.sources:
         groups = _groups(source)
         for group in groups:

@@ -93,8 +93,12 @@ def find_live(graph: RawGraph) -> set[int]:
 
 
 def drop_final_softmax(graph: RawGraph, live: set[int], successors: dict[int, list[int]]) -> set[int]:
-    """A softmax that nothing reads is the end of a classifier, not attention."""
-    return {index for index in live if graph.nodes[index].op_type == "msa" and not successors.get(index)}
+    """A softmax that weighs nothing and that nothing reads is the end of a classifier, not attention."""
+    return {
+        index
+        for index in live
+        if graph.nodes[index].op_type == "msa" and not graph.nodes[index].is_attention and not successors.get(index)
+    }
 
 
 def mark_squeezes(graph: RawGraph, live: set[int], successors: dict[int, list[int]]) -> set[int]:
@@ -187,7 +191,9 @@ def move_final_pool(graph: RawGraph, skeleton: Skeleton, outputs: list[set[int]]
     if not layer or not _is_pointwise(graph.nodes[layer[0]]):
         return
     first, last = layer[0], layer[-1]
-    if any(last in found for index, found in skeleton.predecessors.items() if index != pool and index in skeleton.order):
+    if any(
+        last in found for index, found in skeleton.predecessors.items() if index != pool and index in skeleton.order
+    ):
         return
     skeleton.predecessors[pool] = skeleton.predecessors[first]
     skeleton.predecessors[first] = {pool}
@@ -251,5 +257,3 @@ def _successors(graph: RawGraph, live: set[int]) -> dict[int, list[int]]:
         for item in graph.nodes[index].predecessors:
             successors.setdefault(item, []).append(index)
     return successors
-
-

@@ -100,6 +100,7 @@ class RawNode:
         window: Pooling window.
         from_adaptive: Whether an average pool is known to be adaptive (True), known not to be (False) or neither.
         covers_input: Whether an average pool can be global or adaptive by its geometry.
+        is_attention: Whether a softmax weighs values.
         gate: Predecessors of a cse node on the gate's side.
         feature: Predecessors of a cse node on the other side.
         activation: Name of the activation that the output passes next, with its level.
@@ -118,6 +119,7 @@ class RawNode:
     window: tuple[int, int] | None = None
     from_adaptive: bool | None = None
     covers_input: bool = False
+    is_attention: bool = False
     gate: Flow = NOTHING
     feature: Flow = NOTHING
     activation: tuple[int, str] | None = None

@@ -1,0 +1,228 @@
+"""Hostile and broken models: each fault gives its own typed error, before anything is expanded or allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from ghn_service.errors import (
+    InvalidArchitectureError,
+    LimitExceededError,
+    UnsupportedArchitectureError,
+)
+from ghn_service.graph import GraphLimits, read_onnx
+from tests.graph.onnx_models import Model
+
+
+def small() -> Model:
+    model = Model()
+    pooled = model.node("GlobalAveragePool", [model.conv("x", "layer", 4, 3)], "pooled")
+    model.linear(model.node("Flatten", [pooled], "flat"), "fc", 10, 4)
+    return model
+
+
+def changed(change: Callable[[onnx.ModelProto], object]) -> bytes:
+    proto = small().proto()
+    change(proto)
+    return proto.SerializeToString()
+
+
+def with_function_calls(depth: int) -> bytes:
+    """Functions that each call the next one twice: 2 ** depth nodes once expanded."""
+    model = Model()
+    value = model.conv("x", "layer", 4, 3)
+    model.node("F0", [value], "y", domain="custom")
+    for level in range(depth):
+        body = [
+            helper.make_node(f"F{level + 1}", ["a"], ["b"], domain="custom"),
+            helper.make_node(f"F{level + 1}", ["b"], ["c"], domain="custom"),
+        ]
+        model.functions.append(_function(f"F{level}", body))
+    model.functions.append(_function(f"F{depth}", [helper.make_node("Relu", ["a"], ["c"])]))
+    return model.proto().SerializeToString()
+
+
+def _function(name: str, body: list[onnx.NodeProto]) -> onnx.FunctionProto:
+    imports = [helper.make_opsetid("", 20), helper.make_opsetid("custom", 1)]
+    return helper.make_function("custom", name, ["a"], ["c"], body, imports)
+
+
+def recursive() -> bytes:
+    model = Model()
+    model.node("F", [model.conv("x", "layer", 4, 3)], "y", domain="custom")
+    model.functions.append(_function("F", [helper.make_node("F", ["a"], ["c"], domain="custom")]))
+    return model.proto().SerializeToString()
+
+
+def field(number: int, body: bytes) -> bytes:
+    """One length-delimited protobuf field."""
+    size, length = len(body), b""
+    while size > 127:
+        length += bytes([size & 127 | 128])
+        size >>= 7
+    return bytes([number << 3 | 2]) + length + bytes([size]) + body
+
+
+def nested(depth: int) -> bytes:
+    """If within If; written by hand, because protobuf refuses to build what it refuses to parse."""
+    node = field(1, b"x") + field(2, b"z") + field(4, b"Relu")
+    for _ in range(depth):
+        attribute = field(1, b"then_branch") + field(6, field(1, node)) + b"\xa0\x01\x05"
+        node = field(1, b"x") + field(2, b"z") + field(4, b"If") + field(5, attribute)
+    return small().proto().SerializeToString() + field(7, field(1, node))
+
+
+def with_weight(*shape: int, data_type: int = TensorProto.FLOAT) -> bytes:
+    model = Model({"x": (1, 6)})
+    model.node("Gemm", ["x", model.weight("w", *shape, data_type=data_type)], "y")
+    return model.proto().SerializeToString()
+
+
+def without_parameters() -> bytes:
+    model = Model()
+    model.node("Relu", ["x"], "y")
+    return model.proto().SerializeToString()
+
+
+def with_dynamic_weight() -> bytes:
+    model = small()
+    model.metadata = {"ghn.parameters": '["w"]'}
+    proto = model.proto()
+    proto.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, ["rows", 4]))
+    return proto.SerializeToString()
+
+
+def with_layers_in_control_flow() -> bytes:
+    body = helper.make_graph([helper.make_node("Conv", ["x", "layer.weight"], ["z"])], "body", [], [])
+    return changed(lambda proto: proto.graph.node.append(helper.make_node("If", ["x"], ["z"], then_branch=body)))
+
+
+def with_name(name: str) -> bytes:
+    return changed(lambda proto: proto.graph.initializer.append(onnx.TensorProto(name=name, dims=[2], data_type=1)))
+
+
+def with_quantised_kernel() -> bytes:
+    model = Model()
+    kernel = model.weight("kernel", 4, 3, 3, 3, data_type=TensorProto.INT8)
+    real = model.node("DequantizeLinear", [kernel, model.weight("scale")], "real")
+    model.node("Conv", ["x", real], "y")
+    return model.proto().SerializeToString()
+
+
+INVALID = {
+    "no bytes": b"",
+    "random bytes": bytes(range(256)) * 4,
+    "truncated": small().proto().SerializeToString()[:-7],
+    "no ir_version": changed(lambda proto: proto.ClearField("ir_version")),
+    "no opset": changed(lambda proto: proto.ClearField("opset_import")),
+    "no nodes": changed(lambda proto: proto.graph.ClearField("node")),
+    "no graph": changed(lambda proto: proto.ClearField("graph")),
+    "no outputs": changed(lambda proto: proto.graph.ClearField("output")),
+    "nested subgraphs": nested(12),
+    "nested too deeply for protobuf": nested(40),
+    "recursive function": recursive(),
+    "not sorted": changed(lambda proto: proto.graph.node.reverse()),
+    "cycle": changed(lambda proto: proto.graph.node[0].input.__setitem__(0, "fc_out")),
+    "dangling input": changed(lambda proto: proto.graph.node[0].input.__setitem__(0, "nowhere")),
+    "dangling output": changed(lambda proto: proto.graph.output[0].__setattr__("name", "nowhere")),
+    "duplicate output": changed(lambda proto: proto.graph.node[1].output.__setitem__(0, "layer_out")),
+    "duplicate initializer": with_name("layer.weight"),
+    "negative size": with_weight(6, -1),
+    "empty weight": with_weight(6, 0),
+    "overflowing size": with_weight(2**62, 4),
+    "no parameters": without_parameters(),
+    "dynamic weight": with_dynamic_weight(),
+    "reserved name": with_name("__metadata__"),
+    "unnamed tensor": with_name(""),
+    "long name": with_name("n" * 65536),
+    "name with NUL": with_name("a\0b"),
+    "missing operand": changed(lambda proto: proto.graph.node[0].ClearField("input")),
+    "missing output": changed(lambda proto: proto.graph.node[-1].ClearField("output")),
+}
+UNSUPPORTED = {
+    "newer opset": changed(lambda proto: proto.opset_import[0].__setattr__("version", 999)),
+    "newer ir_version": changed(lambda proto: proto.__setattr__("ir_version", 999)),
+    "weights in control flow": with_layers_in_control_flow(),
+    "integer weight": with_weight(6, 4, data_type=TensorProto.INT8),
+    "dequantised weight": with_quantised_kernel(),
+    "sparse initializer": changed(lambda proto: proto.graph.sparse_initializer.add()),
+}
+EXCEEDED = {
+    "function bomb": (with_function_calls(40), GraphLimits()),
+    "parameters in one tensor": (with_weight(6, 10**10), GraphLimits()),
+    "parameters together": (small().proto().SerializeToString(), GraphLimits(max_parameters=120)),
+    "nodes": (small().proto().SerializeToString(), GraphLimits(max_nodes=3)),
+    "tensors": (small().proto().SerializeToString(), GraphLimits(max_tensors=2)),
+    "graph nodes": (small().proto().SerializeToString(), GraphLimits(max_graph_nodes=3)),
+    "edges": (small().proto().SerializeToString(), GraphLimits(max_edges=2)),
+    "bytes": (small().proto().SerializeToString(), GraphLimits(max_bytes=100)),
+}
+
+
+@pytest.mark.parametrize("fault", INVALID)
+def test_invalid(fault: str) -> None:
+    with pytest.raises(InvalidArchitectureError) as caught:
+        read_onnx(INVALID[fault])
+    assert caught.value.field == "architecture.onnx_model"
+
+
+@pytest.mark.parametrize("fault", UNSUPPORTED)
+def test_unsupported(fault: str) -> None:
+    with pytest.raises(UnsupportedArchitectureError) as caught:
+        read_onnx(UNSUPPORTED[fault])
+    assert caught.value.field == "architecture.onnx_model"
+
+
+@pytest.mark.parametrize("fault", EXCEEDED)
+def test_over_a_limit(fault: str) -> None:
+    data, limits = EXCEEDED[fault]
+    with pytest.raises(LimitExceededError) as caught:
+        read_onnx(data, limits=limits)
+    assert caught.value.field == "architecture.onnx_model"
+
+
+def test_a_small_function_tree_is_expanded() -> None:
+    assert read_onnx(with_function_calls(6)).num_nodes == 2
+
+
+def test_a_wide_function_call_graph_is_counted_not_expanded() -> None:
+    with pytest.raises(LimitExceededError):
+        read_onnx(with_function_calls(2000))
+
+
+@pytest.mark.parametrize("location", ["weights.bin", "../secret", "/etc/passwd", "file:///etc/passwd"])
+def test_external_data_is_never_opened(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def point_outside(proto: onnx.ModelProto) -> None:
+        for tensor in proto.graph.initializer:
+            tensor.data_location = TensorProto.EXTERNAL
+            tensor.external_data.add(key="location", value=location)
+
+    data = changed(point_outside)
+    monkeypatch.setattr("builtins.open", lambda *_, **__: pytest.fail("a file was opened"))
+    assert read_onnx(data).num_nodes == 5
+
+
+def test_integers_in_external_data_are_unknown_not_read() -> None:
+    model = Model({"x": (1, 6)})
+    shape = model.integers("shape", 5, 6)
+    model.node("Gemm", ["x", model.node("Reshape", [model.weight("w", 5, 6), shape], "r")], "y", transB=1)
+    proto = model.proto()
+    for tensor in proto.graph.initializer:
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="/etc/passwd")
+    assert read_onnx(proto.SerializeToString()).num_nodes == 2
+
+
+def test_unicode_names_survive() -> None:
+    model = Model({"x": (1, 6)})
+    model.linear("x", "层/ü.☃", 3, 6)
+    assert [spec.name for spec in model.read().parameters()] == ["层/ü.☃.weight", "层/ü.☃.bias"]
+
+
+def test_text_that_is_not_utf8_is_refused() -> None:
+    data = small().proto().SerializeToString().replace(b"layer_out", b"layer\xff\xfeut")
+    with pytest.raises(InvalidArchitectureError):
+        read_onnx(data)
