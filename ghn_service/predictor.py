@@ -6,6 +6,7 @@ that is drawn has a generator of its own, and nothing is kept between prediction
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import re
 import time
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghn_service.errors import InvalidOptionError, PredictionError
+from ghn_service.errors import InvalidOptionError, OutOfMemoryError, PredictionError
 from ghn_service.graph import ArchitectureGraph, ParameterSpec, read_onnx
 from ghn_service.graph.vocabulary import restrict_vocabulary
 from ghn_service.hypernetwork.blocks import drawn_generator
@@ -196,9 +197,16 @@ class Predictor:
             UnsupportedArchitectureError: The network uses something without meaning here.
             LimitExceededError: The network is too large.
             PredictionError: A predicted value is not finite.
+            OutOfMemoryError: The device has not enough memory for this network.
         """
         options = options or PredictionOptions()
         clock = _StageClock(on_stage)
+        with _memory_errors(self.device):
+            return self._run(architecture, options, clock)
+
+    def _run(
+        self, architecture: ArchitectureGraph | bytes, options: PredictionOptions, clock: _StageClock
+    ) -> PredictionResult:
         graph = read_architecture(architecture, clock)
         known = restrict_vocabulary(graph, self.ghn.config.op_types)
         with clock.stage(ENCODING):
@@ -304,6 +312,25 @@ def read_architecture(architecture: ArchitectureGraph | bytes, clock: _StageCloc
         return architecture
     with clock.stage(READING):
         return read_onnx(architecture)
+
+
+@contextmanager
+def _memory_errors(device: torch.device) -> Iterator[None]:
+    """Gives all the ways to run out of memory one name."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        is_exhausted = (
+            isinstance(error, MemoryError | torch.OutOfMemoryError)
+            or getattr(error, "errno", None) == errno.ENOMEM
+            or "DefaultCPUAllocator" in str(error)  # torch gives it no class of its own
+        )
+        if not is_exhausted:
+            raise
+        raise OutOfMemoryError(
+            f"there is not enough memory on {device} to predict this network now; ask for a part of its tensors, or "
+            "for float16"
+        ) from error
 
 
 class _StageClock:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from ghn_service.errors import CheckpointError, InvalidOptionError, PredictionError
+from ghn_service.errors import CheckpointError, InvalidOptionError, OutOfMemoryError, PredictionError
 from ghn_service.graph.architecture import ArchitectureGraph, Node, ParameterSpec
 from ghn_service.graph.op_types import OP_TYPE_NAMES
 from ghn_service.hypernetwork.checkpoint import ModelCard, save_checkpoint
@@ -248,6 +248,21 @@ def test_large_networks_use_huge_pages_without_changing_values(ghn3, monkeypatch
 
 def test_an_architecture_without_parameters_is_predicted(ghn3):
     assert len(ghn3.predict(ArchitectureGraph((Node("input"),), ()))) == 0
+
+
+@pytest.mark.parametrize("huge_pages_from", [0, 2**63], ids=["mapped", "allocated"])
+def test_networks_beyond_memory_are_told_so(ghn3, huge_pages_from, monkeypatch):
+    monkeypatch.setattr("ghn_service.parameters.HUGE_PAGES_FROM_BYTES", huge_pages_from)
+    with pytest.raises(OutOfMemoryError):
+        ghn3.predict(chain(conv("w", 2**30, 2**29)))  # more than any address space
+
+
+def test_other_errors_of_a_caller_pass_unchanged(ghn3):
+    def on_stage(name):
+        raise OSError(name)
+
+    with pytest.raises(OSError, match="encoding"):
+        ghn3.run(WIDE, on_stage=on_stage)
 
 
 @pytest.mark.gpu

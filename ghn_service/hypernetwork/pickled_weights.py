@@ -102,11 +102,11 @@ class _TensorUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
-        """The allowed object of this name."""
+        """A function that calls the allowed object; a pickle could set attributes of the object itself."""
         allowed = self._ALLOWED.get((module_name, global_name))
         if allowed is None:
             raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
-        return allowed
+        return lambda *arguments: allowed(*arguments)
 
 
 def _state_dict(loaded: object, name: str) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
@@ -120,4 +120,7 @@ def _state_dict(loaded: object, name: str) -> tuple[dict[str, Tensor], Mapping[s
     odd = [key for key, value in loaded.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if odd:
         raise CheckpointError(f"{name!r} holds no state dict: the value of {odd[0]!r} is no tensor")
+    hollow = [key for key, value in loaded.items() if value.nbytes > value.untyped_storage().nbytes()]
+    if hollow:
+        raise CheckpointError(f"{name!r} is damaged: the tensor {hollow[0]!r} is larger than what is stored of it")
     return {key: value.detach() for key, value in loaded.items()}, config

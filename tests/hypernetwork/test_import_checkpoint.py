@@ -130,6 +130,15 @@ def test_no_pickled_code_is_run(payload, container, tmp_path):
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_pickles_cannot_change_what_they_call(tmp_path):
+    defaults = torch._utils._rebuild_tensor_v2.__defaults__
+    tamper = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x0c\x00\x00\x00__defaults__K\x01\x85s\x86b."
+    (tmp_path / "ghn.pt").write_bytes(tamper)
+    with pytest.raises(CheckpointError):
+        import_checkpoint(tmp_path / "ghn.pt", tmp_path / "out.safetensors")
+    assert torch._utils._rebuild_tensor_v2.__defaults__ == defaults
+
+
 def test_the_trap_works(tmp_path):
     pickle.loads(pickle.dumps(Malicious(tmp_path / "trap")))
     assert (tmp_path / "trap").exists()
@@ -153,6 +162,7 @@ def without(*keys):
         lambda state: state.update({"ln.bias": torch.full((32,), torch.nan)}),
         lambda state: state.update({"ln.bias": torch.zeros(32, dtype=torch.int32)}),
         lambda state: state.update({"ln.bias": "text"}),
+        lambda state: state.update({"ln.bias": torch.zeros(1).expand(32)}),
         lambda state: state.clear(),
     ],
 )
