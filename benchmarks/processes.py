@@ -1,0 +1,86 @@
+"""The servers that the serving benchmark measures, each in a process of its own with one thread."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import grpc
+import torch
+
+CHUNK_BYTES = 2**20
+RAW_METHOD = "/raw.Raw/Stream"
+
+_SPAWN = multiprocessing.get_context("spawn")
+
+
+@contextmanager
+def running(target: Any, *arguments: Any) -> Iterator[tuple[str, int]]:
+    """Runs ``target(pipe, *arguments)`` in a new process; yields the address it sent, and its process id."""
+    ours, theirs = _SPAWN.Pipe()
+    process = _SPAWN.Process(target=target, args=(theirs, *arguments), daemon=True)
+    process.start()
+    try:
+        yield ours.recv(), int(process.pid or 0)
+    finally:
+        ours.send("stop")
+        process.join(10)
+        if process.is_alive():
+            process.kill()
+
+
+def serve_hypernetwork(pipe: Connection, checkpoint: Path) -> None:
+    """ghn-service on a free port."""
+    from ghn_service.server.app import start_server
+    from ghn_service.server.settings import Settings
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    settings = Settings(port=0, checkpoints=(f"benchmark={checkpoint}",), device=("cpu",), log_level="ERROR")
+    with start_server(settings) as server:
+        server.wait_ready(60)
+        pipe.send(server.address)
+        pipe.recv()
+
+
+def serve_raw_bytes(pipe: Connection) -> None:
+    """A server that does nothing but stream bytes: the limit of gRPC itself, without protobuf.
+
+    The request is the number of bytes wanted, as decimal text.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    chunk = bytes(range(256)) * (CHUNK_BYTES // 256)
+
+    def stream(request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        remaining = int(request)
+        while remaining > 0:
+            yield chunk if remaining >= CHUNK_BYTES else chunk[:remaining]
+            remaining -= CHUNK_BYTES
+
+    handler = grpc.unary_stream_rpc_method_handler(stream)
+    server = grpc.server(ThreadPoolExecutor(2))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("raw.Raw", {"Stream": handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    pipe.send(f"127.0.0.1:{port}")
+    pipe.recv()
+    server.stop(None)
+
+
+def receive_raw_bytes(channel: grpc.Channel, num_bytes: int) -> bytearray:
+    """Receives that many bytes from ``serve_raw_bytes`` into one buffer."""
+    buffer = bytearray(num_bytes)
+    view = memoryview(buffer)
+    position = 0
+    for chunk in channel.unary_stream(RAW_METHOD)(str(num_bytes).encode()):
+        view[position : position + len(chunk)] = chunk
+        position += len(chunk)
+    if position != num_bytes:
+        raise RuntimeError(f"expected {num_bytes} bytes, received {position}")
+    return buffer

@@ -1,0 +1,209 @@
+"""Speed and memory of serving: from ONNX bytes to weights in the client, beside what no server could beat.
+
+``python -m benchmarks.serving`` prints three tables for public networks and an untrained GHN of the published T size
+(6.9M parameters), everything on one thread:
+
+1. *server*: seconds to read, encode and decode, beside a plain copy of the same number of bytes into fresh memory.
+2. *client*: seconds of a whole call and of its stream, beside a raw gRPC stream of as many bytes, which carries
+   nothing and checks nothing; and how far memory grows on both sides.
+3. *export*: seconds from a module to its structure, beside ``torch.export`` alone, and to loaded weights.
+
+Every figure is the median of ``--repeats`` calls after one uncounted; rival and subject alternate in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import grpc
+import torch
+from ghn_client import GHNClient, export_architecture
+
+from benchmarks.measure import MIB, PeakMemory, median_seconds, print_table, timed
+from benchmarks.processes import receive_raw_bytes, running, serve_hypernetwork, serve_raw_bytes
+from ghn_service.hypernetwork.checkpoint import save_checkpoint
+from ghn_service.hypernetwork.ghn import GHNConfig, GraphHyperNetwork
+from ghn_service.predictor import Predictor
+from tests.zoo_support import build_torchvision
+
+MODELS = ("resnet50", "vit_b_16", "convnext_tiny", "efficientnet_b0", "swin_t")
+PUBLISHED_T = GHNConfig(hidden_channels=64, num_layers=3, num_heads=8, max_shape=(64, 64, 16, 16), num_classes=1000)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Figures of one network; seconds and bytes."""
+
+    model: str
+    weight_bytes: int
+    read_s: float
+    encode_s: float
+    decode_s: float
+    copy_s: float
+    call_s: float
+    stream_s: float
+    raw_stream_s: float
+    server_growth_bytes: int
+    client_growth_bytes: int
+    torch_export_s: float
+    export_s: float
+    module_to_weights_s: float
+
+
+def measure_server(predictor: Predictor, onnx_bytes: bytes, repeats: int) -> tuple[dict[str, float], float, int]:
+    """Median seconds by stage, of a plain copy of as many bytes, and the number of bytes."""
+    runs, copies, num_bytes = [], [], 0
+    for _ in range(repeats + 1):
+        result = predictor.run(onnx_bytes)
+        num_bytes = result.parameters.num_bytes
+        runs.append(result.seconds)
+        del result
+        source = torch.ones(num_bytes, dtype=torch.uint8)
+        copies.append(timed(source.clone)[0])
+        del source
+    stages = {name: statistics.median(run[name] for run in runs[1:]) for name in runs[0]}
+    return stages, statistics.median(copies[1:]), num_bytes
+
+
+def measure_client(
+    address: str, raw_address: str, server_pid: int, onnx_bytes: bytes, repeats: int
+) -> tuple[float, float, float, int, int]:
+    """Median seconds of a call, of its stream, and of a raw stream; growth of memory on both sides, bytes."""
+    calls, streams, raws, server_growth, client_growth = [], [], [], [], []
+    server_memory, client_memory = PeakMemory(server_pid), PeakMemory()
+    with GHNClient(address) as client, grpc.insecure_channel(raw_address) as raw_channel:
+        for _ in range(repeats + 1):
+            server_memory.reset()
+            client_memory.reset()
+            seconds, prediction = timed(lambda: client.predict(onnx_bytes))
+            server_growth.append(server_memory.grown_bytes())
+            client_growth.append(client_memory.grown_bytes())
+            calls.append(seconds)
+            streams.append(prediction.seconds["streaming"])
+            num_bytes = len(prediction.buffer)
+            del prediction
+            raws.append(timed(lambda: receive_raw_bytes(raw_channel, num_bytes))[0])  # noqa: B023 called at once
+    medians = [statistics.median(values[1:]) for values in (calls, streams, raws)]
+    return medians[0], medians[1], medians[2], max(server_growth[1:]), max(client_growth[1:])
+
+
+def measure_export(model: str, address: str, repeats: int) -> tuple[float, float, float]:
+    """Median seconds of ``torch.export`` alone, of our export, and from module to loaded weights."""
+    module, example = build_torchvision(model)
+    module.train()
+
+    def export_only() -> object:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(module, (example,), strict=False)
+
+    with GHNClient(address) as client:
+        return (
+            median_seconds(export_only, repeats),
+            median_seconds(lambda: export_architecture(module, example), repeats),
+            median_seconds(lambda: client.predict(module, example).load_into(module), repeats),
+        )
+
+
+def measure(model: str, predictor: Predictor, address: str, raw_address: str, server_pid: int, repeats: int) -> Row:
+    """All figures of one network."""
+    module, example = build_torchvision(model)
+    onnx_bytes = export_architecture(module, example)
+    del module
+    stages, copy_s, weight_bytes = measure_server(predictor, onnx_bytes, repeats)
+    client = measure_client(address, raw_address, server_pid, onnx_bytes, repeats)
+    exports = measure_export(model, address, max(1, repeats // 2))
+    return Row(
+        model, weight_bytes, stages["reading"], stages["encoding"], stages["decoding"], copy_s, *client, *exports
+    )
+
+
+def report(rows: Sequence[Row]) -> None:
+    """Prints the three tables."""
+    print("\nServer, seconds from ONNX bytes to weights:\n")
+    print_table(
+        ["network", "MiB", "read", "encode", "decode", "total", "plain copy", "total / copy"],
+        [
+            [
+                row.model,
+                f"{row.weight_bytes / MIB:.0f}",
+                f"{row.read_s:.4f}",
+                f"{row.encode_s:.4f}",
+                f"{row.decode_s:.4f}",
+                f"{_server_seconds(row):.4f}",
+                f"{row.copy_s:.4f}",
+                f"{_server_seconds(row) / row.copy_s:.1f}",
+            ]
+            for row in rows
+        ],
+    )
+    print("\nClient, seconds of a call; memory beyond what was resident before:\n")
+    print_table(
+        ["network", "call", "stream", "raw stream", "raw / stream", "server - weights, MiB", "client / weights"],
+        [
+            [
+                row.model,
+                f"{row.call_s:.3f}",
+                f"{row.stream_s:.3f}",
+                f"{row.raw_stream_s:.3f}",
+                f"{row.raw_stream_s / row.stream_s:.0%}",
+                f"{(row.server_growth_bytes - row.weight_bytes) / MIB:.0f}",
+                f"{row.client_growth_bytes / row.weight_bytes:.2f}",
+            ]
+            for row in rows
+        ],
+    )
+    print("\nExport, seconds:\n")
+    print_table(
+        ["network", "torch.export alone", "export_architecture", "ratio", "module to loaded weights"],
+        [
+            [
+                row.model,
+                f"{row.torch_export_s:.2f}",
+                f"{row.export_s:.2f}",
+                f"{row.export_s / row.torch_export_s:.2f}",
+                f"{row.module_to_weights_s:.2f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _server_seconds(row: Row) -> float:
+    return row.read_s + row.encode_s + row.decode_s
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", default=list(MODELS), help="torchvision classifiers")
+    parser.add_argument("--repeats", type=int, default=5, help="counted calls")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "benchmark.safetensors"
+        save_checkpoint(GraphHyperNetwork(PUBLISHED_T, generator=torch.Generator().manual_seed(0)), checkpoint)
+        predictor = Predictor.from_checkpoint(checkpoint, device="cpu")
+        with (
+            running(serve_hypernetwork, checkpoint) as (address, server_pid),
+            running(serve_raw_bytes) as (raw_address, _),
+        ):
+            rows = [
+                measure(model, predictor, address, raw_address, server_pid, options.repeats) for model in options.models
+            ]
+    report(rows)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
