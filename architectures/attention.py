@@ -14,6 +14,12 @@ from architectures.layers import TokenLinear
 from ghn_service.errors import InvalidOptionError
 
 
+def heads_for(channels: int, head_channels: int) -> int:
+    """The largest number of heads of at least ``head_channels`` channels each that divides ``channels``."""
+    most = max(channels // head_channels, 1)
+    return max(heads for heads in range(1, most + 1) if channels % heads == 0)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one packed projection for queries, keys and values.
 
@@ -37,7 +43,11 @@ class SelfAttention(nn.Module):
         """(B, T, C) -> (B, T, C); ``logit_bias`` (heads, T, T) or (B, heads, T, T) is added to the logits."""
         # (B, T, 3C) -> (B, T, 3, heads, D) -> (3, B, heads, T, D)
         query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=logit_bias)
+        if logit_bias is None:
+            attended = F.scaled_dot_product_attention(query, key, value)
+        else:
+            logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5 + logit_bias  # (B, heads, T, T)
+            attended = logits.softmax(-1) @ value
         return self.proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 

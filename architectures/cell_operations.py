@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from architectures.attention import EncoderBlock
+from architectures.attention import EncoderBlock, heads_for
 from architectures.layers import Conv2d, SqueezeExcite, make_norm
 from ghn_service.errors import InvalidOptionError
 
@@ -64,7 +64,7 @@ class AttentionOperation(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.block = EncoderBlock(channels, num_heads=max(channels // 16, 1), mlp_ratio=2)
+        self.block = EncoderBlock(channels, num_heads=heads_for(channels, 16), mlp_ratio=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""

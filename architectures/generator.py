@@ -11,28 +11,19 @@ architecture for every task.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 from dataclasses import dataclass
 
 from architectures.architecture import CANONICAL, Architecture
 from architectures.draw import Draw
-from architectures.families import (
-    Plan,
-    plan_attention_cells,
-    plan_bottleneck,
-    plan_cells,
-    plan_convnet,
-    plan_densenet,
-    plan_mobilenet,
-    plan_resnet,
-)
+from architectures.families import DEEP_FAMILIES, DENSE_FAMILIES, FAMILIES, NORM_FREE_FAMILIES, Family
 from architectures.interface import Configuration, Interface
+from architectures.plans import Plan
+from architectures.registry import ARCHITECTURES, reference_architecture
 from ghn_service.errors import InvalidOptionError
 
 GENERATOR_VERSION = 1
 _MAX_TRIES = 200
-_WIDTHS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-_USUAL_WIDTHS = (8, 16, 16, 16, 24, 32, 32, 48, 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +34,7 @@ class Budget:
         least_multiply_adds: Least cost aimed at.
         most_multiply_adds: Most cost.
         most_parameters: Most trainable scalars.
+        least_nodes: Least nodes of the graph.
         most_nodes: Most nodes of the graph.
         most_elements: Most elements written per example: a limit on memory and on the time of cheap operations.
 
@@ -53,6 +45,7 @@ class Budget:
     least_multiply_adds: int
     most_multiply_adds: int
     most_parameters: int = 2_000_000
+    least_nodes: int = 0
     most_nodes: int = 240
     most_elements: int = 4_000_000
 
@@ -70,11 +63,16 @@ class Budget:
         return 1 + (self.most_multiply_adds > 5_000_000) + (self.most_multiply_adds > 20_000_000)
 
     def admits(self, architecture: Architecture) -> bool:
-        """Whether the architecture costs no more than this, nor much less."""
+        """Whether the architecture costs no more than this, nor much less; perceptrons are costly in parameters only."""
+        is_large_enough = (
+            architecture.multiply_adds >= 0.7 * self.least_multiply_adds
+            or architecture.num_parameters >= 0.3 * self.most_parameters
+        )
         return (
-            0.7 * self.least_multiply_adds <= architecture.multiply_adds <= 1.15 * self.most_multiply_adds
+            is_large_enough
+            and architecture.multiply_adds <= 1.15 * self.most_multiply_adds
             and architecture.num_parameters <= self.most_parameters
-            and architecture.num_nodes <= self.most_nodes
+            and self.least_nodes <= architecture.num_nodes <= self.most_nodes
             and architecture.activation_elements <= self.most_elements
         )
 
@@ -82,34 +80,11 @@ class Budget:
 SIZES: dict[str, Budget] = {
     "tiny": Budget(700_000, 4_000_000, most_parameters=250_000, most_nodes=120, most_elements=450_000),
     "small": Budget(3_000_000, 15_000_000, most_parameters=600_000, most_nodes=160, most_elements=900_000),
-    "base": Budget(12_000_000, 60_000_000, most_parameters=2_000_000, most_nodes=240, most_elements=2_000_000),
+    "base": Budget(12_000_000, 60_000_000, most_parameters=2_000_000, most_nodes=200, most_elements=2_000_000),
 }
 SIZE_MIX = {"tiny": 0.45, "small": 0.4, "base": 0.15}
-_OUTSIDE = Budget(6_000_000, 120_000_000, most_parameters=8_000_000, most_nodes=500, most_elements=6_000_000)
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """A way to draw networks.
-
-    Attributes:
-        plan: Draws everything but the width.
-        share: Share among the families of a split, relative.
-    """
-
-    plan: Callable[[Draw, int], Plan]
-    share: float
-
-
-FAMILIES: dict[str, Family] = {
-    "cells": Family(plan_cells, 0.26),
-    "resnet": Family(plan_resnet, 0.24),
-    "convnet": Family(plan_convnet, 0.14),
-    "mobilenet": Family(plan_mobilenet, 0.11),
-    "bottleneck": Family(plan_bottleneck, 0.06),
-    "densenet": Family(plan_densenet, 0.05),
-    "attention_cells": Family(plan_attention_cells, 0.02),
-}
+_WIDTHS = tuple(range(8, 72, 8))
+_USUAL_WIDTHS = (8, 16, 16, 16, 24, 32, 32, 48, 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,24 +92,52 @@ class Split:
     """A population of networks.
 
     Attributes:
+        description: What is in it.
         families: Family by name.
         budget: Budget of all its networks; None for a mixture of ``SIZES``.
-        description: What is special about it.
+        widths: Base widths that occur.
+        usual_widths: Base widths tried first.
+        scale: Scale given to plans; 0 for that of the budget.
     """
 
-    families: dict[str, Family]
-    budget: Budget | None
     description: str
+    families: dict[str, Family]
+    budget: Budget | None = None
+    widths: tuple[int, ...] = _WIDTHS
+    usual_widths: tuple[int, ...] = _USUAL_WIDTHS
+    scale: int = 0
 
 
-def _in_distribution(description: str) -> Split:
-    return Split(FAMILIES, None, description)
+def _outside(least: int, most: int, *, least_nodes: int = 0, most_nodes: int = 600) -> Budget:
+    return Budget(least, most, 10_000_000, least_nodes, most_nodes, 6_000_000)
 
 
 SPLITS: dict[str, Split] = {
-    "train": _in_distribution("networks to train hypernetworks on"),
-    "val": _in_distribution("as train, for choices during training"),
-    "test": _in_distribution("as train, for reported results"),
+    "train": Split("networks to train hypernetworks on", FAMILIES),
+    "val": Split("as train, for choices during training", FAMILIES),
+    "test": Split("as train, for reported results", FAMILIES),
+    "wide": Split(
+        "more channels than any network of train: 80 to 256 in the first stage, where train has 8 to 64",
+        FAMILIES,
+        _outside(8_000_000, 240_000_000, most_nodes=200),
+        widths=tuple(range(80, 272, 16)),
+        usual_widths=(80, 96, 128, 128, 160),
+        scale=1,
+    ),
+    "deep": Split(
+        "more nodes than any network of train: 220 to 600",
+        DEEP_FAMILIES,
+        _outside(4_000_000, 120_000_000, least_nodes=220),
+        scale=9,
+    ),
+    "dense": Split(
+        "cells of 4 to 8 steps, where train has 1 to 3",
+        DENSE_FAMILIES,
+        _outside(3_000_000, 120_000_000),
+        scale=1,
+    ),
+    "bnfree": Split("networks of convolutional families, none with batch normalisation", NORM_FREE_FAMILIES),
+    "reference": Split("the networks of the registry, in its order", {}),
 }
 
 
@@ -172,35 +175,45 @@ def sample_architecture(
     if index < 0:
         raise InvalidOptionError(f"index must be at least 0, got {index}", field="index")
     population = SPLITS[split]
+    if split == "reference":
+        return _reference(index, interface)
     limit = _budget(population, size, budget)
     shares = _shares(population, families)
-    draw = Draw(f"ghn-architectures/{GENERATOR_VERSION}/{split}/{index}/{limit}/{sorted(families or ())}")
+    key = ("ghn-architectures", str(GENERATOR_VERSION), split, str(index), _key(limit), ",".join(families or ()))
+    draw = Draw("/".join(key))
     name = draw.weighted(shares)
     chosen = limit or SIZES[draw.weighted(SIZE_MIX)]
     for _ in range(_MAX_TRIES):
-        plan = population.families[name].plan(draw, chosen.scale)
-        configuration = fit_width(plan, draw, chosen)
+        plan = population.families[name].plan(draw, population.scale or chosen.scale)
+        configuration = fit_width(plan, draw, chosen, population)
         if configuration is not None:
             return Architecture(name, configuration, interface, f"{split}/{index}")
     raise InvalidOptionError(f"none of {_MAX_TRIES} networks of family {name!r} fits {limit}; widen it", field="budget")
 
 
-def fit_width(plan: Plan, draw: Draw, budget: Budget) -> Configuration | None:
+def fit_width(plan: Plan, draw: Draw, budget: Budget, population: Split) -> Configuration | None:
     """A configuration of ``plan`` that fits ``budget``: a random usual width if it does, else one scaled to fit.
 
     Cost grows about with the square of the width, so one correction is enough; None if that fails.
     """
     target = draw.log_uniform(budget.least_multiply_adds, budget.most_multiply_adds)
-    first = draw.choice(_USUAL_WIDTHS)
+    first = draw.choice(population.usual_widths)
     trial = Architecture("", plan(first), CANONICAL)
     if budget.admits(trial):
         return trial.configuration
     guess = first * (target / trial.multiply_adds) ** 0.5
-    width = min(_WIDTHS, key=lambda item: abs(item - guess))
+    width = min(population.widths, key=lambda item: abs(item - guess))
     if width == first:
         return None
     trial = Architecture("", plan(width), CANONICAL)
     return trial.configuration if budget.admits(trial) else None
+
+
+def _reference(index: int, interface: Interface) -> Architecture:
+    names = tuple(ARCHITECTURES)
+    if index >= len(names):
+        raise InvalidOptionError(f"the reference split has {len(names)} networks, got index {index}", field="index")
+    return reference_architecture(names[index], interface)
 
 
 def _budget(population: Split, size: str | None, budget: Budget | None) -> Budget | None:
@@ -209,6 +222,10 @@ def _budget(population: Split, size: str | None, budget: Budget | None) -> Budge
     if size is not None and size not in SIZES:
         raise InvalidOptionError(f"no size is called {size!r}; known are {', '.join(SIZES)}", field="size")
     return SIZES[size] if size is not None else budget or population.budget
+
+
+def _key(budget: Budget | None) -> str:
+    return "" if budget is None else "-".join(str(value) for value in dataclasses.astuple(budget))
 
 
 def _shares(population: Split, families: tuple[str, ...] | None) -> dict[str, float]:

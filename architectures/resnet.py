@@ -35,6 +35,7 @@ class ResNetConfiguration:
         widths: Output channels of each stage; each stage but the first halves the resolution.
         depths: Blocks in each stage.
         block: ``basic`` (two 3x3), ``bottleneck`` (1x1, 3x3, 1x1) or ``preactivation`` (norm and ReLU first).
+        stem_width: Channels after the first convolution; 0 for those inside the first block.
         stem_kernel: Kernel of the first convolution.
         stem_stride: Stride of the first convolution.
         stem_pool: Whether a max pooling of stride 2 follows the first convolution.
@@ -53,6 +54,7 @@ class ResNetConfiguration:
     widths: tuple[int, ...]
     depths: tuple[int, ...]
     block: str = "basic"
+    stem_width: int = 0
     stem_kernel: int = 3
     stem_stride: int = 1
     stem_pool: bool = False
@@ -168,6 +170,7 @@ class ResNet(nn.Module):
         channels = configuration.widths[0]
         if configuration.block == "bottleneck":
             channels = round_channels(channels / configuration.expansion)
+        channels = configuration.stem_width or channels
         self.stem = conv_norm(
             interface.in_channels,
             channels,

@@ -155,6 +155,7 @@ def _activation(name: str) -> Any:
 
 for _name, _functions in {
     "relu": (F.relu, torch.relu, torch.relu_),
+    "relu6": (F.relu6, F.hardtanh),
     "gelu": (F.gelu,),
     "silu": (F.silu,),
     "hardswish": (F.hardswish,),
