@@ -1,0 +1,1 @@
+"""Training, evaluation and inspection of hypernetworks: what ``ghn-train`` runs."""

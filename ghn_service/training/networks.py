@@ -5,8 +5,13 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from torch import nn
+
+from architectures.architecture import Architecture
 from architectures.generator import sample_architecture
-from ghn_service.errors import InvalidOptionError
+from architectures.interface import Interface
+from architectures.registry import ARCHITECTURES, reference_architecture
+from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.training.sampling import TargetArchitecture
 
 REFERENCE = "reference"
@@ -25,6 +30,11 @@ class Task:
     num_classes: int = 10
     in_channels: int = 3
     image_size: int = 32
+
+    @property
+    def interface(self) -> Interface:
+        """The same sizes as the generator wants them."""
+        return Interface(self.num_classes, self.in_channels, self.image_size)
 
 
 @dataclass(frozen=True)
@@ -46,17 +56,37 @@ class Pool:
         return _sample(self.split, index % self.size, self.task)
 
 
+@dataclass(frozen=True)
+class SampledNetwork:
+    """A network of the generator with its cost, which takes as long to find as the network itself.
+
+    Attributes:
+        architecture: The network.
+        multiply_adds: Multiply-adds of one image.
+    """
+
+    architecture: Architecture
+    multiply_adds: int
+
+    def build(self, *, initialize: bool = True) -> nn.Module:
+        """The network as a torch module."""
+        return self.architecture.build(initialize=initialize)
+
+    def graph(self) -> ArchitectureGraph:
+        """The network's graph."""
+        return self.architecture.graph()
+
+
 @functools.lru_cache(maxsize=65536)
-def _sample(split: str, index: int, task: Task) -> TargetArchitecture:
-    return sample_architecture(
+def _sample(split: str, index: int, task: Task) -> SampledNetwork:
+    architecture = sample_architecture(
         split, index, num_classes=task.num_classes, in_channels=task.in_channels, image_size=task.image_size
     )
+    return SampledNetwork(architecture, architecture.multiply_adds)
 
 
 def reference_names() -> tuple[str, ...]:
     """Names of the registry's networks."""
-    from architectures.registry import ARCHITECTURES
-
     return tuple(ARCHITECTURES)
 
 
@@ -73,8 +103,4 @@ def find_network(split: str, name: str, task: Task) -> TargetArchitecture:
     """
     if split != REFERENCE:
         return _sample(split, int(name), task)
-    from architectures.registry import ARCHITECTURES
-
-    if name not in ARCHITECTURES:
-        raise InvalidOptionError(f"no reference network is called {name!r}; known are {', '.join(ARCHITECTURES)}")
-    return _registered(name, task)
+    return reference_architecture(name, task.interface)

@@ -92,19 +92,28 @@ def prepare(index: int, architecture: TargetArchitecture, config: GHNConfig, dev
     Raises:
         TrainingError: The graph names a parameter that the network does not have.
     """
+    graph = architecture.graph()
+    features = build_features(graph, config)
+    names = {target.name for target in features.targets}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(index)
-        graph = architecture.graph()
-        features = build_features(graph, config)
-        module = architecture.build(initialize=len(features.targets) < sum(1 for _ in graph.parameters()))
-    module = use_batch_statistics(to_channels_last(module.to(device))).train()
-    names = {target.name for target in features.targets}
+        module = _build(architecture, is_all_predicted=all(spec.name in names for spec in graph.parameters()))
     own = dict(module.named_parameters())
     if missing := sorted(names - set(own)):
         raise TrainingError(f"network {index}: the graph names parameters that the module lacks: {missing[:5]}")
-    constants = {name: tensor.detach() for name, tensor in own.items() if name not in names}
-    constants.update(module.named_buffers())
+    constants = {name: tensor.detach().to(device) for name, tensor in own.items() if name not in names}
+    constants.update({name: tensor.to(device) for name, tensor in module.named_buffers()})
     return TargetNetwork(index, module, features, constants, architecture.multiply_adds)
+
+
+def _build(architecture: TargetArchitecture, *, is_all_predicted: bool) -> nn.Module:
+    """The module in training mode; without memory of its own where nothing but predicted tensors is needed."""
+    if is_all_predicted:
+        with torch.device("meta"):
+            module = use_batch_statistics(architecture.build(initialize=False)).train()
+        if not any(True for _ in module.buffers()):
+            return module
+    return use_batch_statistics(architecture.build(initialize=not is_all_predicted)).train()
 
 
 class NetworkStream:

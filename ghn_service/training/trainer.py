@@ -36,6 +36,8 @@ from ghn_service.training.step import StepOutcome, accumulate_gradients
 
 logger = logging.getLogger(__name__)
 
+_MOST_PREPARED = 20_000  # about 50 kB each
+
 Validation = Callable[[GraphHyperNetwork], dict[str, float]]
 
 
@@ -78,6 +80,7 @@ class Trainer:
         self.stream = NetworkStream(source, settings.sampling, seed=settings.seed)
         self.precision = choose_precision(settings.precision, workers.device)
         self.stop_requested = False
+        self._prepared: dict[Any, TargetNetwork] = {}
         self._last_good: TrainingState | None = None
 
     def state(self) -> TrainingState:
@@ -208,7 +211,14 @@ class Trainer:
         return outcome, norm
 
     def _prepare(self, index: int, architecture: Any) -> TargetNetwork:
-        return prepare(index, architecture, self.config, self.workers.device)
+        """The network, ready to train on; kept for the next time that the pool comes round to it."""
+        network = self._prepared.get(architecture)
+        if network is None:
+            number = index % self.settings.sampling.pool  # the same in every round
+            network = prepare(number, architecture, self.config, self.workers.device)
+            if len(self._prepared) < _MOST_PREPARED:
+                self._prepared[architecture] = network
+        return network
 
     def _update(self, outcome: StepOutcome) -> float:
         """Clips and applies the gradient of all processes; NaN where the step has to be skipped."""
@@ -247,8 +257,9 @@ class Trainer:
         log.write("event", before.step, what="rollback", back_to=self.progress.step, rollbacks=rollbacks)
 
     def _log_window(self, log: RunLog, window: list[tuple[StepOutcome, float]], rate: float) -> None:
-        losses = [loss for outcome, _ in window for loss in outcome.losses]
-        accuracies = [value for outcome, _ in window for value in outcome.accuracies]
+        used = [outcome for outcome, norm in window if math.isfinite(norm)]
+        losses = [loss for outcome in used for loss in outcome.losses]
+        accuracies = [value for outcome in used for value in outcome.accuracies]
         norms = [norm for _, norm in window if math.isfinite(norm)]
         done = self.done
         log.write(

@@ -1,0 +1,66 @@
+"""Saved states survive crashes: whole or not there, the one before kept, damage noticed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ghn_service.errors import TrainingError
+from ghn_service.training import state as state_module
+from ghn_service.training.state import Progress, TrainingState, find_state, load_state, save_state
+
+
+def make_state(step: int) -> TrainingState:
+    weights = {"weight": torch.full((3,), float(step))}
+    return TrainingState("digest", {"seed": 0}, Progress(step=step), weights, weights, [{"state": {}, "param_groups": []}])
+
+
+def test_a_state_is_read_back_unchanged(tmp_path):
+    path = save_state(make_state(7), tmp_path)
+    read = load_state(path)
+    assert read.progress == Progress(step=7)
+    assert torch.equal(read.hypernetwork["weight"], torch.full((3,), 7.0))
+    assert read.optimizers == [{"state": {}, "param_groups": []}]
+
+
+def test_the_newest_state_is_found(tmp_path):
+    save_state(make_state(1), tmp_path)
+    save_state(make_state(2), tmp_path)
+    assert find_state(tmp_path).progress.step == 2
+
+
+def test_a_damaged_state_falls_back_to_the_one_before(tmp_path):
+    save_state(make_state(1), tmp_path)
+    path = save_state(make_state(2), tmp_path)
+    path.write_bytes(path.read_bytes()[:100])
+    assert find_state(tmp_path).progress.step == 1
+
+
+def test_nothing_but_damaged_states_is_an_error(tmp_path):
+    save_state(make_state(1), tmp_path).write_bytes(b"damaged")
+    with pytest.raises(TrainingError):
+        find_state(tmp_path)
+
+
+def test_an_empty_folder_has_no_state(tmp_path):
+    assert find_state(tmp_path) is None
+
+
+def test_a_crash_while_writing_leaves_the_state_before(tmp_path, monkeypatch):
+    save_state(make_state(1), tmp_path)
+
+    def crash(*arguments):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(state_module.torch, "save", crash)
+    with pytest.raises(OSError, match="disk full"):
+        save_state(make_state(2), tmp_path)
+    monkeypatch.undo()
+    assert find_state(tmp_path).progress.step == 1
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / "state.pt"
+    torch.save({"something": 1}, path)
+    with pytest.raises(TrainingError):
+        load_state(path)
