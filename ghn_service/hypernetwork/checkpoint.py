@@ -88,7 +88,10 @@ def save_checkpoint(ghn: GraphHyperNetwork, path: Path, *, card: ModelCard | Non
     description = {"format": FORMAT, "config": encode_config(ghn.config), "card": dataclasses.asdict(card)}
     partial = path.with_name(f"{path.name}.part")
     try:
+        partial.touch()
+        usual_mode = partial.stat().st_mode
         save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(description)})
+        partial.chmod(usual_mode)  # safetensors leaves its files to their owner alone; others may serve this one
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)

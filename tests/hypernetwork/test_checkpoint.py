@@ -147,3 +147,8 @@ def test_nothing_is_left_when_writing_fails(tmp_path):
     with pytest.raises(CheckpointError):
         save_checkpoint(small_ghn(), tmp_path / "absent" / "ghn.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_is_as_readable_as_any_new_file(saved, tmp_path):
+    (tmp_path / "other").touch()
+    assert saved.stat().st_mode == (tmp_path / "other").stat().st_mode
