@@ -187,6 +187,12 @@ class ReadContext:
                 found = True
         return found
 
+    def claim_operand(self, node: OnnxNode, index: int) -> None:
+        """Declares what a layer computes on, where it is no data, to be a buffer: a table of coordinates, say."""
+        for view in self.values[node.inputs[index]].views:
+            if not view.source.uses and view.source.kind != "PARAMETER":
+                self.use(node, index, view, "buffer")
+
     def new_source(
         self, name: str, shape: tuple[int, ...], *, kind: str = "", initializer: str = "", is_literal: bool = False
     ) -> Source | None:
@@ -220,7 +226,7 @@ class ReadContext:
         if declared:
             return declared
         is_scalar = all(size == 1 for size in shape)
-        if self.file.is_torch and (is_anonymous(name) or (is_scalar and self.file.has_kinds)):
+        if self.file.is_torch and (is_anonymous(name) or (is_scalar and self.file.kinds)):
             return "CONSTANT"
         return "CONSTANT" if is_scalar and not self.file.is_torch else ""
 

@@ -168,6 +168,8 @@ def _meets_branch(context: ReadContext, node: OnnxNode) -> bool:
             return False
         node = readers[0]
         if node.op_type in ("Add", "Sum"):
+            if node.outputs[0] in context.patterns.logit_additions:
+                return False
             return not any(is_constant(context.file, name) for name in node.inputs)
         if node.op_type not in _TRANSPARENT:
             return False

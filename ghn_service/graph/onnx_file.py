@@ -35,6 +35,7 @@ FLOAT_TYPES = frozenset(
 _INTEGER_DTYPES: dict[int, str] = {onnx.TensorProto.INT64: "<i8", onnx.TensorProto.INT32: "<i4"}
 _MAX_INTEGERS = 64
 _MAX_PREFIX = 200
+_TRACED_KEY = "pkg.torch.onnx.original_node_name"
 _KIND_KEY = "pkg.torch.export.graph_signature.InputSpec.kind"
 
 
@@ -103,7 +104,7 @@ class OnnxFile:
         outputs: Names of the graph outputs.
         initializers: Headers of the initializers.
         kinds: ``PARAMETER`` or ``BUFFER`` for values that the exporter or the client declared as such.
-        has_kinds: Whether the file declares kinds at all.
+        traced_names: Parameter by its name in the program that torch's exporter traced.
         is_torch: Whether one of torch's exporters wrote the file.
         value_shapes: Protos with the shapes of intermediate values and outputs, where the file has them.
     """
@@ -113,7 +114,7 @@ class OnnxFile:
     outputs: list[str]
     initializers: dict[str, TensorHeader]
     kinds: dict[str, str]
-    has_kinds: bool
+    traced_names: dict[str, str]
     is_torch: bool
     value_shapes: dict[str, onnx.ValueInfoProto]
     tensors: dict[str, onnx.TensorProto]
@@ -160,7 +161,7 @@ def load_file(data: bytes, limits: GraphLimits) -> OnnxFile:
         check_name(tensor.name, limits)
         initializers[tensor.name] = TensorHeader(tensor.name, tensor.data_type, tuple(tensor.dims))
     inputs = _read_inputs(graph, initializers, limits)
-    kinds, has_kinds = _read_kinds(model, initializers, inputs)
+    kinds, traced_names = _read_kinds(model, initializers, inputs)
     nodes = list(_flat_nodes(model))
     outputs = [output.name for output in graph.output]
     producers = _check_names(nodes, [header.name for header in inputs], initializers, outputs, limits)
@@ -170,7 +171,7 @@ def load_file(data: bytes, limits: GraphLimits) -> OnnxFile:
         outputs=outputs,
         initializers=initializers,
         kinds=kinds,
-        has_kinds=has_kinds,
+        traced_names=traced_names,
         is_torch=model.producer_name == "pytorch",
         value_shapes={info.name: info for info in (*graph.value_info, *graph.output)},
         tensors={tensor.name: tensor for tensor in graph.initializer},
@@ -198,8 +199,9 @@ def _read_inputs(
 
 def _read_kinds(
     model: onnx.ModelProto, initializers: Mapping[str, TensorHeader], inputs: list[TensorHeader]
-) -> tuple[dict[str, str], bool]:
+) -> tuple[dict[str, str], dict[str, str]]:
     kinds: dict[str, str] = {}
+    traced_names: dict[str, str] = {}
     names = {header.name for header in inputs}
     for infos in (model.graph.input, model.graph.value_info):
         for info in infos:
@@ -207,12 +209,14 @@ def _read_kinds(
                 for entry in info.metadata_props:
                     if entry.key == _KIND_KEY and entry.value in ("PARAMETER", "BUFFER"):
                         kinds[info.name] = entry.value
+                    elif entry.key == _TRACED_KEY:
+                        traced_names[entry.value] = info.name
     for entry in model.metadata_props:
         if entry.key in (PARAMETERS_KEY, BUFFERS_KEY):
             kind = "PARAMETER" if entry.key == PARAMETERS_KEY else "BUFFER"
             for name in _json_names(entry.key, entry.value):
                 kinds[name] = kind
-    return kinds, bool(kinds)
+    return kinds, traced_names
 
 
 def _json_names(key: str, text: str) -> list[str]:

@@ -74,6 +74,8 @@ def read_matmul(context: ReadContext, node: OnnxNode) -> None:
         context.emit(node, attended(context, left, right))
         return
     index, other = (1, left) if not right.flow else (0, right)
+    if not other.flow:
+        context.claim_operand(node, 1 - index)
     view = context.weight(node, index)
     if view is None or (not other.flow and not context.is_trainable(view.source)):
         context.emit(node, context.joined(data))

@@ -74,14 +74,12 @@ class TorchNames:
         metadata = self._metadata_of(node)
         token = self._token(source, node, metadata.get(_FX_KEY, ""), slot)
         if token:
-            if _mangled(source.name) == token[2:] and not is_anonymous(source.name):
-                return source.name, token
             return self._demangled(token, _scopes(metadata)), token
         if source.kind == "CONSTANT" or is_anonymous(source.name):
             if metadata.get(_FX_KEY) and self._traced(node, metadata[_FX_KEY]) not in _TRACED_OPS.get(node.op_type, ()):
                 return "", ""
             return self._from_path(node, metadata, slot), ""
-        known = source.kind or not self._file.has_kinds
+        known = source.kind or not self._file.kinds
         return (source.name if known else ""), ""
 
     def _metadata_of(self, node: OnnxNode) -> dict[str, str]:
@@ -147,7 +145,7 @@ class TorchNames:
         return tokens[0] if slot == "operand" and len(tokens) == 1 else ""
 
     def _demangled(self, token: str, scopes: list[str]) -> str:
-        known = self._known.get(token[2:])
+        known = self._file.traced_names.get(token) or self._known.get(token[2:])
         if known is not None:
             return known
         text = token[2:]
@@ -187,7 +185,8 @@ def sibling_name(name: str, *, of_bias: bool) -> str:
 
 
 def _mangled(name: str) -> str:
-    return _NOT_IDENTIFIER.sub("_", name)
+    """A parameter's name as torch.export writes it into the traced program."""
+    return _NOT_IDENTIFIER.sub("_", name).lower()
 
 
 def _scopes(metadata: dict[str, str]) -> list[str]:

@@ -7,6 +7,7 @@ each of their predecessors to each of their successors.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ghn_service.graph.onnx_limits import GraphLimits, exceeded
@@ -50,34 +51,56 @@ def simplify(graph: RawGraph, limits: GraphLimits) -> Skeleton:
 
 
 def merge_tied(graph: RawGraph) -> None:
-    """Unites raw nodes that stand for the same weight, as the reference does, without making a cycle.
+    """Unites raw nodes that stand for the same weight, without making a cycle.
 
-    The node stands at the first use (the lowest level). Later uses hand their successors to it, and their
-    predecessors too where these come before it.
+    The node stands at the first use (the lowest level). What reads a later use reads this node instead. What a later
+    use reads is read by this node too where it comes before it; otherwise data passes the later use.
     """
+    replaced = _later_uses(graph)
+    if not replaced:
+        return
+    passing: dict[int, set[int]] = {}
+
+    def resolved(items: Iterable[int]) -> set[int]:
+        result: set[int] = set()
+        for item in items:
+            result.add(replaced.get(item, item))
+            result |= passing.get(item, set())
+        graph.spend(len(result))
+        return result
+
+    order = sorted(range(len(graph.nodes)), key=lambda index: _place(graph, index))
+    for index in order:
+        node = graph.nodes[index]
+        found = resolved(node.predecessors)
+        node.gate, node.feature = frozenset(resolved(node.gate)), frozenset(resolved(node.feature))
+        target = replaced.get(index, index)
+        if target == index:
+            node.predecessors |= found
+            node.predecessors -= replaced.keys()
+        else:
+            earlier = {item for item in found if _place(graph, item) < _place(graph, target)}
+            graph.nodes[target].predecessors |= earlier
+            passing[index] = found - earlier - {target}
+    graph.outputs = [frozenset(resolved(flow)) for flow in graph.outputs]
+
+
+def _place(graph: RawGraph, index: int) -> tuple[int, int]:
+    return graph.nodes[index].level, graph.nodes[index].rank
+
+
+def _later_uses(graph: RawGraph) -> dict[int, int]:
+    """First use by later use, for raw nodes that stand for the same weight."""
     groups: dict[tuple[int, str], list[int]] = {}
     for index, node in enumerate(graph.nodes):
         if node.weight is not None:
             groups.setdefault(node.weight.key, []).append(index)
     replaced: dict[int, int] = {}
     for members in groups.values():
-        first = min(members, key=lambda index: graph.nodes[index].level)
-        replaced.update((index, first) for index in members if index != first)
-    if not replaced:
-        return
-    for index, node in enumerate(graph.nodes):
-        target = replaced.get(index, index)
-        key = (graph.nodes[target].level, graph.nodes[target].rank)
-        moved = {replaced.get(item, item) for item in node.predecessors}
-        moved = {item for item in moved if (graph.nodes[item].level, graph.nodes[item].rank) < key}
-        graph.spend(len(moved))
-        if target == index:
-            node.predecessors = moved
-        else:
-            graph.nodes[target].predecessors |= moved
-        node.gate = frozenset(replaced.get(item, item) for item in node.gate)
-        node.feature = frozenset(replaced.get(item, item) for item in node.feature)
-    graph.outputs = [frozenset(replaced.get(item, item) for item in flow) for flow in graph.outputs]
+        if len(members) > 1:
+            first = min(members, key=lambda index: _place(graph, index))
+            replaced.update((index, first) for index in members if index != first)
+    return replaced
 
 
 def find_live(graph: RawGraph) -> set[int]:

@@ -1,0 +1,57 @@
+"""What is known about each layer beyond its weight's shape."""
+
+from __future__ import annotations
+
+from ghn_service.graph import ArchitectureGraph, LayerAttributes, read_onnx
+from tests.data.regenerate import stored_model
+
+
+def layers(name: str, form: str = "dynamo-train") -> dict[str, LayerAttributes]:
+    graph: ArchitectureGraph = read_onnx(stored_model(name, form))
+    return {node.weight.torch_name: node.layer for node in graph.nodes if node.weight and node.layer}
+
+
+def test_a_convolution_before_norm_and_activation() -> None:
+    assert layers("resnet18")["layer2.0.conv1.weight"] == LayerAttributes(
+        groups=1,
+        stride=(2, 2),
+        dilations=(1, 1),
+        padding=(1, 1, 1, 1),
+        activation="relu",
+        normalized=True,
+        positions=28 * 28,
+    )
+
+
+def test_the_activation_after_a_residual_sum_counts() -> None:
+    assert layers("resnet18")["layer2.0.conv2.weight"].activation == "relu"
+
+
+def test_the_head_has_no_activation() -> None:
+    head = layers("resnet18")["fc.weight"]
+    assert (head.activation, head.normalized, head.stride) == ("", False, ())
+
+
+def test_transformer_layers() -> None:
+    block = "encoder.layers.encoder_layer_0"
+    found = layers("vit_b_16")
+    assert found[f"{block}.self_attention.in_proj_weight"].packed == 3
+    assert found[f"{block}.self_attention.out_proj.weight"].packed == 1
+    assert found[f"{block}.mlp.0.weight"].activation == "gelu"
+    assert found[f"{block}.mlp.3.weight"].activation == ""
+    assert found[f"{block}.mlp.0.weight"].positions == 197
+
+
+def test_depthwise_layers_of_efficientnet() -> None:
+    layer = layers("efficientnet_b0")["features.2.0.block.1.0.weight"]
+    assert (layer.groups, layer.activation, layer.normalized) == (96, "silu", True)
+
+
+def test_gates_are_told_from_activations() -> None:
+    found = layers("mobilenet_v3_small")
+    assert found["features.1.block.1.fc2.weight"].activation == "hardsigmoid"
+    assert found["features.0.0.weight"].activation == "hardswish"
+
+
+def test_positions_of_a_convolution_do_not_need_stated_shapes() -> None:
+    assert layers("resnet18", "script-eval")["layer2.0.conv1.weight"].positions == 28 * 28
