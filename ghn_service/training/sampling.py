@@ -167,7 +167,7 @@ class NetworkStream:
             candidate = self.source(index)
             if candidate.multiply_adds < 1:
                 return None
-        except GhnServiceError as error:
+        except (GhnServiceError, RuntimeError) as error:  # torch says so where layers do not fit the image's size
             logger.warning("candidate %d cannot be made and is left out: %s", index, error)
             return None
         return candidate

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -265,9 +266,9 @@ class Trainer:
         log.write(
             "train",
             self.progress.step,
-            loss=_mean(losses),
+            loss=_median(losses),
             accuracy=_mean(accuracies),
-            gradient_norm=_mean(norms),
+            gradient_norm=_median(norms),
             rate_factor=rate_factor(done, self.settings.optimizer),
             networks=self.progress.networks,
             networks_per_s=rate,
@@ -334,6 +335,11 @@ def _augmentation(settings: TrainingSettings) -> Augmentation | None:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else math.nan
+
+
+def _median(values: list[float]) -> float:
+    """The middle value: single networks may have losses of any size."""
+    return statistics.median(values) if values else math.nan
 
 
 def _clone(value: Any) -> Any:

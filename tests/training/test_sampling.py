@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -85,4 +87,4 @@ def test_the_rate_warms_up_and_ends_at_zero(schedule):
     assert factors[5] == pytest.approx(0.5)
     assert max(factors) == pytest.approx(1.0)
     assert factors[100] == pytest.approx(0.0, abs=1e-12)
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(factors[10:], factors[11:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(factors[10:]))

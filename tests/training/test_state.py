@@ -12,7 +12,9 @@ from ghn_service.training.state import Progress, TrainingState, find_state, load
 
 def make_state(step: int) -> TrainingState:
     weights = {"weight": torch.full((3,), float(step))}
-    return TrainingState("digest", {"seed": 0}, Progress(step=step), weights, weights, [{"state": {}, "param_groups": []}])
+    return TrainingState(
+        "digest", {"seed": 0}, Progress(step=step), weights, weights, [{"state": {}, "param_groups": []}]
+    )
 
 
 def test_a_state_is_read_back_unchanged(tmp_path):

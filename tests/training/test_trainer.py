@@ -21,7 +21,10 @@ def weights_of(trainer):
 
 
 def assert_same_run(one, other):
-    for first, second in ((one.hypernetwork.state_dict(), other.hypernetwork.state_dict()), (one.average.tensors, other.average.tensors)):
+    for first, second in (
+        (one.hypernetwork.state_dict(), other.hypernetwork.state_dict()),
+        (one.average.tensors, other.average.tensors),
+    ):
         for name, tensor in first.items():
             assert torch.equal(tensor, second[name]), name
 

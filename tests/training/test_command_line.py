@@ -1,0 +1,101 @@
+"""``ghn-train`` as a user runs it: other class counts, sizes and gray images, settings, errors in one line."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from ghn_service.errors import InvalidOptionError
+from ghn_service.hypernetwork.checkpoint import load_checkpoint
+from ghn_service.training.__main__ import app
+from ghn_service.training.settings import load_settings
+from tests.training.written_images import write_image_folder
+
+TINY = [
+    "--set=hypernetwork={hidden_channels=8, num_heads=2, num_layers=1, max_shape=[8,8,7,7]}",
+    "--set=data.batch_size=4",
+    "--set=sampling.largest_macs=2e6",
+    "--set=limits.validation_networks=1",
+    "--set=limits.steps=2",
+    "--set=limits.log_every=1",
+]
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(("classes", "channels", "size"), [(3, 1, 20), (5, 3, 16)])
+def test_fit_takes_any_classes_channels_and_size(tmp_path, classes, channels, size):
+    write_image_folder(tmp_path / "data", classes=classes, channels=channels, size=size, count=40)
+    result = run("fit", "--data", tmp_path / "data", "--out", tmp_path / "run", *TINY)
+    assert result.exit_code == 0, result.output
+    hypernetwork, summary = load_checkpoint(tmp_path / "run" / "ghn.safetensors")
+    assert hypernetwork.config.num_classes == classes
+    assert summary.card.details["image_size"] == size
+    assert summary.card.details["channels"] == channels
+
+
+def test_fit_goes_on_with_a_run_and_plot_draws_it(tmp_path):
+    write_image_folder(tmp_path / "data", classes=3)
+    command = ("fit", "--data", tmp_path / "data", "--out", tmp_path / "run", *TINY)
+    assert run(*command).exit_code == 0
+    again = run(*command, "--set=limits.steps=3")
+    assert "3 networks in 3 steps" in again.output
+    assert run("plot", tmp_path / "run").exit_code == 0
+    assert (tmp_path / "run" / "curves.svg").is_file()
+    assert run(*command, "--resume", "never").exit_code == 1
+
+
+def test_a_run_may_start_from_a_checkpoint(tmp_path):
+    write_image_folder(tmp_path / "data", classes=3)
+    command = ("fit", "--data", tmp_path / "data", *TINY)
+    assert run(*command, "--out", tmp_path / "one").exit_code == 0
+    start = tmp_path / "one" / "ghn.safetensors"
+    assert run(*command, "--out", tmp_path / "two", "--start-from", start).exit_code == 0
+
+
+def test_evaluate_writes_its_report(tmp_path):
+    write_image_folder(tmp_path / "data", classes=3)
+    run("fit", "--data", tmp_path / "data", "--out", tmp_path / "run", *TINY)
+    options = ("--splits", "test", "--networks", 1, "--fine-tune", 0, "--library", 1, "--workers", 1)
+    checkpoint = tmp_path / "run" / "ghn.safetensors"
+    result = run("evaluate", "--checkpoint", checkpoint, "--data", tmp_path / "data", "--out", tmp_path, *options)
+    assert result.exit_code == 0, result.output
+    assert "| test | 1 |" in (tmp_path / "evaluation.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("fit", "--data", "nowhere", "--out", "run"),
+        ("plot", "nowhere"),
+        ("evaluate", "--checkpoint", "nowhere.safetensors", "--data", "nowhere"),
+        ("fit", "--data", ".", "--out", "run", "--set", "optimizer.learning_rate=-1"),
+    ],
+)
+def test_errors_are_one_line_and_status_1(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert not isinstance(result.exception, Exception) or isinstance(result.exception, SystemExit)
+
+
+def test_settings_come_from_a_file_and_changes_win(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text("seed = 3\n[optimizer]\nlearning_rate = 0.5\nclip = 2.0\n")
+    settings = load_settings(path, ["optimizer.learning_rate=0.25", "optimizer.name=muon"])
+    assert (settings.seed, settings.optimizer.learning_rate, settings.optimizer.clip) == (3, 0.25, 2.0)
+    assert settings.optimizer.name == "muon"
+
+
+@pytest.mark.parametrize("change", ["optimizer.speed=1", "data.batch_size=one", "nonsense", "hypernetwork.rank=0"])
+def test_impossible_settings_are_named(change):
+    with pytest.raises(InvalidOptionError):
+        load_settings(None, [change])
+
+
+def test_limits_do_not_change_the_digest():
+    base = load_settings(None)
+    assert load_settings(None, ["limits.steps=5"]).digest() == base.digest()
+    assert load_settings(None, ["optimizer.clip=1.5"]).digest() != base.digest()

@@ -1,0 +1,79 @@
+"""Tables, JSON and curves."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree
+
+import pytest
+
+from ghn_service.errors import DataError
+from ghn_service.training.evaluate import Evaluation, EvaluationPlan, FineTuned, ZeroShot
+from ghn_service.training.fine_tune import Comparison, Curve
+from ghn_service.training.plot import plot_run
+from ghn_service.training.report import fine_tune_summary, json_report, markdown_report
+from ghn_service.training.run_log import RunLog, read_log
+
+
+def example() -> Evaluation:
+    zero_shot = (
+        ZeroShot("test", "0", 0.5, 0.4, 0.1),
+        ZeroShot("test", "1", 0.3, 0.2, 0.1),
+        ZeroShot("reference", "resnet20", 0.6, 0.5, 0.1, novelty=0.2, covered=0.9, copied=0.3),
+    )
+    comparisons = (
+        Comparison(Curve(0.1, (0, 100), (0.3, 0.5)), Curve(0.1, (0, 100, 200), (0.1, 0.4, 0.6))),
+        Comparison(Curve(0.1, (0, 100), (0.3, 0.3)), Curve(0.1, (0, 100, 200), (0.1, 0.4, 0.6))),
+    )
+    fine_tuned = tuple(FineTuned(str(number), 0, 0, item) for number, item in enumerate(comparisons))
+    plan = EvaluationPlan()
+    return Evaluation(plan, zero_shot, fine_tuned, 1, 2.0)
+
+
+def test_the_summary_counts_wins_and_gaps():
+    rows = fine_tune_summary(example().fine_tuned, (100,))
+    assert [row["step"] for row in rows] == [0, 100]
+    assert rows[1]["wins"] == 0.5
+    assert rows[1]["gap"][0] == pytest.approx(0.0)
+    assert rows[0]["wins"] == 1.0
+
+
+def test_markdown_shows_each_split_and_network():
+    evaluation = example()
+    text = markdown_report(
+        Evaluation(EvaluationPlan(), evaluation.zero_shot, (), evaluation.skipped, evaluation.seconds)
+    )
+    assert "| test | 2 | 40.0 ± 10.0 | 50.0 | 30.0 | 30.0 ± 10.0 | 10.0 ± 0.0 |" in text
+    assert "resnet20" in text
+
+
+def test_json_has_null_for_what_was_not_measured():
+    body = json.loads(json_report(example()))
+    assert body["zero_shot"][0]["novelty"] is None
+    assert body["zero_shot"][2]["novelty"] == 0.2
+
+
+def test_a_log_is_drawn_as_one_picture(tmp_path):
+    log = RunLog(tmp_path)
+    for step in (1, 2, 3):
+        log.write("train", step, loss=2.0 / step, accuracy=0.1 * step, networks_per_s=5.0, gradient_norm=1.0)
+    log.write("validation", 3, accuracy=0.4, best=0.5, worst=0.3)
+    log.close()
+    tree = xml.etree.ElementTree.parse(plot_run(tmp_path))
+    lines = [element for element in tree.iter() if element.tag.endswith("polyline")]
+    assert len(lines) == 7
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+    log = RunLog(tmp_path)
+    log.write("train", 1, loss=1.0)
+    log.write("train", 2, loss=float("nan"))
+    log.close()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"kind": "tra')
+    assert [record["loss"] for record in read_log(tmp_path)] == [1.0, None]
+
+
+def test_a_folder_without_a_log_is_an_error(tmp_path):
+    with pytest.raises(DataError):
+        plot_run(tmp_path)

@@ -1,0 +1,20 @@
+"""Made-up images written as an image folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from tests.training.made_images import coloured_images
+
+
+def write_image_folder(folder: Path, *, classes: int, channels: int = 3, size: int = 16, count: int = 96) -> None:
+    """Folders ``train`` and ``test`` with one folder of PNG files per class."""
+    for split, seed in (("train", 0), ("test", 1)):
+        images = coloured_images(count, size=size, channels=channels, classes=classes, seed=seed)
+        for number, (image, label) in enumerate(zip(images.images.numpy(), images.labels.tolist(), strict=True)):
+            home = folder / split / f"class{label}"
+            home.mkdir(parents=True, exist_ok=True)
+            picture = Image.fromarray(image.transpose(1, 2, 0) if channels == 3 else image[0])
+            picture.save(home / f"{number:03d}.png")
