@@ -79,9 +79,7 @@ class ConvNeXt(nn.Module):
     def __init__(self, configuration: ConvNeXtConfiguration, interface: Interface) -> None:
         super().__init__()
         channels, patch = configuration.widths[0], configuration.patch
-        self.stem = nn.Sequential(
-            Conv2d(interface.in_channels, channels, patch, stride=patch), ChannelNorm(channels)
-        )
+        self.stem = nn.Sequential(Conv2d(interface.in_channels, channels, patch, stride=patch), ChannelNorm(channels))
         self.stages = nn.Sequential()
         for stage, (width, depth) in enumerate(zip(configuration.widths, configuration.depths, strict=True)):
             blocks = nn.Sequential()

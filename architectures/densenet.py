@@ -48,7 +48,9 @@ class DenseNetConfiguration:
         return DenseNet(self, interface)
 
 
-def _norm_act_conv(channels: int, out_channels: int, kernel: int, configuration: DenseNetConfiguration) -> nn.Sequential:
+def _norm_act_conv(
+    channels: int, out_channels: int, kernel: int, configuration: DenseNetConfiguration
+) -> nn.Sequential:
     return nn.Sequential(
         make_norm(configuration.norm, channels),
         make_activation(configuration.activation),

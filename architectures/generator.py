@@ -233,5 +233,7 @@ def _shares(population: Split, families: tuple[str, ...] | None) -> dict[str, fl
     unknown = [name for name in names if name not in population.families]
     if unknown or not names:
         known = ", ".join(population.families)
-        raise InvalidOptionError(f"expected families among {known}; got {', '.join(unknown) or 'none'}", field="families")
+        raise InvalidOptionError(
+            f"expected families among {known}; got {', '.join(unknown) or 'none'}", field="families"
+        )
     return {name: population.families[name].share for name in names}

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from ghn_service.errors import InvalidOptionError
@@ -31,7 +32,12 @@ def skip_initialization() -> Iterator[None]:
 
 
 class Conv2d(nn.Conv2d):
-    """``torch.nn.Conv2d`` with He-normal weights (fan-in) and zero bias."""
+    """``torch.nn.Conv2d`` with He-normal weights (fan-in) and zero bias.
+
+    A strided 1x1 convolution of channels that 16 does not divide reads a strided view instead, which is the same:
+    torch 2.13's CPU kernel for the weight's gradient writes past its buffer there if the input is channels_last
+    (``tests/architectures/test_strided_pointwise.py``).
+    """
 
     def reset_parameters(self) -> None:
         """Draws the weight anew, unless initialisation is skipped."""
@@ -39,6 +45,13 @@ class Conv2d(nn.Conv2d):
             nn.init.kaiming_normal_(self.weight, mode="fan_in", nonlinearity="relu")
             if self.bias is not None:
                 nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name)
+        """(B, C, H, W) -> (B, C', H', W')."""
+        if self.kernel_size == (1, 1) and self.stride != (1, 1) and self.in_channels % 16:
+            rows, columns = self.stride
+            return F.conv2d(input[:, :, ::rows, ::columns], self.weight, self.bias, groups=self.groups)
+        return super().forward(input)
 
 
 class Linear(nn.Linear):

@@ -64,9 +64,7 @@ class Symbol:
 
     def reshaped(self, shape: tuple[int, ...]) -> Symbol:
         """The same values as a tensor of another shape."""
-        return Symbol(
-            self.recorder, shape, self.sources, self.level + 1, gate=self.gate, attention=self.attention
-        )
+        return Symbol(self.recorder, shape, self.sources, self.level + 1, gate=self.gate, attention=self.attention)
 
     @classmethod
     def __torch_function__(
@@ -87,13 +85,16 @@ class Symbol:
 
     # What ``forward`` calls on tensors: all of it goes through torch's functions, hence through the rules.
     def dim(self) -> int:
+        """Number of axes."""
         return len(self.shape)
 
     def size(self, axis: int | None = None) -> Any:
+        """Shape, or the size of one axis."""
         return self.shape if axis is None else self.shape[axis]
 
     @property
     def ndim(self) -> int:
+        """Number of axes."""
         return len(self.shape)
 
     def __add__(self, other: Any) -> Any:
@@ -113,33 +114,43 @@ class Symbol:
         return RULES[torch.Tensor.__getitem__](self, key)
 
     def mean(self, dim: Any, keepdim: bool = False) -> Any:
+        """As ``torch.mean``."""
         return RULES[torch.mean](self, dim, keepdim=keepdim)
 
     def softmax(self, dim: int) -> Any:
+        """As ``torch.softmax``."""
         return RULES[torch.softmax](self, dim)
 
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Any:
+        """As ``torch.flatten``."""
         return RULES[torch.flatten](self, start_dim, end_dim)
 
     def unflatten(self, dim: int, sizes: Sequence[int]) -> Any:
+        """As ``torch.unflatten``."""
         return RULES[torch.unflatten](self, dim, sizes)
 
     def reshape(self, *shape: Any) -> Any:
+        """As ``torch.reshape``."""
         return RULES[torch.reshape](self, shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
 
     view = reshape
 
     def permute(self, *axes: Any) -> Any:
+        """As ``torch.permute``."""
         return RULES[torch.permute](self, axes[0] if len(axes) == 1 and not isinstance(axes[0], int) else axes)
 
     def transpose(self, first: int, second: int) -> Any:
+        """As ``torch.transpose``."""
         return RULES[torch.transpose](self, first, second)
 
     def chunk(self, chunks: int, dim: int = 0) -> Any:
+        """As ``torch.chunk``."""
         return RULES[torch.chunk](self, chunks, dim)
 
     def unbind(self, dim: int = 0) -> Any:
+        """As ``torch.unbind``."""
         return RULES[torch.unbind](self, dim)
 
     def contiguous(self, **_: Any) -> Symbol:
+        """The same tensor."""
         return self
