@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from architectures.cell_operations import ConvolutionOperation, make_operation
 from architectures.genotype import CellGenotype, Genotype
 from architectures.interface import Interface
-from architectures.layers import ClassifierHead, conv_norm, embedding_parameter
+from architectures.layers import ClassifierHead, Conv2d, conv_norm, embedding_parameter, make_norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +175,10 @@ def _make_stem(configuration: CellNetworkConfiguration, interface: Interface) ->
     """The first layers, and the side of their output."""
     channels, kernel, norm = configuration.channels, configuration.stem_kernel, configuration.norm
     if configuration.stem == "patch":
-        stem = conv_norm(interface.in_channels, channels, kernel, stride=kernel, norm=norm)
-        stem[0].padding = (0, 0)
+        bias = norm == "none"
+        stem = nn.Sequential(Conv2d(interface.in_channels, channels, kernel, stride=kernel, bias=bias))
+        if norm != "none":
+            stem.append(make_norm(norm, channels))
         size = interface.image_size // kernel
         if configuration.positions:
             stem.append(PositionEmbedding(channels, size))

@@ -49,7 +49,7 @@ def without_norm(plan: Callable[[Draw, int], Plan]) -> Callable[[Draw, int], Pla
         drawn = plan(draw, scale)
 
         def configuration(base: int) -> Configuration:
-            return dataclasses.replace(drawn(base), norm="none")  # type: ignore[type-var, call-arg]
+            return dataclasses.replace(drawn(base), norm="none")  # type: ignore[type-var]
 
         return configuration
 

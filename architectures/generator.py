@@ -5,8 +5,8 @@ distribution and no stream of random choices; ``wide``, ``deep``, ``dense`` and 
 ``reference`` is the registry. Unlike there, networks are drawn on the fly, many are small, and more families take part.
 
 A draw goes: family, range of costs, everything about the network except its width, a usual width; if the cost is out of
-range, the width is scaled once, and if that fails the draw is repeated. Costs are those of the network for 10 classes and three-channel 32 x 32 images, so that one index is one
-architecture for every task.
+range, the width is scaled once, and if that fails, all but family and range is drawn again. Costs are those of the
+network for 10 classes and three-channel 32 x 32 images, so that one index is one architecture for every task.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Budget:
         return 1 + (self.most_multiply_adds > 5_000_000) + (self.most_multiply_adds > 20_000_000)
 
     def admits(self, architecture: Architecture) -> bool:
-        """Whether the architecture costs no more than this, nor much less; perceptrons are costly in parameters only."""
+        """Whether the architecture costs no more than this, nor much less (in parameters, for perceptrons)."""
         is_large_enough = (
             architecture.multiply_adds >= 0.7 * self.least_multiply_adds
             or architecture.num_parameters >= 0.3 * self.most_parameters

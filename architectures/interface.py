@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -42,7 +43,7 @@ class Interface:
         return (self.in_channels, self.image_size, self.image_size)
 
 
-class Configuration(Protocol):
+class Configuration(Hashable, Protocol):
     """Everything that decides an architecture of one family, as a frozen and hashable value."""
 
     family: ClassVar[str]

@@ -177,7 +177,7 @@ class SqueezeExcite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         gate = self.gate(self.expand(self.activation(self.reduce(x.mean((2, 3), keepdim=True)))))
-        return x * gate
+        return x * gate  # type: ignore[no-any-return]
 
 
 def round_channels(value: float, *, least: int = 8) -> int:

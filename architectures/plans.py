@@ -212,4 +212,4 @@ def _plan_of_cells(draw: Draw, genotype: Genotype, num_cells: int, *, stem: str,
 
 
 def _replaced(template: Configuration, **changes: object) -> Configuration:
-    return dataclasses.replace(template, **changes)  # type: ignore[type-var, no-any-return]
+    return dataclasses.replace(template, **changes)  # type: ignore[type-var]

@@ -132,7 +132,7 @@ class ResidualBlock(nn.Module):
 
 
 class PreactivationBlock(nn.Module):
-    """``x + conv(act(norm(conv(act(norm(x))))))``; where the shape changes, the shortcut follows the first activation."""
+    """``x + conv(act(norm(conv(act(norm(x))))))``; a shortcut that changes the shape follows the first activation."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, configuration: ResNetConfiguration) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class ResNet(nn.Module):
                 blocks.append(block(channels, width, stride, configuration))
                 channels = width
             self.stages.append(blocks)
-        self.final = nn.Identity()
+        self.final: nn.Module = nn.Identity()
         if preactivation:
             norm, activation = make_norm(configuration.norm, channels), make_activation(configuration.activation)
             self.final = nn.Sequential(norm, activation)

@@ -48,7 +48,7 @@ class SwinConfiguration:
 def split_windows(x: Tensor, window: int) -> Tensor:
     """(B, H, W, C) -> (B * N, T, C)."""
     # (B, H, W, C) -> (B, H / S, S, W / S, S, C) -> (B, H / S, W / S, S, S, C)
-    x = x.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3)
+    x = torch.unflatten(torch.unflatten(x, 2, (-1, window)), 1, (-1, window)).transpose(2, 3)
     return x.flatten(0, 2).flatten(1, 2)
 
 
@@ -56,7 +56,7 @@ def join_windows(x: Tensor, window: int, size: int) -> Tensor:
     """(B * N, T, C) -> (B, H, W, C) with H = W = ``size``."""
     per_side = size // window
     # (B * N, T, C) -> (B, H / S, W / S, S, S, C) -> (B, H / S, S, W / S, S, C)
-    x = x.unflatten(1, (window, window)).unflatten(0, (-1, per_side, per_side)).transpose(2, 3)
+    x = torch.unflatten(torch.unflatten(x, 1, (window, window)), 0, (-1, per_side, per_side)).transpose(2, 3)
     return x.flatten(3, 4).flatten(1, 2)
 
 
@@ -81,6 +81,9 @@ def shifted_mask(size: int, window: int, shift: int) -> Tensor:
 
 class SwinBlock(nn.Module):
     """Attention in windows, shifted or not, then a perceptron, each with its norm and shortcut."""
+
+    position_index: Tensor
+    mask: Tensor | None
 
     def __init__(self, channels: int, size: int, configuration: SwinConfiguration, *, is_shifted: bool) -> None:
         super().__init__()

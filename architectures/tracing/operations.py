@@ -212,7 +212,7 @@ def mul(x: Any, y: Any) -> Any:
 
 
 def _broadcast(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(torch.broadcast_shapes(first, second)) if first != second else first
+    return first if first == second else tuple(torch.broadcast_shapes(first, second))  # type: ignore[no-untyped-call]
 
 
 @rule(torch.cat, torch.concat)
