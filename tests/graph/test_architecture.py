@@ -59,7 +59,7 @@ def reordered(graph: ArchitectureGraph, seed: int) -> ArchitectureGraph:
     """The same graph in another topological order, with other names."""
     generator = random.Random(seed)
     priority = [generator.random() for _ in graph.nodes]
-    waiting = {index: 0 for index in range(graph.num_nodes)}
+    waiting = dict.fromkeys(range(graph.num_nodes), 0)
     for _, target in graph.edges:
         waiting[target] += 1
     order: list[int] = []

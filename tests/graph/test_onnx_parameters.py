@@ -9,6 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from ghn_service.errors import InvalidArchitectureError
 from ghn_service.graph import ArchitectureGraph, ParameterSpec, ParameterUse, read_onnx
 from tests.data.regenerate import stored_model
 from tests.graph.onnx_models import Model, edges_by_name, fallbacks, op_types
@@ -166,8 +167,6 @@ def test_two_data_inputs_stay_data() -> None:
 
 
 def test_malformed_declarations_are_refused() -> None:
-    from ghn_service.errors import InvalidArchitectureError  # noqa: PLC0415
-
     model = Model()
     model.conv("x", "a", 4, 3)
     model.metadata = {"ghn.parameters": "{not json"}
