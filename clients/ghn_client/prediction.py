@@ -45,7 +45,7 @@ class Prediction(Mapping[str, torch.Tensor]):
         source: The architecture that it was made for; None for a loaded file.
     """
 
-    buffer: bytearray
+    buffer: bytearray | memoryview
     placed: tuple[PlacedTensor, ...]
     metadata: PredictionMetadata
     seconds: Mapping[str, float] = field(default_factory=dict)

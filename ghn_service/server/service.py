@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator
 from functools import partial
 
 import grpc
 from ghn_client.wire import ghn_pb2
+from ghn_client.wire.buffers import BackgroundSha256
 from ghn_client.wire.codec import iterate_chunks
 from ghn_client.wire.framing import SERVICE, OutgoingChunk, encode_event
 
@@ -113,8 +113,7 @@ class GhnService:
     ) -> Events:
         """The file in chunks, then the trailer."""
         start = time.perf_counter()
-        sha256 = hashlib.sha256()
-        with self.watchdog.watch(context.cancel, deadline=deadline) as watch:
+        with BackgroundSha256() as sha256, self.watchdog.watch(context.cancel, deadline=deadline) as watch:
             for offset, pieces in iterate_chunks(reply.file_header, reply.buffers()):
                 if time.monotonic() > deadline:
                     raise DeadlineExceededError("the request ran out of time while its weights were sent")
@@ -122,10 +121,10 @@ class GhnService:
                     sha256.update(piece)
                 yield OutgoingChunk(offset, pieces)
                 watch.touch()
+            digest = sha256.hexdigest()
             seconds["streaming"] = time.perf_counter() - start
-            yield ghn_pb2.PredictWeightsResponse(
-                trailer=ghn_pb2.StreamTrailer(sha256=sha256.hexdigest(), seconds=seconds, report_json=reply.report_json)
-            )
+            trailer = ghn_pb2.StreamTrailer(sha256=digest, seconds=seconds, report_json=reply.report_json)
+            yield ghn_pb2.PredictWeightsResponse(trailer=trailer)
 
 
 def method_handlers(service: GhnService) -> grpc.GenericRpcHandler:

@@ -8,7 +8,6 @@ check it against the library.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 
 from ghn_client.errors import LimitExceededError, StreamCorruptedError
 from ghn_client.wire import ghn_pb2
+from ghn_client.wire.buffers import BackgroundSha256, allocate_buffer
 from ghn_client.wire.framing import DataFrame
 
 CHUNK_BYTES = 1 << 20
@@ -76,14 +76,14 @@ class ReceivedPrediction:
     """A whole, checked reply.
 
     Attributes:
-        buffer: The safetensors file.
+        buffer: The safetensors file, in writable memory.
         tensors: What is in it, in file order.
         metadata: The file's ``__metadata__``.
         header: The stream's header.
         trailer: The stream's trailer.
     """
 
-    buffer: bytearray
+    buffer: memoryview
     tensors: tuple[PlacedTensor, ...]
     metadata: Mapping[str, str]
     header: ghn_pb2.StreamHeader
@@ -220,23 +220,24 @@ def receive_stream(
         StreamCorruptedError: The stream breaks the protocol, or ends before its trailer.
         LimitExceededError: The server announces more than ``max_bytes``.
     """
-    receiver = _Receiver(max_bytes, on_progress or (lambda progress: None))
-    for event in events:
-        receiver.take(event)
-    return receiver.finish()
+    with BackgroundSha256() as sha256:
+        receiver = _Receiver(max_bytes, on_progress or (lambda progress: None), sha256)
+        for event in events:
+            receiver.take(event)
+        return receiver.finish()
 
 
 class _Receiver:
     """The state of one reply while it arrives: progress*, header, chunk*, trailer."""
 
-    def __init__(self, max_bytes: int, on_progress: Callable[[Progress], None]) -> None:
+    def __init__(self, max_bytes: int, on_progress: Callable[[Progress], None], sha256: BackgroundSha256) -> None:
         self.max_bytes = max_bytes
         self.on_progress = on_progress
         self.header: ghn_pb2.StreamHeader | None = None
         self.trailer: ghn_pb2.StreamTrailer | None = None
-        self.buffer = bytearray()
+        self.buffer = memoryview(b"")
         self.received = 0
-        self.sha256 = hashlib.sha256()
+        self.sha256 = sha256
 
     def take(self, event: ghn_pb2.PredictWeightsResponse | DataFrame) -> None:
         """Takes the next event."""
@@ -273,7 +274,7 @@ class _Receiver:
                 f"{self.max_bytes}; raise max_bytes if that is wanted"
             )
         self.header = header
-        self.buffer = bytearray(header.total_bytes)
+        self.buffer = allocate_buffer(header.total_bytes)
         self.report_bytes()
 
     def take_chunk(self, offset: int, data: Buffer) -> None:
@@ -286,7 +287,7 @@ class _Receiver:
         if not data or end > len(self.buffer):
             raise StreamCorruptedError(f"a chunk ends at byte {end} of an announced {len(self.buffer)}")
         self.buffer[offset:end] = data
-        self.sha256.update(data)
+        self.sha256.update(self.buffer[offset:end])
         self.received = end
         self.report_bytes()
 
@@ -294,10 +295,9 @@ class _Receiver:
         """Checks that every byte came, and that none was changed."""
         if self.header is None or self.received != len(self.buffer):
             raise StreamCorruptedError(f"the trailer came after {self.received} of {len(self.buffer)} announced bytes")
-        if trailer.sha256 != self.sha256.hexdigest():
-            raise StreamCorruptedError(
-                f"the bytes were changed on their way: sha256 {self.sha256.hexdigest()}, expected {trailer.sha256}"
-            )
+        digest = self.sha256.hexdigest()
+        if trailer.sha256 != digest:
+            raise StreamCorruptedError(f"the bytes were changed on their way: sha256 {digest}, not {trailer.sha256}")
         self.trailer = trailer
 
     def finish(self) -> ReceivedPrediction:
