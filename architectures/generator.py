@@ -84,7 +84,7 @@ SIZES: dict[str, Budget] = {
 }
 SIZE_MIX = {"tiny": 0.45, "small": 0.4, "base": 0.15}
 _WIDTHS = tuple(range(8, 72, 8))
-_USUAL_WIDTHS = (8, 16, 16, 16, 24, 32, 32, 48, 64)
+_USUAL_WIDTHS = ((8, 8, 16, 16, 24, 32), (8, 16, 16, 24, 32, 48), (16, 16, 24, 32, 48, 64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class Split:
         families: Family by name.
         budget: Budget of all its networks; None for a mixture of ``SIZES``.
         widths: Base widths that occur.
-        usual_widths: Base widths tried first.
+        usual_widths: Base widths tried first, for scales 1, 2, and 3 or more.
         scale: Scale given to plans; 0 for that of the budget.
     """
 
@@ -104,7 +104,7 @@ class Split:
     families: dict[str, Family]
     budget: Budget | None = None
     widths: tuple[int, ...] = _WIDTHS
-    usual_widths: tuple[int, ...] = _USUAL_WIDTHS
+    usual_widths: tuple[tuple[int, ...], ...] = _USUAL_WIDTHS
     scale: int = 0
 
 
@@ -121,7 +121,7 @@ SPLITS: dict[str, Split] = {
         FAMILIES,
         _outside(8_000_000, 240_000_000, most_nodes=200),
         widths=tuple(range(80, 272, 16)),
-        usual_widths=(80, 96, 128, 128, 160),
+        usual_widths=((80, 96, 128, 128, 160),),
         scale=1,
     ),
     "deep": Split(
@@ -183,8 +183,9 @@ def sample_architecture(
     draw = Draw("/".join(key))
     name = draw.weighted(shares)
     chosen = limit or SIZES[draw.weighted(SIZE_MIX)]
+    scale = population.scale or chosen.scale
     for _ in range(_MAX_TRIES):
-        plan = population.families[name].plan(draw, population.scale or chosen.scale)
+        plan = population.families[name].plan(draw, scale)
         configuration = fit_width(plan, draw, chosen, population)
         if configuration is not None:
             return Architecture(name, configuration, interface, f"{split}/{index}")
@@ -197,7 +198,8 @@ def fit_width(plan: Plan, draw: Draw, budget: Budget, population: Split) -> Conf
     Cost grows about with the square of the width, so one correction is enough; None if that fails.
     """
     target = draw.log_uniform(budget.least_multiply_adds, budget.most_multiply_adds)
-    first = draw.choice(population.usual_widths)
+    usual = population.usual_widths[min(budget.scale, len(population.usual_widths)) - 1]
+    first = draw.choice(usual)
     trial = Architecture("", plan(first), CANONICAL)
     if budget.admits(trial):
         return trial.configuration

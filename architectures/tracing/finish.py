@@ -161,14 +161,9 @@ def _other_parameters(recorder: Recorder, module: nn.Module, known: set[str]) ->
 
 
 def _buffers(module: nn.Module) -> tuple[BufferSpec, ...]:
-    saved = {
-        f"{prefix}.{name}" if prefix else name: buffer
+    return tuple(
+        BufferSpec(f"{prefix}.{name}" if prefix else name, tuple(buffer.shape), name)
         for prefix, child in module.named_modules()
         for name, buffer in child._buffers.items()
-        if buffer is not None and name not in child._non_persistent_buffers_set
-    }
-    return tuple(
-        BufferSpec(name, tuple(buffer.shape), name.rpartition(".")[2])
-        for name, buffer in saved.items()
-        if buffer.is_floating_point()
+        if buffer is not None and name not in child._non_persistent_buffers_set and buffer.is_floating_point()
     )

@@ -212,7 +212,11 @@ def mul(x: Any, y: Any) -> Any:
 
 
 def _broadcast(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...]:
-    return first if first == second else tuple(torch.broadcast_shapes(first, second))  # type: ignore[no-untyped-call]
+    if first == second:
+        return first
+    rank = max(len(first), len(second))
+    padded = ((1,) * (rank - len(shape)) + shape for shape in (first, second))
+    return tuple(max(sizes) for sizes in zip(*padded, strict=True))
 
 
 @rule(torch.cat, torch.concat)
