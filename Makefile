@@ -51,7 +51,7 @@ test-soak: $(VENV)/.tests-installed  ## run the endurance tests
 	$(BIN)/python -m pytest -m soak
 
 zoo: $(VENV)/.zoo-installed  ## predict for dozens of public networks and write docs/zoo.md
-	$(BIN)/python -m pytest -m zoo -n $(WORKERS) tests/zoo
+	$(BIN)/python -m pytest -m zoo -n $(WORKERS) tests/zoo --zoo-table docs/zoo.md
 
 bench: $(VENV)/.tests-installed  ## measure speed and memory against limits measured in the same run
 	$(BIN)/python -m benchmarks
