@@ -8,30 +8,29 @@ from typing import Any
 INTRODUCTION = """\
 # Networks that work
 
-Written by `make zoo`. Each network is built without weights, exported by `export_architecture`, predicted by a GHN-3 with
-seeded random weights (so these figures say what is *understood*, not how good the weights are), loaded strictly, checked to
-be finite, and trained for one step. *Predicted* is the share of trainable scalars that the hypernetwork gives; the rest gets
-a standard initialiser, which the reply names. Seconds are wall time on a busy machine with one thread: *export* from module
-to structure, *predict* from bytes to weights in the client.
+Written by `make zoo`. Each network is built without weights, exported by `export_architecture`, predicted by a GHN-3
+with seeded random weights (so these figures say what is *understood*, not how good the weights are), loaded strictly,
+checked to be finite, and trained for one step. *Predicted* is the share of trainable scalars that the hypernetwork
+gives; the rest gets a standard initialiser, which the reply names. Seconds are wall time on one thread of a busy
+machine: *export* from module to structure, *predict* from bytes to weights in the client.
 """
+
+HEADER = "| library | network | input | parameters | nodes | predicted | fallback rules | export, s | predict, s |"
+RULE = "| --- | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: |"
 
 
 def render_table(rows: Iterable[Mapping[str, Any]], failed: Iterable[str]) -> str:
     """The page, sorted by library and name."""
     ordered = sorted(rows, key=lambda row: (row["library"], row["name"].lower()))
     failures = sorted(set(failed))
-    summary = f"{len(ordered)} networks work" + (f", {len(failures)} fail: {', '.join(failures)}." if failures else ".")
-    lines = [
-        INTRODUCTION,
-        summary,
-        "",
-        "| library | network | input | parameters | nodes | predicted | fallback rules |",
-    ]
-    lines[-1] += " export, s | predict, s |"
-    lines.append("| --- | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: |")
-    lines += [
+    summary = f"{len(ordered)} networks work"
+    summary += f", {len(failures)} fail: {', '.join(failures)}." if failures else "."
+    return "\n".join([INTRODUCTION, summary, "", HEADER, RULE, *map(_render_row, ordered)]) + "\n"
+
+
+def _render_row(row: Mapping[str, Any]) -> str:
+    rules = ", ".join(row["rules"]) or "-"
+    return (
         f"| {row['library']} | {row['name']} | {row['image_size']} | {row['parameters'] / 1e6:.2f} M | {row['nodes']} "
-        f"| {row['predicted']:.2%} | {', '.join(row['rules']) or '-'} | {row['export_s']:.1f} | {row['predict_s']:.2f} |"
-        for row in ordered
-    ]
-    return "\n".join(lines) + "\n"
+        f"| {row['predicted']:.2%} | {rules} | {row['export_s']:.1f} | {row['predict_s']:.2f} |"
+    )
