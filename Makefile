@@ -27,10 +27,6 @@ $(VENV)/.tests-installed: $(VENV)/.installed
 	$(PIP) install --quiet -c constraints.txt --no-deps torchvision timm
 	touch $@
 
-$(VENV)/.zoo-installed: $(VENV)/.tests-installed
-	$(PIP) install --quiet -c constraints.txt transformers huggingface-hub pyyaml
-	touch $@
-
 $(VENV)/.dev-installed: $(VENV)/.tests-installed
 	$(PIP) install --quiet -c constraints.txt -e '.[test,dev]'
 	touch $@
@@ -50,7 +46,7 @@ test-gpu: $(VENV)/.tests-installed  ## run the tests that need a CUDA device
 test-soak: $(VENV)/.tests-installed  ## run the endurance tests
 	$(BIN)/python -m pytest -m soak
 
-zoo: $(VENV)/.zoo-installed  ## predict for dozens of public networks and write docs/zoo.md
+zoo: $(VENV)/.tests-installed  ## predict for dozens of public networks and write docs/zoo.md
 	$(BIN)/python -m pytest -m zoo -n $(WORKERS) tests/zoo --zoo-table docs/zoo.md
 
 bench: $(VENV)/.tests-installed  ## measure speed and memory against limits measured in the same run
