@@ -6,6 +6,8 @@ Shape legend: convolution weight (out, in / groups, kernel height, kernel width)
 
 from __future__ import annotations
 
+import math
+
 from ghn_service.graph.onnx_context import ReadContext
 from ghn_service.graph.onnx_file import OnnxNode
 from ghn_service.graph.onnx_values import Value, View
@@ -23,6 +25,9 @@ def read_convolution(context: ReadContext, node: OnnxNode) -> None:
         return
     kernel = view.shape if view.shape is not None else view.source.shape
     spatial = convolved(node, data[0].spatial, kernel[2:])
+    if spatial is None:  # after a slice, say; then the file may state the size
+        stated = context.file.value_shape(node.outputs[0])
+        spatial = stated[2:] if stated is not None and len(stated) == len(kernel) else None
     if len(kernel) != 4:
         _pass_weighted(context, node, data[0], spatial)
         return
@@ -36,7 +41,7 @@ def read_convolution(context: ReadContext, node: OnnxNode) -> None:
         "stride": node.integers("strides") or (1, 1),
         "dilations": dilations,
         "padding": node.integers("pads") or (0, 0, 0, 0),
-        "positions": _positions(context, node, spatial),
+        "positions": _count(spatial),
     }
     bias = context.weight(node, 2)
     is_folded = context.names.has_folded_norm(node, bias.source if bias is not None else None)
@@ -261,7 +266,7 @@ def _read_linear(
     layer = _add_layer(context, node, index, view, axes, "conv", data.flow)
     raw = context.graph.nodes[layer]
     raw.is_linear = True
-    raw.attributes = {"positions": _positions(context, node, None)}
+    raw.attributes = {"positions": _count(_leading_axes(context, node))}
     bias = context.weight(node, bias_index) if 0 <= bias_index < len(node.inputs) else None
     _finish_layer(context, node, layer, bias, bias_index, None)
     extra = context.values[node.inputs[bias_index]] if 0 <= bias_index < len(node.inputs) else None
@@ -347,16 +352,15 @@ def _read_norm(context: ReadContext, node: OnnxNode, op_type: str, data: Value, 
     context.emit(node, Value(flow=frozenset({context.add(raw)}), spatial=data.spatial))
 
 
-def _positions(context: ReadContext, node: OnnxNode, spatial: tuple[int, ...] | None) -> int:
+def _leading_axes(context: ReadContext, node: OnnxNode) -> tuple[int, ...] | None:
+    """Sizes of the axes between the first and the last one of a linear layer's output; None if unknown."""
+    shapes = (context.file.value_shape(name) for name in (node.outputs[0], *node.inputs))
+    return next((shape[1:-1] for shape in shapes if shape is not None and len(shape) >= 2), None)
+
+
+def _count(sizes: tuple[int, ...] | None) -> int:
     """Places per example at which a layer's weight is applied; 0 if unknown."""
-    if spatial is None:
-        shapes = (context.file.value_shape(name) for name in (node.outputs[0], *node.inputs))
-        spatial = next((shape[1:-1] for shape in shapes if shape is not None and len(shape) >= 2), None)
-    if spatial is None:
-        return 0
-    count = 1
-    for size in spatial:
-        count *= size
+    count = math.prod(sizes) if sizes is not None else 0
     return count if 0 < count < 2**31 else 0
 
 
