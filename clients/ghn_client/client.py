@@ -254,5 +254,3 @@ class GHNClient:
             return call(request, timeout=remaining_s, metadata=self._connection.metadata)
 
         return self._connection.call(attempt, timeout_s=timeout_s or self._timeout_s or SHORT_TIMEOUT_S)
-
-

@@ -20,8 +20,7 @@ import onnx_ir
 import torch
 
 from ghn_client.errors import ExportError
-from ghn_client.functional import NotFunctionalError
-from ghn_client.structure import encode_structure
+from ghn_client.structure import encode_structure, lift_constants
 from ghn_client.tracing import ExampleInputs, as_example_inputs, on_one_device, trace, tracing_mode
 from ghn_client.translation import NotTranslatableError, translate
 
@@ -82,7 +81,7 @@ def export_structure(module: torch.nn.Module, example_inputs: Any = None) -> Exp
         try:
             with _quiet():
                 model = way(module, inputs)
-        except Exception as error:  # noqa: BLE001 - whatever goes wrong inside torch, another way may still work
+        except Exception as error:
             _LOGGER.debug("export by %s failed", name, exc_info=True)
             failures.append((name, error))
         else:
@@ -110,7 +109,7 @@ def _by_torchscript(module: torch.nn.Module, inputs: ExampleInputs) -> onnx_ir.M
         torch.onnx.export(
             module,
             inputs.args,
-            file,
+            file,  # type: ignore[arg-type]  # the older exporter writes to buffers, its signature forgets them
             kwargs=dict(inputs.kwargs),
             dynamo=False,
             export_params=False,
@@ -151,10 +150,11 @@ def _named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
 
 def _finish(module: torch.nn.Module, model: onnx_ir.Model) -> ExportedStructure:
     _merge_tied(module, model)
+    lift_constants(model)
     tensors = dict(_named_tensors(module))
-    parameters = {
-        name for name, parameter in module.named_parameters() if parameter.dtype.is_floating_point
-    } & set(model.graph.initializers)
+    parameters = {name for name, parameter in module.named_parameters() if parameter.dtype.is_floating_point} & set(
+        model.graph.initializers
+    )
     values = {}
     for name, value in model.graph.initializers.items():
         if name in parameters or not value.uses():
@@ -170,7 +170,7 @@ def _constant(value: onnx_ir.Value) -> torch.Tensor | None:
         return None
     try:
         return torch.from_numpy(value.const_value.numpy().copy())
-    except Exception:  # noqa: BLE001 - a constant on the meta device has no values; there is no narrower error
+    except Exception:
         return None
 
 

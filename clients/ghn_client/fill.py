@@ -30,7 +30,7 @@ EXTERNAL_BYTES = (1 << 31) - (1 << 24)
 """Bytes of tensors from which a file keeps them beside itself: protobuf ends at 2 GiB."""
 
 _INITIAL_STATISTICS = {3: 0.0, 4: 1.0}
-_TORCH_TYPES = {
+_TORCH_TYPES: dict[int, torch.dtype] = {
     onnx.TensorProto.FLOAT: torch.float32,
     onnx.TensorProto.DOUBLE: torch.float64,
     onnx.TensorProto.FLOAT16: torch.float16,
@@ -57,7 +57,9 @@ def write_filled(prediction: Prediction, source: ModelSource | None, path: Path)
         PredictionFileError: The file cannot be written.
     """
     if source is None:
-        raise LoadError("this prediction was loaded from a file: give the model that it is for, to_onnx(path, model=...)")
+        raise LoadError(
+            "this prediction was loaded from a file: give the model that it is for, to_onnx(path, model=...)"
+        )
     write_model(fill_model(prediction, source), path)
 
 
@@ -116,8 +118,8 @@ class _Filler:
             self._replace_producer(initializer, tensor)
         else:
             raise LoadError(
-                f"the model has no tensor {initializer!r} to fill; weights inside functions of the model cannot be filled: "
-                "inline them first (onnx.inliner.inline_local_functions)"
+                f"the model has no tensor {initializer!r} to fill; weights inside functions of the model cannot be "
+                "filled: inline them first (onnx.inliner.inline_local_functions)"
             )
 
     def finish(self, values: Mapping[str, torch.Tensor]) -> None:
@@ -141,7 +143,7 @@ class _Filler:
             self.model.metadata_props.add(key=key, value=text)
 
     def _redirect(self, note: TensorNote, initializer: str, tensor: torch.Tensor) -> None:
-        data_type = onnx.TensorProto.FLOAT
+        data_type: int = onnx.TensorProto.FLOAT
         if initializer in self.initializers:
             data_type = self.initializers[initializer][1].data_type
         name = note.name
@@ -155,7 +157,9 @@ class _Filler:
         for use in note.uses:
             readers = self.nodes.get(use.node, [])
             if len(readers) != 1:
-                raise LoadError(f"{note.name!r} is read by the node {use.node!r}, of which the model has {len(readers)}")
+                raise LoadError(
+                    f"{note.name!r} is read by the node {use.node!r}, of which the model has {len(readers)}"
+                )
             inputs = readers[0].input
             inputs.extend([""] * (use.input_index + 1 - len(inputs)))
             inputs[use.input_index] = name

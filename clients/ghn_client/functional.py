@@ -121,9 +121,7 @@ def _drop_unused(graph: Graph) -> None:
 # ---- constants ------------------------------------------------------------------------------------------------------
 
 
-def _constant_nodes(
-    nodes: list[Node], aliases: dict[int, set[Node]], constants: dict[str, torch.Tensor]
-) -> set[Node]:
+def _constant_nodes(nodes: list[Node], aliases: dict[int, set[Node]], constants: dict[str, torch.Tensor]) -> set[Node]:
     """Nodes whose values depend on neither inputs, weights nor chance."""
     found = {node for node in nodes if _may_be_constant(node, constants)}
     while True:

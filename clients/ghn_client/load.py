@@ -88,7 +88,8 @@ def load_parameters(
     )
     if strict and not report.is_complete:
         raise LoadError(
-            f"the weights do not fit {type(module).__name__}: {report}. Nothing was loaded; strict=False loads what fits"
+            f"the weights do not fit {type(module).__name__}: {report}. "
+            "Nothing was loaded; strict=False loads what fits"
         )
     _check_buffers(module, report.reset_buffers)
     for key, value in chosen.items():
@@ -171,7 +172,7 @@ def _check_buffers(module: torch.nn.Module, resettable: tuple[str, ...]) -> None
     unknown = [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in set(resettable)]
     if unknown:
         raise LoadError(
-            f"the buffers {_shown(unknown)} are on the meta device, and their values are no weights and cannot be told; "
+            f"the buffers {_shown(unknown)} are on the meta device, and their values cannot be told; "
             "build the module so that buffers have memory (only the parameters on meta), or without the meta device"
         )
 

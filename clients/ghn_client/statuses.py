@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import grpc
 from google.rpc import error_details_pb2
@@ -79,11 +80,10 @@ def error_from_rpc(error: grpc.RpcError, *, address: str) -> GhnClientError:
         error: What gRPC raised.
         address: Where the call went, for the message.
     """
-    if not isinstance(error, grpc.Call):
-        return ServerError(f"the call to {address} failed: {error}")
-    code, details = error.code(), decode_details(error)
+    call = cast("grpc.Call", error)  # what a channel raises is both
+    code, details = call.code(), decode_details(call)
     kind = _BY_REASON.get(details.reason) or _BY_CODE.get(code, ServerError)
-    text = _TEXTS.get(kind, _plain)(error.details() or "", address)
+    text = _TEXTS.get(kind, _plain)(call.details() or "", address)
     if issubclass(kind, TemporaryError):
         return kind(text, field=details.field, request_id=details.request_id, retry_after_s=details.retry_after_s)
     return kind(text, field=details.field, request_id=details.request_id)
@@ -98,7 +98,11 @@ def decode_details(call: grpc.Call) -> StatusDetails:
     except ValueError:  # the details contradict the status: a proxy has changed one of them
         status = None
     for packed in status.details if status is not None else ():
-        info, request, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+        info, request, retry = (
+            error_details_pb2.ErrorInfo(),
+            error_details_pb2.BadRequest(),
+            error_details_pb2.RetryInfo(),
+        )
         if packed.Unpack(info):
             values["reason"] = info.reason
             values["request_id"] = info.metadata.get("request_id", "")

@@ -105,12 +105,14 @@ def encode_low_rank(options: LowRankOptions | Mapping[str, Any] | None) -> ghn_p
     """
     if options is None:
         return None
-    if not isinstance(options, LowRankOptions):
+    if isinstance(options, Mapping):
         try:
             options = LowRankOptions(**options)
         except TypeError as error:
             known = ", ".join((*RANK_RULES, "method"))
-            raise InvalidOptionError(f"low_rank knows {known}; got {sorted(options)}", field="low_rank") from error
+            raise InvalidOptionError(
+                f"low_rank knows {known}; got {', '.join(map(str, options))}", field="low_rank"
+            ) from error
     rule = next(name for name in RANK_RULES if getattr(options, name) is not None)
     method = options.method.upper() or "UNSPECIFIED"
     try:

@@ -7,6 +7,7 @@ initializers as names with types and shapes, so that it reads exactly as the ori
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 from collections.abc import Collection, Iterator
@@ -43,10 +44,10 @@ _DATA_FIELDS = (
     "data_location",
     "doc_string",
 )
+_CLASSES_KEY = "pkg.torch.onnx.class_hierarchy"
 # Names of modules and parameters, which the reader needs; the others hold source lines and paths of the user's machine.
-_KEPT_METADATA = frozenset(
-    {"pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy", "pkg.torch.onnx.fx_node"}
-)
+_KEPT_METADATA = frozenset({"pkg.torch.onnx.name_scopes", _CLASSES_KEY, "pkg.torch.onnx.fx_node"})
+_POOLING = frozenset({"AveragePool", "GlobalAveragePool", "ReduceMean"})
 
 
 # ---- models made by export ------------------------------------------------------------------------------------------
@@ -92,16 +93,36 @@ def _clear_metadata(model: onnx_ir.Model) -> None:
         graph.metadata_props.clear()
         for node in onnx_ir.traversal.RecursiveGraphIterator(graph):
             node.doc_string = None
-            _keep_names_only(node.metadata_props)
+            _keep_pooling_class(node)
             for value in node.outputs:
                 value.metadata_props.clear()
     for value in [*model.graph.inputs, *model.graph.initializers.values()]:
         value.metadata_props.clear()
 
 
-def _keep_names_only(metadata: dict[str, str]) -> None:
-    for key in [key for key in metadata if key not in _KEPT_METADATA]:
-        del metadata[key]
+def _keep_pooling_class(node: onnx_ir.Node) -> None:
+    """Leaves only which module a pooling node is, which tells adaptive from plain pooling; names are exact anyway."""
+    text = node.metadata_props.get(_CLASSES_KEY, "")
+    node.metadata_props.clear()
+    if text and node.op_type in _POOLING:
+        classes = ast.literal_eval(text)
+        node.metadata_props[_CLASSES_KEY] = repr([name.rpartition(".")[2] for name in classes[-2:-1]] + [""])
+
+
+def lift_constants(model: onnx_ir.Model) -> None:
+    """Makes initializers of float vectors inside the graph: the reader takes them for weights otherwise."""
+    for node in list(model.graph):
+        attribute = node.attributes.get("value") if node.op_type == "Constant" else None
+        tensor = attribute.as_tensor() if attribute is not None else None
+        if tensor is None or int(tensor.dtype) not in _FLOAT_TYPES or tensor.size <= _KEPT_FLOATS:
+            continue
+        old = node.outputs[0]
+        new = onnx_ir.Value(
+            name=old.name, shape=onnx_ir.Shape(tensor.shape), type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        model.graph.remove(node, safe=True)
+        model.graph.initializers.add(new)
 
 
 def _rename_clashes(model: onnx_ir.Model) -> None:
@@ -225,4 +246,4 @@ def strip_tensor(tensor: onnx.TensorProto) -> None:
     limit = KEPT_ELEMENTS if tensor.data_type in _INDEX_TYPES else _KEPT_FLOATS
     if is_external or not 0 <= count <= limit:
         for field in _DATA_FIELDS:
-            tensor.ClearField(field)  # type: ignore[arg-type]
+            tensor.ClearField(field)

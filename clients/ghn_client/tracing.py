@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree
 
@@ -28,17 +29,13 @@ class ExampleInputs:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
-    def tensors(self) -> list[torch.Tensor]:
-        """Every tensor of the arguments."""
-        return [leaf for leaf in _pytree.tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, torch.Tensor)]
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> ExampleInputs:
+        """The same arguments with every tensor changed."""
 
-    def to(self, device: torch.device) -> ExampleInputs:
-        """The same arguments with tensors on ``device``; on meta without their values."""
+        def apply(leaf: Any) -> Any:
+            return change(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
-        def move(leaf: Any) -> Any:
-            return leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf
-
-        args, kwargs = _pytree.tree_map(move, (self.args, dict(self.kwargs)))
+        args, kwargs = _pytree.tree_map(apply, (self.args, dict(self.kwargs)))
         return ExampleInputs(args, kwargs)
 
 
@@ -77,23 +74,33 @@ def _declared_inputs(module: torch.nn.Module) -> Any:
 
 
 def on_one_device(module: torch.nn.Module, inputs: ExampleInputs) -> tuple[torch.nn.Module, ExampleInputs]:
-    """Module and inputs on one device: as they are if they agree, otherwise a weightless copy on meta."""
-    tensors = [*module.parameters(), *module.buffers()]
-    devices = {tensor.device for tensor in tensors}
-    if len(devices) == 1:
-        return module, inputs.to(devices.pop())
+    """Module and inputs on one device with values, or as fake tensors of the CPU, which take no memory.
+
+    A module on the meta device often makes or keeps plain tensors on the CPU (a mean, a mask), which real operators
+    refuse to mix; fake tensors say that they are on the CPU too.
+    """
+    devices = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
+    if len(devices) == 1 and META not in devices:
+        device = next(iter(devices))
+        return module, inputs.map(lambda tensor: torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor)
     if not devices:
         return module, inputs
-    return _meta_copy(module), inputs.to(META)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        with mode:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+    copied = _fake_copy(module, fake)
+    return copied, inputs.map(lambda tensor: tensor if tensor.device.type == "cpu" else fake(tensor))
 
 
-def _meta_copy(module: torch.nn.Module) -> torch.nn.Module:
+def _fake_copy(module: torch.nn.Module, fake: Callable[[torch.Tensor], torch.Tensor]) -> torch.nn.Module:
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
-        empty = torch.empty_like(parameter, device=META)
-        memo[id(parameter)] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        memo[id(parameter)] = torch.nn.Parameter(fake(parameter), requires_grad=parameter.requires_grad)
     for buffer in module.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device=META)
+        memo[id(buffer)] = fake(buffer) if buffer.is_meta or buffer.device.type != "cpu" else buffer
     return copy.deepcopy(module, memo)
 
 

@@ -11,9 +11,12 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+import numpy
+import onnx
 import onnx_ir
 import torch
 from onnxscript import opset18 as op
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from ghn_client.functional import make_functional
@@ -43,9 +46,9 @@ def translate(program: torch.export.ExportedProgram) -> onnx_ir.Model:
     make_functional(module, _constants(program))
     registry = _registry()
     for node in module.graph.nodes:
-        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-            if not registry.is_registered(node.target):
-                raise NotTranslatableError(f"{node.target} has no translation")
+        is_operator = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+        if is_operator and not registry.is_registered(node.target):
+            raise NotTranslatableError(f"{node.target} has no translation")
     if _needs_promotion(module):
         _fx_passes.insert_type_promotion_nodes(module)
     return _core._exported_program_to_onnx_program(program, registry=registry).model
@@ -60,7 +63,11 @@ def _drop_assertions(graph: Graph) -> None:
 def _constants(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:
     names = program.graph_signature.inputs_to_lifted_tensor_constants
     values = {name: program.constants[target] for name, target in names.items()}
-    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor) and not value.is_meta}
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, torch.Tensor) and not value.is_meta and not isinstance(value, FakeTensor)
+    }
 
 
 def _needs_promotion(module: GraphModule) -> bool:
@@ -93,12 +100,15 @@ def _batch_norm(
     """``aten::batch_norm`` with running statistics."""
     if running_mean is None or training:
         raise NotTranslatableError("a batch normalisation without running statistics has no direct translation")
-    channels = [int(input.shape[1])]
-    if weight is None:
-        weight = op.ConstantOfShape(channels, value=onnx_ir.tensor([1.0], dtype=input.dtype))
-    if bias is None:
-        bias = op.ConstantOfShape(channels, value=onnx_ir.tensor([0.0], dtype=input.dtype))
+    weight = _repeated(1.0, input) if weight is None else weight
+    bias = _repeated(0.0, input) if bias is None else bias
     return op.BatchNormalization(input, weight, bias, running_mean, running_var, epsilon=eps, momentum=1.0 - momentum)
+
+
+def _repeated(value: float, like: Any) -> Any:
+    """A constant vector with one entry per channel of ``like``."""
+    array = numpy.full(int(like.shape[1]), value, dtype=numpy.float32)
+    return op.CastLike(op.Constant(value=onnx.numpy_helper.from_array(array)), like)
 
 
 def _convolution(

@@ -1,0 +1,1 @@
+"""The command line: options, tables, progress and exit codes around ``GHNClient``."""

@@ -1,0 +1,325 @@
+"""The commands. Data goes to stdout, words to stderr; ``docs/cli.md`` has the exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ghn_client import __version__
+from ghn_client.cli import options as shared
+from ghn_client.cli.outcome import ending_well, refuse, warn
+from ghn_client.cli.progress import shown_progress
+
+if TYPE_CHECKING:
+    from ghn_client.prediction import Prediction
+
+DEFAULT_HEALTH_ADDRESS = "localhost:50051"
+
+app = typer.Typer(
+    help="Predicts starting weights of neural networks from their architecture alone.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ghn-client {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the command as a whole."""
+
+
+@app.command()
+def predict(
+    context: typer.Context,
+    model_file: shared.ModelFile,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Where the weights go, as safetensors; MODEL.safetensors if not given.",
+        ),
+    ] = None,
+    onnx_out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the model with its predicted weights, too.")
+    ] = None,
+    address: shared.Address = "",
+    checkpoint: shared.Checkpoint = None,
+    model: shared.Model = "",
+    dtype: Annotated[shared.Dtype, typer.Option(help="Element type of the weights.")] = shared.Dtype.FLOAT32,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same bytes.")] = 0,
+    step: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME:KEY=VALUE,...", help="Post-processing; may be repeated, applied in order."),
+    ] = None,
+    low_rank: Annotated[
+        str, typer.Option(metavar="RULE=VALUE[,method=M]", help="Factors instead of dense weights, such as energy=0.9.")
+    ] = "",
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Only tensors whose names match; may be repeated.")
+    ] = None,
+    show_all: Annotated[bool, typer.Option("--all", help="Show every layer.")] = False,
+    as_json: shared.Json = False,
+    token_file: shared.TokenFile = None,
+    tls: shared.Tls = False,
+    root_certificates: shared.RootCertificates = None,
+    certificate: shared.Certificate = None,
+    private_key: shared.PrivateKey = None,
+    timeout: shared.Timeout = None,
+) -> None:
+    """Predict weights for a network, and write them to a file."""
+    with ending_well():
+        server = shared.server_options(
+            context, address, checkpoint, token_file, tls, root_certificates, certificate, private_key, timeout
+        )
+        weights = output or Path(model_file.with_suffix(".safetensors").name)
+        _check_targets(model_file, weights, onnx_out)
+        start = time.perf_counter()
+        with shared.open_client(server) as client, shown_progress() as on_progress:
+            prediction = client.predict(
+                model_file,
+                dtype=dtype.value,
+                seed=seed,
+                steps=step or (),
+                low_rank=_parse_low_rank(low_rank),
+                model=model,
+                include=include or (),
+                on_progress=on_progress,
+            )
+        prediction.save(weights)
+        if onnx_out is not None:
+            prediction.to_onnx(onnx_out)
+        seconds = time.perf_counter() - start
+        _report_prediction(prediction, weights, onnx_out, seconds, show_all=show_all, as_json=as_json)
+
+
+def _check_targets(model_file: Path, weights: Path, onnx_out: Path | None) -> None:
+    targets = [weights] if onnx_out is None else [weights, onnx_out]
+    for target in targets:
+        if target.exists() and model_file.exists() and target.samefile(model_file):
+            raise refuse(f"{str(target)!r} is the model itself; give another file to write to")
+        if not target.parent.is_dir():
+            raise refuse(f"the folder {str(target.parent)!r} does not exist")
+    if onnx_out is not None and onnx_out.absolute() == weights.absolute():
+        raise refuse("--output and --onnx-out name the same file")
+
+
+def _parse_low_rank(text: str) -> dict[str, Any] | None:
+    if not text:
+        return None
+    values: dict[str, Any] = {}
+    for pair in text.split(","):
+        key, separator, value = pair.partition("=")
+        if not separator:
+            raise refuse(f"expected --low-rank RULE=VALUE[,method=M], got {text!r}")
+        try:
+            number = float(value)
+        except ValueError:
+            values[key.strip()] = value.strip()
+        else:
+            values[key.strip()] = int(number) if number.is_integer() and key.strip() != "energy" else number
+    return values
+
+
+def _report_prediction(
+    prediction: Prediction, weights: Path, onnx_out: Path | None, seconds: float, *, show_all: bool, as_json: bool
+) -> None:
+    from ghn_client.cli.tables import bytes_text, data_console, print_prediction
+
+    for sentence in prediction.warnings:
+        warn(sentence)
+    metadata = prediction.metadata
+    if as_json:
+        _print_json(
+            {
+                "output": str(weights),
+                "onnx_output": str(onnx_out) if onnx_out else None,
+                "bytes": len(prediction.buffer),
+                "model": metadata.model,
+                "model_digest": metadata.model_digest,
+                "graph_digest": metadata.graph_digest,
+                "seed": metadata.seed,
+                "dtype": metadata.dtype,
+                "num_parameters": prediction.num_parameters,
+                "tensors": [
+                    {
+                        "name": name,
+                        "shape": list(tensor.shape),
+                        "origin": prediction.origins.get(name, ""),
+                        "torch_name": prediction.notes[name].torch_name if name in prediction.notes else "",
+                    }
+                    for name, tensor in prediction.items()
+                ],
+                "warnings": list(prediction.warnings),
+                "server_seconds": dict(prediction.seconds),
+                "seconds": round(seconds, 3),
+            }
+        )
+        return
+    console = data_console()
+    print_prediction(console, prediction, show_all=show_all)
+    written = f"{weights} ({bytes_text(len(prediction.buffer))})" + (f" and {onnx_out}" if onnx_out else "")
+    console.print(f"written to {written} in {seconds:.1f} s; hypernetwork {metadata.model}, seed {metadata.seed}")
+
+
+@app.command()
+def analyze(
+    context: typer.Context,
+    model_file: shared.ModelFile,
+    address: shared.Address = "",
+    checkpoint: shared.Checkpoint = None,
+    model: shared.Model = "",
+    dtype: Annotated[shared.Dtype, typer.Option(help="Element type of the weights.")] = shared.Dtype.FLOAT32,
+    show_all: Annotated[bool, typer.Option("--all", help="Show every layer.")] = False,
+    as_json: shared.Json = False,
+    token_file: shared.TokenFile = None,
+    tls: shared.Tls = False,
+    root_certificates: shared.RootCertificates = None,
+    certificate: shared.Certificate = None,
+    private_key: shared.PrivateKey = None,
+    timeout: shared.Timeout = None,
+) -> None:
+    """Say what a prediction would do with each tensor, without predicting."""
+    with ending_well():
+        server = shared.server_options(
+            context, address, checkpoint, token_file, tls, root_certificates, certificate, private_key, timeout
+        )
+        with shared.open_client(server) as client:
+            analysis = client.analyze(model_file, dtype=dtype.value, model=model)
+        for sentence in analysis.warnings:
+            warn(sentence)
+        if as_json:
+            _print_json(dataclasses.asdict(analysis))
+        else:
+            from ghn_client.cli.tables import data_console, print_analysis
+
+            print_analysis(data_console(), analysis, show_all=show_all)
+
+
+@app.command()
+def models(
+    context: typer.Context,
+    address: shared.Address = "",
+    checkpoint: shared.Checkpoint = None,
+    as_json: shared.Json = False,
+    token_file: shared.TokenFile = None,
+    tls: shared.Tls = False,
+    root_certificates: shared.RootCertificates = None,
+    certificate: shared.Certificate = None,
+    private_key: shared.PrivateKey = None,
+    timeout: shared.Timeout = None,
+) -> None:
+    """List the hypernetworks that a server has loaded."""
+    with ending_well():
+        server = shared.server_options(
+            context, address, checkpoint, token_file, tls, root_certificates, certificate, private_key, timeout
+        )
+        with shared.open_client(server) as client:
+            found, steps = client.models(), client.steps()
+        if as_json:
+            _print_json({"models": [dataclasses.asdict(item) for item in found], "steps": list(steps)})
+        else:
+            from ghn_client.cli.tables import data_console, print_models
+
+            console = data_console()
+            print_models(console, found)
+            console.print(f"post-processing steps: {', '.join(steps) or 'none'}")
+
+
+@app.command()
+def health(
+    address: shared.Address = DEFAULT_HEALTH_ADDRESS,
+    live: Annotated[bool, typer.Option("--live", help="Ask only whether the server is alive.")] = False,
+    as_json: shared.Json = False,
+    tls: shared.Tls = False,
+    root_certificates: shared.RootCertificates = None,
+    certificate: shared.Certificate = None,
+    private_key: shared.PrivateKey = None,
+    timeout: shared.Timeout = 5.0,
+) -> None:
+    """Say whether a server is alive and can predict; exits with 0 if so, 1 if it is not ready, 5 if it is not there."""
+    with ending_well():
+        server = shared.ServerOptions(
+            address or DEFAULT_HEALTH_ADDRESS,
+            tls=tls,
+            root_certificates=root_certificates,
+            certificate=certificate,
+            private_key=private_key,
+            timeout_s=timeout,
+        )
+        with shared.open_client(server) as client:
+            state = client.health()
+        if as_json:
+            _print_json(dataclasses.asdict(state))
+        else:
+            typer.echo("ready" if state.ready else "alive, but not ready" if state.alive else "not there")
+        if not (state.ready or (live and state.alive)):
+            raise typer.Exit(1 if state.alive else 5)
+
+
+@app.command("plan-rank")
+def plan_rank(
+    model_file: shared.ModelFile,
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Predicted weights of this model; He-normal ones if not given.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="spectral, function or function_optimized.")] = "function",
+    rule: Annotated[
+        str, typer.Option(metavar="RULE=VALUE", help="A rank rule whose choice is to be shown, such as energy=0.9.")
+    ] = "",
+    output_format: Annotated[str, typer.Option("--format", help="table, json or svg.")] = "table",
+) -> None:
+    """Show what low rank would cost and save in each layer, before anything is predicted; needs ghn-service."""
+    with ending_well():
+        from ghn_client import plan_rank as planning
+
+        if output_format not in planning.FORMATS:
+            raise refuse(f"expected --format of {', '.join(planning.FORMATS)}, got {output_format!r}")
+        chosen = _parse_low_rank(rule)
+        if chosen is not None and len(chosen) != 1:
+            raise refuse(f"expected one --rule RULE=VALUE, got {rule!r}")
+        pair = next(iter(chosen.items())) if chosen else None
+        plan = planning.plan_rank(model_file, weights=weights, method=method, rule=pair)
+        if output_format == "json":
+            typer.echo(planning.plan_json(plan))
+        elif output_format == "svg":
+            typer.echo(planning.plan_svg(plan))
+        else:
+            _print_plan(planning.plan_table(plan), planning.plan_summary(plan))
+
+
+def _print_plan(table: tuple[list[str], list[list[str]]], summary: str) -> None:
+    from rich.table import Table
+
+    from ghn_client.cli.tables import data_console
+
+    columns, rows = table
+    drawn = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        drawn.add_row(*row)
+    console = data_console()
+    console.print(drawn)
+    console.print(summary)
+
+
+def _print_json(document: Any) -> None:
+    json.dump(document, sys.stdout, indent=2, ensure_ascii=False)
+    sys.stdout.write("\n")
+    sys.stdout.flush()
