@@ -66,7 +66,7 @@ class Job(Generic[ResultT]):
         self._work: Callable[[int, Checkpoint], ResultT] | None = work
         self._created = time.monotonic()
         self._result: ResultT | None = None
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
         self._cancelled = threading.Event()
         self._updates: queue.SimpleQueue[JobProgress | None] = queue.SimpleQueue()
 
@@ -91,12 +91,14 @@ class Job(Generic[ResultT]):
             assert work is not None
             with translate_memory_errors():
                 self._result = work(device_index, self._enter_stage)
-        except BaseException as error:
+        except Exception as error:
             self._error = error
+        except BaseException as error:  # SystemExit and the like must end neither this thread nor the caller's
+            self._error = RuntimeError(f"the job was ended by {error!r}")
         finally:
             self._updates.put(None)
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self, error: Exception) -> None:
         """Ends a job that was never run."""
         self._error, self._work = error, None
         self._updates.put(None)

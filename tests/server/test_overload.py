@@ -1,0 +1,173 @@
+"""Queue, deadlines, cancellation and readers that stop: what one client does must not harm another."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+
+from ghn_client.wire import ghn_pb2
+from tests.server.fake_predictor import FakePredictor, Gate, connect, fake_server, predict_request, receive_file
+from tests.server.small_models import LARGE, TINY
+
+Code = grpc.StatusCode
+PATIENCE_S = 20.0
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Waits for a state that comes within milliseconds on any machine."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+def num_streams_threads() -> int:
+    return sum(thread.name == "ghn-sha256" for thread in threading.enumerate())
+
+
+def next_progress(events: grpc.Call) -> ghn_pb2.Progress:
+    return next(iter(events)).progress
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(tmp_path: Path) -> None:
+    gate = Gate()
+    with fake_server(tmp_path, FakePredictor(gate), max_queue=0, max_streams=1) as server, connect(server) as stub:
+        running = stub.PredictWeights(predict_request(TINY))
+        assert gate.entered.wait(PATIENCE_S)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.PredictWeights(predict_request(TINY)))
+        gate.opened.set()
+        assert caught.value.code() is Code.RESOURCE_EXHAUSTED
+        assert "grpc-retry-pushback-ms" in {key for key, _ in caught.value.trailing_metadata()}
+        assert receive_file(running)
+
+
+def test_a_waiting_request_hears_its_place(tmp_path: Path) -> None:
+    gate = Gate()
+    with fake_server(tmp_path, FakePredictor(gate)) as server, connect(server) as stub:
+        streams = []
+        for place in range(3):
+            streams.append(stub.PredictWeights(predict_request(TINY)))
+            first = next_progress(streams[-1])
+            assert gate.entered.wait(PATIENCE_S)
+            if place:
+                assert (first.stage, first.queue_position) == (ghn_pb2.STAGE_QUEUED, place - 1)
+        gate.opened.set()
+        assert all(receive_file(stream) for stream in streams)
+
+
+def test_a_deadline_in_the_queue(tmp_path: Path) -> None:
+    gate = Gate()
+    predictor = FakePredictor(gate)
+    with fake_server(tmp_path, predictor) as server, connect(server) as stub:
+        running = stub.PredictWeights(predict_request(TINY))
+        assert gate.entered.wait(PATIENCE_S)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.PredictWeights(predict_request(TINY), timeout=0.2))
+        gate.opened.set()
+        assert caught.value.code() is Code.DEADLINE_EXCEEDED
+        assert receive_file(running)
+    assert predictor.num_runs == 1
+
+
+def test_the_servers_own_limit_of_time(tmp_path: Path) -> None:
+    gate = Gate()
+    with fake_server(tmp_path, FakePredictor(gate), max_seconds=0.3) as server, connect(server) as stub:
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.PredictWeights(predict_request(TINY)))
+        assert caught.value.code() is Code.DEADLINE_EXCEEDED
+        gate.opened.set()
+        assert receive_file(stub.PredictWeights(predict_request(TINY), timeout=PATIENCE_S))
+
+
+def test_cancelling_a_computation_frees_the_device(tmp_path: Path) -> None:
+    gate = Gate()
+    predictor = FakePredictor(gate)
+    with fake_server(tmp_path, predictor, max_queue=0, max_streams=1) as server, connect(server) as stub:
+        running = stub.PredictWeights(predict_request(TINY))
+        assert gate.entered.wait(PATIENCE_S)
+        running.cancel()
+        predictor.before_decoding = lambda on_stage: None
+
+        def served() -> bool:
+            try:
+                return bool(receive_file(stub.PredictWeights(predict_request(TINY))))
+            except grpc.RpcError as error:
+                assert error.code() is Code.RESOURCE_EXHAUSTED
+                return False
+
+        wait_until(served)
+
+
+def test_cancelling_a_stream_frees_its_place_and_threads(tmp_path: Path) -> None:
+    with fake_server(tmp_path, max_queue=0, max_streams=1) as server, connect(server) as stub:
+        for _ in range(3):
+            stream = stub.PredictWeights(predict_request(LARGE))
+            for event in stream:
+                if event.WhichOneof("event") == "chunk":
+                    break
+            stream.cancel()
+            wait_until(lambda: num_streams_threads() == 0)
+        wait_until(lambda: _is_served(stub.PredictWeights(predict_request(TINY))))
+
+
+def _is_served(stream: grpc.Call) -> bool:
+    try:
+        return bool(receive_file(stream))
+    except grpc.RpcError:
+        return False
+
+
+def test_a_client_that_never_reads_is_cut_off(tmp_path: Path) -> None:
+    with (
+        fake_server(tmp_path, max_queue=0, max_streams=1, send_idle_seconds=0.5) as server,
+        connect(server) as stub,
+    ):
+        sleeper = stub.PredictWeights(predict_request(LARGE))
+        next(iter(sleeper))
+        wait_until(lambda: num_streams_threads() == 1)
+        wait_until(lambda: num_streams_threads() == 0)
+        wait_until(lambda: _is_served(stub.PredictWeights(predict_request(TINY))))
+        with pytest.raises(grpc.RpcError) as caught:
+            list(sleeper)
+        assert caught.value.code() in {Code.CANCELLED, Code.DEADLINE_EXCEEDED}
+
+
+def test_a_slow_reader_gets_everything(tmp_path: Path) -> None:
+    with fake_server(tmp_path, send_idle_seconds=5.0) as server, connect(server) as stub:
+        size = 0
+        for event in stub.PredictWeights(predict_request(LARGE)):
+            size += len(event.chunk.data)
+            time.sleep(0.005)
+        assert event.WhichOneof("event") == "trailer"
+        assert size > 48 << 20
+
+
+def test_health_and_lists_answer_while_the_device_is_busy(tmp_path: Path) -> None:
+    gate = Gate()
+    with fake_server(tmp_path, FakePredictor(gate)) as server, connect(server) as stub:
+        running = stub.PredictWeights(predict_request(TINY))
+        assert gate.entered.wait(PATIENCE_S)
+        assert stub.ListModels(ghn_pb2.ListModelsRequest(), timeout=PATIENCE_S).models
+        gate.opened.set()
+        assert receive_file(running)
+
+
+def test_predictions_never_overlap_on_a_device(tmp_path: Path) -> None:
+    lock = threading.Lock()
+
+    def exclusive(on_stage: object) -> None:
+        assert lock.acquire(blocking=False), "two predictions at once"
+        time.sleep(0.01)
+        lock.release()
+
+    predictor = FakePredictor(exclusive)
+    with fake_server(tmp_path, predictor) as server, connect(server) as stub:
+        streams = [stub.PredictWeights(predict_request(TINY)) for _ in range(8)]
+        assert all(receive_file(stream) for stream in streams)
+    assert set(predictor.threads) == {"ghn-worker-0"}
