@@ -8,7 +8,6 @@ from ghn_client.finetune.errors import InvalidOptionError, NothingToTuneError, U
 from ghn_client.finetune.insertion import insert_norms, layers_without_norm
 from ghn_client.finetune.norm_layers import norm_kind
 from ghn_client.finetune.norm_only import norm_only
-from ghn_client.finetune.statistics import recalibrate
 from torch import nn
 
 from tests.finetune.networks import ResidualNetwork, mlp, small_cnn, train_a_little
@@ -151,17 +150,6 @@ def test_unknown_options_are_refused():
         norm_only(ResidualNetwork(8), statistics="sometimes")
     with pytest.raises(InvalidOptionError):
         norm_only(ResidualNetwork(8), missing="perhaps")
-
-
-def test_recalibration_averages_the_batches_and_keeps_weights():
-    network = ResidualNetwork(8)
-    weights = [p.clone() for p in network.parameters()]
-    assert recalibrate(network, [(INPUTS, None)]) == 1
-    features = network.stem(INPUTS)
-    torch.testing.assert_close(network.norm.running_mean, features.mean((0, 2, 3)))
-    torch.testing.assert_close(network.norm.running_var, features.var((0, 2, 3)))
-    assert all(torch.equal(a, b) for a, b in zip(weights, network.parameters(), strict=True))
-    assert network.training
 
 
 def test_tuned_norms_survive_tracing_to_onnx(tmp_path):

@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -69,40 +68,6 @@ def statistics_buffers(module: nn.Module, choice: str) -> list[str]:
     if choice != UPDATE:
         return []
     return [name for name, _ in module.named_buffers() if name.rpartition(".")[2] in ("running_mean", "running_var")]
-
-
-@torch.no_grad()
-def recalibrate(module: nn.Module, batches: Iterable[Any], *, max_batches: int | None = None) -> int:
-    """Recomputes the running statistics of every BatchNorm as the plain average over ``batches``.
-
-    Predicted networks need it: a hypernetwork predicts no statistics. Weights are left as they are.
-
-    Args:
-        module: Network whose statistics are replaced.
-        batches: Tensors, or tuples whose first entry is the input.
-        max_batches: Stop after so many.
-
-    Returns:
-        Number of batches used.
-    """
-    layers = running_layers(module)
-    modes = {name: child.training for name, child in module.named_modules()}
-    old = [getattr(layer, "momentum", None) for layer in layers]
-    module.eval()
-    for layer in layers:
-        layer.reset_running_stats()  # type: ignore[operator]
-        layer.momentum = None  # type: ignore[assignment]
-        layer.train()
-    used = 0
-    for batch in batches:
-        if max_batches is not None and used >= max_batches:
-            break
-        module(batch[0] if isinstance(batch, (tuple, list)) else batch)
-        used += 1
-    _set_momentum(layers, old)
-    for name, child in module.named_modules():
-        child.training = modes[name]
-    return used
 
 
 def _use_running_statistics(layer: nn.Module, _inputs: Any) -> None:

@@ -1,0 +1,268 @@
+"""``fit``: the common training loop for image classification, with progress, evaluation, early stopping and resume.
+
+Plain loops stay plain - ``handle.parameters()`` goes into any optimizer; this is for those who do not want to write
+one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ghn_client.finetune.errors import DeltaFormatError, InvalidOptionError
+from ghn_client.finetune.handle import FineTuneHandle
+
+Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+
+
+class Progress(Protocol):
+    """Is told after every epoch; may print, plot or log."""
+
+    def __call__(self, epoch: EpochReport, /) -> None:
+        """Called with the report of the epoch that just ended."""
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """One epoch.
+
+    Attributes:
+        epoch: From 1.
+        train_loss: Mean loss over the training batches, penalty included.
+        accuracy: On the validation batches in eval mode; ``None`` without them.
+        loss: Mean loss there.
+        learning_rate: At the end of the epoch.
+        seconds: Wall time, evaluation included.
+    """
+
+    epoch: int
+    train_loss: float
+    accuracy: float | None
+    loss: float | None
+    learning_rate: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """A finished run.
+
+    Attributes:
+        epochs: One report per epoch, those before a resume included.
+        best_epoch: Whose values the module has now: the one with the best accuracy, or the last.
+        stopped_early: Whether patience ran out.
+    """
+
+    epochs: tuple[EpochReport, ...]
+    best_epoch: int
+    stopped_early: bool
+
+    @property
+    def accuracy(self) -> float | None:
+        """Validation accuracy of the values that the module has now."""
+        return self.epochs[self.best_epoch - 1].accuracy
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How to train.
+
+    Attributes:
+        epochs: At most so many.
+        learning_rate: At the start; falls to zero along a cosine.
+        optimizer: ``sgd`` (momentum 0.9) or ``adamw``.
+        weight_decay: On all tuned parameters; 0 is right for norm layers.
+        gradient_clip: Largest norm of the gradient, ``None`` for no limit.
+        patience: Stop after so many epochs without a better accuracy; ``None`` never stops.
+        label_smoothing: Of the cross-entropy.
+    """
+
+    epochs: int = 10
+    learning_rate: float = 0.05
+    optimizer: str = "sgd"
+    weight_decay: float = 0.0
+    gradient_clip: float | None = 5.0
+    patience: int | None = None
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or not self.learning_rate > 0.0 or self.optimizer not in OPTIMIZERS:
+            raise InvalidOptionError(
+                f"expected epochs >= 1, learning_rate > 0 and optimizer of {', '.join(OPTIMIZERS)}; got {self}"
+            )
+        if self.patience is not None and self.patience < 1:
+            raise InvalidOptionError(f"patience must be at least 1, got {self.patience}")
+
+
+def fit(
+    handle: FineTuneHandle,
+    batches: Batches,
+    *,
+    settings: FitSettings | None = None,
+    validation: Batches | None = None,
+    device: torch.device | str | None = None,
+    checkpoint: str | Path | None = None,
+    on_epoch: Progress | None = None,
+) -> FitReport:
+    """Trains what ``handle`` tunes; the module ends in eval mode with its best values.
+
+    Args:
+        handle: Of any strategy.
+        batches: Pairs of inputs and labels; iterated once per epoch, so a ``DataLoader`` or a list.
+        settings: How to train.
+        validation: Pairs to measure accuracy on after every epoch.
+        device: Where to train; default where the module is.
+        checkpoint: File written after every epoch; if it is there, training goes on from it.
+        on_epoch: Called after every epoch.
+
+    Raises:
+        DeltaFormatError: The checkpoint belongs to another run.
+    """
+    settings = settings or FitSettings()
+    place = torch.device(device) if device is not None else next(handle.module.parameters()).device
+    handle.module.to(place)
+    run = _Run(handle, settings, place)
+    if checkpoint is not None and Path(checkpoint).exists():
+        run.resume(Path(checkpoint))
+    while len(run.reports) < settings.epochs and not run.out_of_patience:
+        run.epoch(batches, validation)
+        if checkpoint is not None:
+            run.save(Path(checkpoint))
+        if on_epoch is not None:
+            on_epoch(run.reports[-1])
+    run.load_best()
+    handle.module.eval()
+    return FitReport(tuple(run.reports), run.best_epoch, run.out_of_patience)
+
+
+@torch.no_grad()
+def evaluate(module: nn.Module, batches: Batches, *, device: torch.device | str | None = None) -> tuple[float, float]:
+    """Accuracy and mean cross-entropy in eval mode; the mode is put back.
+
+    Args:
+        module: Returns logits (B, C).
+        batches: Pairs of inputs and labels.
+        device: Where the module is.
+
+    Raises:
+        InvalidOptionError: There is no batch.
+    """
+    was_training = module.training
+    place = torch.device(device) if device is not None else next(module.parameters()).device
+    module.eval()
+    right, loss, count = 0, 0.0, 0
+    for inputs, labels in batches:
+        logits = module(inputs.to(place))
+        labels = labels.to(place)
+        right += int((logits.argmax(1) == labels).sum())
+        loss += float(nn.functional.cross_entropy(logits.float(), labels, reduction="sum"))
+        count += len(labels)
+    module.train(was_training)
+    if not count:
+        raise InvalidOptionError("expected at least one batch to evaluate on, got none")
+    return right / count, loss / count
+
+
+class _Run:
+    """State of a run between epochs."""
+
+    def __init__(self, handle: FineTuneHandle, settings: FitSettings, device: torch.device) -> None:
+        self.handle, self.settings, self.device = handle, settings, device
+        options: dict[str, Any] = {"momentum": 0.9} if settings.optimizer == "sgd" else {}
+        groups = handle.parameters(weight_decay=settings.weight_decay)
+        self.optimizer = OPTIMIZERS[settings.optimizer](groups, lr=settings.learning_rate, **options)
+        self.reports: list[EpochReport] = []
+        self.best_epoch, self.best_state = 0, self._state()
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        return {
+            f"{index}/{name}": value.detach().clone()
+            for index, part in enumerate(self.handle.parts)
+            for name, value in part.state().items()
+        }
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the last ``patience`` epochs brought nothing."""
+        patience = self.settings.patience
+        return patience is not None and len(self.reports) - self.best_epoch >= patience and self.best_epoch > 0
+
+    def epoch(self, batches: Batches, validation: Batches | None) -> None:
+        """Trains and evaluates one epoch."""
+        start, number = time.perf_counter(), len(self.reports) + 1
+        module, losses = self.handle.module, []
+        module.train()
+        rate = 0.5 * self.settings.learning_rate * (1 + math.cos(math.pi * (number - 1) / self.settings.epochs))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        for inputs, labels in batches:
+            losses.append(self._step(inputs.to(self.device), labels.to(self.device)))
+        if not losses:
+            raise InvalidOptionError("expected at least one training batch, got none")
+        accuracy = loss = None
+        if validation is not None:
+            accuracy, loss = evaluate(module, validation, device=self.device)
+        train_loss = float(torch.stack(losses).mean())
+        self.reports.append(EpochReport(number, train_loss, accuracy, loss, rate, time.perf_counter() - start))
+        best = self.reports[self.best_epoch - 1].accuracy if self.best_epoch else None
+        if accuracy is None or best is None or accuracy > best:
+            self.best_epoch, self.best_state = number, self._state()
+
+    def _step(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        logits = self.handle.module(inputs)
+        loss = nn.functional.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing)
+        loss = loss + self.handle.loss_penalty()
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.settings.gradient_clip is not None:
+            tuned = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(tuned, self.settings.gradient_clip)
+        self.optimizer.step()
+        return loss.detach()
+
+    def save(self, path: Path) -> None:
+        """Writes everything needed to go on; a crash while writing leaves the old file."""
+        document = {
+            "strategy": self.handle.strategy,
+            "settings": asdict(self.settings),
+            "reports": [asdict(report) for report in self.reports],
+            "best_epoch": self.best_epoch,
+            "best_state": self.best_state,
+            "state": self._state(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+        temporary = path.with_suffix(path.suffix + ".part")
+        torch.save(document, temporary)
+        temporary.replace(path)
+
+    def resume(self, path: Path) -> None:
+        """Takes the state of a run of the same strategy and settings."""
+        document = torch.load(path, map_location=self.device, weights_only=True)
+        expected = {"strategy": self.handle.strategy, "settings": asdict(self.settings)}
+        given = {key: document.get(key) for key in expected}
+        if given != expected:
+            raise DeltaFormatError(f"the checkpoint {path.name} belongs to another run: {given}, expected {expected}")
+        self._write(document["state"])
+        self.optimizer.load_state_dict(document["optimizer"])
+        self.reports = [EpochReport(**report) for report in document["reports"]]
+        self.best_epoch, self.best_state = document["best_epoch"], document["best_state"]
+        torch.set_rng_state(document["random"].cpu())
+
+    def load_best(self) -> None:
+        """Puts the values of the best epoch into the module."""
+        self._write(self.best_state)
+
+    @torch.no_grad()
+    def _write(self, state: Mapping[str, torch.Tensor]) -> None:
+        for index, part in enumerate(self.handle.parts):
+            for name, value in part.state().items():
+                value.copy_(state[f"{index}/{name}"])
