@@ -108,7 +108,9 @@ def _batch_norm(
 def _repeated(value: float, like: Any) -> Any:
     """A constant vector with one entry per channel of ``like``."""
     array = numpy.full(int(like.shape[1]), value, dtype=numpy.float32)
-    return op.CastLike(op.Constant(value=onnx.numpy_helper.from_array(array)), like)
+    constant: Any = op.Constant(value=onnx.numpy_helper.from_array(array))
+    vector: Any = op.CastLike(constant, like)  # type: ignore[type-var]
+    return vector
 
 
 def _convolution(
