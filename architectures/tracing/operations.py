@@ -44,7 +44,7 @@ def _weighted(
     if bias is not None:
         end = recorder.add_parameter("bias", level, bias, frozenset((index,)), fallback="zeros")
         recorder.records[index].bias = end
-    recorder.multiply_adds += math.prod(shape[1:]) * (weight.numel() // int(weight.shape[0]))
+    recorder.multiply_adds += math.prod(shape) * (weight.numel() // int(weight.shape[0]))
     recorder.activation_elements += math.prod(shape)
     return Symbol(recorder, shape, frozenset((end,)), level)
 
@@ -233,7 +233,7 @@ def cat(tensors: Sequence[Any], dim: int = 0) -> Symbol:
 def matmul(x: Symbol, y: Symbol) -> Symbol:
     """(..., T, D) @ (..., D, E) -> (..., T, E) of two computed tensors, as in attention."""
     shape = (*x.shape[:-1], y.shape[-1])
-    x.recorder.multiply_adds += math.prod(shape[1:]) * x.shape[-1]
+    x.recorder.multiply_adds += math.prod(shape) * x.shape[-1]
     x.recorder.activation_elements += math.prod(shape)
     level = 1 + max(x.level, y.level)
     for index in x.attention:
@@ -256,7 +256,7 @@ def attention(query: Symbol, key: Symbol, value: Symbol, attn_mask: Any = None, 
     recorder = query.recorder
     level = 1 + max(query.level, key.level, value.level)
     index = recorder.add_operation("msa", level, query.sources | key.sources | value.sources)
-    scores = math.prod(query.shape[1:-1]) * key.shape[-2]
+    scores = math.prod(query.shape[:-1]) * key.shape[-2]
     recorder.multiply_adds += scores * (query.shape[-1] + value.shape[-1])
     recorder.activation_elements += 2 * scores + math.prod(query.shape)
     return Symbol(recorder, (*query.shape[:-1], value.shape[-1]), frozenset((index,)), level)
@@ -328,6 +328,12 @@ def getitem(x: Symbol, key: Any) -> Symbol:
         if isinstance(item, slice):
             shape.append(len(range(*item.indices(size))))
     return x.reshaped(tuple(shape))
+
+
+@rule(F.dropout, F.dropout2d)
+def dropout(x: Symbol, *_: Any, **__: Any) -> Symbol:
+    """Dropout leaves no trace."""
+    return x.reshaped(x.shape)
 
 
 @rule(torch.roll)

@@ -1,0 +1,153 @@
+"""Random architectures: determinism, splits, budgets."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from architectures.cell_network import CellNetworkConfiguration
+from architectures.families import FAMILIES
+from architectures.generator import SIZES, SPLITS, Budget, sample_architecture
+from architectures.registry import ARCHITECTURES
+from ghn_service.errors import InvalidOptionError
+
+DRAWN = [name for name in SPLITS if name != "reference"]
+GOLDEN = "20bbb7ed2c64d929b0b9028be089c84f2844b7140f1f393a4c21fec0cce91845"
+
+
+def fingerprint(count: int) -> str:
+    parts = [repr(sample_architecture(split, index)) for split in DRAWN if split != "deep" for index in range(count)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def test_a_version_of_the_generator_draws_the_same_networks_forever() -> None:
+    """If this fails on purpose, raise GENERATOR_VERSION and renew the constant."""
+    assert fingerprint(4) == GOLDEN
+
+
+def test_another_process_draws_the_same_networks() -> None:
+    program = "from tests.architectures.test_generator import fingerprint; print(fingerprint(1))"
+    other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == fingerprint(1)
+
+
+def test_order_of_calls_does_not_matter() -> None:
+    forward = [sample_architecture("train", index).configuration for index in range(5)]
+    backward = [sample_architecture("train", index).configuration for index in reversed(range(5))]
+    assert forward == backward[::-1]
+
+
+def test_task_sizes_do_not_change_the_design() -> None:
+    here = sample_architecture("test", 2)
+    there = sample_architecture("test", 2, num_classes=100, in_channels=1, image_size=28)
+    assert here.configuration == there.configuration
+
+
+def test_splits_of_one_distribution_share_no_network() -> None:
+    drawn = {
+        split: {sample_architecture(split, index).configuration for index in range(40)}
+        for split in ("train", "val", "test")
+    }
+    assert not drawn["train"] & drawn["val"]
+    assert not drawn["train"] & drawn["test"]
+    assert not drawn["val"] & drawn["test"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_size_bounds_cost(size: str) -> None:
+    budget = SIZES[size]
+    for index in range(12):
+        architecture = sample_architecture("train", index, size=size)
+        assert architecture.multiply_adds <= 1.15 * budget.most_multiply_adds
+        assert architecture.num_parameters <= budget.most_parameters
+        assert architecture.num_nodes <= budget.most_nodes
+
+
+def test_own_budget_is_kept() -> None:
+    budget = Budget(400_000, 900_000, most_parameters=50_000, most_nodes=60)
+    architectures = [sample_architecture("train", index, budget=budget) for index in range(8)]
+    assert all(budget.admits(architecture) for architecture in architectures)
+
+
+def test_families_can_be_chosen() -> None:
+    names = {sample_architecture("val", index, families=("resnet", "mlp")).family for index in range(20)}
+    assert names == {"resnet", "mlp"}
+
+
+def test_many_families_occur_in_train() -> None:
+    names = [sample_architecture("train", index, size="tiny").family for index in range(40)]
+    assert len(set(names)) >= 6
+    assert set(names) <= set(FAMILIES)
+
+
+def test_wide_networks_are_wider_than_those_of_train() -> None:
+    def widest(split: str, index: int) -> int:
+        graph = sample_architecture(split, index, families=("resnet",)).graph()
+        shapes = [node.weight.shape for node in graph.nodes if node.weight is not None and len(node.weight.shape) == 4]
+        return max(shape[0] for shape in shapes if shape[1] == 3)
+
+    assert max(widest("train", index) for index in range(12)) < min(widest("wide", index) for index in range(12))
+
+
+def test_deep_networks_have_more_nodes_than_those_of_train() -> None:
+    most = max(budget.most_nodes for budget in SIZES.values())
+    assert all(sample_architecture("deep", index).num_nodes > most for index in range(3))
+
+
+def test_dense_cells_have_more_steps_than_those_of_train() -> None:
+    def steps(split: str, index: int) -> int:
+        configuration = sample_architecture(split, index, families=("cells",)).configuration
+        assert isinstance(configuration, CellNetworkConfiguration)
+        cells = (configuration.genotype.normal, configuration.genotype.reduction)
+        return max(len(cell.steps) + len(cell.outputs) for cell in cells)
+
+    assert sum(steps("dense", index) for index in range(12)) > 1.5 * sum(steps("train", index) for index in range(12))
+
+
+def test_bnfree_networks_have_no_norm() -> None:
+    types = {node.op_type for index in range(10) for node in sample_architecture("bnfree", index).graph().nodes}
+    assert not types & {"bn", "ln"}
+
+
+def test_reference_is_the_registry() -> None:
+    names = [sample_architecture("reference", index).name for index in range(len(ARCHITECTURES))]
+    assert names == list(ARCHITECTURES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords"),
+    [
+        (("trian", 0), {}),
+        (("train", -1), {}),
+        (("train", 0), {"size": "huge"}),
+        (("train", 0), {"size": "tiny", "budget": SIZES["tiny"]}),
+        (("train", 0), {"families": ("resnets",)}),
+        (("train", 0), {"num_classes": 0}),
+        (("reference", 10_000), {}),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: tuple[str, int], keywords: dict[str, object]) -> None:
+    with pytest.raises(InvalidOptionError) as caught:
+        sample_architecture(*arguments, **keywords)  # type: ignore[arg-type]
+    assert caught.value.field
+
+
+def test_an_impossible_budget_is_refused() -> None:
+    with pytest.raises(InvalidOptionError):
+        sample_architecture("train", 0, budget=Budget(1, 2))
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(split=st.sampled_from(["train", "val", "test", "bnfree"]), index=st.integers(0, 10**9))
+def test_any_index_gives_a_network_that_its_graph_describes(split: str, index: int) -> None:
+    architecture = sample_architecture(split, index, size="tiny")
+    module = architecture.build(initialize=False)
+    expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    graph = architecture.graph()
+    assert {spec.name: spec.shape for spec in graph.parameters()} == expected
+    assert [node.is_head for node in graph.nodes[-2:]] == [True, True]
