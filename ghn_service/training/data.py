@@ -56,6 +56,11 @@ class ImageSet:
         """Rows (and columns) of an image."""
         return int(self.images.shape[2])
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of an image."""
+        return self.channels, int(self.images.shape[2]), int(self.images.shape[3])
+
     def subset(self, indices: torch.Tensor) -> ImageSet:
         """The images of the given indices, in that order."""
         return ImageSet(self.images[indices], self.labels[indices], self.class_names)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ghn_service.errors import DataError
+from ghn_service.errors import DataError, GhnServiceError
 from ghn_service.hypernetwork.checkpoint import load_checkpoint
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
 from ghn_service.training.data import ImageSet, Normalization, measure_normalization, require_images, split_validation
@@ -124,7 +124,7 @@ class Evaluation:
         plan: What was asked for.
         zero_shot: One entry per network.
         fine_tuned: One entry per network, data size and seed.
-        skipped: Networks left out for their cost.
+        skipped: Networks left out: too expensive, or not made for this size of image.
         seconds: Wall-clock time.
     """
 
@@ -159,6 +159,14 @@ class _Context:
     def network(self, split: str, name: str) -> TargetArchitecture:
         sizes = Task(self.training.num_classes, self.training.channels, self.training.image_size)
         return find_network(split, name, sizes)
+
+    def is_affordable(self, split: str, name: str) -> bool:
+        """Whether the network runs on images of this size at a cost within the plan."""
+        try:
+            return self.network(split, name).multiply_adds <= self.plan.largest_macs
+        except (GhnServiceError, RuntimeError) as error:
+            logger.warning("network %s of split %s is left out: %s", name, split, error)
+            return False
 
 
 _context: _Context | None = None
@@ -223,7 +231,7 @@ def _jobs(context: _Context) -> tuple[list[_Job], int]:
     zero_shot: list[_Job] = []
     for split in plan.splits:
         for name in network_names(split, plan.networks):
-            if context.network(split, name).multiply_adds > plan.largest_macs:
+            if not context.is_affordable(split, name):
                 skipped += 1
             else:
                 zero_shot.append(_Job(split, name, "zero-shot"))

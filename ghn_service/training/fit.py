@@ -13,6 +13,7 @@ import torch
 from ghn_service.errors import TrainingError
 from ghn_service.hypernetwork.checkpoint import CheckpointSummary, ModelCard, load_checkpoint, save_checkpoint
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
+from ghn_service.postprocess.distribution_shift import METADATA_KEY
 from ghn_service.training.data import (
     ImageSet,
     Normalization,
@@ -23,6 +24,7 @@ from ghn_service.training.data import (
 )
 from ghn_service.training.data_layouts import ImageFormat
 from ghn_service.training.distributed import Workers, join_workers
+from ghn_service.training.graph_statistics import training_graph_statistics
 from ghn_service.training.memory import keep_freed_memory
 from ghn_service.training.networks import REFERENCE, Pool, Task, find_network
 from ghn_service.training.sampling import ArchitectureSource
@@ -216,6 +218,7 @@ def export_checkpoint(trainer: Trainer, path: Path, data: TrainingData, dataset:
             "hours": round(trainer.progress.elapsed_s / 3600, 3),
             "code_version": code_version(),
             "settings": trainer.settings.model_dump(mode="json"),
+            METADATA_KEY: training_graph_statistics(trainer.stream.source, trainer.settings.sampling),
         },
     )
     return save_half(trainer.averaged(), path, card)

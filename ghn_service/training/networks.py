@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from architectures.architecture import Architecture
+from architectures.architecture import CANONICAL, Architecture
 from architectures.generator import sample_architecture
 from architectures.interface import Interface
 from architectures.registry import ARCHITECTURES, reference_architecture
+from ghn_service.errors import TrainingError
 from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.training.sampling import TargetArchitecture
 
@@ -52,7 +54,11 @@ class Pool:
     size: int
 
     def __call__(self, index: int) -> TargetArchitecture:
-        """Network number ``index``, modulo the size of the pool."""
+        """Network number ``index``, modulo the size of the pool.
+
+        Raises:
+            TrainingError: It does not run on images of this size.
+        """
         return _sample(self.split, index % self.size, self.task)
 
 
@@ -82,7 +88,23 @@ def _sample(split: str, index: int, task: Task) -> SampledNetwork:
     architecture = sample_architecture(
         split, index, num_classes=task.num_classes, in_channels=task.in_channels, image_size=task.image_size
     )
+    if task.image_size != CANONICAL.image_size:
+        _check_it_runs(architecture)
     return SampledNetwork(architecture, architecture.multiply_adds)
+
+
+def _check_it_runs(architecture: Architecture) -> None:
+    """Runs shapes, not values, through a network: random ones need not fit every size of image.
+
+    Raises:
+        TrainingError: Its layers do not fit together for this size.
+    """
+    shape = architecture.interface.input_shape
+    try:
+        with torch.device("meta"), torch.no_grad():
+            architecture.build(initialize=False).eval()(torch.empty(2, *shape))
+    except RuntimeError as error:
+        raise TrainingError(f"{architecture.name} does not run on images of shape {shape}: {error}") from error
 
 
 def reference_names() -> tuple[str, ...]:

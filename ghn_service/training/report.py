@@ -117,7 +117,7 @@ def markdown_report(evaluation: Evaluation) -> str:
     if novelty := novelty_line(evaluation.zero_shot):
         parts.append("Distance to the training networks' predictions.\n\n" + novelty)
     if evaluation.skipped:
-        parts.append(f"{evaluation.skipped} networks were left out for their cost.")
+        parts.append(f"{evaluation.skipped} networks were left out: too expensive, or not made for this size of image.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -116,6 +116,16 @@ def _build(architecture: TargetArchitecture, *, is_all_predicted: bool) -> nn.Mo
     return use_batch_statistics(architecture.build(initialize=not is_all_predicted)).train()
 
 
+def find_candidate(source: ArchitectureSource, index: int) -> TargetArchitecture | None:
+    """Candidate ``index`` with its cost known; ``None`` where it cannot be made (for this size of image)."""
+    try:
+        candidate = source(index)
+        return candidate if candidate.multiply_adds > 0 else None
+    except (GhnServiceError, RuntimeError) as error:  # torch raises the latter where layers do not fit together
+        logger.warning("candidate %d cannot be made and is left out: %s", index, error)
+        return None
+
+
 class NetworkStream:
     """Candidates in order, thinned by cost.
 
@@ -162,15 +172,7 @@ class NetworkStream:
         )
 
     def _candidate(self, index: int) -> TargetArchitecture | None:
-        """The candidate, with its cost known; ``None`` where it cannot be made."""
-        try:
-            candidate = self.source(index)
-            if candidate.multiply_adds < 1:
-                return None
-        except (GhnServiceError, RuntimeError) as error:  # torch says so where layers do not fit the image's size
-            logger.warning("candidate %d cannot be made and is left out: %s", index, error)
-            return None
-        return candidate
+        return find_candidate(self.source, index)
 
     def _is_kept(self, index: int, candidate: TargetArchitecture, largest: float) -> bool:
         cost = candidate.multiply_adds

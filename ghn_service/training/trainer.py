@@ -81,7 +81,7 @@ class Trainer:
         self.stream = NetworkStream(source, settings.sampling, seed=settings.seed)
         self.precision = choose_precision(settings.precision, workers.device)
         self.stop_requested = False
-        self._prepared: dict[Any, TargetNetwork] = {}
+        self._prepared: dict[Any, TargetNetwork | None] = {}
         self._last_good: TrainingState | None = None
 
     def state(self) -> TrainingState:
@@ -189,10 +189,8 @@ class Trainer:
         meta_batch = settings.sampling.meta_batch
         chosen = self.stream.take(meta_batch, self.done)
         mine = self.workers.share([architecture.multiply_adds for _, architecture in chosen])
-        networks = [(slot, self._prepare(*chosen[slot])) for slot in mine]
-        networks = [
-            (slot, item) for slot, item in networks if item.features.num_nodes <= settings.sampling.largest_nodes
-        ]
+        prepared = [(slot, self._prepare(*chosen[slot])) for slot in mine]
+        networks = [(slot, network) for slot, network in prepared if network is not None]
         self.optimizers.zero_grad()
         outcome = accumulate_gradients(
             self.hypernetwork,
@@ -211,15 +209,21 @@ class Trainer:
         self.average.update(self.hypernetwork, self.progress.step)
         return outcome, norm
 
-    def _prepare(self, index: int, architecture: Any) -> TargetNetwork:
-        """The network, ready to train on; kept for the next time that the pool comes round to it."""
-        network = self._prepared.get(architecture)
-        if network is None:
+    def _prepare(self, index: int, architecture: Any) -> TargetNetwork | None:
+        """The network, ready to train on, kept for the next time round the pool; ``None`` where it cannot run."""
+        if architecture not in self._prepared:
+            network: TargetNetwork | None = None
             number = index % self.settings.sampling.pool  # the same in every round
-            network = prepare(number, architecture, self.config, self.workers.device)
-            if len(self._prepared) < _MOST_PREPARED:
-                self._prepared[architecture] = network
-        return network
+            try:
+                network = prepare(number, architecture, self.config, self.workers.device)
+                _check_nodes(network, self.settings.sampling.largest_nodes)
+            except TrainingError as error:
+                logger.warning("network %d is left out: %s", index, error)
+                network = None
+            if len(self._prepared) >= _MOST_PREPARED:
+                return network
+            self._prepared[architecture] = network
+        return self._prepared[architecture]
 
     def _update(self, outcome: StepOutcome) -> float:
         """Clips and applies the gradient of all processes; NaN where the step has to be skipped."""
@@ -326,6 +330,11 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if fast else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _check_nodes(network: TargetNetwork, largest: int) -> None:
+    if network.features.num_nodes > largest:
+        raise TrainingError(f"its graph has {network.features.num_nodes} nodes; sampling.largest_nodes is {largest}")
 
 
 def _augmentation(settings: TrainingSettings) -> Augmentation | None:

@@ -18,7 +18,13 @@ from ghn_service.hypernetwork.config import GHNConfig
 from ghn_service.hypernetwork.features import build_features, collate
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
 from ghn_service.training.data import ImageSet, Normalization
-from ghn_service.training.sampling import ArchitectureSource, TargetArchitecture, to_channels_last, use_batch_statistics
+from ghn_service.training.sampling import (
+    ArchitectureSource,
+    TargetArchitecture,
+    find_candidate,
+    to_channels_last,
+    use_batch_statistics,
+)
 
 PUBLISHED_BATCH = 64
 
@@ -144,8 +150,13 @@ def make_validation(
     def validate(hypernetwork: GraphHyperNetwork) -> dict[str, float]:
         scores = []
         for index in indices:
-            module = predict_module(hypernetwork, source(index), seed=index)
+            architecture = find_candidate(source, index)
+            if architecture is None:
+                continue
+            module = predict_module(hypernetwork, architecture, seed=index)
             scores.append(batch_accuracy(to_channels_last(module), images, normalization))
+        if not scores:
+            return {}
         return {
             "accuracy": sum(scores) / len(scores),
             "best": max(scores),

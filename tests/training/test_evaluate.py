@@ -61,11 +61,20 @@ def test_another_class_count_is_an_error(tmp_path, files):
         evaluate(files[0], tmp_path / "other", PLAN)
 
 
+def alike(network):
+    """Another network of the same width and kernel."""
+    candidates = (small_source(index) for index in range(3, 5000))
+    return next(
+        item
+        for item in candidates
+        if (item.width, item.kernel) == (network.width, network.kernel) and item.depth != network.depth
+    )
+
+
 def test_a_training_network_is_its_own_neighbour():
     hypernetwork = GraphHyperNetwork(CONFIG, generator=torch.Generator().manual_seed(0))
     library = PredictionLibrary(hypernetwork, [small_source(2)])
     own = library.novelty(small_source(2))
     assert own.distance == 0.0
     assert own.covered == 1.0
-    alike = next(source for index in range(3, 500) if (source := small_source(index)).width == small_source(2).width)
-    assert library.novelty(alike).distance > 0.0
+    assert library.novelty(alike(small_source(2))).distance > 0.0
