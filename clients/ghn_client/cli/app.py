@@ -13,6 +13,7 @@ import typer
 
 from ghn_client import __version__
 from ghn_client.cli import options as shared
+from ghn_client.cli import tuning
 from ghn_client.cli.outcome import ending_well, refuse, warn
 from ghn_client.cli.progress import shown_progress
 
@@ -323,3 +324,7 @@ def _print_json(document: Any) -> None:
     json.dump(document, sys.stdout, indent=2, ensure_ascii=False)
     sys.stdout.write("\n")
     sys.stdout.flush()
+
+
+app.command()(tuning.plan)
+app.command()(tuning.finetune)

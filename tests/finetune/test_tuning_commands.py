@@ -1,0 +1,120 @@
+"""``ghn-client plan`` and ``ghn-client finetune`` end to end, without a server."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from ghn_client.cli.app import app
+from ghn_client.finetune.delta import load_delta
+from ghn_client.finetune.errors import InvalidOptionError
+from ghn_client.finetune.image_data import ImageBatches, load_images
+from typer.testing import CliRunner
+
+from tests.shared_data import shared_path
+
+FACTORY = "tests.finetune.networks:ResidualNetwork"
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+@pytest.fixture
+def images(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 4)):
+        for label, name in enumerate(("ant", "bee", "cat", "dog")):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = (40 + 50 * label + 20 * generator.random((10, 10, 3))).astype(np.uint8)
+                image.fromarray(pixels).save(folder / f"{index}.png")
+    return tmp_path / "images"
+
+
+def test_plan_as_table_and_json():
+    shown = run("plan", FACTORY, "--samples", 1000, "--changed", 10)
+    assert shown.exit_code == 0
+    assert "recommended: patch" in shown.stdout
+    document = json.loads(run("plan", FACTORY, "--samples", 1000, "--memory", "1M", "--json").stdout)
+    assert {row["strategy"] for row in document["rows"]} >= {"all", "norm_only", "patch"}
+
+
+def test_plan_refuses_what_it_cannot_read(tmp_path):
+    assert run("plan", tmp_path / "no.onnx", "--samples", 10).exit_code != 0
+    assert run("plan", FACTORY, "--samples", 10, "--memory", "much").exit_code != 0
+
+
+def test_finetune_from_the_own_start(tmp_path, images):
+    delta = tmp_path / "delta.safetensors"
+    result = run(
+        "finetune", FACTORY, "--data", images, "--own-start", "--image-size", 8, "--epochs", 12, "--batch-size", 16,
+        "--strategy", "norm-only", "--option", "head=true", "--output", delta, "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0
+    document = json.loads(result.stdout)
+    assert document["accuracy"] >= 0.5
+    assert delta.stat().st_size == document["delta_bytes"]
+
+
+def test_the_written_delta_fits_the_start(tmp_path, images):
+    from tests.finetune.networks import ResidualNetwork
+
+    delta = tmp_path / "delta.safetensors"
+    run(
+        "finetune", FACTORY, "--data", images, "--own-start", "--image-size", 8, "--epochs", 1,
+        "--strategy", "additive", "--option", "width=4", "-o", delta,
+    )  # fmt: skip
+    assert load_delta(ResidualNetwork(), delta).strategy == "additive"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("model.onnx",),
+        ("nowhere.py:make",),
+        ("no.such.module:make",),
+        ("tests.finetune.networks:missing",),
+        (FACTORY, "--strategy", "magic"),
+        (FACTORY, "--option", "head"),
+    ],
+)
+def test_impossible_requests_end_with_an_error(images, arguments):
+    result = run("finetune", *arguments, "--data", images, "--own-start", "--image-size", 8)
+    assert result.exit_code not in (0, 70)
+
+
+def test_image_folders_are_read_in_class_order(images):
+    training, validation = load_images(images, image_size=8)
+    assert training.images.shape == (48, 3, 8, 8)
+    assert training.num_classes == 4
+    assert len(validation.labels) == 16
+    means = [float(training.images[training.labels == c].float().mean()) for c in range(4)]
+    assert means == sorted(means)
+
+
+def test_parquet_is_read():
+    training, validation = load_images(shared_path("data/clothing-10"), image_size=16, limit=20)
+    assert training.images.shape == (20, 3, 16, 16)
+    assert len(validation.labels) == 20
+
+
+def test_batches_are_seeded_and_augmentation_keeps_shapes(images):
+    training, _ = load_images(images, image_size=8)
+    first, second = (ImageBatches(training, batch_size=20, augment=True, seed=1) for _ in range(2))
+    assert len(first) == 3
+    for (a, labels_a), (b, labels_b) in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(labels_a, labels_b)
+        assert a.shape[1:] == (3, 8, 8)
+
+
+def test_folders_without_images_are_refused(tmp_path):
+    with pytest.raises(InvalidOptionError):
+        load_images(tmp_path, image_size=8)
+    with pytest.raises(InvalidOptionError):
+        load_images(tmp_path / "nothing", image_size=8)
