@@ -76,6 +76,12 @@ def predict(
     include: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Only tensors whose names match; may be repeated.")
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Measure the weights' diversity; FILE.json for programs, FILE.html for people."
+        ),
+    ] = None,
     show_all: Annotated[bool, typer.Option("--all", help="Show every layer.")] = False,
     as_json: shared.Json = False,
     token_file: shared.TokenFile = None,
@@ -91,7 +97,7 @@ def predict(
             context, address, checkpoint, token_file, tls, root_certificates, certificate, private_key, timeout
         )
         weights = output or Path(model_file.with_suffix(".safetensors").name)
-        _check_targets(model_file, weights, onnx_out)
+        _check_targets(model_file, weights, onnx_out, report)
         start = time.perf_counter()
         with shared.open_client(server) as client, shown_progress() as on_progress:
             prediction = client.predict(
@@ -102,24 +108,39 @@ def predict(
                 low_rank=_parse_low_rank(low_rank),
                 model=model,
                 include=include or (),
+                report=report is not None,
                 on_progress=on_progress,
             )
         prediction.save(weights)
         if onnx_out is not None:
             prediction.to_onnx(onnx_out)
+        if report is not None:
+            _write_report(prediction, report)
         seconds = time.perf_counter() - start
         _report_prediction(prediction, weights, onnx_out, seconds, show_all=show_all, as_json=as_json)
 
 
-def _check_targets(model_file: Path, weights: Path, onnx_out: Path | None) -> None:
-    targets = [weights] if onnx_out is None else [weights, onnx_out]
+def _check_targets(model_file: Path, weights: Path, onnx_out: Path | None, report: Path | None) -> None:
+    """Refuses to overwrite the model, to write two things into one file, or to write where it cannot be."""
+    targets = [target for target in (weights, onnx_out, report) if target is not None]
     for target in targets:
         if target.exists() and model_file.exists() and target.samefile(model_file):
             raise refuse(f"{str(target)!r} is the model itself; give another file to write to")
         if not target.parent.is_dir():
             raise refuse(f"the folder {str(target.parent)!r} does not exist")
-    if onnx_out is not None and onnx_out.absolute() == weights.absolute():
-        raise refuse("--output and --onnx-out name the same file")
+    if len({target.absolute() for target in targets}) < len(targets):
+        raise refuse("two of --output, --onnx-out and --report name the same file")
+    if report is not None and report.suffix.lower() not in (".json", ".html"):
+        raise refuse(f"expected --report FILE.json or FILE.html, got {str(report)!r}")
+
+
+def _write_report(prediction: Prediction, path: Path) -> None:
+    from ghn_client.report_html import write_report
+
+    if prediction.report is None:
+        warn("the server sent no report; it may be older than this client")
+    else:
+        write_report(prediction.report, path)
 
 
 def _parse_low_rank(text: str) -> dict[str, Any] | None:
