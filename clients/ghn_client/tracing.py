@@ -101,6 +101,9 @@ def _fake_copy(module: torch.nn.Module, fake: Callable[[torch.Tensor], torch.Ten
         memo[id(parameter)] = torch.nn.Parameter(fake(parameter), requires_grad=parameter.requires_grad)
     for buffer in module.buffers():
         memo[id(buffer)] = fake(buffer) if buffer.is_meta or buffer.device.type != "cpu" else buffer
+    for part in module.modules():
+        plain = [value for value in vars(part).values() if isinstance(value, torch.Tensor)]
+        memo.update({id(tensor): fake(tensor) for tensor in plain if tensor.device.type != "cpu"})
     return copy.deepcopy(module, memo)
 
 

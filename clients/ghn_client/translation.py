@@ -109,7 +109,7 @@ def _repeated(value: float, like: Any) -> Any:
     """A constant vector with one entry per channel of ``like``."""
     array = numpy.full(int(like.shape[1]), value, dtype=numpy.float32)
     constant: Any = op.Constant(value=onnx.numpy_helper.from_array(array))
-    vector: Any = op.CastLike(constant, like)  # type: ignore[type-var]
+    vector: Any = op.CastLike(constant, like)
     return vector
 
 
