@@ -247,6 +247,8 @@ class ChannelFlow(fx.Interpreter):
             return given
         if _is_spatial_mean(node, result, given):
             return Signal(given.wires, given.constants, 1)
+        if _is_spatial_slice(node, given):
+            return given
         if _is_flatten(node):
             return self._flatten(given, node, result)
         return self._opaque(node, result, f"{target} is not followed")
@@ -332,8 +334,14 @@ def _padded(node: fx.Node) -> bool:
 def _is_spatial_mean(node: fx.Node, result: torch.Tensor, given: Signal) -> bool:
     is_mean = node.target is torch.mean or (node.op == "call_method" and node.target == "mean")
     axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    spatial = isinstance(axes, (tuple, list)) and sorted(axes) in ([2, 3], [-2, -1])
+    spatial = axes in ((2, 3), [2, 3], (-2, -1), [-2, -1], (3, 2), (-1, -2))
     return is_mean and spatial and given.axis == 1 and len(given.wires) == int(result.shape[1])
+
+
+def _is_spatial_slice(node: fx.Node, given: Signal) -> bool:
+    """``x[:, :, ::2, ::2]``: positions are left out, channels are not."""
+    index = node.args[1] if node.target is operator.getitem else None
+    return isinstance(index, tuple) and index[:2] == (slice(None), slice(None)) and given.axis == 1
 
 
 def _is_flatten(node: fx.Node) -> bool:

@@ -1,0 +1,201 @@
+"""How many neurons change how many labels: closed form and trained, two and three layers.
+
+``python -m benchmarks.reproduce_additive --data FOLDER`` (``make reproduce-additive``) writes the table and the plot of
+``docs/additive_results.md``. The order of growth is the claim of arXiv:2408.00359 (slope 1 and 1/2 of neurons against
+labels, flat in the number of samples); the constants are ours. Samples are real images as a small convolutional network
+sees them. A run can be stopped and goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import torch
+from ghn_client.finetune.additive import additive
+from ghn_client.finetune.capacity import three_layer_neurons
+from ghn_client.finetune.image_data import ImageBatches, load_images
+from ghn_client.finetune.patch import patch
+from torch import nn
+
+from benchmarks.cells import Cell, run_cells
+from benchmarks.charts import line_chart
+
+FULL = {
+    "samples": (1000, 5000, 20000),
+    "changed": (1, 3, 10, 30, 100, 400),
+    "trained": ((64, 2), (64, 4), (64, 8), (64, 16), (256, 4), (256, 8), (256, 16)),
+    "steps": 3000,
+}
+QUICK = {"samples": (100, 200), "changed": (2, 8), "trained": ((32, 2),), "steps": 300}
+CLASSES = 10
+
+
+@cache
+def real_features(data: str, count: int) -> torch.Tensor:
+    """(count, 192) 8 x 8 colour thumbnails of real images, normalised."""
+    training, _ = load_images(data, image_size=32, limit=count)
+    images = torch.cat([batch for batch, _ in ImageBatches(training, batch_size=1000, augment=False)])
+    return nn.functional.avg_pool2d(images, 4).flatten(1)
+
+
+def frozen_network() -> nn.Module:
+    """A fixed random classifier of thumbnails; its labels are what is changed."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, CLASSES)).eval()
+
+
+def wrong_labels(network: nn.Module, inputs: torch.Tensor, seed: int) -> torch.Tensor:
+    """Labels other than those of the network, at random."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        labels = network(inputs).argmax(1)
+    return (labels + torch.randint(1, CLASSES, labels.shape, generator=generator)) % CLASSES
+
+
+def closed_form(cell: Cell, data: str) -> Cell:
+    """Certificate of a patch of ``changed`` of ``samples`` labels, all to one class for the count per output."""
+    samples, changed, depth = cell["samples"], cell["changed"], cell["depth"]
+    features = real_features(data, samples + samples // 4)
+    inputs, held_out = features[:samples], features[samples:]
+    network = frozen_network()
+    with torch.no_grad():
+        labels = network(inputs).argmax(1)
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(1))
+    others = order[labels[order] != 0]
+    wrong = others[:changed]
+    keep = order[~torch.isin(order, wrong)]
+    certificate = patch(
+        network,
+        inputs[wrong],
+        torch.zeros(changed, dtype=torch.long),
+        inputs[keep],
+        depth=depth,
+        directions=cell["directions"],
+        held_out_inputs=held_out,
+    ).certificate
+    return {
+        "neurons": certificate.neurons,
+        "bound": certificate.neuron_bound,
+        "holds": certificate.holds,
+        "precision": certificate.precision,
+        "touched": certificate.touched,
+    }
+
+
+def smallest_trained(cell: Cell, data: str, steps: int) -> Cell:
+    """Smallest width per hidden layer with which Adam reaches zero errors on changed and kept labels, by bisection."""
+    samples, changed, depth = cell["samples"], cell["changed"], cell["depth"]
+    inputs = real_features(data, samples)[:samples]
+    network = frozen_network()
+    with torch.no_grad():
+        labels = network(inputs).argmax(1)
+    labels[:changed] = wrong_labels(network, inputs[:changed], 2)
+    low, high = 1, 4 * changed + 8
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _reaches_zero(inputs, labels, depth, middle, steps) else (middle + 1, high)
+    return {"neurons": low * (depth - 1)}
+
+
+def _reaches_zero(inputs: torch.Tensor, labels: torch.Tensor, depth: int, width: int, steps: int) -> bool:
+    handle = additive(frozen_network(), width=width, depth=depth, at="logits", example_inputs=inputs[:1])
+    optimizer = torch.optim.Adam(handle.parameters(), lr=1e-2)
+    for step in range(steps):
+        logits = handle.module(inputs)
+        if step % 50 == 0 and bool((logits.argmax(1) == labels).all()):
+            return True
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(logits, labels).backward()
+        optimizer.step()
+    return bool((handle.module(inputs).argmax(1) == labels).all())
+
+
+def slope(points: list[tuple[float, float]]) -> float:
+    """Slope of log y against log x by least squares."""
+    xs, ys = [math.log(x) for x, _ in points], [math.log(y) for _, y in points]
+    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
+    covariance = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True))
+    return covariance / max(sum((x - mean_x) ** 2 for x in xs), 1e-12)
+
+
+def cells_of(settings: dict) -> Iterator[Cell]:
+    for samples in settings["samples"]:
+        for changed in settings["changed"]:
+            for depth, directions in ((2, "shared"), (2, "own"), (3, "shared")):
+                yield {
+                    "kind": "closed",
+                    "samples": samples,
+                    "changed": changed,
+                    "depth": depth,
+                    "directions": directions,
+                }
+    for samples, changed in settings["trained"]:
+        for depth in (2, 3):
+            yield {"kind": "trained", "samples": samples, "changed": changed, "depth": depth}
+
+
+def report(results: list[Cell]) -> tuple[str, str]:
+    """The document and the plot."""
+    closed = [cell for cell in results if cell["kind"] == "closed"]
+    largest = max(cell["samples"] for cell in closed)
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for cell in closed:
+        name = f"{cell['depth']} layers, {cell['directions']}"
+        if cell["samples"] == largest:
+            lines.setdefault(name, []).append((cell["changed"], cell["neurons"]))
+    text = [
+        "# Additive fine-tuning: neurons against labels",
+        "",
+        "Written by `make reproduce-additive`. Real CIFAR-10 thumbnails (192 numbers), a fixed random classifier,",
+        "labels changed to one class; the bound is ours (`clients/ghn_client/finetune/capacity.py`).",
+        "",
+        "| samples K | labels N | layers | directions | neurons | bound | certificate | precision | unseen touched |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    text += [
+        f"| {c['samples']:,} | {c['changed']} | {c['depth']} | {c['directions']} | {c['neurons']} | {c['bound']} |"
+        f" {'hold' if c['holds'] else 'FAIL'} | {c['precision']} | {c['touched']:.2%} |"
+        for c in closed
+    ]
+    text += ["", "Slope of log neurons against log labels at the largest K:", ""]
+    text += [f"- {name}: {slope(points):.2f}" for name, points in lines.items() if len(points) > 1]
+    text += ["", "Trained by Adam, smallest size without an error (bisection on the width):", ""]
+    text += ["| samples K | labels N | layers | neurons | closed form needs at most |", "|---|---|---|---|---|"]
+    for cell in results:
+        if cell["kind"] == "trained":
+            needed = min(3 * cell["changed"], cell["samples"] - 1)
+            needed = needed if cell["depth"] == 2 else f"{three_layer_neurons(cell['changed'])} per output"
+            text.append(f"| {cell['samples']} | {cell['changed']} | {cell['depth']} | {cell['neurons']} | {needed} |")
+    chart = line_chart(
+        f"Neurons that change N of {largest:,} labels", lines, x_label="labels N", y_label="neurons", logarithmic=True
+    )
+    return "\n".join([*text, "", "![neurons against labels](additive_results.svg)", ""]), chart
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True, help="folder of CIFAR-10")
+    parser.add_argument("--output", type=Path, default=Path("docs"))
+    parser.add_argument("--cells", type=Path, default=Path("runs/additive.jsonl"))
+    parser.add_argument("--quick", action="store_true", help="a minute, for a test")
+    options = parser.parse_args(arguments)
+    settings = QUICK if options.quick else FULL
+
+    def measure(cell: Cell) -> Cell:
+        if cell["kind"] == "closed":
+            return closed_form(cell, options.data)
+        return smallest_trained(cell, options.data, settings["steps"])
+
+    document, chart = report(run_cells(options.cells, cells_of(settings), measure))
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "additive_results.md").write_text(document)
+    (options.output / "additive_results.svg").write_text(chart)
+    print(document)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""The experiments of the documentation run, resume, and write their tables and plots."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from benchmarks import reproduce_additive, reproduce_norm_only
+from benchmarks.cells import run_cells
+from tests.shared_data import shared_path
+
+
+def test_cells_are_measured_once(tmp_path):
+    measured = []
+
+    def measure(cell):
+        measured.append(cell)
+        return {"square": cell["x"] ** 2}
+
+    run_cells(tmp_path / "cells.jsonl", [{"x": 1}, {"x": 2}], measure)
+    results = run_cells(tmp_path / "cells.jsonl", [{"x": 2}, {"x": 3}], measure)
+    assert measured == [{"x": 1}, {"x": 2}, {"x": 3}]
+    assert results == [{"x": 2, "square": 4}, {"x": 3, "square": 9}]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "extra"),
+    [(reproduce_additive, "additive", []), (reproduce_norm_only, "norm_only", ["--starts", "He", "--story"])],
+)
+def test_quick_runs_write_tables_and_plots(tmp_path, module, name, extra):
+    data = shared_path("data/cifar10")
+    module.main(
+        ["--data", str(data), "--output", str(tmp_path), "--cells", str(tmp_path / "cells.jsonl"), "--quick", *extra]
+    )
+    assert "| " in (tmp_path / f"{name}_results.md").read_text()
+    assert "FAIL" not in (tmp_path / f"{name}_results.md").read_text()
+    assert ElementTree.parse(tmp_path / f"{name}_results.svg").getroot().tag.endswith("svg")
