@@ -27,7 +27,15 @@ from ghn_service.training.zero_shot import make_validation
 from tests.training.small_networks import SmallArchitecture
 
 UNSEEN = range(1_000_000, 1_000_024)
-BASE = ("limits.save_minutes=1000", "limits.validate_minutes=0", "limits.log_every=500", "limits.steps=2000")
+BASE = (
+    "sampling.start_macs=1e9",
+    "sampling.largest_macs=1e9",
+    "sampling.budget_macs=1e9",
+    "limits.save_minutes=1000",
+    "limits.validate_minutes=0",
+    "limits.log_every=500",
+    "limits.steps=2000",
+)
 
 
 def main() -> None:

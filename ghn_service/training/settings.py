@@ -18,7 +18,7 @@ from pydantic import Field
 from ghn_service.errors import CheckpointError, InvalidOptionError
 from ghn_service.hypernetwork.config import GHNConfig, decode_config
 
-SMALL_HYPERNETWORK: dict[str, Any] = {"hidden_channels": 64, "max_shape": [64, 64, 7, 7], "num_classes": 10}
+SMALL_HYPERNETWORK: dict[str, Any] = {"hidden_channels": 32, "max_shape": [64, 64, 7, 7], "num_classes": 10}
 
 
 class _Section(pydantic.BaseModel):
@@ -62,12 +62,12 @@ class SamplingSettings(_Section):
     """
 
     meta_batch: int = Field(default=1, ge=1)
-    budget_macs: float = Field(default=8e6, gt=0)
-    largest_macs: float = Field(default=60e6, gt=0)
-    start_macs: float = Field(default=60e6, gt=0)
-    growth: float = Field(default=0.3, ge=0, le=1)
+    budget_macs: float = Field(default=5e6, gt=0)
+    largest_macs: float = Field(default=30e6, gt=0)
+    start_macs: float = Field(default=3e6, gt=0)
+    growth: float = Field(default=0.6, ge=0, le=1)
     largest_nodes: int = Field(default=250, ge=4)
-    pool: int = Field(default=4000, ge=1)
+    pool: int = Field(default=2500, ge=1)
 
 
 class ObjectiveSettings(_Section):
@@ -98,7 +98,8 @@ class OptimizerSettings(_Section):
             cube.
         betas: Averaging of AdamW.
         weight_decay: Decoupled decay of matrices; vectors and embeddings have none.
-        clip: Largest norm of the whole gradient.
+        clip: Largest norm of the whole gradient. Muon makes steps of equal size whatever the gradient's, so one
+            network with a huge gradient would steer many steps; 1 is about the usual norm.
         schedule: ``cosine``, or ``trapezoid``: constant, then linear to 0 over ``cooldown`` of the run.
         warmup: Fraction of the run with growing rate.
         cooldown: Fraction of the run with falling rate (``trapezoid``).
@@ -106,17 +107,17 @@ class OptimizerSettings(_Section):
         ema_every: Steps between two updates of the average.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon"] = "muon"
     learning_rate: float = Field(default=1e-3, gt=0)
     decoder_scale: float = Field(default=1.0, gt=0)
     muon_learning_rate: float = Field(default=0.01, gt=0)
-    muon_largest_side: int = Field(default=256, ge=1)
+    muon_largest_side: int = Field(default=1024, ge=1)
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(default=1e-2, ge=0)
-    clip: float = Field(default=5.0, gt=0)
-    schedule: Literal["cosine", "trapezoid"] = "cosine"
-    warmup: float = Field(default=0.02, ge=0, lt=1)
-    cooldown: float = Field(default=0.3, gt=0, le=1)
+    clip: float = Field(default=1.0, gt=0)
+    schedule: Literal["cosine", "trapezoid"] = "trapezoid"
+    warmup: float = Field(default=0.01, ge=0, lt=1)
+    cooldown: float = Field(default=0.4, gt=0, le=1)
     ema_decay: float = Field(default=0.998, ge=0, lt=1)
     ema_every: int = Field(default=4, ge=1)
 

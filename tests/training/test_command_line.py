@@ -15,6 +15,7 @@ TINY = [
     "--set=hypernetwork={hidden_channels=8, num_heads=2, num_layers=1, max_shape=[8,8,7,7]}",
     "--set=data.batch_size=4",
     "--set=sampling.largest_macs=2e6",
+    "--set=sampling.start_macs=2e6",
     "--set=limits.validation_networks=1",
     "--set=limits.steps=2",
     "--set=limits.log_every=1",
