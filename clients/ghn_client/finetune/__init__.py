@@ -6,7 +6,53 @@ Works on any torch module and depends on torch alone. ``STRATEGIES`` lists what 
 
 from __future__ import annotations
 
+from ghn_client.finetune.additive import AdditiveModule, additive
+from ghn_client.finetune.controls import all_parameters, bias_only, head_only, random_per_channel
+from ghn_client.finetune.delta import load_complete_model, load_delta, save_delta
+from ghn_client.finetune.express import express, feasibility
+from ghn_client.finetune.fit import FitSettings, evaluate, fit
+from ghn_client.finetune.frozen_network import random_norm_network
+from ghn_client.finetune.gamma import gamma_report
 from ghn_client.finetune.handle import FineTuneHandle, combine
+from ghn_client.finetune.insertion import insert_norms
+from ghn_client.finetune.low_rank import low_rank, low_rank_update
+from ghn_client.finetune.merge_onnx import merge_onnx
 from ghn_client.finetune.norm_only import norm_only
+from ghn_client.finetune.patch import patch
+from ghn_client.finetune.peft_format import export_peft, import_peft
+from ghn_client.finetune.plan import plan
+from ghn_client.finetune.pruning import prune_disabled_channels
+from ghn_client.finetune.strategies import STRATEGIES, prepare
 
-__all__ = ["FineTuneHandle", "combine", "norm_only"]
+__all__ = [
+    "STRATEGIES",
+    "AdditiveModule",
+    "FineTuneHandle",
+    "FitSettings",
+    "additive",
+    "all_parameters",
+    "bias_only",
+    "combine",
+    "evaluate",
+    "export_peft",
+    "express",
+    "feasibility",
+    "fit",
+    "gamma_report",
+    "head_only",
+    "import_peft",
+    "insert_norms",
+    "load_complete_model",
+    "load_delta",
+    "low_rank",
+    "low_rank_update",
+    "merge_onnx",
+    "norm_only",
+    "patch",
+    "plan",
+    "prepare",
+    "prune_disabled_channels",
+    "random_norm_network",
+    "random_per_channel",
+    "save_delta",
+]

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from ghn_client.finetune.errors import InvalidOptionError, MissingExtraError, UnsupportedModuleError
@@ -76,7 +75,7 @@ class _Builder:
     def constant(self, name: str, value: torch.Tensor) -> str:
         onnx = _onnx()
         full = f"{self.prefix}.{name}"
-        array = np.ascontiguousarray(value.detach().cpu().numpy())
+        array = value.detach().cpu().contiguous().numpy()
         self.graph.initializer.append(onnx.numpy_helper.from_array(array, full))
         return full
 
