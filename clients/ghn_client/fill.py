@@ -79,7 +79,8 @@ def fill_model(prediction: Prediction, source: ModelSource) -> onnx.ModelProto:
     if pairs:
         from ghn_client.low_rank_onnx import factorize_onnx
 
-        permutations = {name: note.permutation for name, note in prediction.notes.items() if note.permutation}
+        layers = (prediction.metadata.low_rank or {}).get("layers", ())
+        permutations = {item["parameter"]: item["permutation"] for item in layers if item.get("permutation")}
         model = factorize_onnx(model, pairs, permutations=permutations)
     _check_complete(model)
     return model

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -19,6 +20,9 @@ from torch.nn.utils import parametrize
 
 from ghn_client.errors import InvalidOptionError
 from ghn_client.finetune.factored import FactoredConv2d, FactoredLinear
+
+if TYPE_CHECKING:
+    from ghn_client.prediction import Prediction
 
 FACTOR_IN = ".factor_in"
 FACTOR_OUT = ".factor_out"
@@ -73,7 +77,7 @@ def factor_pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, FactorPair]:
 
 def factorize_module(
     module: nn.Module,
-    prediction: Mapping[str, torch.Tensor],
+    prediction: Prediction | Mapping[str, torch.Tensor],
     *,
     inplace: bool = False,
 ) -> nn.Module:
@@ -81,8 +85,8 @@ def factorize_module(
 
     Args:
         module: The network that the prediction is for. It is left as it is unless ``inplace``.
-        prediction: Tensors of the prediction under the module's own names, factor pairs in the place of weights:
-            ``Prediction.state_dict()``. Every other tensor of the prediction is loaded as it is.
+        prediction: A ``Prediction`` with low-rank factors, or tensors by the module's own names with factor pairs in
+            the place of weights. Every other tensor is loaded as it is.
         inplace: Change and return ``module`` itself.
 
     Returns:
@@ -91,11 +95,14 @@ def factorize_module(
     Raises:
         InvalidOptionError: A name or shape does not fit the module; nothing has been changed then.
     """
-    pairs = factor_pairs(prediction)
+    from ghn_client.prediction import Prediction  # which imports this module to fill ONNX files
+
+    state = prediction.state_dict() if isinstance(prediction, Prediction) else prediction
+    pairs = factor_pairs(state)
     owners = {name: _owner(module, name) for name in pairs}
     for name, pair in pairs.items():
         _check_fits(name, pair, *owners[name])
-    dense = {name: t for name, t in prediction.items() if not name.endswith((FACTOR_IN, FACTOR_OUT))}
+    dense = {name: t for name, t in state.items() if not name.endswith((FACTOR_IN, FACTOR_OUT))}
     _check_dense(module, dense)
     result = module if inplace else copy.deepcopy(module)
     shared = _shared_parameters(result)
