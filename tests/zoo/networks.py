@@ -5,6 +5,7 @@ Inputs are as small as the networks allow, because each takes a training step.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,8 +104,8 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "ViT": {"image_size": 64, "hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768},
     "Deit": {"image_size": 64, "hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768},
     "ViTMSN": {"image_size": 64, "hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768},
-    "Dinov2": {"image_size": 56, "hidden_size": 192, "num_attention_heads": 3},
-    "Swin": {"image_size": 64, "window_size": 4},
+    "Dinov2": {"image_size": 56, "hidden_size": 192, "num_attention_heads": 3, "use_mask_token": False},
+    "Swin": {"image_size": 224},
     "Swinv2": {"image_size": 64, "window_size": 4},
     "Levit": {},
 }
@@ -144,6 +145,8 @@ def _build_torchvision(name: str) -> nn.Module:
 
 
 def _build_transformers(family: str) -> nn.Module:
+    if importlib.util.find_spec("torchvision"):
+        import_torchvision()  # transformers imports it, and must find it whole
     transformers = pytest.importorskip("transformers")
     prefix = next(
         prefix for prefix in (family, family.replace("Deit", "DeiT")) if hasattr(transformers, f"{prefix}Config")
