@@ -93,6 +93,7 @@ def evaluate(
     ] = "0,1000",
     learning_rates: Annotated[str, typer.Option(help="Grid of the comparison, separated by commas.")] = "0.01,0.03,0.1",
     seeds: Annotated[int, typer.Option(help="Seeds of the comparison.")] = 1,
+    largest_macs: Annotated[float, typer.Option(help="Leave networks of more multiply-adds per image out.")] = 1.5e9,
     library: Annotated[int, typer.Option(help="Training networks in the nearest-neighbour check; 0: no check.")] = 32,
     workers: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
     out: Annotated[Path | None, typer.Option(help="Folder for evaluation.md and evaluation.json.")] = None,
@@ -113,6 +114,7 @@ def evaluate(
         seeds=tuple(range(seeds)),
         fine_tune=FineTunePlan(learning_rates=_numbers(learning_rates, float, "learning-rates")),
         library=library,
+        largest_macs=largest_macs,
     )
     evaluation = run_evaluation(checkpoint, data, plan, workers=workers, cache=cache)
     text = report.markdown_report(evaluation)

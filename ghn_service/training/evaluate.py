@@ -71,7 +71,7 @@ class EvaluationPlan:
     fine_tune: FineTunePlan = field(default_factory=FineTunePlan)
     library: int = 32
     precision: str = "auto"
-    largest_macs: float = 300e6
+    largest_macs: float = 1.5e9
 
 
 @dataclass(frozen=True)
