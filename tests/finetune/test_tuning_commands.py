@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from ghn_client.cli.app import app
 from ghn_client.finetune.delta import load_delta
@@ -13,6 +14,7 @@ from ghn_client.finetune.errors import InvalidOptionError
 from ghn_client.finetune.image_data import ImageBatches, load_images
 from typer.testing import CliRunner
 
+from tests.finetune.networks import ResidualNetwork
 from tests.shared_data import shared_path
 
 FACTORY = "tests.finetune.networks:ResidualNetwork"
@@ -54,16 +56,19 @@ def test_finetune_from_the_own_start(tmp_path, images):
     result = run(
         "finetune", FACTORY, "--data", images, "--own-start", "--image-size", 8, "--epochs", 12, "--batch-size", 16,
         "--strategy", "norm-only", "--option", "head=true", "--output", delta, "--json",
+        "--model-out", tmp_path / "model.safetensors",
     )  # fmt: skip
     assert result.exit_code == 0
     document = json.loads(result.stdout)
     assert document["accuracy"] >= 0.5
     assert delta.stat().st_size == document["delta_bytes"]
+    whole = safetensors.torch.load_file(str(tmp_path / "model.safetensors"))
+    assert set(whole) == set(ResidualNetwork().state_dict())
+    tuned = load_delta(ResidualNetwork(), delta).merge().state_dict()
+    assert all(torch.equal(whole[name], value) for name, value in tuned.items() if not name.endswith("tracked"))
 
 
 def test_the_written_delta_fits_the_start(tmp_path, images):
-    from tests.finetune.networks import ResidualNetwork
-
     delta = tmp_path / "delta.safetensors"
     run(
         "finetune", FACTORY, "--data", images, "--own-start", "--image-size", 8, "--epochs", 1,

@@ -68,6 +68,9 @@ def finetune(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where the delta goes.")] = Path(
         "delta.safetensors"
     ),
+    model_out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write all values of the tuned network, too, as safetensors.")
+    ] = None,
     weights: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Predicted weights to start from, instead of asking a server.")
     ] = None,
@@ -130,8 +133,24 @@ def finetune(
             checkpoint=resume,
             on_epoch=_show,
         )
-        size = save_delta(handle, output)
+        size = save_delta(handle, output, request=request if _is_complete(handle) else None)
+        if model_out is not None:
+            _save_model(handle, model_out)
         _report(handle, report, output, size, request, as_json=as_json)
+
+
+def _is_complete(handle: FineTuneHandle) -> bool:
+    """Whether request and delta give the whole network: measured statistics must travel, since no request has them."""
+    travelling = {name.removeprefix("base.") for part in handle.parts for name in part.buffers}
+    measured = {name for name, _ in handle.base.named_buffers() if name.endswith(("running_mean", "running_var"))}
+    return measured <= travelling
+
+
+def _save_model(handle: FineTuneHandle, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    values = {name: value.cpu().contiguous().clone() for name, value in handle.merge().state_dict().items()}
+    save_file(values, str(path))
 
 
 def _build(model: str) -> nn.Module:

@@ -222,8 +222,8 @@ def _replaced(handle: FineTuneHandle) -> list[str]:
 
 def _belongs_to_base(name: str) -> bool:
     pieces = name.split(".")
-    added = CHILD in pieces or ("parametrizations" in pieces and not base_name(name).endswith(".weight"))
-    return not added and pieces[-1] != "num_batches_tracked" and base_name(name).count("parametrizations") == 0
+    added = CHILD in pieces or ".parametrizations.weight.0." in name
+    return not added and pieces[-1] != "num_batches_tracked"
 
 
 @torch.no_grad()

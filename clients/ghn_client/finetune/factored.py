@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from ghn_client.finetune.errors import InvalidOptionError
 
@@ -97,16 +98,35 @@ def factored_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, child) for name, child in module.named_modules() if is_factored(child))
 
 
-def frobenius_norm_squared(pair: nn.Module) -> torch.Tensor:
-    """``||U V||_F^2 = tr((U^T U)(V V^T))``, without forming the product: O(R^2 (in + out))."""
-    u = pair.get_parameter("u.weight").flatten(1)
-    v = pair.get_parameter("v.weight").flatten(1)
+def factored_weights(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Dotted paths of the factors U and V of weights that are products through torch's parametrizations."""
+    for name, child in module.named_modules():
+        factors = dict(child.named_parameters(recurse=False)) if isinstance(child, ParametrizationList) else {}
+        u, v = factors.get("original0"), factors.get("original1")
+        if u is not None and v is not None and u.dim() == v.dim() == 2 and u.shape[1] == v.shape[0]:
+            yield f"{name}.original0", f"{name}.original1"
+
+
+def factor_parameters(module: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """U and V of every factored layer and weight of ``module``."""
+    pairs = [(pair.get_parameter("u.weight"), pair.get_parameter("v.weight")) for _, pair in factored_modules(module)]
+    return pairs + [(module.get_parameter(u), module.get_parameter(v)) for u, v in factored_weights(module)]
+
+
+def frobenius_norm_squared(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """``||U V||_F^2 = tr((U^T U)(V V^T))``, without forming the product: O(R^2 (in + out)).
+
+    Args:
+        u: (out, R, ...), flattened behind R.
+        v: (R, in, ...), flattened behind R.
+    """
+    u, v = u.flatten(1), v.flatten(1)
     return ((u.T @ u) * (v @ v.T)).sum()
 
 
 def frobenius_decay(module: nn.Module) -> torch.Tensor:
-    """Half the sum of ``||U V||_F^2`` over all factored pairs of ``module``."""
-    terms = [frobenius_norm_squared(pair) for _, pair in factored_modules(module)]
+    """Half the sum of ``||U V||_F^2`` over all factored layers and weights of ``module``."""
+    terms = [frobenius_norm_squared(u, v) for u, v in factor_parameters(module)]
     return 0.5 * torch.stack(terms).sum() if terms else torch.zeros(())
 
 

@@ -15,7 +15,12 @@ import torch
 from torch import nn
 
 from ghn_client.finetune.errors import InvalidOptionError, NothingToTuneError, UnknownNameError
-from ghn_client.finetune.factored import factored_modules, frobenius_norm_squared
+from ghn_client.finetune.factored import (
+    factor_parameters,
+    factored_modules,
+    factored_weights,
+    frobenius_norm_squared,
+)
 from ghn_client.finetune.handle import FineTuneHandle, Part
 from ghn_client.finetune.layers import find_head, matrix_layers, resolve_head
 from ghn_client.finetune.reparametrize import attach_update, update_lifecycle
@@ -43,18 +48,19 @@ def low_rank(
     """
     if frobenius_decay < 0:
         raise InvalidOptionError(f"frobenius_decay must not be negative, got {frobenius_decay}")
-    pairs = dict(factored_modules(module))
+    pairs = factor_parameters(module)
     if not pairs:
         raise NothingToTuneError(
             f"{type(module).__name__} has no factored layer; factorize it first, or use low_rank_update (LoRA)"
         )
     head_names = resolve_head(module, head)
-    factors = [f"{name}.{local}" for name, pair in pairs.items() for local, _ in pair.named_parameters()]
+    factors = [f"{name}.{local}" for name, pair in factored_modules(module) for local, _ in pair.named_parameters()]
+    factors += [name for names in factored_weights(module) for name in names]
     heads = [f"{name}.{local}" for name in head_names for local, _ in module.get_submodule(name).named_parameters()]
     heads = [name for name in heads if name not in factors]
     groups = {"factors": factors, **({"head": heads} if heads else {})}
     config = {"head": list(head_names), "frobenius_decay": frobenius_decay, "statistics": statistics}
-    penalty = partial(_decay, list(pairs.values()), frobenius_decay) if frobenius_decay else None
+    penalty = partial(_decay, pairs, frobenius_decay) if frobenius_decay else None
     policy = apply_statistics(running_layers(module), statistics)
     part = Part("low_rank", config, module, groups, statistics_buffers(module, statistics))
     return FineTuneHandle(part, penalty=penalty, lifecycle=policy)
@@ -157,5 +163,5 @@ def _attach(layer: nn.Module, rank: int, alpha: float | None, generator: torch.G
     return update
 
 
-def _decay(pairs: list[nn.Module], factor: float) -> torch.Tensor:
-    return 0.5 * factor * torch.stack([frobenius_norm_squared(pair) for pair in pairs]).sum()
+def _decay(pairs: list[tuple[nn.Parameter, nn.Parameter]], factor: float) -> torch.Tensor:
+    return 0.5 * factor * torch.stack([frobenius_norm_squared(u, v) for u, v in pairs]).sum()
