@@ -52,6 +52,13 @@ zoo: $(VENV)/.tests-installed  ## predict for dozens of public networks and writ
 bench: $(VENV)/.tests-installed  ## measure speed and memory against limits measured in the same run
 	$(BIN)/python -m benchmarks
 
+.PHONY: reproduce-norm-only reproduce-additive
+reproduce-norm-only: $(VENV)/.tests-installed  ## tune norm layers against controls of the same size; writes docs/norm_only_results.*
+	$(BIN)/python -m benchmarks.reproduce_norm_only --data $(or $(DATA),../shared/data/cifar10) --story
+
+reproduce-additive: $(VENV)/.tests-installed  ## neurons against changed labels, closed form and trained; writes docs/additive_results.*
+	$(BIN)/python -m benchmarks.reproduce_additive --data $(or $(DATA),../shared/data/cifar10)
+
 lint: $(VENV)/.dev-installed  ## format, lint, type-check, check the protocol and the Dockerfile
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
