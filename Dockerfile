@@ -1,0 +1,38 @@
+# ghn-service with its bundled checkpoint:
+#   docker build -t ghn-service . && docker run -p 50051:50051 ghn-service
+#
+# Build arguments:
+#   DEVICE           device that predicts: cpu, or cuda for an image that is run with --gpus all
+#   TORCH_INDEX_URL  extra package index to take torch from, such as PyTorch's index of CPU builds, which makes the
+#                    image several gigabytes smaller; pip's own index if empty
+FROM python:3.11-slim-bookworm AS build
+ARG TORCH_INDEX_URL=""
+WORKDIR /build
+RUN python -m venv /opt/ghn
+ENV PATH=/opt/ghn/bin:$PATH
+COPY constraints.txt ./
+RUN pip install --no-cache-dir -c constraints.txt ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} torch==2.13.0
+COPY pyproject.toml README.md LICENSE ./
+COPY clients ./clients
+COPY architectures ./architectures
+COPY ghn_service ./ghn_service
+RUN pip install --no-cache-dir -c constraints.txt .
+
+FROM python:3.11-slim-bookworm
+ARG DEVICE=cpu
+RUN useradd --system --create-home --uid 10001 ghn
+COPY --from=build /opt/ghn /opt/ghn
+ENV PATH=/opt/ghn/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    GHN_HOST=0.0.0.0 \
+    GHN_PORT=50051 \
+    GHN_DEVICE=${DEVICE} \
+    GHN_LOG_FORMAT=json
+USER 10001
+WORKDIR /home/ghn
+EXPOSE 50051
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=30s --timeout=20s --start-period=60s --retries=3 \
+    CMD ["ghn-client", "health", "--address", "localhost:50051"]
+ENTRYPOINT ["ghn-server"]
+CMD ["serve"]
