@@ -128,7 +128,7 @@ def read_delta(path: str | Path) -> tuple[DeltaInfo, dict[str, torch.Tensor]]:
             request=json.loads(metadata["request"]),
             num_numbers=sum(tensor.numel() for tensor in tensors.values()),
         )
-    except (KeyError, ValueError, TypeError, library.SafetensorError) as error:
+    except (KeyError, ValueError, TypeError, _safetensor_error()) as error:
         raise DeltaFormatError(f"{Path(path).name} is no delta file: {error}") from error
     return info, tensors
 
@@ -249,12 +249,16 @@ def _metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
+def _safetensor_error() -> type[Exception]:
+    import safetensors
+
+    error: type[Exception] = safetensors.SafetensorError
+    return error
+
+
 def _safetensors() -> Any:
     try:
-        import safetensors
         import safetensors.torch
     except ImportError as error:
         raise MissingExtraError("delta files need the package safetensors: pip install safetensors") from error
-    module = safetensors.torch
-    module.SafetensorError = safetensors.SafetensorError  # type: ignore[attr-defined]
-    return module
+    return safetensors.torch

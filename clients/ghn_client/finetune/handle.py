@@ -88,7 +88,6 @@ class FineTuneHandle:
         base: nn.Module | None = None,
         lifecycle: Lifecycle | None = None,
         penalty: Callable[[], torch.Tensor] | None = None,
-        snapshot: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.module = part.module
         self.base = base if base is not None else part.module
@@ -99,7 +98,6 @@ class FineTuneHandle:
         if not tuned:
             raise NothingToTuneError(f"strategy {part.strategy!r} found no parameter to tune in {_kind(self.base)}")
         values = {name: tensor.clone() for name, tensor in part.state().items()}
-        values.update({name: tensor.clone() for name, tensor in (snapshot or {}).items()})
         flags = [(parameter, parameter.requires_grad) for parameter in self.module.parameters()]
         self._snapshots: tuple[_Snapshot, ...] = (_Snapshot(values, flags),)
         self._open, self._enabled = True, True
