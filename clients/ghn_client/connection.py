@@ -41,6 +41,7 @@ _OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_reconnect_backoff_ms", 5_000),
     ("grpc.enable_retries", 0),
 )
+_SCHEMES = ("dns:", "ipv4:", "ipv6:")
 Result = TypeVar("Result")
 
 
@@ -79,7 +80,9 @@ def is_loopback(address: str) -> bool:
     """Whether what is sent to ``address`` stays on this machine."""
     if address.startswith("unix:"):
         return True
-    host = address.rpartition("//")[2].rpartition("/")[2].rpartition(":")[0].strip("[]")
+    target = address.rpartition("/")[2]
+    target = target.partition(":")[2] if target.startswith(_SCHEMES) else target
+    host = target.rpartition(":")[0].strip("[]")
     if host == "localhost":
         return True
     try:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 EXTERNAL_BYTES = (1 << 31) - (1 << 24)
 """Bytes of tensors from which a file keeps them beside itself: protobuf ends at 2 GiB."""
 
+_FIRST_IR_VERSION_WITHOUT_INPUTS = 4
 _INITIAL_STATISTICS = {3: 0.0, 4: 1.0}
 _TORCH_TYPES: dict[int, torch.dtype] = {
     onnx.TensorProto.FLOAT: torch.float32,
@@ -178,6 +179,8 @@ class _Filler:
         _fill(proto, tensor)
         self.initializers[name] = (self.model.graph, proto)
         self.filled.add(name)
+        if self.model.ir_version < _FIRST_IR_VERSION_WITHOUT_INPUTS:
+            self.model.graph.input.append(onnx.helper.make_tensor_value_info(name, data_type, tuple(tensor.shape)))
 
     def _is_read(self, name: str) -> bool:
         return any(name in node.input for nodes in self.nodes.values() for node in nodes) or any(
@@ -282,5 +285,6 @@ def write_model(model: onnx.ModelProto, path: Path) -> None:
         data_name = f"{path.name}.data"
         written = Path(folder) / path.name
         onnx.save_model(model, written, save_as_external_data=True, all_tensors_to_one_file=True, location=data_name)
-        (Path(folder) / data_name).replace(path.parent / data_name)
+        if (Path(folder) / data_name).exists():
+            (Path(folder) / data_name).replace(path.parent / data_name)
         written.replace(part)
