@@ -162,7 +162,7 @@ class ReadContext:
             axes: The view's axes in torch's order.
             is_scale: Whether this is a normalisation's weight.
         """
-        torch_name, token = self.names.identify(view.source, node, slot)
+        torch_name, token = self.names.identify(view.source, node, slot, is_direct=view.order is not None)
         use = TensorUse(
             source=view.source,
             role=role,

@@ -185,6 +185,9 @@ def _add_weights(context: ReadContext, node: OnnxNode, data: list[Value], value:
         view = _added_weight(context, operand, value)
         if view is not None:
             result = _add_weight(context, node, index, view, value)
+            for part in operand.views:
+                if part is not view and context.is_trainable(part.source):
+                    context.use(node, index, part, "zeros")
     context.emit(node, result)
 
 

@@ -161,7 +161,9 @@ def read_batch_norm(context: ReadContext, node: OnnxNode) -> None:
     for index, slot in _BUFFER_SLOTS.items():
         for view in data[index].views if index < len(data) else ():
             context.use(node, index, view, "buffer", slot=slot)
-    if not data[0].flow and data[0].views:
+    if not data[0].flow and data[0].views:  # a weight that is standardised before it is used
+        context.fall_back(node, 1, "ones")
+        context.fall_back(node, 2, "zeros")
         context.emit(node, context.joined(data[:1]))
     else:
         _read_norm(context, node, "bn", data[0], literal=True)

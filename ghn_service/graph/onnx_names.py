@@ -58,13 +58,15 @@ class TorchNames:
         self._read: OnnxNode | None = None
         self._metadata: dict[str, str] = {}
 
-    def identify(self, source: Source, node: OnnxNode, slot: str) -> tuple[str, str]:
+    def identify(self, source: Source, node: OnnxNode, slot: str, *, is_direct: bool = True) -> tuple[str, str]:
         """The torch name of ``source`` as ``node`` uses it in ``slot``, and a token that tells uses apart.
 
         Args:
             source: The tensor.
             node: The node that reads it.
             slot: ``weight``, ``bias``, ``running_mean``, ``running_var`` or ``operand``.
+            is_direct: Whether the operand is the tensor itself or a view of it; of a tensor that it was computed
+                from, only the tensor's own name is evidence.
 
         Returns:
             The torch name, "" if it cannot be told, and the token, "" if there is none.
@@ -72,7 +74,7 @@ class TorchNames:
         if not self._file.is_torch:
             return "", ""
         metadata = self._metadata_of(node)
-        token = self._token(source, node, metadata.get(_FX_KEY, ""), slot)
+        token = self._token(source, node, metadata.get(_FX_KEY, ""), slot, is_direct=is_direct)
         if token:
             return self._demangled(token, _scopes(metadata)), token
         if source.kind == "CONSTANT" or is_anonymous(source.name):
@@ -101,7 +103,9 @@ class TorchNames:
             return False
         operator, tokens = self._call(node)
         if operator:
-            return operator in _NORM_OPS or (bias is not None and operator in _CONV_OPS and len(tokens) == 1)
+            is_own = bias is None or bias.kind == "PARAMETER" or f"p_{_mangled(bias.name)}" in tokens
+            is_foreign = not is_own and len(tokens) == 1
+            return operator in _NORM_OPS or (is_foreign and operator in _CONV_OPS)
         return bias is not None and is_anonymous(bias.name) and not bias.is_literal
 
     def module_class(self, node: OnnxNode) -> str:
@@ -125,7 +129,7 @@ class TorchNames:
         target = _TARGET.search(text)
         return target.group(1) if target else ""
 
-    def _token(self, source: Source, node: OnnxNode, text: str, slot: str) -> str:
+    def _token(self, source: Source, node: OnnxNode, text: str, slot: str, *, is_direct: bool) -> str:
         tokens: list[str] = _TOKEN.findall(text)
         if not tokens:
             return ""
@@ -134,12 +138,14 @@ class TorchNames:
         if slot in ("running_mean", "running_var"):
             return next((token for token in tokens if token.startswith("b_") and token.endswith(slot)), "")
         parameters = [token for token in tokens if token.startswith("p_")]
+        exact = [token for token in tokens if token[2:] == own]
+        if not is_direct:
+            return exact[0] if exact else ""
         if slot in _WEIGHT_BIAS and operator in _TRACED_OPS.get(node.op_type, ()) and len(parameters) <= 2:
             place = _WEIGHT_BIAS.index(slot)
             place = len(parameters) - 1 - place if operator == "addmm" else place
             if 0 <= place < len(parameters):
                 return parameters[place]
-        exact = [token for token in tokens if token[2:] == own]
         if exact:
             return exact[0]
         return tokens[0] if slot == "operand" and len(tokens) == 1 else ""

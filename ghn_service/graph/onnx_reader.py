@@ -157,6 +157,13 @@ def _warnings(context: ReadContext) -> list[str]:
             " torch.onnx.export(model.train(), args, dynamo=True, optimize=False), or use"
             " ghn_client.export_architecture"
         )
+    computed = _computed(context)
+    if computed:
+        warnings.append(
+            f"{len(computed)} tensors were computed from parameters by the exporter ({_listed(computed)}); they are"
+            " initialised by a rule under their own names, and the parameters themselves are not in this file:"
+            " export without optimisation to get those"
+        )
     if context.unknown_operators:
         names = [f"{name} ({count})" for name, count in sorted(context.unknown_operators.items())]
         warnings.append(f"not understood, so data passes through as if element-wise: {_listed(names)}")
@@ -166,6 +173,13 @@ def _warnings(context: ReadContext) -> list[str]:
             f" all the same under their torch names: {_listed(context.restored)}"
         )
     return warnings
+
+
+def _computed(context: ReadContext) -> list[str]:
+    """Tensors that are neither declared nor literals in a file that declares its parameters, and are read."""
+    if not (context.file.is_torch and context.file.kinds):
+        return []
+    return [source.name for source in context.sources if not source.kind and source.uses]
 
 
 def _listed(names: list[str]) -> str:

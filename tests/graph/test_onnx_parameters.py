@@ -225,3 +225,36 @@ def test_every_trainable_tensor_of_the_file_is_somewhere(name: str) -> None:
         tensor.name for tensor in tensors if tensor.data_type == TensorProto.FLOAT and max(tensor.dims, default=1) > 1
     }
     assert floats <= known
+
+
+def test_tensors_that_the_exporter_computed_are_told() -> None:
+    graph = read_onnx(stored_model("vit_b_16", "dynamo-eval-optimize"))
+    assert fallbacks(graph) == {"expand": "truncated_normal"}
+    assert any("expand" in warning for warning in graph.warnings)
+
+
+def test_a_bias_put_together_from_parts_names_the_parts() -> None:
+    model = Model({"x": (1, 5, 6)}, producer="pytorch")
+    model.node("MatMul", ["x", model.weight("attn.qkv.weight", 6, 12)], "product")
+    call = "linear.default](args = (%x, %p_attn_qkv_weight, %cat))"
+    annotate(model.nodes[-1], call, "attn")
+    parts = [model.weight(f"attn.{key}_bias", 4) for key in "qkv"]
+    model.node("Add", ["product", model.node("Concat", parts, "cat", axis=0)], "y")
+    annotate(model.nodes[-1], call, "attn")
+    names = {spec.torch_name for spec in model.read().parameters()}
+    assert names == {"attn.qkv.weight", "attn.q_bias", "attn.k_bias", "attn.v_bias"}
+
+
+def test_a_standardised_weight_is_the_layers_weight() -> None:
+    """Weight standardisation runs a batch normalization over the weight itself."""
+    model = Model(producer="pytorch")
+    weight = model.weight("conv.weight", 4, 3, 3, 3)
+    flat = model.node("Reshape", [weight, model.integers("flat", 1, 4, 27)], "flattened")
+    statistics = [model.weight("conv.gain", 4), *(model.weight(f"val_{index}", 4) for index in range(3))]
+    standard = model.node("BatchNormalization", [flat, *statistics], "standardised")
+    kernel = model.node("Reshape", [standard, model.integers("shape", 4, 3, 3, 3)], "kernel")
+    model.node("Conv", ["x", kernel, model.weight("conv.bias", 4)], "y")
+    annotate(model.nodes[-1], "conv2d.default](args = (%x, %view, %p_conv_bias))", "conv")
+    graph = model.read()
+    assert [spec.torch_name for node in graph.nodes for spec in node.parameters] == ["conv.weight", "conv.bias"]
+    assert fallbacks(graph) == {"conv.gain": "ones"}
