@@ -23,23 +23,32 @@ def configure_logging(log_format: str, level: str) -> None:
         log_format: ``console`` for people, ``json`` for machines.
         level: Least level, such as ``"INFO"``.
     """
-    shared: list[structlog.types.Processor] = [
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(make_formatter(log_format, colors=sys.stderr.isatty()))
+    logging.basicConfig(handlers=[handler], level=level, force=True)
+
+
+def make_formatter(log_format: str, *, colors: bool = False) -> logging.Formatter:
+    """Formats a record as one line with all that is bound to it; local variables are left out of tracebacks.
+
+    Args:
+        log_format: ``console`` for people, ``json`` for machines.
+        colors: Whether the console shows colours.
+    """
+    before: list[structlog.types.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.stdlib.ExtraAdder(),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    renderers = (
-        [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+    renderers: list[structlog.types.Processor] = (
+        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
         if log_format == "json"
-        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        else [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)]
     )
-    formatter = structlog.stdlib.ProcessorFormatter(
-        foreign_pre_chain=shared, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers]
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=before, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers]
     )
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(formatter)
-    logging.basicConfig(handlers=[handler], level=level, force=True)
 
 
 @contextmanager

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import onnx
 from onnx import TensorProto, helper
 
 
 def linear_model(*sizes: int, name: str = "layers") -> bytes:
-    """Linear layers with ReLUs in between; weights ``<name>.<i>.weight`` (out, in) and biases are typed graph inputs."""
+    """Linear layers with ReLUs in between; weights (out, in) and biases are typed inputs."""
     nodes, inputs = [], [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, sizes[0]])]
     value = "x"
-    for index, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for index, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
         weight, bias = f"{name}.{index}.weight", f"{name}.{index}.bias"
         inputs.append(helper.make_tensor_value_info(weight, TensorProto.FLOAT, [fan_out, fan_in]))
         inputs.append(helper.make_tensor_value_info(bias, TensorProto.FLOAT, [fan_out]))

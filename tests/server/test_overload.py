@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import grpc
 import pytest
-
 from ghn_client.wire import ghn_pb2
+
 from tests.server.fake_predictor import FakePredictor, Gate, connect, fake_server, predict_request, receive_file
+from tests.server.patience import PATIENCE_S, wait_until
 from tests.server.small_models import LARGE, TINY
 
 Code = grpc.StatusCode
-PATIENCE_S = 20.0
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Waits for a state that comes within milliseconds on any machine."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
 
 
 def num_streams_threads() -> int:
@@ -93,15 +84,7 @@ def test_cancelling_a_computation_frees_the_device(tmp_path: Path) -> None:
         assert gate.entered.wait(PATIENCE_S)
         running.cancel()
         predictor.before_decoding = lambda on_stage: None
-
-        def served() -> bool:
-            try:
-                return bool(receive_file(stub.PredictWeights(predict_request(TINY))))
-            except grpc.RpcError as error:
-                assert error.code() is Code.RESOURCE_EXHAUSTED
-                return False
-
-        wait_until(served)
+        wait_until(lambda: _is_served(stub.PredictWeights(predict_request(TINY))))
 
 
 def test_cancelling_a_stream_frees_its_place_and_threads(tmp_path: Path) -> None:

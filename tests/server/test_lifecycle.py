@@ -1,0 +1,173 @@
+"""Start, readiness and stop of a server inside the process."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import grpc
+import pytest
+from ghn_client.wire import ghn_pb2, ghn_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from ghn_service.errors import CheckpointError, ConfigurationError, InvalidOptionError, UnavailableError
+from ghn_service.server.app import RunningServer, start_server
+from ghn_service.server.settings import Settings
+from tests.server.fake_predictor import (
+    FakePredictor,
+    Gate,
+    connect,
+    fake_server,
+    fake_settings,
+    predict_request,
+    receive_file,
+)
+from tests.server.patience import PATIENCE_S, wait_until
+from tests.server.small_models import TINY
+
+SERVICE = "ghn.v1.GhnService"
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def health(server: RunningServer, service: str) -> int:
+    with grpc.insecure_channel(server.address) as channel:
+        answer = health_pb2_grpc.HealthStub(channel).Check(
+            health_pb2.HealthCheckRequest(service=service), timeout=PATIENCE_S
+        )
+        status: int = answer.status
+        return status
+
+
+def code_of_a_call(stub: ghn_pb2_grpc.GhnServiceStub) -> grpc.StatusCode:
+    """Status of a small call; one that meets the very moment of the stop waits for the end of the grace."""
+    try:
+        stub.ListModels(ghn_pb2.ListModelsRequest(), timeout=0.5)
+    except grpc.RpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
+
+
+def test_alive_before_ready(tmp_path: Path) -> None:
+    may_load = threading.Event()
+
+    def load(path: Path, device: str) -> FakePredictor:
+        may_load.wait(PATIENCE_S)
+        return FakePredictor()
+
+    with start_server(fake_settings(tmp_path), load=load) as server, connect(server) as stub:
+        assert (health(server, ""), health(server, SERVICE)) == (SERVING, NOT_SERVING)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.PredictWeights(predict_request(TINY)))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        with pytest.raises(UnavailableError):
+            server.wait_ready(0.01)
+        may_load.set()
+        server.wait_ready(PATIENCE_S)
+        assert health(server, SERVICE) == SERVING
+
+
+def test_not_ready_without_a_hypernetwork(tmp_path: Path) -> None:
+    def load(path: Path, device: str) -> FakePredictor:
+        raise ValueError("no such thing")
+
+    with start_server(fake_settings(tmp_path), load=load) as server:
+        with pytest.raises(CheckpointError):
+            server.wait_ready(PATIENCE_S)
+        assert (health(server, ""), health(server, SERVICE)) == (SERVING, NOT_SERVING)
+
+
+def test_health_of_an_unknown_service(tmp_path: Path) -> None:
+    with fake_server(tmp_path) as server, pytest.raises(grpc.RpcError) as caught:
+        health(server, "nobody")
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_reflection_is_a_choice(tmp_path: Path, is_on: bool) -> None:
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    with fake_server(tmp_path, reflection=is_on) as server, grpc.insecure_channel(server.address) as channel:
+        answers = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([request]))
+        if is_on:
+            names = {service.name for service in next(answers).list_services_response.service}
+            assert SERVICE in names
+        else:
+            with pytest.raises(grpc.RpcError) as caught:
+                next(answers)
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_a_taken_port_is_an_error(tmp_path: Path) -> None:
+    with fake_server(tmp_path) as server:
+        port = int(server.address.rpartition(":")[2])
+        with pytest.raises(ConfigurationError):
+            start_server(fake_settings(tmp_path, port=port))
+
+
+def test_no_checkpoint_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ghn_service.server.settings.BUNDLED_CHECKPOINTS", tmp_path)
+    with pytest.raises(ConfigurationError):
+        start_server(Settings(port=0))
+
+
+def test_an_unknown_device_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InvalidOptionError):
+        start_server(fake_settings(tmp_path, device=("cuda:99",)))
+
+
+def test_two_devices_have_a_worker_and_a_copy_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ghn_service.server.app.resolve_devices", lambda names: ("one", "two"))
+    gate, copies = Gate(), []
+
+    def load(path: Path, device: str) -> FakePredictor:
+        copies.append(FakePredictor(gate))
+        return copies[-1]
+
+    with start_server(fake_settings(tmp_path), load=load) as server, connect(server) as stub:
+        server.wait_ready(PATIENCE_S)
+        streams = [stub.PredictWeights(predict_request(TINY)) for _ in range(2)]
+        for stream in streams:
+            while next(stream).progress.stage != ghn_pb2.STAGE_PREDICTING:
+                pass
+        gate.opened.set()
+        assert all(receive_file(stream) for stream in streams)
+    assert [copy.num_runs for copy in copies] == [1, 1]
+
+
+def test_stopping_finishes_what_runs_and_refuses_the_rest(tmp_path: Path) -> None:
+    gate = Gate()
+    with fake_server(tmp_path, FakePredictor(gate)) as server, connect(server) as stub:
+        running = stub.PredictWeights(predict_request(TINY))
+        assert gate.entered.wait(PATIENCE_S)
+        stopper = threading.Thread(target=server.stop, kwargs={"grace_s": PATIENCE_S})
+        stopper.start()
+        wait_until(lambda: code_of_a_call(stub) is grpc.StatusCode.UNAVAILABLE)
+        gate.opened.set()
+        assert receive_file(running)
+        stopper.join(PATIENCE_S)
+        assert not stopper.is_alive()
+
+
+def test_stopping_ends_what_does_not_finish_in_its_grace(tmp_path: Path) -> None:
+    gate = Gate()
+    with fake_server(tmp_path, FakePredictor(gate)) as server, connect(server) as stub:
+        running = stub.PredictWeights(predict_request(TINY))
+        assert gate.entered.wait(PATIENCE_S)
+        server.stop(grace_s=0.05)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(running)
+    assert caught.value.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+
+
+def test_a_stopped_server_leaves_no_thread_of_ours(tmp_path: Path) -> None:
+    with fake_server(tmp_path) as server, connect(server) as stub:
+        assert receive_file(stub.PredictWeights(predict_request(TINY)))
+    names = ("ghn-worker", "ghn-watchdog", "ghn-loader", "ghn-sha256")
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(names)]
+
+
+def test_stopping_twice_is_harmless(tmp_path: Path) -> None:
+    with fake_server(tmp_path) as server:
+        server.stop(0.0)
+        server.stop(0.0)
