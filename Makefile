@@ -9,7 +9,7 @@ WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help predict test test-slow test-gpu test-soak zoo bench lint format proto evaluate clean
+.PHONY: help predict test test-slow test-gpu test-soak zoo bench reproduce-diversity reproduce-low-rank lint format proto evaluate clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -51,6 +51,15 @@ zoo: $(VENV)/.tests-installed  ## predict for dozens of public networks and writ
 
 bench: $(VENV)/.tests-installed  ## measure speed and memory against limits measured in the same run
 	$(BIN)/python -m benchmarks
+
+DATA ?= ../shared/data/cifar10
+GHN ?= $(firstword $(wildcard ghn_service/checkpoints/*.safetensors))
+
+reproduce-diversity: $(VENV)/.tests-installed  ## fine-tune from He, predicted and repaired starts; writes docs/diversity_results.*
+	$(BIN)/python -m benchmarks.reproduce_diversity --data $(DATA) --checkpoint $(GHN)
+
+reproduce-low-rank: $(VENV)/.tests-installed  ## layer errors and accuracy of low-rank networks, spectral against function
+	$(BIN)/python -m benchmarks.reproduce_low_rank --data $(DATA)
 
 .PHONY: reproduce-norm-only reproduce-additive
 reproduce-norm-only: $(VENV)/.tests-installed  ## tune norm layers against controls of the same size; writes docs/norm_only_results.*
