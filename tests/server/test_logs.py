@@ -10,8 +10,8 @@ from pathlib import Path
 
 import grpc
 import pytest
-from ghn_service.server.logs import current_request_id, logged_as, make_formatter
 
+from ghn_service.server.logs import current_request_id, logged_as, make_formatter
 from tests.server.fake_predictor import FakePredictor, connect, fake_server, predict_request, raises, receive_file
 from tests.server.patience import wait_until
 from tests.server.small_models import TINY

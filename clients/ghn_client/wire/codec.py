@@ -137,8 +137,8 @@ def decode_safetensors_header(buffer: Buffer) -> tuple[tuple[PlacedTensor, ...],
     try:
         document = json.loads(bytes(buffer[8 : 8 + size]))
         metadata = {str(key): str(value) for key, value in document.pop("__metadata__", {}).items()}
-        items = [(name, _entry_from_json(name, item), *item["data_offsets"]) for name, item in document.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        items = [(_entry_from_json(name, item), *_offsets_from_json(name, item)) for name, item in document.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StreamCorruptedError(f"the safetensors header is malformed: {error!r}") from error
     return _place_tensors(items, start=8 + size, stop=len(buffer)), metadata
 
@@ -152,16 +152,21 @@ def _entry_from_json(name: str, item: Mapping[str, object]) -> TensorEntry:
     return TensorEntry(name, str(item["dtype"]), tuple(shape))
 
 
-def _place_tensors(
-    items: Iterable[tuple[str, TensorEntry, int, int]], *, start: int, stop: int
-) -> tuple[PlacedTensor, ...]:
+def _offsets_from_json(name: str, item: Mapping[str, object]) -> tuple[int, int]:
+    match item["data_offsets"]:
+        case [int(first), int(last)]:
+            return first, last
+    raise ValueError(f"tensor {name!r} has data_offsets {item['data_offsets']!r}")
+
+
+def _place_tensors(items: Iterable[tuple[TensorEntry, int, int]], *, start: int, stop: int) -> tuple[PlacedTensor, ...]:
     """Checks that the tensors follow each other without gaps from ``start`` to ``stop``."""
     placed = []
     position = start
-    for name, entry, first, last in sorted(items, key=lambda item: (item[2], item[3])):
+    for entry, first, last in sorted(items, key=lambda item: item[1:]):
         if start + first != position or last - first != entry.num_bytes:
             raise StreamCorruptedError(
-                f"tensor {name!r} at bytes {first} to {last}: expected {entry.num_bytes} bytes from {position - start}"
+                f"tensor {entry.name!r} at {first} to {last}: expected {entry.num_bytes} bytes from {position - start}"
             )
         position = start + last
         placed.append(PlacedTensor(entry, start + first, position))
