@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import onnx
 
-from ghn_service.graph.onnx_file import FLOAT_TYPES, OnnxFile, OnnxNode, TensorHeader
+from ghn_service.graph.onnx_file import FLOAT_TYPES, OnnxFile, TensorHeader
 from ghn_service.graph.onnx_limits import GraphLimits, check_name, checked_shape, exceeded, invalid, unsupported
 from ghn_service.graph.onnx_names import TorchNames, is_anonymous
+from ghn_service.graph.onnx_node import OnnxNode
 from ghn_service.graph.onnx_patterns import find_patterns
 from ghn_service.graph.onnx_values import CONSTANT, Value, View
 from ghn_service.graph.raw_graph import INPUT, RawGraph, RawNode, Source, TensorUse

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from ghn_service.graph.onnx_context import ReadContext
-from ghn_service.graph.onnx_file import OnnxNode
 from ghn_service.graph.onnx_layers import add_bias, out_features
+from ghn_service.graph.onnx_node import OnnxNode
 from ghn_service.graph.onnx_patterns import is_constant
 from ghn_service.graph.onnx_values import Value, View
 from ghn_service.graph.raw_graph import INPUT, RawNode

@@ -7,25 +7,14 @@ Values keep their names; inside an expanded function they get a prefix. Tensor d
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy
 import onnx
 
-from ghn_service.graph.onnx_limits import (
-    GRAPH_TYPES,
-    ONNX_DOMAINS,
-    FunctionKey,
-    GraphLimits,
-    called_key,
-    check_name,
-    function_key,
-    invalid,
-    is_text,
-    parse_model,
-    subgraphs,
-)
+from ghn_service.graph.onnx_limits import GraphLimits, check_name, invalid, is_text, parse_model
+from ghn_service.graph.onnx_node import OnnxNode, flat_nodes
 
 PARAMETERS_KEY = "ghn.parameters"
 BUFFERS_KEY = "ghn.buffers"
@@ -34,55 +23,8 @@ FLOAT_TYPES = frozenset(
 )
 _INTEGER_DTYPES: dict[int, str] = {onnx.TensorProto.INT64: "<i8", onnx.TensorProto.INT32: "<i4"}
 _MAX_INTEGERS = 64
-_MAX_PREFIX = 200
 _TRACED_KEY = "pkg.torch.onnx.original_node_name"
 _KIND_KEY = "pkg.torch.export.graph_signature.InputSpec.kind"
-
-
-@dataclass(slots=True)
-class OnnxNode:
-    """One node: its operator, the names of its values, and access to its attributes."""
-
-    op_type: str
-    domain: str
-    inputs: list[str]
-    outputs: list[str]
-    name: str
-    proto: onnx.NodeProto
-    bindings: Mapping[str, onnx.AttributeProto] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        """The node's name, or that of its first output where it has none."""
-        return self.name or next((name for name in self.outputs if name), self.op_type)
-
-    def attribute(self, name: str) -> onnx.AttributeProto | None:
-        """The attribute ``name``, resolved through the function call that this node came from."""
-        for attribute in self.proto.attribute:
-            if attribute.name == name:
-                if attribute.ref_attr_name:
-                    return self.bindings.get(attribute.ref_attr_name)
-                return attribute
-        return None
-
-    def integer(self, name: str, default: int) -> int:
-        """An integer attribute."""
-        attribute = self.attribute(name)
-        return default if attribute is None else attribute.i
-
-    def integers(self, name: str) -> tuple[int, ...]:
-        """A list-of-integers attribute; empty if it is absent."""
-        attribute = self.attribute(name)
-        return () if attribute is None else tuple(attribute.ints)
-
-    def text(self, name: str) -> str:
-        """A string attribute; "" if it is absent."""
-        attribute = self.attribute(name)
-        return "" if attribute is None else attribute.s.decode("utf-8", "replace")
-
-    def metadata(self) -> dict[str, str]:
-        """The metadata that the exporter wrote on the node."""
-        return {entry.key: entry.value for entry in self.proto.metadata_props if is_text(entry.value)}
 
 
 @dataclass(slots=True)
@@ -162,7 +104,7 @@ def load_file(data: bytes, limits: GraphLimits) -> OnnxFile:
         initializers[tensor.name] = TensorHeader(tensor.name, tensor.data_type, tuple(tensor.dims))
     inputs = _read_inputs(graph, initializers, limits)
     kinds, traced_names = _read_kinds(model, initializers, inputs)
-    nodes = list(_flat_nodes(model))
+    nodes = list(flat_nodes(model))
     outputs = [output.name for output in graph.output]
     producers = _check_names(nodes, [header.name for header in inputs], initializers, outputs, limits)
     return OnnxFile(
@@ -239,79 +181,6 @@ def _static_shape(info: onnx.ValueInfoProto) -> tuple[int, ...] | None:
             return None
         sizes.append(dim.dim_value)
     return tuple(sizes)
-
-
-@dataclass(slots=True)
-class _Frame:
-    """A body that is being expanded: its nodes still to come, and how its names read outside."""
-
-    nodes: Iterator[onnx.NodeProto]
-    names: Mapping[str, str]
-    prefix: str
-    bindings: Mapping[str, onnx.AttributeProto]
-
-
-def _flat_nodes(model: onnx.ModelProto) -> Iterator[OnnxNode]:
-    functions: dict[FunctionKey, onnx.FunctionProto] = {function_key(item): item for item in model.functions}
-    stack = [_Frame(iter(model.graph.node), {}, "", {})]
-    expansions = 0
-    while stack:
-        frame = stack[-1]
-        proto = next(frame.nodes, None)
-        if proto is None:
-            stack.pop()
-            continue
-        node = _read_node(proto, frame)
-        function = functions.get(called_key(proto)) if functions else None
-        if function is None:
-            yield node
-        else:
-            expansions += 1
-            prefix = f"{node.label}#{expansions}/"
-            stack.append(_enter(function, node, prefix if len(prefix) < _MAX_PREFIX else f"#{expansions}/"))
-
-
-def _read_node(proto: onnx.NodeProto, frame: _Frame) -> OnnxNode:
-    inputs, outputs, name = list(proto.input), list(proto.output), proto.name
-    if not (is_text(name) and is_text(proto.op_type) and is_text(proto.domain)):
-        raise invalid(f"the name or operator of node {name!r} ({proto.op_type!r}) is not valid UTF-8")
-    for attribute in proto.attribute:
-        if attribute.type in GRAPH_TYPES:
-            inputs.extend(name for graph in subgraphs(proto) for name in _captured(graph))
-            break
-    if frame.prefix:
-        inputs = [frame.names.get(item, frame.prefix + item) if item else "" for item in inputs]
-        outputs = [frame.names.get(item, frame.prefix + item) if item else "" for item in outputs]
-        name = frame.prefix + name
-    domain = "" if proto.domain in ONNX_DOMAINS else proto.domain
-    return OnnxNode(proto.op_type, domain, inputs, outputs, name, proto, frame.bindings)
-
-
-def _enter(function: onnx.FunctionProto, call: OnnxNode, prefix: str) -> _Frame:
-    if len(call.inputs) > len(function.input) or len(call.outputs) > len(function.output):
-        raise invalid(f"node {call.label!r} passes more values than the function {function.name!r} has")
-    names = dict(zip(function.input, call.inputs + [""] * len(function.input), strict=False))
-    names.update((inner, outer) for inner, outer in zip(function.output, call.outputs, strict=False) if outer)
-    bindings = {item.name: item for item in function.attribute_proto}
-    for attribute in call.proto.attribute:
-        resolved = call.attribute(attribute.name)
-        if resolved is not None:
-            bindings[attribute.name] = resolved
-    return _Frame(iter(function.node), names, prefix, bindings)
-
-
-def _captured(graph: onnx.GraphProto) -> list[str]:
-    """Names that a subgraph reads from outside."""
-    defined = {tensor.name for tensor in graph.initializer} | {info.name for info in graph.input}
-    found: dict[str, None] = {}
-    for node in graph.node:
-        names = list(node.input)
-        for inner in subgraphs(node):
-            names.extend(_captured(inner))
-        found.update((name, None) for name in names if name and name not in defined)
-        defined.update(node.output)
-    found.update((info.name, None) for info in graph.output if info.name and info.name not in defined)
-    return list(found)
 
 
 def _check_names(

@@ -1,4 +1,4 @@
-"""Handlers of the operators that have weights: convolution, linear, normalisation, embedding, attention, recurrence.
+"""Handlers of the operators of convolutions and linear layers, with their biases.
 
 Shape legend: convolution weight (out, in / groups, kernel height, kernel width); linear weight (out, in) in torch,
 (in, out) as the right operand of MatMul.
@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 
+from ghn_service.graph.onnx_attention import attended
 from ghn_service.graph.onnx_context import ReadContext
-from ghn_service.graph.onnx_file import OnnxNode
+from ghn_service.graph.onnx_node import OnnxNode
 from ghn_service.graph.onnx_values import Value, View
-from ghn_service.graph.raw_graph import INPUT, NOTHING, Flow, RawNode, TensorUse
-
-_BUFFER_SLOTS = {3: "running_mean", 4: "running_var"}
+from ghn_service.graph.raw_graph import INPUT, Flow, RawNode, TensorUse
 
 
 def read_convolution(context: ReadContext, node: OnnxNode) -> None:
@@ -111,109 +110,6 @@ def read_einsum(context: ReadContext, node: OnnxNode) -> None:
                 return
             context.use(node, index, view, "kaiming_normal")
     context.emit(node, context.joined(data))
-
-
-def attended(context: ReadContext, left: Value, right: Value) -> Value:
-    """The product of two activations; where one is a softmax, the other is the values that it weighs.
-
-    The values become a source of the softmax node instead of going past it, as queries and keys are already.
-    """
-    if not left.attention and right.attention:
-        left, right = right, left
-    if not left.attention:
-        return Value(flow=context.graph.union([left.flow, right.flow]))
-    late: set[int] = set()
-    for softmax in left.attention:
-        raw = context.graph.nodes[softmax]
-        raw.is_attention = True
-        context.graph.spend(len(right.flow))
-        for index in right.flow - left.flow:
-            earlier = context.graph.nodes[index].level < raw.level
-            (raw.predecessors if earlier else late).add(index)
-    return Value(flow=context.graph.union([left.flow, frozenset(late)]))
-
-
-def read_softmax(context: ReadContext, node: OnnxNode) -> None:
-    """Softmax: an attention node; the passes drop it again where it ends the network."""
-    data = context.start(node)[0]
-    if not data.flow:
-        context.emit(node, context.joined([data]))
-        return
-    index = context.add(RawNode("msa", 0, name=node.label, predecessors=set(data.flow)))
-    flow = frozenset({index})
-    context.emit(node, Value(flow=flow, attention=flow))
-
-
-def read_fused_attention(context: ReadContext, node: OnnxNode) -> None:
-    """Attention as one operator (opset 23): its queries, keys and values meet in an attention node."""
-    data = context.start(node)
-    index = context.add(RawNode("msa", 0, name=node.label, is_attention=True))
-    flow = context.graph.union([value.flow for value in data[:3]])
-    context.graph.nodes[index].predecessors.update(flow)
-    for position in range(len(data)):
-        context.fall_back(node, position, "truncated_normal")
-    context.emit(node, Value(flow=frozenset({index}) if flow else NOTHING))
-
-
-def read_batch_norm(context: ReadContext, node: OnnxNode) -> None:
-    """BatchNormalization: one node for weight and bias; the statistics are buffers."""
-    data = context.start(node)
-    for index, slot in _BUFFER_SLOTS.items():
-        for view in data[index].views if index < len(data) else ():
-            context.use(node, index, view, "buffer", slot=slot)
-    if not data[0].flow and data[0].views:  # a weight that is standardised before it is used
-        context.fall_back(node, 1, "ones")
-        context.fall_back(node, 2, "zeros")
-        context.emit(node, context.joined(data[:1]))
-    else:
-        _read_norm(context, node, "bn", data[0], literal=True)
-
-
-def read_layer_norm(context: ReadContext, node: OnnxNode) -> None:
-    """LayerNormalization: one node for weight and bias; without weights, nothing."""
-    data = context.start(node)
-    _read_norm(context, node, "ln", data[0], literal=False)
-
-
-def read_other_norm(context: ReadContext, node: OnnxNode) -> None:
-    """Group, instance and RMS normalisation: outside the vocabulary, so ones and zeros."""
-    data = context.start(node)
-    context.fall_back(node, 1, "ones")
-    context.fall_back(node, 2, "zeros")
-    context.emit(node, Value(flow=data[0].flow, normalized="other", spatial=data[0].spatial))
-
-
-def read_gather(context: ReadContext, node: OnnxNode) -> None:
-    """Gather: a selection of data, an embedding table read by data, or a part of a weight."""
-    table, indices = context.start(node)[:2]
-    if table.flow or not indices.flow:
-        context.emit(node, context.joined([table]))
-        return
-    view = context.weight(node, 0, literal=False)
-    if view is None:
-        context.emit(node, Value(flow=indices.flow))
-        return
-    use = context.use(node, 0, view, "node", slot="weight", axes=tuple(range(len(view.source.shape))))
-    raw = RawNode("pos_enc", 0, name=view.source.name, predecessors=set(indices.flow), weight=use)
-    context.emit(node, Value(flow=frozenset({context.add(raw)})))
-
-
-def read_recurrent(context: ReadContext, node: OnnxNode) -> None:
-    """LSTM, GRU and RNN: outside the vocabulary; data passes."""
-    data = context.start(node)
-    for index in range(1, min(4, len(data))):
-        context.fall_back(node, index, "recurrent_uniform", literal=True)
-    for index in range(4, len(data)):
-        context.fall_back(node, index, "zeros")
-    context.emit(node, Value(flow=data[0].flow))
-
-
-def read_prelu(context: ReadContext, node: OnnxNode) -> None:
-    """PRelu: the slope gets a fallback."""
-    data = context.start(node)
-    context.fall_back(node, 1, "prelu", literal=True)
-    context.note_activation(data[0], "prelu")
-    context.emit(node, context.joined(data[:1]))
 
 
 def add_bias(
@@ -337,21 +233,6 @@ def _pass_weighted(context: ReadContext, node: OnnxNode, data: Value, spatial: t
     context.fall_back(node, 1, "kaiming_normal", literal=True)
     context.fall_back(node, 2, "zeros", literal=True)
     context.emit(node, Value(flow=data.flow or INPUT, spatial=spatial))
-
-
-def _read_norm(context: ReadContext, node: OnnxNode, op_type: str, data: Value, *, literal: bool) -> None:
-    view = context.weight(node, 1, literal=literal)
-    if view is None or not view.source.is_vector:
-        context.fall_back(node, 1, "ones", literal=literal)
-        context.fall_back(node, 2, "zeros", literal=literal)
-        context.emit(node, Value(flow=data.flow, normalized="layer" if op_type == "ln" else "other"))
-        return
-    weight = context.use(node, 1, view, "node", slot="weight", is_scale=True)
-    bias_view = context.weight(node, 2, literal=literal)
-    bias = context.use(node, 2, bias_view, "node", slot="bias") if bias_view is not None else None
-    name = weight.torch_name or view.source.name
-    raw = RawNode(op_type, 0, 0, name, set(data.flow), weight, bias)
-    context.emit(node, Value(flow=frozenset({context.add(raw)}), spatial=data.spatial))
 
 
 def _leading_axes(context: ReadContext, node: OnnxNode) -> tuple[int, ...] | None:

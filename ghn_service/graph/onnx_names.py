@@ -13,7 +13,8 @@ import ast
 import re
 from functools import cached_property
 
-from ghn_service.graph.onnx_file import OnnxFile, OnnxNode
+from ghn_service.graph.onnx_file import OnnxFile
+from ghn_service.graph.onnx_node import OnnxNode
 from ghn_service.graph.raw_graph import Source
 
 _FX_KEY = "pkg.torch.onnx.fx_node"
