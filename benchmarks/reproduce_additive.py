@@ -15,14 +15,14 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from ghn_client.finetune.additive import additive
-from ghn_client.finetune.capacity import three_layer_neurons
-from ghn_client.finetune.image_data import ImageBatches, load_images
-from ghn_client.finetune.patch import patch
 from torch import nn
 
 from benchmarks.cells import Cell, run_cells
 from benchmarks.charts import line_chart
+from ghn_client.finetune.additive import additive
+from ghn_client.finetune.capacity import three_layer_neurons
+from ghn_client.finetune.image_data import ImageBatches, load_images
+from ghn_client.finetune.patch import patch
 
 FULL = {
     "samples": (1000, 5000, 20000),

@@ -19,11 +19,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from ghn_client.finetune.factored import frobenius_decay
-from ghn_client.low_rank import FACTOR_IN, FACTOR_OUT, factorize_module
 from torch import nn
 from torch.nn import functional
 
+from ghn_client.finetune.factored import frobenius_decay
+from ghn_client.low_rank import FACTOR_IN, FACTOR_OUT, factorize_module
 from ghn_service.postprocess.low_rank import factorize, relative_function_error
 from ghn_service.training.augmentation import Augmentation, Batches
 from ghn_service.training.data import ImageSet, Normalization, measure_normalization, require_images, split_validation

@@ -19,13 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ghn_client.finetune.fit import FitSettings, evaluate, fit
-from ghn_client.finetune.gamma import gamma_report
-from ghn_client.finetune.image_data import ImageBatches, load_images
-from ghn_client.finetune.norm_layers import find_norm_layers
-from ghn_client.finetune.pruning import prune_disabled_channels
-from ghn_client.finetune.strategies import prepare
-from ghn_client.recalibrate import recalibrate_batchnorm
 from torch import nn
 
 from architectures.convnet import ConvNetConfiguration
@@ -34,6 +27,13 @@ from architectures.mobilenet import MobileNetConfiguration
 from architectures.resnet import ResNetConfiguration
 from benchmarks.cells import Cell, run_cells
 from benchmarks.charts import line_chart
+from ghn_client.finetune.fit import FitSettings, evaluate, fit
+from ghn_client.finetune.gamma import gamma_report
+from ghn_client.finetune.image_data import ImageBatches, load_images
+from ghn_client.finetune.norm_layers import find_norm_layers
+from ghn_client.finetune.pruning import prune_disabled_channels
+from ghn_client.finetune.strategies import prepare
+from ghn_client.recalibrate import recalibrate_batchnorm
 
 #: name, strategy, options: in the order that the paper's result predicts.
 CONTROLS: tuple[tuple[str, str, dict[str, Any]], ...] = (

@@ -24,10 +24,10 @@ from pathlib import Path
 
 import grpc
 import torch
-from ghn_client import GHNClient, export_architecture
 
 from benchmarks.measure import MIB, PeakMemory, median_seconds, print_table, timed
 from benchmarks.processes import receive_raw_bytes, running, serve_hypernetwork, serve_raw_bytes
+from ghn_client import GHNClient, export_architecture
 from ghn_service.hypernetwork.checkpoint import save_checkpoint
 from ghn_service.hypernetwork.ghn import GHNConfig, GraphHyperNetwork
 from ghn_service.predictor import Predictor

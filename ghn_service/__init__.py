@@ -1,2 +1,1 @@
 """Predicts starting weights of neural networks from their architecture alone."""
-

@@ -118,7 +118,10 @@ def lift_constants(model: onnx_ir.Model) -> None:
             continue
         old = node.outputs[0]
         new = onnx_ir.Value(
-            name=old.name, shape=onnx_ir.Shape(tensor.shape.numpy()), type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
+            name=old.name,
+            shape=onnx_ir.Shape(tensor.shape.numpy()),
+            type=onnx_ir.TensorType(tensor.dtype),
+            const_value=tensor,
         )
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         model.graph.remove(node, safe=True)

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import grpc
-from ghn_client.wire.framing import SERVICE
 from google.protobuf.message import DecodeError
 
+from ghn_client.wire.framing import SERVICE
 from ghn_service.errors import InvalidOptionError
 from ghn_service.server.logs import logged_as
 from ghn_service.server.memory import translate_memory_errors

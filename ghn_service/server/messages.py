@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import torch
-from ghn_client.wire import ghn_pb2
 
+from ghn_client.wire import ghn_pb2
 from ghn_service.errors import InvalidOptionError
 from ghn_service.graph.architecture import ParameterSpec
 from ghn_service.postprocess.base import POSTPROCESSORS, Step

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 import torch
+
 from ghn_client.wire import ghn_pb2
 from ghn_client.wire.codec import TensorEntry, encode_safetensors_header
 from ghn_client.wire.metadata import PredictionMetadata, TensorNote, TensorUse, encode_metadata
-
 from ghn_service.errors import InvalidArchitectureError
 from ghn_service.graph.architecture import ArchitectureGraph, ParameterSpec
 from ghn_service.parameters import ParameterSet

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from functools import partial
 
 import grpc
+
 from ghn_client.wire import ghn_pb2
 from ghn_client.wire.buffers import BackgroundSha256
 from ghn_client.wire.codec import iterate_chunks
 from ghn_client.wire.framing import SERVICE, OutgoingChunk, encode_event
-
 from ghn_service.errors import DeadlineExceededError, InvalidOptionError, RequestCancelledError
 from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.graph.onnx_reader import read_onnx

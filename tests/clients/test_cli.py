@@ -44,7 +44,9 @@ def run(*arguments: str | Path, env: dict[str, str] | None = None) -> Result:
 def test_predict_writes_the_weights_and_a_table(model: Path, server: RunningServer) -> None:
     result = run("predict", model, "--address", server.address)
     assert result.exit_code == 0
-    assert set(Prediction.load("tiny.safetensors")) == {f"layers.{i}.{kind}" for i in range(3) for kind in ("weight", "bias")}
+    assert set(Prediction.load("tiny.safetensors")) == {
+        f"layers.{i}.{kind}" for i in range(3) for kind in ("weight", "bias")
+    }
     assert "layers.0" in result.stdout
     assert "5x6 + 5" in result.stdout
 
@@ -117,7 +119,7 @@ def test_causes_have_their_exit_codes(arguments: list[str], exit_code: int, mode
     Path("broken.onnx").write_bytes(b"broken")
     Path("token").write_text("secret\n")
     before = sorted(Path().iterdir())
-    if "--address" not in arguments and exit_code != 2 or "--step" in arguments or "--model" in arguments:
+    if ("--address" not in arguments and exit_code != 2) or "--step" in arguments or "--model" in arguments:
         arguments = [*arguments, "--address", server.address]
     result = run(*arguments)
     assert result.exit_code == exit_code
@@ -135,7 +137,9 @@ def test_causes_have_their_exit_codes(arguments: list[str], exit_code: int, mode
         (RuntimeError("a bug"), 1),
     ],
 )
-def test_failures_of_the_server_have_their_exit_codes(raised: Exception, exit_code: int, model: Path, tmp_path: Path) -> None:
+def test_failures_of_the_server_have_their_exit_codes(
+    raised: Exception, exit_code: int, model: Path, tmp_path: Path
+) -> None:
     (tmp_path / "server").mkdir()
     with fake_server(tmp_path / "server", FakePredictor(raises(raised))) as server:
         assert run("predict", model, "--address", server.address).exit_code == exit_code

@@ -156,7 +156,9 @@ def test_a_failed_write_leaves_the_earlier_file(client: GHNClient, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "weights.safetensors"]
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"", lambda data: data[8:], lambda data: b"x" * 9])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-1], lambda data: b"", lambda data: data[8:], lambda data: b"x" * 9]
+)
 def test_a_damaged_file_is_refused(damage: object, client: GHNClient, tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     path.write_bytes(damage(bytes(client.predict(TINY).buffer)))
@@ -202,7 +204,9 @@ def test_a_module_on_meta_gives_a_file_with_initial_statistics(client: GHNClient
     with torch.device("meta"):
         module = ConvNet()
     client.predict(module, IMAGE).to_onnx(tmp_path / "filled.onnx")
-    values = {item.name: onnx.numpy_helper.to_array(item) for item in onnx.load(tmp_path / "filled.onnx").graph.initializer}
+    values = {
+        item.name: onnx.numpy_helper.to_array(item) for item in onnx.load(tmp_path / "filled.onnx").graph.initializer
+    }
     assert (values["bn1.running_mean"] == 0).all()
     assert (values["bn1.running_var"] == 1).all()
 
@@ -254,7 +258,9 @@ def test_large_files_keep_their_tensors_beside_them(
     prediction = client.predict(ConvNet(), IMAGE)
     prediction.to_onnx(tmp_path / "filled.onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["filled.onnx", "filled.onnx.data"]
-    values = {item.name: onnx.numpy_helper.to_array(item) for item in onnx.load(tmp_path / "filled.onnx").graph.initializer}
+    values = {
+        item.name: onnx.numpy_helper.to_array(item) for item in onnx.load(tmp_path / "filled.onnx").graph.initializer
+    }
     assert all(numpy.array_equal(values[name], tensor.numpy()) for name, tensor in prediction.items())
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import ghn_client.export
 import numpy
 import onnx
 import onnxruntime
 import pytest
 import torch
+from torch import nn
+
+import ghn_client.export
 from ghn_client import export_architecture
 from ghn_client.errors import ExportError
 from ghn_client.export import ExportedStructure, export_structure
 from ghn_client.functional import NotFunctionalError
-from torch import nn
-
 from ghn_service.graph.onnx_reader import read_onnx
 from tests.clients.small_modules import EXAMPLES, IMAGE, Auxiliary, ConvNet, InPlace, Tied, WithConstants, randomized
 from tests.golden_graphs import load_golden

@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+
 from ghn_client.errors import InvalidOptionError
 from ghn_client.finetune.factored import FactoredConv2d, FactoredLinear, frobenius_decay
 from ghn_client.low_rank import FactorPair, defactorize_module, factor_pairs, factorize_module
-from torch import nn
 
 
 class Attention(nn.Module):

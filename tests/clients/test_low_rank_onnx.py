@@ -7,9 +7,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
+
 from ghn_client.low_rank import FactorPair
 from ghn_client.low_rank_onnx import factorize_onnx
-from onnx import TensorProto, helper, numpy_helper
 
 RANK = 3
 

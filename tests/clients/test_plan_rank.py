@@ -9,10 +9,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from ghn_client.errors import InvalidArchitectureError, InvalidOptionError
-from ghn_client.plan_rank import plan_json, plan_rank, plan_summary, plan_svg, plan_table
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
+
+from ghn_client.errors import InvalidArchitectureError, InvalidOptionError
+from ghn_client.plan_rank import plan_json, plan_rank, plan_summary, plan_svg, plan_table
 
 WEIGHTS = {"conv.weight": (32, 3, 3, 3), "fc1.weight": (64, 32), "fc2.weight": (10, 64)}
 

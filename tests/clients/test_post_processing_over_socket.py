@@ -11,14 +11,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from ghn_client import GHNClient
-from ghn_client.cli.app import app
-from ghn_client.errors import InvalidOptionError
-from ghn_client.low_rank import defactorize_module, factor_pairs, factorize_module
 from onnx import TensorProto, helper
 from torch import nn
 from typer.testing import CliRunner
 
+from ghn_client import GHNClient
+from ghn_client.cli.app import app
+from ghn_client.errors import InvalidOptionError
+from ghn_client.low_rank import defactorize_module, factor_pairs, factorize_module
 from ghn_service.hypernetwork.checkpoint import save_checkpoint
 from tests.hypernetwork.small_graphs import small_ghn
 

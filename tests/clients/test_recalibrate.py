@@ -49,7 +49,9 @@ def test_only_so_many_batches_are_used() -> None:
     assert recalibrate_batchnorm(randomized(ConvNet()), iter(batches(5)), num_batches=2) == 2
 
 
-@pytest.mark.parametrize("form", [lambda x: (x, 1), lambda x: [x, 1], lambda x: {"x": x}], ids=["tuple", "list", "dict"])
+@pytest.mark.parametrize(
+    "form", [lambda x: (x, 1), lambda x: [x, 1], lambda x: {"x": x}], ids=["tuple", "list", "dict"]
+)
 def test_batches_come_as_loaders_give_them(form: object) -> None:
     module = randomized(ConvNet())
     recalibrate_batchnorm(module, [form(batch) for batch in batches(2)])

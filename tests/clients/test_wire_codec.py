@@ -8,6 +8,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import safetensors.torch
+from google.protobuf.message import DecodeError
+from hypothesis import given
+from hypothesis import strategies as st
+
 from ghn_client.errors import LimitExceededError, PredictionFileError, StreamCorruptedError
 from ghn_client.wire import ghn_pb2
 from ghn_client.wire.codec import (
@@ -21,9 +25,6 @@ from ghn_client.wire.codec import (
 )
 from ghn_client.wire.framing import DataFrame, OutgoingChunk, decode_event, encode_chunk_frame, encode_event
 from ghn_client.wire.metadata import PredictionMetadata, TensorNote, TensorUse, decode_metadata, encode_metadata
-from google.protobuf.message import DecodeError
-from hypothesis import given
-from hypothesis import strategies as st
 
 Event = ghn_pb2.PredictWeightsResponse
 

@@ -12,9 +12,9 @@ from unittest.mock import Mock
 
 import grpc
 import pytest
-from ghn_client.wire import ghn_pb2
 from google.protobuf import descriptor_pb2
 
+from ghn_client.wire import ghn_pb2
 from ghn_service.server.service import GhnService, method_handlers
 
 ROOT = Path(__file__).resolve().parents[2]

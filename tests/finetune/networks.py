@@ -5,8 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from ghn_client.finetune.factored import FactoredLinear
 from torch import nn
+
+from ghn_client.finetune.factored import FactoredLinear
 
 
 def small_cnn(*, seed: int = 0, classes: int = 4) -> nn.Sequential:

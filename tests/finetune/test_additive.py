@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from ghn_client.finetune.additive import AdditiveModule, additive
 from ghn_client.finetune.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.handle import combine
@@ -11,8 +13,6 @@ from ghn_client.finetune.merge_onnx import merge_onnx
 from ghn_client.finetune.norm_only import norm_only
 from ghn_client.finetune.patch import patch
 from ghn_client.finetune.side_network import SideNetwork
-from torch import nn
-
 from tests.finetune.networks import ResidualNetwork, mlp, train_a_little
 
 INPUTS = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))

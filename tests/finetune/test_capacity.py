@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from ghn_client.finetune.capacity import (
     express_width,
     hidden_widths,
@@ -16,8 +19,6 @@ from ghn_client.finetune.capacity import (
     two_layer_neurons,
 )
 from ghn_client.finetune.errors import InvalidOptionError
-from hypothesis import given
-from hypothesis import strategies as st
 
 COUNTS = st.integers(1, 5000)
 

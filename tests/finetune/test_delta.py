@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
+
 from ghn_client.finetune.additive import additive
 from ghn_client.finetune.delta import base_digest, load_complete_model, load_delta, read_delta, save_delta
 from ghn_client.finetune.errors import DeltaFormatError, WrongBaseError
 from ghn_client.finetune.handle import combine
 from ghn_client.finetune.norm_only import norm_only
 from ghn_client.finetune.strategies import STRATEGIES, prepare
-
 from tests.finetune.networks import ResidualNetwork, small_cnn, train_a_little
 
 INPUTS = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))

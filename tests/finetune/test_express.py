@@ -6,6 +6,10 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
 from ghn_client.finetune.errors import (
     InfeasibleError,
     InvalidOptionError,
@@ -17,10 +21,6 @@ from ghn_client.finetune.express import express, feasibility
 from ghn_client.finetune.express_solve import condition_of, khatri_rao, solve_gains, triangular_condition
 from ghn_client.finetune.frozen_network import random_norm_network
 from ghn_client.finetune.norm_layers import find_norm_layers
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import nn
-
 from tests.finetune.networks import ResidualNetwork, mlp
 from tests.finetune.real_images import cifar10, principal_components, train
 

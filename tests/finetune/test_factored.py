@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from ghn_client.finetune.errors import InvalidOptionError, NothingToTuneError
 from ghn_client.finetune.factored import FactoredConv2d, FactoredLinear, frobenius_decay
 from ghn_client.finetune.low_rank import low_rank, low_rank_update
 from ghn_client.low_rank import FactorPair, factorize_module
-from torch import nn
-
 from tests.finetune.networks import ResidualNetwork, mlp, train_a_little
 
 

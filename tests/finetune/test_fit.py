@@ -6,12 +6,12 @@ import importlib.util
 
 import pytest
 import torch
+
 from ghn_client.finetune.adapters import lightning_module, trainer_optimizers
 from ghn_client.finetune.errors import DeltaFormatError, InvalidOptionError, MissingExtraError
 from ghn_client.finetune.fit import FitSettings, evaluate, fit
 from ghn_client.finetune.norm_only import norm_only
 from ghn_client.finetune.strategies import STRATEGIES, prepare
-
 from tests.finetune.networks import ResidualNetwork, small_cnn
 
 

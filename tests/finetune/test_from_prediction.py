@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
+
 from ghn_client import GHNClient
 from ghn_client.cli.app import app
 from ghn_client.finetune import load_complete_model
-from typer.testing import CliRunner
-
 from ghn_service.hypernetwork.checkpoint import ModelCard, save_checkpoint
 from tests.finetune.networks import ResidualNetwork
 from tests.hypernetwork.small_graphs import small_ghn

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from ghn_client.finetune.adapters import trainer_optimizers
 from ghn_client.finetune.delta import load_delta, save_delta
 from ghn_client.finetune.norm_only import norm_only
-
 from tests.finetune.public_libraries import public_library
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from ghn_client.finetune.errors import InvalidOptionError, NothingToTuneError, UnknownNameError
 from ghn_client.finetune.insertion import insert_norms, layers_without_norm
 from ghn_client.finetune.norm_layers import norm_kind
 from ghn_client.finetune.norm_only import norm_only
-from torch import nn
-
 from tests.finetune.networks import ResidualNetwork, mlp, small_cnn, train_a_little
 from tests.finetune.public_libraries import public_library
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from ghn_client.finetune.capacity import three_layer_neurons, two_layer_neurons
 from ghn_client.finetune.errors import ConflictingLabelsError, InvalidOptionError, PrecisionError, TrainModeError
 from ghn_client.finetune.patch import patch
 from ghn_client.finetune.projection import neighbour_gaps
 from ghn_client.finetune.two_layer import bump_knots
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from tests.finetune.networks import ResidualNetwork, mlp
 
 

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
+
 from ghn_client.finetune.capacity import three_layer_bound
 from ghn_client.finetune.patch import patch
-
 from tests.finetune.networks import mlp
 from tests.finetune.real_images import cifar10
 

@@ -7,13 +7,13 @@ import json
 
 import pytest
 import torch
+from torch import nn
+
 from ghn_client.finetune.additive import additive
 from ghn_client.finetune.errors import DeltaFormatError, UnsupportedModuleError
 from ghn_client.finetune.low_rank import low_rank_update
 from ghn_client.finetune.norm_only import norm_only
 from ghn_client.finetune.peft_format import export_peft, import_peft
-from torch import nn
-
 from tests.finetune.networks import ResidualNetwork, train_a_little
 from tests.finetune.public_libraries import public_library
 

@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
+
 from ghn_client.finetune.delta import save_delta
 from ghn_client.finetune.errors import InvalidOptionError
 from ghn_client.finetune.plan import plan
 from ghn_client.finetune.plan_facts import facts_of_module, facts_of_onnx
 from ghn_client.finetune.strategies import prepare
-
 from tests.finetune.networks import ResidualNetwork, mlp, small_cnn
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from ghn_client.finetune.errors import InvalidOptionError, NothingToTuneError, UnsupportedModuleError
 from ghn_client.finetune.gamma import gamma_report, zeroed_scales
 from ghn_client.finetune.norm_only import norm_only
 from ghn_client.finetune.pruning import prune_disabled_channels
-from torch import nn
-
 from tests.finetune.networks import ResidualNetwork, mlp, randomize_statistics
 from tests.finetune.public_libraries import public_library
 

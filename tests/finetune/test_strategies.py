@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from ghn_client.finetune.errors import FineTuneError, UnknownNameError
 from ghn_client.finetune.handle import combine
 from ghn_client.finetune.strategies import STRATEGIES, prepare
-
 from tests.finetune.networks import small_cnn, train_a_little
 
 INPUTS = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))

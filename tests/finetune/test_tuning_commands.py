@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from typer.testing import CliRunner
+
 from ghn_client.cli.app import app
 from ghn_client.finetune.delta import load_delta
 from ghn_client.finetune.errors import InvalidOptionError
 from ghn_client.finetune.image_data import ImageBatches, load_images
-from typer.testing import CliRunner
-
 from tests.finetune.networks import ResidualNetwork
 from tests.shared_data import shared_path
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import grpc
 import torch
-from ghn_client.wire import ghn_pb2, ghn_pb2_grpc
 
+from ghn_client.wire import ghn_pb2, ghn_pb2_grpc
 from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.hypernetwork.checkpoint import CheckpointSummary, ModelCard
 from ghn_service.hypernetwork.config import GHNConfig

@@ -11,10 +11,10 @@ import grpc
 import onnx
 import pytest
 import torch
-from ghn_client.wire import ghn_pb2, ghn_pb2_grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from ghn_client.wire import ghn_pb2, ghn_pb2_grpc
 from ghn_service.errors import CheckpointError, PredictionError
 from ghn_service.server.app import RunningServer, start_server
 from tests.server.fake_predictor import (

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import grpc
 import pytest
-from ghn_client.wire import ghn_pb2, ghn_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from ghn_client.wire import ghn_pb2, ghn_pb2_grpc
 from ghn_service.errors import CheckpointError, ConfigurationError, InvalidOptionError, UnavailableError
 from ghn_service.server.app import RunningServer, start_server
 from ghn_service.server.settings import Settings

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import grpc
 import pytest
-from ghn_client.wire import ghn_pb2
 
+from ghn_client.wire import ghn_pb2
 from tests.server.fake_predictor import FakePredictor, Gate, connect, fake_server, predict_request, receive_file
 from tests.server.patience import PATIENCE_S, wait_until
 from tests.server.small_models import LARGE, TINY

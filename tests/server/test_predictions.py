@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 import safetensors.torch
 import torch
+
 from ghn_client.wire import ghn_pb2, ghn_pb2_grpc
 from ghn_client.wire.metadata import decode_metadata
-
 from ghn_service.server.app import RunningServer
 from tests.server.fake_predictor import SUMMARY, connect, fake_server, predict_request, receive_file
 from tests.server.safetensors_files import read_file

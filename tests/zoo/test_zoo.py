@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ghn_client import GHNClient, export_architecture
 
+from ghn_client import GHNClient, export_architecture
 from ghn_service.hypernetwork.import_checkpoint import import_checkpoint
 from tests.shared_data import shared_path
 from tests.zoo.conftest import ROWS_KEY
