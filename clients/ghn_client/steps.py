@@ -106,13 +106,12 @@ def encode_low_rank(options: LowRankOptions | Mapping[str, Any] | None) -> ghn_p
     if options is None:
         return None
     if isinstance(options, Mapping):
+        given = ", ".join(options)
         try:
             options = LowRankOptions(**options)
         except TypeError as error:
             known = ", ".join((*RANK_RULES, "method"))
-            raise InvalidOptionError(
-                f"low_rank knows {known}; got {', '.join(str(name) for name in options)}", field="low_rank"
-            ) from error
+            raise InvalidOptionError(f"low_rank knows {known}; got {given}", field="low_rank") from error
     rule = next(name for name in RANK_RULES if getattr(options, name) is not None)
     method = options.method.upper() or "UNSPECIFIED"
     try:
