@@ -81,14 +81,17 @@ def serve(
         name: value for name, value in locals().items() if name not in ("config", "checkpoint", "device")
     }
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's own lines about a port that is taken; ours says it
-    from ghn_service.server.app import serve as run
-    from ghn_service.server.logs import configure_logging
-    from ghn_service.server.settings import load_settings
+    from ghn_service.server.settings import check_port, checkpoint_files, load_settings
 
     with _one_line_errors():
         settings = load_settings(
             config, checkpoints=tuple(checkpoint or ()) or None, device=tuple(device or ()) or None, **flags
         )
+        checkpoint_files(settings)
+        check_port(settings)
+        from ghn_service.server.app import serve as run  # imports torch, which takes seconds
+        from ghn_service.server.logs import configure_logging
+
         configure_logging(settings.log_format, settings.log_level)
         run(settings)
 

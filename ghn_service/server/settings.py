@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -150,6 +151,22 @@ def checkpoint_files(settings: Settings) -> dict[str, Path]:
             raise ConfigurationError(f"there is no checkpoint {str(path)!r}")
         files[name] = path
     return files
+
+
+def check_port(settings: Settings) -> None:
+    """Finds out that a port is taken before torch is imported, which takes seconds; gRPC's own bind has the last word.
+
+    Raises:
+        ConfigurationError: The port is taken, or the host is not ours.
+    """
+    host = settings.host.removeprefix("[").removesuffix("]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, settings.port))
+    except OSError as error:
+        raise ConfigurationError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from error
 
 
 def _split_entry(entry: str) -> tuple[str, Path]:
