@@ -125,6 +125,18 @@ def _weights_to_initializers(model: onnx_ir.Model, names: set[str]) -> None:
     for value in [value for value in model.graph.inputs if value.name in names]:
         model.graph.inputs.remove(value)
         model.graph.initializers.add(value)
+    for node in list(model.graph):
+        alias = node.outputs[0]
+        if node.op_type == "Identity" and alias.name in names and node.inputs[0] is not None:
+            _give_own_value(model, node, alias, node.inputs[0])
+
+
+def _give_own_value(model: onnx_ir.Model, node: onnx_ir.Node, alias: onnx_ir.Value, original: onnx_ir.Value) -> None:
+    """Undoes the merging of tensors with equal values, which the exporter hides behind Identity nodes."""
+    own = onnx_ir.Value(name=alias.name, shape=original.shape, type=original.type)
+    alias.replace_all_uses_with(own, replace_graph_outputs=True)
+    model.graph.remove(node, safe=True)
+    model.graph.initializers.add(own)
 
 
 @contextmanager

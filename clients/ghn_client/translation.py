@@ -44,6 +44,7 @@ def translate(program: torch.export.ExportedProgram) -> onnx_ir.Model:
         raise NotTranslatableError("the program has subgraphs")
     _drop_assertions(module.graph)
     make_functional(module, _constants(program))
+    _simplify(module.graph)
     registry = _registry()
     for node in module.graph.nodes:
         is_operator = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
@@ -82,6 +83,49 @@ def _dtypes(nodes: Sequence[Node]) -> set[torch.dtype]:
     values = [node.meta.get("val") for node in nodes]
     return {value.dtype for value in values if isinstance(value, torch.Tensor)}
 
+
+# ---- composite operators, by simpler ones ----------------------------------------------------------------------------
+
+
+def _simplify(graph: Graph) -> None:
+    """Replaces composite operators, whose decomposition would need another trace; shapes are fixed here."""
+    for node in graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            rewrite = _SIMPLER.get(node.target._schema.name.removeprefix("aten::"))
+            if rewrite is not None:
+                node.target, node.args, node.kwargs = rewrite(node)
+
+
+Call = tuple[torch._ops.OpOverload, tuple[Any, ...], dict[str, Any]]
+
+
+def _as_cast(node: Node) -> Call:
+    return torch.ops.aten._to_copy.default, node.args[:1], {"dtype": node.meta["val"].dtype}
+
+
+def _as_reshape(node: Node) -> Call:
+    return torch.ops.aten.reshape.default, (node.args[0], list(node.meta["val"].shape)), {}
+
+
+def _as_expand(node: Node) -> Call:
+    return torch.ops.aten.expand.default, (node.args[0], list(node.meta["val"].shape)), {}
+
+
+def _as_transpose(node: Node) -> Call:
+    return torch.ops.aten.transpose.int, node.args, dict(node.kwargs)
+
+
+def _as_zeros(node: Node) -> Call:
+    return torch.ops.aten.full_like.default, (node.args[0], 0), {}
+
+
+_SIMPLER: dict[str, Callable[[Node], Call]] = {
+    **dict.fromkeys(("to", "type_as"), _as_cast),
+    **dict.fromkeys(("reshape_as", "view_as"), _as_reshape),
+    "expand_as": _as_expand,
+    "zero": _as_zeros,
+    **dict.fromkeys(("swapaxes", "swapdims"), _as_transpose),
+}
 
 # ---- translations that torch's library lacks ------------------------------------------------------------------------
 

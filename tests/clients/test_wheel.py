@@ -64,7 +64,9 @@ def test_the_unpacked_wheel_works_without_the_server(wheel: Path, tmp_path: Path
         archive.extractall(tmp_path)
     blocker = BLOCKER.format(forbidden=FORBIDDEN, folder=str(tmp_path), root=str(ROOT))
     program = blocker + PROGRAM.format(folder=str(tmp_path))
-    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False)
+    finished = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
     assert finished.returncode == 0, finished.stderr
     assert "ghn-service" in finished.stdout
 
@@ -72,9 +74,14 @@ def test_the_unpacked_wheel_works_without_the_server(wheel: Path, tmp_path: Path
 def test_every_library_that_the_client_imports_is_a_dependency() -> None:
     project = tomllib.loads((CLIENTS / "pyproject.toml").read_text())["project"]
     declared = {item.partition(">")[0].replace("-", "_") for item in project["dependencies"]}
-    provides = {"grpcio": "grpc", "grpcio_health_checking": "grpc_health", "grpcio_status": "grpc_status", "protobuf": "google"}
+    provides = {
+        "grpcio": "grpc",
+        "grpcio_health_checking": "grpc_health",
+        "grpcio_status": "grpc_status",
+        "protobuf": "google",
+    }
     provided = {provides.get(name, name) for name in declared} | {"ghn_client"}
-    optional = {"ghn_service", "peft"}
+    optional = {"ghn_service", "peft", "PIL"}  # imported where they are used, with an error that says what to install
     for path in CLIENTS.rglob("*.py"):
         for name in imported_packages(path):
             assert name in provided | optional or name in sys.stdlib_module_names, f"{path.name} imports {name}"
@@ -101,5 +108,7 @@ def test_the_wheel_installs_into_a_fresh_environment(wheel: Path, tmp_path: Path
     subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", str(tmp_path / "venv")], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True)
-    finished = subprocess.run([tmp_path / "venv/bin/ghn-client", "--version"], capture_output=True, text=True, check=True)
+    finished = subprocess.run(
+        [tmp_path / "venv/bin/ghn-client", "--version"], capture_output=True, text=True, check=True
+    )
     assert finished.stdout.startswith("ghn-client ")
