@@ -69,6 +69,18 @@ def test_a_module_gets_every_parameter(name: str, device: str, client: GHNClient
         assert torch.equal(module.state_dict()[key], tensor)
 
 
+def test_a_transposed_weight_of_a_file_loads_in_torchs_layout(client: GHNClient) -> None:
+    program = torch.onnx.export(Attention().eval(), (EXAMPLES["attention"][1],), dynamo=True, verbose=False)
+    prediction = client.predict(program.model_proto.SerializeToString())
+    turned = [note for note in prediction.metadata.tensors if note.permutation == (1, 0) and note.torch_name]
+    assert turned
+    module = Attention()
+    report = prediction.load_into(module, strict=False)
+    assert not report.mismatched
+    for note in turned:
+        assert torch.equal(module.get_parameter(note.torch_name), prediction[note.name].T)
+
+
 def test_path_and_bytes_give_the_same_prediction(client: GHNClient, tmp_path: Path) -> None:
     (tmp_path / "tiny.onnx").write_bytes(TINY)
     assert client.predict(tmp_path / "tiny.onnx").buffer == client.predict(TINY).buffer
