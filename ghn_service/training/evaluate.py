@@ -198,8 +198,16 @@ def evaluate(
             zero_shot.append(result)
         else:
             fine_tuned.append(result)
-        logger.info("%d of %d jobs after %.0f s", number, len(jobs), time.monotonic() - started)
+        logger.info("%d of %d jobs after %.0f s: %s", number, len(jobs), time.monotonic() - started, _line(result))
     return Evaluation(plan, tuple(zero_shot), tuple(fine_tuned), skipped, time.monotonic() - started)
+
+
+def _line(result: ZeroShot | FineTuned) -> str:
+    """One result in short, so that a long evaluation that is cut off has not been for nothing."""
+    if isinstance(result, ZeroShot):
+        return f"{result.split}/{result.name} batch {result.batch:.3f} recalibrated {result.recalibrated:.3f}"
+    predicted, he = result.comparison.predicted, result.comparison.he
+    return f"{result.name} images {result.images or 'all'} predicted {predicted.test} He {he.test}"
 
 
 def _make_context(checkpoint: Path, data_folder: Path, plan: EvaluationPlan, cache: Path | None) -> _Context:
