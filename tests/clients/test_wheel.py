@@ -22,7 +22,7 @@ class Blocker(importlib.abc.MetaPathFinder):
         if name.partition(".")[0] in {forbidden}:
             raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
 sys.meta_path.insert(0, Blocker())
-sys.path[:] = [{folder!r}] + [entry for entry in sys.path if not entry.startswith({root!r})]
+sys.path[:] = [{folder!r}] + [entry for entry in sys.path if entry not in {hidden!r}]
 """
 PROGRAM = """
 import pkgutil, ghn_client, torch
@@ -63,7 +63,7 @@ def test_the_wheel_holds_the_client_and_nothing_else(wheel: Path) -> None:
 def test_the_unpacked_wheel_works_without_the_server(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
-    blocker = BLOCKER.format(forbidden=FORBIDDEN, folder=str(tmp_path), root=str(ROOT))
+    blocker = BLOCKER.format(forbidden=FORBIDDEN, folder=str(tmp_path), hidden=[str(ROOT), str(CLIENTS)])
     program = blocker + PROGRAM.format(folder=str(tmp_path))
     finished = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False

@@ -53,6 +53,14 @@ def test_two_layers_never_use_more_than_the_bound(samples, data):
     assert result.side.neurons <= two_layer_neurons(changed, samples)
 
 
+@pytest.mark.parametrize(("samples", "changed"), [(12, 9), (43, 30), (43, 40)])
+def test_kept_samples_beyond_the_last_changed_one_stay_when_neurons_are_short(samples, changed):
+    network, wrong, wanted, keep, kept_labels = problem(samples, changed)
+    result = patch(network, wrong, wanted, keep, directions="shared")
+    assert torch.allclose(result.module(keep), network(keep), atol=0.01)
+    assert torch.equal(result.module(keep).argmax(1), kept_labels)
+
+
 def test_the_shared_line_needs_the_whole_bound_in_the_worst_case():
     values = torch.arange(20.0, dtype=torch.float64)
     changed = torch.arange(2, 20, 3)[:6]

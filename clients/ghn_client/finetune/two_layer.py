@@ -35,11 +35,12 @@ def shared_direction(
     knots, heights = bump_knots(separation.projections, changed, values, reach)
     if len(knots) > bound:
         knots, heights = bump_knots(separation.projections, changed, values, 1.0)
-    tight = len(knots) > bound
-    if tight:
+    open_end = False
+    if len(knots) > bound:
         knots, heights = bump_knots(separation.projections, changed, values, 1.0, outer=False)
-    weights, bias = _slope_changes(knots, heights, tight=tight)
-    if tight:
+        open_end = bool(knots[-1] >= separation.projections.max())  # no sample lies beyond: it may go on as it likes
+    weights, bias = _slope_changes(knots, heights, open_end=open_end)
+    if open_end:
         knots = knots[:-1]
     assert len(knots) <= bound <= samples
     return ClosedFormSideNetwork(
@@ -91,15 +92,15 @@ def _outer_zeros(t: torch.Tensor, flags: torch.Tensor) -> torch.Tensor:
     return torch.stack(outer) if outer else t.new_zeros(0)
 
 
-def _slope_changes(knots: torch.Tensor, heights: torch.Tensor, *, tight: bool) -> Knots:
+def _slope_changes(knots: torch.Tensor, heights: torch.Tensor, *, open_end: bool) -> Knots:
     """Output weights (M, C), the change of slope at every knot, and the output bias (C,).
 
-    ``tight`` spends no neuron on the outermost knots: the function is level left of the first and goes on straight
-    right of the last one. That reaches ``K - 1`` when all labels change.
+    The function is level left of the first knot, and right of the last one, unless it has an ``open_end``: then it
+    goes on straight and the last knot costs no neuron. That reaches ``K - 1`` when all labels change.
     """
     slopes = heights.diff(dim=0) / knots.diff()[:, None]
     zero = heights.new_zeros(1, heights.shape[1])
-    if tight:
+    if open_end:
         return torch.cat([zero, slopes]).diff(dim=0), heights[0].clone()
     return torch.cat([zero, slopes, zero]).diff(dim=0), heights[0].clone()
 
