@@ -106,9 +106,9 @@ def test_both_packages_ask_for_the_same_versions() -> None:
 
 @pytest.mark.slow
 def test_the_wheel_installs_into_a_fresh_environment(wheel: Path, tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", str(tmp_path / "venv")], check=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True)
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    install = [tmp_path / "venv" / "bin" / "python", "-m", "pip", "install", "--quiet"]
+    subprocess.run([*install, "-c", ROOT / "constraints.txt", "torch==2.13.0", wheel], check=True)
     finished = subprocess.run(
         [tmp_path / "venv/bin/ghn-client", "--version"], capture_output=True, text=True, check=True
     )
