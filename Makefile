@@ -68,6 +68,9 @@ reproduce-norm-only: $(VENV)/.tests-installed  ## tune norm layers against contr
 reproduce-additive: $(VENV)/.tests-installed  ## neurons against changed labels, closed form and trained; writes docs/additive_results.*
 	$(BIN)/python -m benchmarks.reproduce_additive --data $(or $(DATA),../shared/data/cifar10)
 
+evaluate: $(VENV)/.installed  ## evaluate the bundled hypernetwork on the images in DATA
+	$(BIN)/ghn-train evaluate --checkpoint $(GHN) --data $(DATA) --splits test,reference
+
 lint: $(VENV)/.dev-installed  ## format, lint, type-check, check the protocol and the Dockerfile
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
