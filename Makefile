@@ -63,10 +63,10 @@ reproduce-low-rank: $(VENV)/.tests-installed  ## layer errors and accuracy of lo
 
 .PHONY: reproduce-norm-only reproduce-additive
 reproduce-norm-only: $(VENV)/.tests-installed  ## tune norm layers against controls of the same size; writes docs/norm_only_results.*
-	$(BIN)/python -m benchmarks.reproduce_norm_only --data $(or $(DATA),../shared/data/cifar10) --story
+	$(BIN)/python -m benchmarks.reproduce_norm_only --data $(DATA) --checkpoint $(GHN) --story --workers $(WORKERS)
 
 reproduce-additive: $(VENV)/.tests-installed  ## neurons against changed labels, closed form and trained; writes docs/additive_results.*
-	$(BIN)/python -m benchmarks.reproduce_additive --data $(or $(DATA),../shared/data/cifar10)
+	$(BIN)/python -m benchmarks.reproduce_additive --data $(DATA)
 
 evaluate: $(VENV)/.installed  ## evaluate the bundled hypernetwork on the images in DATA
 	$(BIN)/ghn-train evaluate --checkpoint $(GHN) --data $(DATA) --splits test,reference

@@ -24,9 +24,33 @@ def test_cells_are_measured_once(tmp_path):
     assert results == [{"x": 2, "square": 4}, {"x": 3, "square": 9}]
 
 
+def square(cell):
+    return {"square": cell["x"] ** 2}
+
+
+def test_several_workers_measure_the_same_and_in_the_given_order(tmp_path):
+    cells = [{"x": x} for x in (3, 1, 2, 1)]
+    alone = run_cells(tmp_path / "one.jsonl", cells, square)
+    assert run_cells(tmp_path / "two.jsonl", cells, square, workers=2) == alone
+    assert len((tmp_path / "two.jsonl").read_text().splitlines()) == 3
+
+
+def test_cells_of_predicted_starts_depend_on_the_hypernetwork_and_others_do_not(tmp_path):
+    def keys(content):
+        checkpoint = tmp_path / "ghn.safetensors"
+        checkpoint.write_bytes(content)
+        predicted = reproduce_norm_only.predicted_starts(checkpoint)
+        cells = [*reproduce_norm_only.control_cells({}, (0, 1), predicted)]
+        cells += reproduce_norm_only.story_cells({}, 0, predicted)
+        return {str(cell) for cell in cells}
+
+    first, second = keys(b"one"), keys(b"two")
+    assert all(("GHN" in key) != (key in second) for key in first)
+
+
 @pytest.mark.parametrize(
     ("module", "name", "extra"),
-    [(reproduce_additive, "additive", []), (reproduce_norm_only, "norm_only", ["--starts", "He", "--story"])],
+    [(reproduce_additive, "additive", []), (reproduce_norm_only, "norm_only", ["--no-predicted", "--story"])],
 )
 def test_quick_runs_write_tables_and_plots(tmp_path, module, name, extra):
     data = shared_path("data/cifar10")
