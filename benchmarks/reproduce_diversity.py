@@ -1,173 +1,303 @@
 """Does repairing diversity help? ``make reproduce-diversity``, or ``python -m benchmarks.reproduce_diversity``.
 
-Fine-tunes each architecture on 1,000 CIFAR-10 images from He initialisation and from predictions with no step, noise,
-QR, polar and auto: same number of steps, same batches per seed, learning rate of each start from the same grid on
-validation images. Writes a table in Markdown, the numbers as JSON, and a plot as SVG. The published recipes
-(arXiv:2207.10049) train far longer and act from a late layer on; the options let one ask for that.
+Fine-tunes each network on 1,000 CIFAR-10 images from He initialisation and from predictions with no step, noise, QR,
+polar and auto: same number of steps, same batches per seed, learning rate of each start from the same grid on
+validation images, with a seed that is not among those reported. Writes ``docs/diversity_results.md`` with its plot.
+The published recipes (arXiv:2207.10049) train far longer and act from a late layer on; ``--layer`` asks for that.
+
+A run can be stopped and goes on where it was: finished trainings are kept as lines of ``--cells``, those from
+predictions with the digest of the hypernetwork's file, so that another hypernetwork does not reuse them.
 """
 
 from __future__ import annotations
 
 import argparse
-import html
-import json
-import statistics
-import time
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from architectures.architecture import Architecture
+from architectures.convnext import ConvNeXtConfiguration
+from architectures.interface import Configuration, Interface
+from architectures.registry import ARCHITECTURES
+from architectures.resnet import ResNetConfiguration
+from architectures.vit import VisionTransformerConfiguration
+from benchmarks.bar_chart import bar_chart
+from benchmarks.cells import Cell, run_cells
 from ghn_service.postprocess.base import decode_step
+from ghn_service.postprocess.diversity_report import measure_network
 from ghn_service.predictor import PredictionOptions, Predictor
 from ghn_service.training.data import measure_normalization, require_images, split_validation
 from ghn_service.training.data_layouts import ImageFormat
 from ghn_service.training.fine_tune import FineTuneData, FineTunePlan, fine_tune, mean_and_error, small_training_set
-from ghn_service.training.networks import REFERENCE, Task, find_network
-from ghn_service.training.sampling import TargetArchitecture
+from ghn_service.training.trainer import choose_precision
 from ghn_service.training.zero_shot import he_module, initial_module, load_tensors
 
+HE, GHN = "He", "GHN"
 STARTS: Mapping[str, tuple[str, ...] | None] = {
-    "He": None,
-    "GHN": (),
+    HE: None,
+    GHN: (),
     "GHN + noise": ("noise:beta=3e-5",),
     "GHN + QR": ("noise:beta=3e-5", "orthogonal:method=qr"),
     "GHN + polar": ("noise:beta=3e-5", "orthogonal:method=polar"),
     "GHN + auto": ("auto",),
 }
-COLOURS = ("#8a8f98", "#1f6fd1", "#5aa9e6", "#c2630c", "#1a7f37", "#8250df")
+#: Small enough for one core, wide enough for layers beyond the 64 channels that the bundled hypernetwork predicts.
+NETWORKS: Mapping[str, Configuration] = {
+    "resnet8_wide": ResNetConfiguration((32, 64, 128), (1, 1, 1)),
+    "convnext_small": ConvNeXtConfiguration((64, 128, 256), (1, 1, 2), patch=4),
+    "vit_small": VisionTransformerConfiguration(96, 3, 3),
+}
+DESCRIPTIONS = {
+    "resnet8_wide": "CIFAR ResNet of 8 layers with 32, 64 and 128 channels",
+    "convnext_small": "ConvNeXt with 1, 1 and 2 blocks of 64, 128 and 256 channels, patches of 4 x 4, no layer scale",
+    "vit_small": "vision transformer with 3 blocks of 96 channels, 3 heads, patches of 4 x 4",
+}
+CHOOSING_SEED = 1000
+VALIDATION_IMAGES = 1000
 
 
-def start_module(name: str, architecture: TargetArchitecture, predictor: Predictor, seed: int, layer: int) -> nn.Module:
+def find_network(name: str) -> Architecture:
+    """A network of this file, or of the registry of reference networks."""
+    configuration = NETWORKS[name] if name in NETWORKS else ARCHITECTURES[name]
+    return Architecture(configuration.family, configuration, Interface(), name)
+
+
+def start_module(start: str, architecture: Architecture, predictor: Predictor, seed: int, layer: int) -> nn.Module:
     """The network with the start of this name; ``layer`` is the first that the steps change."""
-    texts = STARTS[name]
+    texts = STARTS[start]
     if texts is None:
         return he_module(architecture, seed=seed)
     module = initial_module(architecture, seed=seed)
-    with_layer = [f"{text}{',' if ':' in text else ':'}layer={layer}" if layer else text for text in texts]
-    options = PredictionOptions(seed=seed, steps=tuple(decode_step(text) for text in with_layer))
-    load_tensors(module, predictor.predict(architecture.graph(), options=options))
+    load_tensors(module, predictor.predict(architecture.graph(), options=options_of(texts, seed, layer)))
     return module
 
 
-def load_data(arguments: argparse.Namespace, seed: int) -> FineTuneData:
-    """The images of one seed: a class-balanced small training set, 1,000 for validation, the test images."""
-    image_format = ImageFormat(size=arguments.image_size)
-    everything = require_images(arguments.data, "train", image_format=image_format, cache=arguments.cache)
-    rest, validation = split_validation(everything, 1000)
-    test = require_images(arguments.data, "test", image_format=image_format, cache=arguments.cache)
-    test = test.subset(torch.arange(min(arguments.test_images, len(test))))
-    normalization = measure_normalization(rest)
-    return FineTuneData(small_training_set(rest, arguments.images, seed=seed), validation, test, normalization)
+def options_of(texts: Sequence[str], seed: int, layer: int) -> PredictionOptions:
+    """Options with these steps, which change nothing before ``layer``."""
+    with_layer = [f"{text}{',' if ':' in text else ':'}layer={layer}" if layer else text for text in texts]
+    return PredictionOptions(seed=seed, steps=tuple(decode_step(text) for text in with_layer))
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Test accuracy by architecture and start, one entry a seed."""
+class Trainings:
+    """Fine-tunes one network for each cell, on images and with a hypernetwork that are read once."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.predictor = cache(lambda: Predictor.from_checkpoint(arguments.checkpoint, device="cpu"))
+        self.data = cache(self._data)
+        self.precision = choose_precision("auto", torch.device("cpu"))
+
+    def _data(self, seed: int) -> FineTuneData:
+        """A class-balanced small training set, and what to score on: validation images if the seed is for choosing."""
+        folder, cache_folder = self.arguments.data, self.arguments.cache
+        image_format = ImageFormat(size=Interface().image_size)
+        everything = require_images(folder, "train", image_format=image_format, cache=cache_folder)
+        rest, validation = split_validation(everything, VALIDATION_IMAGES)
+        test = require_images(folder, "test", image_format=image_format, cache=cache_folder)
+        scored = test.subset(torch.arange(min(self.arguments.test_images, len(test))))
+        scored = validation if seed == CHOOSING_SEED else scored
+        training = small_training_set(rest, self.arguments.images, seed=seed)
+        return FineTuneData(training, validation, scored, measure_normalization(rest))
+
+    def measure(self, cell: Cell) -> Cell:
+        """Accuracy of the start of a cell before and after fine-tuning."""
+        steps, seed = cell["steps"], cell["seed"]
+        plan = FineTunePlan(learning_rates=(cell["rate"],), choose_at=0, budgets=(steps,), longest=steps, every=steps)
+        architecture = find_network(cell["network"])
+        predictor = self.predictor()
+        module = start_module(cell["start"], architecture, predictor, seed, cell.get("layer", 0))
+        curve = fine_tune(module, self.data(seed), plan, steps=steps, seed=seed, precision=self.precision)
+        return {"accuracy": curve.at(steps), "before": curve.at(0)}
+
+
+def run_rows(arguments: argparse.Namespace) -> list[Cell]:
+    """Every training; one entry for each network, start and seed, with the chosen rate."""
+    trainings = Trainings(arguments)
+    digest = hashlib.sha256(arguments.checkpoint.read_bytes()).hexdigest()[:12]
+    finished = []
+    for network in arguments.networks:
+        for start in arguments.starts:
+            cell: Cell = {"network": network, "start": start, "images": arguments.images, "steps": arguments.steps}
+            cell |= {} if start == HE else {"checkpoint": digest, "layer": arguments.layer}
+            grid = [{**cell, "rate": rate, "seed": CHOOSING_SEED} for rate in arguments.rates]
+            best = max(run_cells(arguments.cells, grid, trainings.measure), key=lambda tried: tried["accuracy"])
+            row = [{**cell, "rate": best["rate"], "seed": seed} for seed in range(arguments.seeds)]
+            finished += run_cells(arguments.cells, row, trainings.measure)
+    return finished
+
+
+Scores = Mapping[str, Mapping[str, Sequence[Cell]]]
+
+
+def group_rows(results: Sequence[Cell]) -> dict[str, dict[str, list[Cell]]]:
+    """Results by network and start."""
+    rows: dict[str, dict[str, list[Cell]]] = {}
+    for cell in results:
+        rows.setdefault(cell["network"], {}).setdefault(cell["start"], []).append(cell)
+    return rows
+
+
+def accuracy_table(rows: Scores, key: str) -> Iterator[str]:
+    """Mean and standard error in percent; bold is the best of a row."""
+    starts = list(dict.fromkeys(start for scores in rows.values() for start in scores))
+    yield "| network | " + " | ".join(starts) + " |"
+    yield "|---" * (len(starts) + 1) + "|"
+    for network, scores in rows.items():
+        means = {start: mean_and_error([cell[key] for cell in cells]) for start, cells in scores.items()}
+        best = max(means, key=lambda start: means[start][0])
+        texts = {start: f"{100 * mean:.1f} ± {100 * error:.1f}" for start, (mean, error) in means.items()}
+        texts[best] = f"**{texts[best]}**"
+        yield f"| {network} | " + " | ".join(texts.get(start, "-") for start in starts) + " |"
+
+
+def differences(scores: Mapping[str, Sequence[Cell]], start: str, reference: str) -> tuple[float, float]:
+    """Mean and standard error, in percentage points, of the differences paired by seed."""
+    pairs = zip(scores[start], scores[reference], strict=True)
+    mean, error = mean_and_error([100 * (a["accuracy"] - b["accuracy"]) for a, b in pairs])
+    return mean, error
+
+
+def verdicts(rows: Scores) -> Iterator[str]:
+    """What the table says, by the same rule for every cell: a difference counts beyond two standard errors."""
+    for network, scores in rows.items():
+        for start, reference in [(GHN, HE)] + [(name, GHN) for name in STARTS if name not in (HE, GHN)]:
+            if start not in scores or reference not in scores:
+                continue
+            mean, error = differences(scores, start, reference)
+            verdict = "no difference that can be seen"
+            if abs(mean) > 2 * error > 0:
+                verdict = "helps" if mean > 0 else "hurts"
+            yield f"| {network} | {start} against {reference} | {mean:+.1f} ± {error:.1f} | {verdict} |"
+
+
+def diversity_table(arguments: argparse.Namespace) -> Iterator[str]:
+    """What the steps do to the weights themselves."""
     predictor = Predictor.from_checkpoint(arguments.checkpoint, device="cpu")
-    plan = FineTunePlan(
-        learning_rates=tuple(arguments.rates),
-        choose_at=arguments.steps,
-        budgets=(arguments.steps,),
-        longest=arguments.steps,
-        every=arguments.steps,
-    )
-    results: dict[str, dict[str, list[float]]] = {}
-    for network in arguments.architectures:
-        architecture = find_network(REFERENCE, network, Task(10, 3, arguments.image_size))
-        results[network] = {name: [] for name in STARTS}
-        for seed in range(arguments.seeds):
-            data = load_data(arguments, seed)
-            for name in STARTS:
-                module = start_module(name, architecture, predictor, seed, arguments.layer)
-                curve = fine_tune(module, data, plan, steps=arguments.steps, seed=seed)
-                results[network][name].append(curve.at(arguments.steps))
-                print(
-                    f"{network} seed {seed} {name}: {curve.at(arguments.steps):.4f} (lr {curve.learning_rate:g})",
-                    flush=True,
-                )
-    return results
-
-
-def markdown_table(results: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """Mean and standard error in percent; bold is the best of a row, a star marks a gain over GHN of two errors."""
-    lines = ["| architecture | " + " | ".join(STARTS) + " |", "|---" * (len(STARTS) + 1) + "|"]
-    for network, scores in results.items():
-        best = max(scores, key=lambda name: statistics.fmean(scores[name]))
-        cells = []
-        for name, values in scores.items():
-            mean, error = mean_and_error(values)
-            gain, gain_error = mean_and_error([a - b for a, b in zip(values, scores["GHN"], strict=True)])
-            star = "*" if len(values) > 1 and name not in ("He", "GHN") and gain > 2 * gain_error > 0 else ""
-            text = f"{100 * mean:.1f} ± {100 * error:.1f}{star}"
-            cells.append(f"**{text}**" if name == best else text)
-        lines.append(f"| {network} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def bar_plot(results: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """Grouped bars with standard errors, as an SVG image."""
-    width, height, left, bottom, top = 760, 340, 44, 60, 16
-    largest = max(max(values) for scores in results.values() for values in scores.values()) * 1.08 or 1.0
-    group = (width - left - 10) / max(len(results), 1)
-    bar = group * 0.8 / len(STARTS)
-    up = height - top - bottom
-    parts = []
-    for row, (network, scores) in enumerate(results.items()):
-        for column, (name, values) in enumerate(scores.items()):
-            mean, error = mean_and_error(values)
-            x, y = left + row * group + group * 0.1 + column * bar, top + up * (1 - mean / largest)
-            low, high = (top + up * (1 - value / largest) for value in (mean - error, mean + error))
-            middle = x + bar * 0.45
-            parts.append(
-                f'<rect x="{x:.1f}" y="{y:.1f}" width="{bar * 0.9:.1f}" height="{top + up - y:.1f}" '
-                f'fill="{COLOURS[column]}"><title>{html.escape(name)}: {mean:.1%}</title></rect>'
-                f'<line x1="{middle:.1f}" x2="{middle:.1f}" y1="{low:.1f}" y2="{high:.1f}" stroke="#444"/>'
+    yield "| network | weights | tiled values | rank of full | effective rank of full | mean abs. cosine of rows |"
+    yield "|---|---|---|---|---|---|"
+    for network in arguments.networks:
+        graph = find_network(network).graph()
+        for start, texts in STARTS.items():
+            if texts is None or start not in arguments.starts:
+                continue
+            parameters = predictor.predict(graph, options=options_of(texts, 0, arguments.layer))
+            measures = list(measure_network(parameters, graph).values())
+            sizes = [parameters[name].numel() for name in measure_network(parameters, graph)]
+            full = sum(measure.full_rank for measure in measures)
+            tiled, cosine = (
+                sum(getattr(measure, key) * size for measure, size in zip(measures, sizes, strict=True)) / sum(sizes)
+                for key in ("tiled_share", "mean_abs_cosine")
             )
-        middle = left + (row + 0.5) * group
-        parts.append(f'<text x="{middle:.1f}" y="{top + up + 18}" text-anchor="middle">{html.escape(network)}</text>')
-    for column, name in enumerate(STARTS):
-        x = left + column * (width - left) / len(STARTS)
-        parts.append(f'<rect x="{x:.1f}" y="{height - 20}" width="11" height="11" fill="{COLOURS[column]}"/>')
-        parts.append(f'<text x="{x + 16:.1f}" y="{height - 10}">{html.escape(name)}</text>')
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        y = top + up * (1 - share)
-        parts.append(f'<line x1="{left}" x2="{width - 10}" y1="{y:.1f}" y2="{y:.1f}" stroke="#8883"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{100 * share * largest:.0f}</text>')
+            rank, effective = (sum(getattr(item, key) for item in measures) for key in ("rank", "effective_rank"))
+            yield f"| {network} | {start} | {tiled:.0%} | {rank / full:.0%} | {effective / full:.0%} | {cosine:.3f} |"
+
+
+def setting(arguments: argparse.Namespace) -> str:
+    """How the networks were fine-tuned."""
+    rates = ", ".join(f"{rate:g}" for rate in arguments.rates)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-        f'font-size="12" fill="#888">{"".join(parts)}</svg>\n'
+        f"{arguments.images:,} CIFAR-10 training images (class-balanced, another draw for each seed), "
+        f"{arguments.steps} steps of 64 images, SGD with momentum 0.9 at a constant rate chosen for each network and "
+        f"start from {rates} on {VALIDATION_IMAGES:,} validation images with a seed of its own, "
+        f"{arguments.seeds} seeds, {arguments.test_images:,} test images (BatchNorm with batch statistics). "
+        f"The steps of QR and polar follow the published noise, as in the published recipes."
     )
 
 
-def main() -> None:
-    """Measures, prints the table, and writes the files."""
+def document(results: Sequence[Cell], arguments: argparse.Namespace) -> str:
+    """The page of results."""
+    rows = group_rows(results)
+    rates = [
+        f"| {network} | " + " | ".join(f"{cells[0]['rate']:g}" for cells in scores.values()) + " |"
+        for network, scores in rows.items()
+    ]
+    text = [
+        "# Does repairing diversity help?",
+        "",
+        f"Written by `make reproduce-diversity` with {arguments.checkpoint.name}. The steps are described in",
+        "`postprocessing.md`.",
+        "",
+        *(f"- {name}: {DESCRIPTIONS[name]}" for name in rows if name in DESCRIPTIONS),
+        "",
+        "## Accuracy after fine-tuning",
+        "",
+        setting(arguments) + " Percent, mean ± standard error over seeds; bold is the best of a row.",
+        "",
+        *accuracy_table(rows, "accuracy"),
+        "",
+        "![accuracy after fine-tuning](diversity_results.svg)",
+        "",
+        "Differences are paired by seed; one counts where it is beyond two standard errors.",
+        "",
+        "| network | comparison | percentage points | verdict |",
+        "|---|---|---|---|",
+        *verdicts(rows),
+        "",
+        "## Accuracy before fine-tuning",
+        "",
+        "What each start knows without any training; a step that bends the weights pays for it here.",
+        "",
+        *accuracy_table(rows, "before"),
+        "",
+        "## What the steps do to the weights",
+        "",
+        "Means over the values of all weighted layers, seed 0 (`ghn-client predict --report` shows every layer).",
+        "",
+        *diversity_table(arguments),
+        "",
+        "## Chosen learning rates",
+        "",
+        "| network | " + " | ".join(next(iter(rows.values()))) + " |",
+        "|---" * (len(next(iter(rows.values()))) + 1) + "|",
+        *rates,
+        "",
+    ]
+    return "\n".join(text)
+
+
+def chart(results: Sequence[Cell]) -> str:
+    """Accuracy after fine-tuning by network and start."""
+    groups: dict[str, dict[str, tuple[float, float]]] = {}
+    for network, scores in group_rows(results).items():
+        for start, cells in scores.items():
+            groups.setdefault(network, {})[start] = mean_and_error([100 * cell["accuracy"] for cell in cells])
+    return bar_chart("Accuracy after fine-tuning on 1,000 images", groups, y_label="test accuracy, percent")
+
+
+def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10")
     parser.add_argument("--checkpoint", type=Path, required=True, help="the hypernetwork")
     parser.add_argument("--cache", type=Path, help="folder for decoded images")
-    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of diversity_results.{md,json,svg}")
-    parser.add_argument("--architectures", nargs="+", default=["resnet20", "convnext_atto", "vit_mini"])
+    parser.add_argument("--cells", type=Path, default=Path(".cache/diversity.jsonl"), help="finished trainings")
+    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of diversity_results.{md,svg}")
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=[*NETWORKS, *ARCHITECTURES])
+    parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=list(STARTS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=160, help="steps of 64 images; 160 are ten epochs of 1,000")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--test-images", type=int, default=2000)
-    parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.03, 0.1])
     parser.add_argument("--layer", type=int, default=0, help="first layer that steps change")
-    arguments = parser.parse_args()
-    start = time.monotonic()
-    results = measure(arguments)
-    table = markdown_table(results)
-    settings: dict[str, Any] = {name: str(v) if isinstance(v, Path) else v for name, v in vars(arguments).items()}
-    del settings["data"], settings["cache"], settings["out"]
-    settings["checkpoint"] = arguments.checkpoint.name
-    body = json.dumps({"settings": settings, "accuracy": results}, indent=1)
-    (arguments.out / "diversity_results.md").write_text(f"{table}\n")
-    (arguments.out / "diversity_results.json").write_text(f"{body}\n")
-    (arguments.out / "diversity_results.svg").write_text(bar_plot(results))
-    print(f"\n{table}\n\n{time.monotonic() - start:.0f} s")
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Measures what is not measured yet, prints the page and writes it with its plot."""
+    arguments: Any = parse_arguments(words)
+    torch.set_num_threads(1)
+    results = run_rows(arguments)
+    page = document(results, arguments)
+    print(page)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "diversity_results.md").write_text(page)
+    (arguments.output / "diversity_results.svg").write_text(chart(results))
 
 
 if __name__ == "__main__":

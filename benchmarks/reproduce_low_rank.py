@@ -1,44 +1,53 @@
 """Low-rank initialisation: exact layer errors, and accuracy of small networks trained in factored form.
 
-``python -m benchmarks.reproduce_low_rank --data FOLDER`` (``make reproduce-low-rank``) prints two tables for docs.
+``python -m benchmarks.reproduce_low_rank --data FOLDER`` (``make reproduce-low-rank``) writes the tables and the plot
+of ``docs/low_rank_results.md``.
 
 1. Relative function error of He-normal layers (no data; the table of arXiv:2202.00834's setting as derived in
    ``docs/low_rank.md``).
 2. Test accuracy of a convolutional network trained from factors on small CIFAR-10 images, with and without BatchNorm.
    Spectral and function factors of one seed come from the same dense weights and see the same batches, so their
-   difference is paired. The learning rate is chosen per row and method from one grid on validation images.
+   difference is paired. The learning rate is chosen per row and method from one grid on validation images, with a seed
+   that is not among those reported.
+
+A run can be stopped and goes on where it was: finished trainings are kept as lines of ``--cells``.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import statistics
-import time
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from benchmarks.bar_chart import bar_chart
+from benchmarks.cells import Cell, run_cells
 from ghn_client.finetune.factored import frobenius_decay
 from ghn_client.low_rank import FACTOR_IN, FACTOR_OUT, factorize_module
 from ghn_service.postprocess.low_rank import factorize, relative_function_error
 from ghn_service.training.augmentation import Augmentation, Batches
 from ghn_service.training.data import ImageSet, Normalization, measure_normalization, require_images, split_validation
 from ghn_service.training.data_layouts import ImageFormat
+from ghn_service.training.fine_tune import mean_and_error
 
 SHAPES = ((64, 64, 1), (64, 512, 4), (256, 256, 4), (256, 256, 32), (576, 256, 4), (576, 256, 32))
 METHODS = ("spectral", "function")
+DENSE = "dense"
 WIDTHS = (32, 64, 128)
 IMAGE_SIZE = 16
+BATCH_SIZE = 64
+CHOOSING_SEED = 1000
+FULL_RANK = 1.0
 
 
-def layer_errors() -> Iterator[str]:
-    """Rows of the first table, from three draws each."""
-    yield "| inputs x width | rank | spectral | function | function, optimised |"
-    yield "|---|---|---|---|---|"
+def layer_errors() -> list[str]:
+    """The first table, from three draws of each shape."""
+    lines = ["| inputs x width | rank | spectral | function | function, optimised |", "|---|---|---|---|---|"]
     for inputs, width, rank in SHAPES:
         errors = dict.fromkeys((*METHODS, "function_optimized"), 0.0)
         for seed in range(3):
@@ -46,7 +55,10 @@ def layer_errors() -> Iterator[str]:
             for method in errors:
                 u, v = factorize(weight, rank, method=method, activation="relu")
                 errors[method] += relative_function_error(weight, u, v, activation="relu") / 3
-        yield f"| {inputs} x {width} | {rank} | " + " | ".join(f"{error:.4f}" for error in errors.values()) + " |"
+        lines.append(
+            f"| {inputs} x {width} | {rank} | " + " | ".join(f"{error:.4f}" for error in errors.values()) + " |"
+        )
+    return lines
 
 
 def build_network(*, normalize: bool) -> nn.Sequential:
@@ -72,19 +84,26 @@ def build_network(*, normalize: bool) -> nn.Sequential:
     return network
 
 
-def factored_network(network: nn.Sequential, *, rank: int, fraction: float, method: str) -> nn.Module:
-    """The network with factors of the given method in every layer that gets smaller by it, but the classifier."""
+def factored_network(network: nn.Sequential, *, size: float, method: str) -> nn.Module:
+    """The network with factors of the given method in every layer that gets smaller by it, but the classifier.
+
+    Args:
+        network: The dense network.
+        size: The rank of every layer where at least 1, else the share of each layer's full rank.
+        method: How factors are computed.
+    """
     state = {}
     *hidden, _ = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     for name, module in hidden:
         weight = module.weight.detach()
         matrix = weight.flatten(1)
-        chosen = min(rank, *matrix.shape) if rank else max(round(fraction * min(matrix.shape)), 1)
-        if chosen * sum(matrix.shape) >= matrix.numel():
+        full_rank = min(matrix.shape)
+        rank = min(int(size), full_rank) if size >= 1 else max(round(size * full_rank), 1)
+        if rank * sum(matrix.shape) >= matrix.numel():
             continue
-        u, v = factorize(matrix, chosen, method=method, activation="relu")
-        state[f"{name}.weight{FACTOR_IN}"] = v.T.reshape(chosen, *weight.shape[1:])
-        state[f"{name}.weight{FACTOR_OUT}"] = u.reshape(weight.shape[0], chosen, *(1,) * (weight.dim() - 2))
+        u, v = factorize(matrix, rank, method=method, activation="relu")
+        state[f"{name}.weight{FACTOR_IN}"] = v.T.reshape(rank, *weight.shape[1:])
+        state[f"{name}.weight{FACTOR_OUT}"] = u.reshape(weight.shape[0], rank, *(1,) * (weight.dim() - 2))
     return factorize_module(network, state)
 
 
@@ -92,7 +111,7 @@ def train(
     network: nn.Module, images: ImageSet, normalization: Normalization, *, steps: int, rate: float, seed: int
 ) -> None:
     """SGD with momentum, cosine to zero, and Frobenius decay of the factors."""
-    batches = Batches(images, normalization, Augmentation(pad=2), 64)
+    batches = Batches(images, normalization, Augmentation(pad=2), BATCH_SIZE)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -101,7 +120,7 @@ def train(
         pixels, labels, _ = batches.draw(generator=generator)
         loss = functional.cross_entropy(network(pixels), labels) + 1e-4 * frobenius_decay(network)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
         optimizer.step()
         schedule.step()
@@ -118,72 +137,189 @@ def accuracy(network: nn.Module, images: ImageSet, normalization: Normalization)
     return right / len(images)
 
 
-def compare(arguments: argparse.Namespace) -> Iterator[str]:
-    """Rows of the second table."""
-    image_format = ImageFormat(size=IMAGE_SIZE)
-    everything = require_images(arguments.data, "train", image_format=image_format, cache=arguments.cache)
-    rest, validation = split_validation(everything, 2000)
-    images = rest.subset(torch.arange(min(arguments.images, len(rest))))
-    test = require_images(arguments.data, "test", image_format=image_format, cache=arguments.cache)
-    normalization = measure_normalization(images)
-    yield "| BatchNorm | rank | spectral | function | difference, paired | learning rates |"
-    yield "|---|---|---|---|---|---|"
-    sizes = [(rank, 0.0) for rank in arguments.ranks] + [(0, fraction) for fraction in arguments.fractions]
-    for normalize in (False, True):
-        for rank, fraction in sizes:
-            scores: dict[str, list[float]] = {}
-            rates = {}
-            for method in METHODS:
+class Trainings:
+    """Trains one network for each cell, on images that are read once."""
 
-                def run(rate: float, seed: int, scored: ImageSet, method: str = method) -> float:
-                    torch.manual_seed(seed)
-                    dense = build_network(normalize=normalize)  # noqa: B023
-                    network = factored_network(dense, rank=rank, fraction=fraction, method=method)  # noqa: B023
-                    train(network, images, normalization, steps=arguments.steps, rate=rate, seed=seed)
-                    return accuracy(network, scored, normalization)
+    def __init__(self, folder: Path, cache_folder: Path | None) -> None:
+        self.folder, self.cache_folder = folder, cache_folder
+        self.images = cache(self._images)
 
-                rates[method] = max(arguments.rates, key=lambda rate: run(rate, 1000, validation))
-                scores[method] = [run(rates[method], seed, test) for seed in range(arguments.seeds)]
-            yield _row("yes" if normalize else "no", f"{rank}" if rank else f"{fraction:g} of full", scores, rates)
+    def _images(self) -> tuple[ImageSet, ImageSet, ImageSet, Normalization]:
+        image_format = ImageFormat(size=IMAGE_SIZE)
+        everything = require_images(self.folder, "train", image_format=image_format, cache=self.cache_folder)
+        rest, validation = split_validation(everything, 2000)
+        test = require_images(self.folder, "test", image_format=image_format, cache=self.cache_folder)
+        return rest, validation, test, measure_normalization(rest)
+
+    def measure(self, cell: Cell) -> Cell:
+        """Accuracy and number of parameters of the network of a cell after training."""
+        rest, validation, test, normalization = self.images()
+        images = rest.subset(torch.arange(min(cell["images"], len(rest))))
+        torch.manual_seed(cell["seed"])
+        network: nn.Module = build_network(normalize=cell["batchnorm"])
+        if cell["method"] != DENSE:
+            assert isinstance(network, nn.Sequential)
+            network = factored_network(network, size=cell["size"], method=cell["method"])
+        train(network, images, normalization, steps=cell["steps"], rate=cell["rate"], seed=cell["seed"])
+        scored = validation if cell["seed"] == CHOOSING_SEED else test
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        return {"accuracy": accuracy(network, scored, normalization), "parameters": parameters}
 
 
-def _row(norm: str, rank: str, scores: dict[str, list[float]], rates: dict[str, float]) -> str:
-    differences = [b - a for a, b in zip(scores["spectral"], scores["function"], strict=True)]
-    cells = [
-        _mean_and_error(scores["spectral"]),
-        _mean_and_error(scores["function"]),
-        _mean_and_error(differences, "+"),
+def run_rows(arguments: argparse.Namespace) -> list[Cell]:
+    """Every training of the second table; rows with the chosen rates, one entry for each seed."""
+    trainings = Trainings(arguments.data, arguments.cache)
+    finished = []
+    sizes = [*map(float, arguments.ranks), *arguments.fractions]
+    for batchnorm in (False, True):
+        for size, method in [(size, method) for size in sizes for method in METHODS] + [(FULL_RANK, DENSE)]:
+            cell = {"batchnorm": batchnorm, "size": size, "method": method}
+            cell |= {"images": arguments.images, "steps": arguments.steps}
+            grid = [{**cell, "rate": rate, "seed": CHOOSING_SEED} for rate in arguments.rates]
+            best = max(run_cells(arguments.cells, grid, trainings.measure), key=lambda tried: tried["accuracy"])
+            row = [{**cell, "rate": best["rate"], "seed": seed} for seed in range(arguments.seeds)]
+            finished += run_cells(arguments.cells, row, trainings.measure)
+    return finished
+
+
+def accuracy_table(results: Sequence[Cell]) -> Iterator[str]:
+    """The second table: mean and standard error in percent."""
+    yield "| BatchNorm | rank | parameters | spectral | function | difference, paired | learning rates |"
+    yield "|---|---|---|---|---|---|---|"
+    for (batchnorm, size), methods in _rows(results).items():
+        spectral, function = (methods[name] for name in METHODS)
+        yield (
+            f"| {'yes' if batchnorm else 'no'} | {_size_name(size)} | {spectral[0]['parameters']:,} | "
+            f"{_percent(_accuracies(spectral))} | {_percent(_accuracies(function))} | "
+            f"{_percent(_differences(methods), '+')} | {spectral[0]['rate']:g}, {function[0]['rate']:g} |"
+        )
+    for batchnorm in (False, True):
+        dense = [cell for cell in results if cell["method"] == DENSE and cell["batchnorm"] == batchnorm]
+        if dense:
+            norm, count = "yes" if batchnorm else "no", dense[0]["parameters"]
+            yield f"| {norm} | dense | {count:,} | {_percent(_accuracies(dense))} | - | - | {dense[0]['rate']:g} |"
+
+
+def verdicts(results: Sequence[Cell]) -> Iterator[str]:
+    """What the rows say, with the same rule for every row: a gain or loss is one beyond two standard errors."""
+    for batchnorm in (False, True):
+        outcomes: dict[str, list[str]] = {"helps": [], "hurts": [], "makes no difference that can be seen": []}
+        for (norm, size), methods in _rows(results).items():
+            if norm == batchnorm:
+                mean, error = mean_and_error(_differences(methods))
+                beyond = abs(mean) > 2 * error > 0
+                verdict = ("helps" if mean > 0 else "hurts") if beyond else "makes no difference that can be seen"
+                outcomes[verdict].append(_size_name(size))
+        found = "; ".join(f"it {verdict} at rank {', '.join(sizes)}" for verdict, sizes in outcomes.items() if sizes)
+        yield f"- {'With' if batchnorm else 'Without'} BatchNorm, `function` against `spectral`: {found}."
+
+
+def _rows(results: Sequence[Cell]) -> dict[tuple[bool, float], dict[str, list[Cell]]]:
+    rows: dict[tuple[bool, float], dict[str, list[Cell]]] = {}
+    for cell in results:
+        if cell["method"] != DENSE:
+            rows.setdefault((cell["batchnorm"], cell["size"]), {}).setdefault(cell["method"], []).append(cell)
+    return rows
+
+
+def _size_name(size: float) -> str:
+    return f"{size:g}" if size >= 1 else f"{size:g} of full"
+
+
+def _accuracies(cells: Sequence[Cell]) -> list[float]:
+    return [cell["accuracy"] for cell in cells]
+
+
+def _differences(methods: dict[str, list[Cell]]) -> list[float]:
+    spectral, function = (_accuracies(methods[name]) for name in METHODS)
+    return [b - a for a, b in zip(spectral, function, strict=True)]
+
+
+def _percent(values: Sequence[float], sign: str = "") -> str:
+    mean, error = mean_and_error(values)
+    return f"{100 * mean:{sign}.2f} ± {100 * error:.2f}"
+
+
+def setting(arguments: argparse.Namespace) -> str:
+    """How the networks of the second table were trained."""
+    rates = ", ".join(f"{rate:g}" for rate in arguments.rates)
+    return (
+        f"CIFAR-10 at {IMAGE_SIZE} x {IMAGE_SIZE}, {arguments.images:,} training images; three convolutions of "
+        f"{', '.join(map(str, WIDTHS))} channels and two hidden linear layers of 256, ReLU, the classifier dense; "
+        f"{arguments.steps} steps of {BATCH_SIZE} images, SGD with momentum 0.9, cosine to zero, Frobenius decay 1e-4; "
+        f"rate of each row and method chosen from {rates} on 2,000 validation images with a seed of its own; "
+        f"{arguments.seeds} seeds. Test accuracy in percent, mean ± standard error; differences are paired by seed."
+    )
+
+
+def document(errors: Sequence[str], results: Sequence[Cell], arguments: argparse.Namespace) -> str:
+    """The page of results."""
+    text = [
+        "# Low-rank initialisation, measured",
+        "",
+        "Written by `make reproduce-low-rank`. What the methods are, and when they can differ, is in `low_rank.md`.",
+        "",
+        "## Error of the layer function",
+        "",
+        "Exact, relative to the second moment of the layer's output; He-normal layers, ReLU, mean of three draws.",
+        "",
+        *errors,
     ]
-    return f"| {norm} | {rank} | {' | '.join(cells)} | {rates['spectral']:g}, {rates['function']:g} |"
+    if not results:
+        return "\n".join([*text, ""])
+    text += [
+        "",
+        "## Accuracy of networks trained in factored form",
+        "",
+        setting(arguments),
+        "",
+        *accuracy_table(results),
+        "",
+        "A difference counts where it is beyond two standard errors; among a dozen rows one may pass by chance:",
+        "",
+        *verdicts(results),
+        "",
+        "The networks are factored by the method asked for, whatever stands behind the layer. The service itself reads",
+        "the graph and uses spectral factors where a normalisation cancels the length of rows, and says so.",
+        "",
+        "![function minus spectral](low_rank_results.svg)",
+        "",
+    ]
+    return "\n".join(text)
 
 
-def _mean_and_error(values: Sequence[float], sign: str = "") -> str:
-    """Mean and standard error, in percent."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return f"{100 * statistics.fmean(values):{sign}.2f} ± {100 * error:.2f}"
+def chart(results: Sequence[Cell]) -> str:
+    """Paired differences by rank, with and without BatchNorm."""
+    groups: dict[str, dict[str, tuple[float, float]]] = {}
+    for (batchnorm, size), methods in _rows(results).items():
+        mean, error = mean_and_error(_differences(methods))
+        name = "with BatchNorm" if batchnorm else "without BatchNorm"
+        groups.setdefault(f"rank {_size_name(size)}", {})[name] = (100 * mean, 100 * error)
+    return bar_chart("function minus spectral, paired by seed", groups, y_label="test accuracy, percentage points")
 
 
-def main() -> None:
-    """Prints both tables."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Measures what is not measured yet, prints the page and writes it with its plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10; without it only the first table is made")
     parser.add_argument("--cache", type=Path, help="folder for decoded images")
+    parser.add_argument("--cells", type=Path, default=Path(".cache/low_rank.jsonl"), help="finished trainings")
+    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of low_rank_results.{md,svg}")
     parser.add_argument("--images", type=int, default=10_000, help="training images")
-    parser.add_argument("--steps", type=int, default=400, help="steps of 64 images")
+    parser.add_argument("--steps", type=int, default=400, help=f"steps of {BATCH_SIZE} images")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.03, 0.1])
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4, 8])
     parser.add_argument("--fractions", type=float, nargs="*", default=[0.125, 0.25])
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     torch.set_num_threads(1)
-    start = time.monotonic()
-    for line in layer_errors():
-        print(line, flush=True)
-    if arguments.data:
-        print()
-        for line in compare(arguments):
-            print(line, flush=True)
-    print(f"\n{time.monotonic() - start:.0f} s")
+    results = run_rows(arguments) if arguments.data else []
+    page = document(layer_errors(), results, arguments)
+    print(page)
+    if results:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "low_rank_results.md").write_text(page)
+        (arguments.output / "low_rank_results.svg").write_text(chart(results))
 
 
 if __name__ == "__main__":
