@@ -98,7 +98,7 @@ def measure(network: str, fraction: float) -> None:
             "spectral": lambda w=weight, r=rank: factorize(w, r, method="spectral"),  # type: ignore[misc]
             "function": lambda w=weight, r=rank: factorize(w, r, method="function", activation=activation),  # type: ignore[misc]
             "optimized": lambda w=weight, r=rank: factorize(  # type: ignore[misc]
-                w, r, method="function_optimized", activation="relu", steps=10
+                w, r, method="function_optimized", activation=activation
             ),
             "sketch": lambda w=weight, r=rank: spectral_by_sketch(w, r),  # type: ignore[misc]
         }
@@ -117,8 +117,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(
-        "| network | rank / full | layers | activation | full SVD | spectral | function | optimized, 10 steps (relu) ",
-        end="",
+        "| network | rank / full | layers | activation | full SVD | spectral | function | function_optimized ", end=""
     )
     print("| randomised SVD | energy it misses |")
     print("|---" * 10 + "|")

@@ -3,7 +3,7 @@
 A layer y = phi(W x) with W (m, d) is to be trained as phi(U V^T x) with U (m, r) and V (d, r). Truncated singular
 vectors give the nearest matrix; but the nearest function for Gaussian inputs has longer rows: for ReLU the projection
 of row w with cosine rho to it should have length |w| kappa(rho) instead of |w| rho. That one rescaling of rows is what
-``function`` does; ``function_optimized`` then improves U and V together on the exact loss, without sampling.
+``function`` does; ``function_optimized`` also improves the subspace on the exact loss (``subspace.py``).
 
 Reference: Vodrahalli et al. 2022, "Nonlinear Initialization Methods for Low-Rank Neural Networks" (arXiv:2202.00834);
 spectral initialisation: Khodak et al. 2021 (arXiv:2105.01029).
@@ -13,13 +13,12 @@ Shapes: W (m, d) with m outputs and d inputs, U (m, r), V (d, r); W is approxima
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from ghn_service.errors import InvalidOptionError
 from ghn_service.postprocess.kernels import ActivationKernel, activation_kernel
 from ghn_service.postprocess.options import require_known
+from ghn_service.postprocess.subspace import improve_subspace
 
 SPECTRAL = "spectral"
 FUNCTION = "function"
@@ -27,7 +26,8 @@ FUNCTION_OPTIMIZED = "function_optimized"
 WHITENED = "whitened"
 METHODS = (SPECTRAL, FUNCTION, FUNCTION_OPTIMIZED, WHITENED)
 
-OPTIMIZER_STEPS = 40
+OPTIMIZER_STEPS = 12
+OPTIMIZER_TOLERANCE = 1e-5
 COVARIANCE_RIDGE = 1e-6
 
 
@@ -46,8 +46,9 @@ def factorize(
         weight: (m, d), or a convolution's (m, channels, kernel...), which is read as (m, channels * kernel).
         rank: From 1 to min(m, d).
         method: ``spectral`` (truncated SVD, the square root of the singular values in either factor), ``function`` (the
-            same directions with the best length for the activation), ``function_optimized`` (then ``steps``
-            quasi-Newton steps on the exact loss) or ``whitened`` (``function`` for inputs of ``input_covariance``).
+            same directions with the best length for the activation), ``function_optimized`` (after at most ``steps``
+            quasi-Newton steps of the subspace on the exact loss) or ``whitened`` (``function`` for inputs of
+            ``input_covariance``).
         activation: Name of the activation that follows, a key of ``ACTIVATION_KERNELS``; "" for none, where spectral is
             optimal and the methods agree.
         input_covariance: Second moments (d, d) of the layer's inputs; None for white inputs. Every method honours it.
@@ -117,22 +118,6 @@ def relative_function_error(
     return float(loss) / whole if whole > 0 else 0.0
 
 
-def loss_and_gradient(
-    matrix: torch.Tensor, product: torch.Tensor, kernel: ActivationKernel
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss summed over rows, and its gradient (m, d) with respect to ``product``; both matrices are (m, d).
-
-    With b = |y| and rho = w.y / (a b): dL/dy = L_b y / b + L_rho (w / a - rho y / b) / b.
-    """
-    target, length, cosine = _geometry(matrix, product)
-    partials = kernel.partials(target, length, cosine)
-    tiny = torch.finfo(matrix.dtype).tiny
-    y_direction = product / length.clamp_min(tiny)[:, None]
-    w_direction = matrix / target.clamp_min(tiny)[:, None]
-    turn = (partials.by_cosine / length.clamp_min(tiny))[:, None] * (w_direction - cosine[:, None] * y_direction)
-    return partials.loss.sum(), partials.by_length[:, None] * y_direction + turn
-
-
 def truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The leading singular triplets: left (m, r), values (r,), right (d, r).
 
@@ -176,15 +161,39 @@ def covariance_root(covariance: torch.Tensor, matrix: torch.Tensor) -> torch.Ten
 def _factorize_white(
     matrix: torch.Tensor, rank: int, method: str, kernel: ActivationKernel, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    left, values, right = truncated_svd(matrix, rank)
+    if method == FUNCTION_OPTIMIZED:
+        left, values, right = _best_projection(matrix, rank, kernel, steps)
+    else:
+        left, values, right = truncated_svd(matrix, rank)
     roots = values.sqrt()
     u, v = left * roots, right * roots
     if method == SPECTRAL:
         return u, v
-    u = rescale_rows(matrix, u, (left * values).norm(dim=1), kernel)
-    if method == FUNCTION_OPTIMIZED:
-        u, v = _optimize(matrix, u, v, kernel, steps)
-    return u, v
+    return rescale_rows(matrix, u, (left * values).norm(dim=1), kernel), v
+
+
+def _best_projection(
+    matrix: torch.Tensor, rank: int, kernel: ActivationKernel, steps: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Singular triplets of the projection of W onto the best subspace: left (m, r), values (r,), right (d, r).
+
+    A wide W (m < d) is replaced by its coordinates (m, m) in the span of its rows, which keep lengths and angles.
+    """
+    rows, columns = matrix.shape
+    if rows < columns:
+        energies, left = torch.linalg.eigh(matrix @ matrix.mT)
+        values = energies.clamp_min(0.0).sqrt()
+        start = torch.eye(rows, dtype=matrix.dtype, device=matrix.device)[:, -rank:]
+        basis = improve_subspace(left * values, start, kernel, steps=steps, tolerance=OPTIMIZER_TOLERANCE)
+        is_there = values > values.max() * torch.finfo(matrix.dtype).eps
+        inverse = torch.where(is_there, 1 / values.clamp_min(torch.finfo(matrix.dtype).tiny), 0.0)
+        basis = matrix.mT @ (left * inverse @ basis)
+    else:
+        start = _leading_eigenvectors(matrix.mT @ matrix, rank)
+        basis = improve_subspace(matrix, start, kernel, steps=steps, tolerance=OPTIMIZER_TOLERANCE)
+    orthonormal, _ = torch.linalg.qr(basis)
+    left, values, turn = truncated_svd(matrix @ orthonormal, rank)
+    return left, values, orthonormal @ turn
 
 
 def rescale_rows(
@@ -198,37 +207,11 @@ def rescale_rows(
         lengths: Lengths (m,) of the rows of the product, which are projections of the rows of W.
         kernel: The activation.
     """
-    target = matrix.double().norm(dim=1)
-    spectral = lengths.double()
-    cosine = torch.where(target > 0, spectral / target.clamp_min(torch.finfo(torch.float64).tiny), 1.0).clamp(0.0, 1.0)
+    target, tiny = matrix.norm(dim=1), torch.finfo(matrix.dtype).tiny
+    cosine = torch.where(target > 0, lengths / target.clamp_min(tiny), 1.0).clamp(0.0, 1.0)
     best = kernel.best_length(target, cosine)
-    scale = torch.where(spectral > 0, best / spectral.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
-    return u * scale.to(u.dtype)[:, None]
-
-
-def _optimize(
-    matrix: torch.Tensor, u: torch.Tensor, v: torch.Tensor, kernel: ActivationKernel, steps: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """L-BFGS on both factors in float64, from (u, v); the better of start and end."""
-    # Predictions run in inference mode, whose tensors an optimizer cannot update; clones made outside of it are plain.
-    with torch.inference_mode(False), torch.enable_grad():
-        matrix64 = matrix.clone().double()
-        factors = [u.clone().double().requires_grad_(), v.clone().double().requires_grad_()]
-        scale = float(matrix64.square().sum()) or 1.0
-
-        def closure() -> torch.Tensor:
-            left, right = (factor.detach() for factor in factors)
-            loss, gradient = loss_and_gradient(matrix64, left @ right.mT, kernel)
-            factors[0].grad, factors[1].grad = gradient @ right / scale, gradient.mT @ left / scale
-            return loss / scale
-
-        start = closure()
-        optimizer = torch.optim.LBFGS(factors, max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
-        end = closure()
-    if not math.isfinite(float(end)) or float(end) >= float(start):
-        return u, v
-    return factors[0].detach().to(u.dtype), factors[1].detach().to(v.dtype)
+    scale = torch.where(lengths > 0, best / lengths.clamp_min(tiny), 1.0)
+    return u * scale[:, None]
 
 
 def _geometry(matrix: torch.Tensor, product: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

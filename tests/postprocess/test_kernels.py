@@ -44,11 +44,11 @@ def test_the_loss_equals_its_monte_carlo_estimate(name: str) -> None:
     torch.testing.assert_close(loss, sampled_loss(name), rtol=0.02, atol=2e-5)
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("gelu", 1e-4), ("silu", 1e-4), ("mish", 1e-4), ("tanh", 5e-3)])
+@pytest.mark.parametrize(("name", "tolerance"), [("gelu", 1e-5), ("silu", 1e-6), ("mish", 1e-5), ("tanh", 2e-4)])
 def test_the_quadrature_has_converged_for_smooth_activations(name: str, tolerance: float) -> None:
     kernel = ACTIVATION_KERNELS[name]
     assert isinstance(kernel, Quadrature)
-    expected = Quadrature(kernel.function, nodes=120).loss(TARGET, LENGTH, COSINE)
+    expected = Quadrature(kernel.function, nodes=400).loss(TARGET, LENGTH, COSINE)
     torch.testing.assert_close(kernel.loss(TARGET, LENGTH, COSINE), expected, rtol=tolerance, atol=1e-6)
 
 
@@ -60,13 +60,10 @@ def test_the_quadrature_of_relu_approaches_the_closed_form() -> None:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_the_partial_derivatives_equal_finite_differences(name: str) -> None:
+def test_the_derivative_equals_finite_differences(name: str) -> None:
     kernel, step = activation_kernel(name), 1e-6
-    partials = kernel.partials(TARGET, LENGTH, COSINE)
-    by_length = (kernel.loss(TARGET, LENGTH + step, COSINE) - kernel.loss(TARGET, LENGTH - step, COSINE)) / (2 * step)
     by_cosine = (kernel.loss(TARGET, LENGTH, COSINE + step) - kernel.loss(TARGET, LENGTH, COSINE - step)) / (2 * step)
-    torch.testing.assert_close(partials.by_length, by_length, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(partials.by_cosine, by_cosine, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(kernel.loss_by_cosine(TARGET, LENGTH, COSINE), by_cosine, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
