@@ -22,6 +22,7 @@ from ghn_service.training.data import measure_normalization, require_images
 from ghn_service.training.distributed import Workers
 from ghn_service.training.memory import keep_freed_memory
 from ghn_service.training.networks import Pool, Task
+from ghn_service.training.passes import avoid_slow_layers, target_passes
 from ghn_service.training.sampling import TargetArchitecture, to_channels_last, use_batch_statistics
 from ghn_service.training.settings import load_settings
 from ghn_service.training.trainer import Trainer
@@ -31,7 +32,7 @@ def plain_pass(trainer: Trainer, module: torch.nn.Module, generator: torch.Gener
     """Forward and backward of one network with ordinary parameters."""
     images, labels, _ = trainer.batches.draw(generator=generator)
     precision = trainer.precision
-    with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+    with target_passes(images.device, precision):
         logits = module(images)
     loss = functional.cross_entropy(logits.float(), labels, label_smoothing=0.1)
     module.zero_grad(set_to_none=True)
@@ -39,7 +40,7 @@ def plain_pass(trainer: Trainer, module: torch.nn.Module, generator: torch.Gener
 
 
 def ordinary_module(architecture: TargetArchitecture) -> torch.nn.Module:
-    return use_batch_statistics(to_channels_last(architecture.build())).train()
+    return avoid_slow_layers(use_batch_statistics(to_channels_last(architecture.build()))).train()
 
 
 def measure(trainer: Trainer, *, groups: int, group_size: int) -> dict[str, float]:

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from ghn_service.training.augmentation import Augmentation, Batches
 from ghn_service.training.data import ImageSet, Normalization
+from ghn_service.training.passes import avoid_slow_layers, target_passes
 from ghn_service.training.sampling import to_channels_last
 from ghn_service.training.zero_shot import batch_accuracy
 
@@ -98,7 +99,7 @@ class _Run:
     def __init__(
         self, module: nn.Module, data: FineTuneData, plan: FineTunePlan, rate: float, seed: int, precision: torch.dtype
     ) -> None:
-        self.module = to_channels_last(copy.deepcopy(module)).train()
+        self.module = avoid_slow_layers(to_channels_last(copy.deepcopy(module))).train()
         self.plan, self.rate, self.precision, self.data = plan, rate, precision, data
         self.batches = Batches(data.training, data.normalization, Augmentation(), plan.batch_size)
         self.generator = torch.Generator().manual_seed(seed)
@@ -114,7 +115,7 @@ class _Run:
     def advance(self, steps: int) -> None:
         while self.step < steps:
             pixels, labels, _ = self.batches.draw(generator=self.generator)
-            with torch.autocast(pixels.device.type, self.precision, enabled=self.precision != torch.float32):
+            with target_passes(pixels.device, self.precision):
                 logits = self.module(pixels)
             loss = functional.cross_entropy(logits.float(), labels)
             self.optimizer.zero_grad()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ghn_service.training.passes import target_passes
 from ghn_service.training.settings import ObjectiveSettings
 
 
@@ -85,7 +86,7 @@ def measure(
     loss_sum = accuracy_sum = 0.0
     gradients: dict[str, Tensor] = {}
     for images, labels, teacher_logits in batches:
-        with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+        with target_passes(images.device, precision):
             logits = torch.func.functional_call(module, {**constants, **leaves}, (images,))
         logits = logits.float()
         loss = classification_loss(logits, labels, teacher_logits, settings)

@@ -20,6 +20,7 @@ from ghn_service.errors import GhnServiceError, TrainingError
 from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.hypernetwork.config import GHNConfig
 from ghn_service.hypernetwork.features import GraphFeatures, build_features
+from ghn_service.training.passes import avoid_slow_layers
 from ghn_service.training.schedule import largest_macs
 from ghn_service.training.settings import SamplingSettings
 
@@ -110,10 +111,11 @@ def _build(architecture: TargetArchitecture, *, is_all_predicted: bool) -> nn.Mo
     """The module in training mode; without memory of its own where nothing but predicted tensors is needed."""
     if is_all_predicted:
         with torch.device("meta"):
-            module = use_batch_statistics(architecture.build(initialize=False)).train()
+            module = avoid_slow_layers(use_batch_statistics(architecture.build(initialize=False))).train()
         if not any(True for _ in module.buffers()):
             return module
-    return use_batch_statistics(architecture.build(initialize=not is_all_predicted)).train()
+    module = architecture.build(initialize=not is_all_predicted)
+    return avoid_slow_layers(use_batch_statistics(module)).train()
 
 
 def find_candidate(source: ArchitectureSource, index: int) -> TargetArchitecture | None:

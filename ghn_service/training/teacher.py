@@ -18,6 +18,7 @@ from torch.nn import functional
 from ghn_service.errors import DataError
 from ghn_service.training.augmentation import Augmentation, Batches
 from ghn_service.training.data import ImageSet, Normalization
+from ghn_service.training.passes import avoid_slow_layers, target_passes
 from ghn_service.training.sampling import to_channels_last
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def train_teacher(
     seed: int = 0,
 ) -> nn.Module:
     """Trains ``module`` for some minutes: SGD with momentum, a triangular rate over the clock, smoothed labels."""
-    module = to_channels_last(module).train()
+    module = avoid_slow_layers(to_channels_last(module)).train()
     batches = Batches(images, normalization, Augmentation(), batch_size)
     optimizer = torch.optim.SGD(module.parameters(), momentum=0.9, nesterov=True, weight_decay=5e-4)
     generator = torch.Generator().manual_seed(seed)
@@ -44,7 +45,7 @@ def train_teacher(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(done / 0.15, (1.0 - done) / 0.85)
         pixels, labels, _ = batches.draw(generator=generator)
-        with torch.autocast(pixels.device.type, precision, enabled=precision != torch.float32):
+        with target_passes(pixels.device, precision):
             logits = module(pixels)
         loss = functional.cross_entropy(logits.float(), labels, label_smoothing=0.1)
         optimizer.zero_grad()
