@@ -18,7 +18,7 @@ from ghn_client.finetune.errors import (
     UnsupportedModuleError,
 )
 from ghn_client.finetune.express import express, feasibility
-from ghn_client.finetune.express_solve import condition_of, khatri_rao, solve_gains, triangular_condition
+from ghn_client.finetune.express_solve import condition_of, khatri_rao, solve_gains, triangular_condition, unit_rows
 from ghn_client.finetune.frozen_network import random_norm_network
 from ghn_client.finetune.norm_layers import find_norm_layers
 from tests.finetune.networks import ResidualNetwork, mlp
@@ -271,20 +271,40 @@ def test_refusals_are_typed():
         random_norm_network(target, slack=0.5)
 
 
-def test_gains_solve_the_system_and_are_the_smallest():
+def test_gains_solve_the_system_and_round_best():
     a, b = torch.randn(3, 20, dtype=torch.float64), torch.randn(20, 4, dtype=torch.float64)
     w = torch.randn(3, 4, dtype=torch.float64)
     solution = solve_gains(a, b, w)
     torch.testing.assert_close((a * solution.gains) @ b, w, atol=1e-12, rtol=1e-12)
-    slow = torch.linalg.pinv(khatri_rao(a, b).T) @ w.flatten()
+    lengths = a.norm(dim=0) * b.norm(dim=1)
+    slow = torch.linalg.pinv((khatri_rao(a, b) / lengths[:, None]).T) @ w.flatten() / lengths
     torch.testing.assert_close(solution.gains, slow, atol=1e-10, rtol=1e-10)
+
+
+def test_opposite_columns_make_the_float32_result_more_precise():
+    target, inputs = mlp(16, 16, 10).eval(), torch.randn(200, 16, generator=generator())
+    paired = random_norm_network(target)
+    independent = copy.deepcopy(paired)
+    for name in ("0", "2"):
+        weight = independent.get_submodule(name).outer.weight
+        weight.data = torch.randn(weight.shape, generator=generator()) / weight.shape[1] ** 0.5
+    errors = [express(target, frozen, inputs=inputs).certificate.error_float32 for frozen in (paired, independent)]
+    assert errors[0] < 0.6 * errors[1]
+
+
+def test_channels_that_reach_nothing_get_no_gain():
+    a, b = torch.randn(3, 20, dtype=torch.float64), torch.randn(20, 4, dtype=torch.float64)
+    a[:, 5], b[7] = 0.0, 0.0
+    solution = solve_gains(a, b, torch.randn(3, 4, dtype=torch.float64))
+    assert solution.full_rank
+    assert solution.gains[[5, 7]].abs().max() < 1e-12
 
 
 def test_condition_by_iteration_agrees_with_singular_values(monkeypatch):
     a, b = torch.randn(5, 60, dtype=torch.float64), torch.randn(60, 8, dtype=torch.float64)
     exact = condition_of(a, b)
     monkeypatch.setattr("ghn_client.finetune.express_solve.EXACT_CONDITION_SIZE", 0)
-    triangle = torch.linalg.qr(khatri_rao(a, b), mode="r").R
+    triangle = torch.linalg.qr(unit_rows(a, b)[0], mode="r").R
     assert triangular_condition(triangle, iterations=300) == pytest.approx(exact, rel=0.02)
 
 

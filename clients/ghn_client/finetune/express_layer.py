@@ -15,9 +15,11 @@ from ghn_client.finetune.capacity import express_width
 from ghn_client.finetune.errors import InfeasibleError
 from ghn_client.finetune.express_domain import Domain, norm_map
 from ghn_client.finetune.express_solve import GainSolution, relative_residual, solve_gains
-from ghn_client.finetune.frozen_network import BlockPair
+from ghn_client.finetune.frozen_network import BlockPair, opposite_channels
 
 EXACT, LEAST_SQUARES = "exact", "least_squares"
+#: Shifts are rounded to float32; enlarged by this they stay above what the ball needs.
+ROUNDING_MARGIN = 2.0**-22
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,9 +75,26 @@ def solve_layer(pair: BlockPair, domain: Domain, measured: Domain, *, mode: str)
         solutions.append(solution)
     gains = torch.stack([solution.gains for solution in solutions])
     scaled = gains[:, :, None] * inner
-    shift1 = domain.radius[:, None] * scaled.norm(dim=2) - (scaled @ domain.center[:, :, None])[:, :, 0]
-    shift2 = shift2 - (outer @ shift1[:, :, None])[:, :, 0]
+    reach = balanced(outer, (1.0 + ROUNDING_MARGIN) * domain.radius[:, None] * scaled.norm(dim=2))
+    shift1 = (reach - (scaled @ domain.center[:, :, None])[:, :, 0]).float().double()
+    shift2 = shift2 - (outer @ shift1[:, :, None])[:, :, 0]  # takes back what shift1 is after rounding
     return ExpressedLayer(pair, weight, bias, inner, outer, gains, shift1, shift2, solutions)
+
+
+def balanced(outer: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
+    """``reach`` with equal values in the pairs of channels whose columns of A are opposite, so that they cancel.
+
+    Args:
+        outer: A (groups, o, n).
+        reach: (groups, n), raised where needed.
+    """
+    first, second = opposite_channels(reach.shape[1])
+    opposite = (outer[:, :, first] == -outer[:, :, second]).all(dim=1)
+    larger = torch.maximum(reach[:, first], reach[:, second])
+    result = reach.clone()
+    result[:, first] = torch.where(opposite, larger, reach[:, first])
+    result[:, second] = torch.where(opposite, larger, reach[:, second])
+    return result
 
 
 def _least_squares(

@@ -4,6 +4,9 @@ All of it in float64. Groups of a convolution are solved one by one.
 
     W (o, p) target      B (n, p) inner      A (o, n) outer      g (n,) gains      p = fan-in, o = fan-out
     M (n, o p) = column-wise Khatri-Rao product of A and B, transposed:  M[k, (i, j)] = A[i, k] B[k, j]
+
+Of the gains that solve the system those are taken that minimise ``sum_k (||A_k|| ||B_k|| g_k)^2``: the terms that meet
+and cancel behind A are proportional to ``||A_k|| ||B_k|| |g_k|``, hence so is the rounding error. Derived by us.
 """
 
 from __future__ import annotations
@@ -40,31 +43,37 @@ def khatri_rao(outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
     return (outer.T[:, :, None] * inner[:, None, :]).flatten(1)
 
 
+def unit_rows(outer: torch.Tensor, inner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """M with rows of unit length, (n, o p), and the lengths, (n,); a channel that reaches nothing keeps length 1."""
+    lengths = outer.norm(dim=0) * inner.norm(dim=1)
+    lengths = torch.where(lengths > 0.0, lengths, torch.ones_like(lengths))
+    return khatri_rao(outer, inner) / lengths[:, None], lengths
+
+
 def solve_gains(outer: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor) -> GainSolution:
-    """The smallest gains with ``A diag(g) B = W``, or the least-squares ones where there are none.
+    """The gains with ``A diag(g) B = W`` that round best, or the least-squares ones where there are none.
 
     Args:
         outer: A (o, n).
         inner: B (n, p); whitened by the caller for least squares in function space.
         weight: W (o, p), whitened likewise.
     """
-    system = khatri_rao(outer, inner)
-    wanted = weight.flatten()
+    system, lengths = unit_rows(outer, inner)
+    wanted = weight.flatten()[:, None]
     channels, equations = system.shape
-    if channels < equations:
-        gains = torch.linalg.lstsq(system.T, wanted[:, None], driver="gelsd").solution[:, 0]
-        return GainSolution(gains, float("inf"), relative_residual(outer, gains, inner, weight), False)
-    orthogonal, triangle = torch.linalg.qr(system)
+    orthogonal, triangle = torch.linalg.qr(system) if channels >= equations else (system, system.new_zeros(1, 1))
     condition = triangular_condition(triangle)
     if not condition < 1.0 / RANK_TOLERANCE:
-        gains = torch.linalg.lstsq(system.T, wanted[:, None], driver="gelsd").solution[:, 0]
+        gains = torch.linalg.lstsq(system.T, wanted, driver="gelsd").solution[:, 0] / lengths
         return GainSolution(gains, float("inf"), relative_residual(outer, gains, inner, weight), False)
-    half = torch.linalg.solve_triangular(triangle.T, wanted[:, None], upper=False)
-    gains = (orthogonal @ half)[:, 0]
-    missing = weight - (outer * gains) @ inner  # one step of iterative refinement
-    gains = (
-        gains + (orthogonal @ torch.linalg.solve_triangular(triangle.T, missing.flatten()[:, None], upper=False))[:, 0]
-    )
+
+    def smallest(right: torch.Tensor) -> torch.Tensor:
+        half = torch.linalg.solve_triangular(triangle.T, right, upper=False)
+        return (orthogonal @ half)[:, 0] / lengths
+
+    gains = smallest(wanted)
+    missing = weight - (outer * gains) @ inner
+    gains = gains + smallest(missing.flatten()[:, None])  # one step of iterative refinement
     return GainSolution(gains, condition, relative_residual(outer, gains, inner, weight), True)
 
 
@@ -96,8 +105,8 @@ def triangular_condition(triangle: torch.Tensor, *, iterations: int = 30) -> flo
 
 
 def condition_of(outer: torch.Tensor, inner: torch.Tensor) -> float:
-    """Condition number of M; infinity where there are fewer channels than weights or no full rank."""
-    system = khatri_rao(outer, inner)
+    """Condition number of M with unit rows; infinity where there are fewer channels than weights or no full rank."""
+    system, _ = unit_rows(outer, inner)
     if len(system) < system.shape[1]:
         return float("inf")
     return triangular_condition(torch.linalg.qr(system, mode="r").R)
