@@ -54,7 +54,7 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any], float]] = {
 CONTROLS = ("all", "norm + head", "norm only", "random 2 per channel", "head only")
 STORY = ("all", "norm + head", "additive", "low-rank")
 CONTROLLED = "resnet14"
-FULL = {"images": 8_000, "test": 2_000, "epochs": 10, "batch": 128}
+FULL = {"images": 8_000, "test": 2_000, "epochs": 8, "batch": 128}
 QUICK = {"images": 64, "test": 32, "epochs": 1, "batch": 32}
 SEEDS, QUICK_SEEDS = (0, 1, 2), (0,)
 IMAGE_SIZE = 32
@@ -69,7 +69,7 @@ def networks() -> dict[str, Any]:
         "mobilenet": MobileNetConfiguration(
             widths=(8, 16, 24),
             depths=(1, 2, 2),
-            strides=(1, 2, 2),
+            strides=(2, 2, 1),
             expansions=(1, 4, 4),
             kernels=(3, 3, 3),
             head_width=64,
