@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from architectures.tracing.symbol import Symbol, rule
 from ghn_service.errors import UnsupportedArchitectureError
+from ghn_service.graph.architecture import leaky_relu_name
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -145,12 +146,16 @@ def mean(x: Symbol, dim: Any, keepdim: bool = False) -> Symbol:
 
 def _activation(name: str) -> Any:
     def apply(x: Symbol, *_: Any, **__: Any) -> Symbol:
-        x.recorder.note_activation(x.sources, x.level + 1, name)
-        x.recorder.activation_elements += math.prod(x.shape)
-        gate = x.gate or name in ("sigmoid", "hardsigmoid")
-        return Symbol(x.recorder, x.shape, x.sources, x.level + 1, gate=gate, attention=x.attention)
+        return _activated(x, name)
 
     return apply
+
+
+def _activated(x: Symbol, name: str) -> Symbol:
+    x.recorder.note_activation(x.sources, x.level + 1, name)
+    x.recorder.activation_elements += math.prod(x.shape)
+    gate = x.gate or name in ("sigmoid", "hardsigmoid")
+    return Symbol(x.recorder, x.shape, x.sources, x.level + 1, gate=gate, attention=x.attention)
 
 
 for _name, _functions in {
@@ -159,12 +164,16 @@ for _name, _functions in {
     "gelu": (F.gelu,),
     "silu": (F.silu,),
     "hardswish": (F.hardswish,),
-    "leaky_relu": (F.leaky_relu,),
     "tanh": (torch.tanh,),
     "sigmoid": (torch.sigmoid,),
     "hardsigmoid": (F.hardsigmoid,),
 }.items():
     rule(*_functions)(_activation(_name))
+
+
+@rule(F.leaky_relu)
+def _leaky_relu(x: Symbol, negative_slope: float = 0.01, *_: Any, **__: Any) -> Symbol:
+    return _activated(x, leaky_relu_name(negative_slope))
 
 
 @rule(torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__)

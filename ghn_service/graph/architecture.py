@@ -80,6 +80,11 @@ class ParameterSpec:
         return count
 
 
+def leaky_relu_name(slope: float) -> str:
+    """How ``LayerAttributes.activation`` calls a leaky ReLU with this slope below zero."""
+    return f"leaky_relu:{slope:.6g}"
+
+
 @dataclass(frozen=True, slots=True)
 class LayerAttributes:
     """What a weighted layer does, beyond its weight's shape; read by post-processing and planning.
@@ -90,7 +95,8 @@ class LayerAttributes:
         dilations: Dilation per spatial axis; empty for a linear layer.
         padding: Padding as (begin per axis..., end per axis...); empty for a linear layer.
         activation: Name of the nonlinearity that the output passes next (``relu``, ``gelu``, ``silu``,
-            ``leaky_relu``, ``tanh``, ``sigmoid``, ``hardswish``, ...), or "" where none follows before the next layer.
+            ``leaky_relu:0.1`` with its slope, ``tanh``, ``sigmoid``, ``hardswish``, ...), or "" where none follows
+            before the next layer.
         normalized: Whether a normalisation sits between the layer and its activation.
         packed: How many projections are stacked along the output axis (3 for a packed query-key-value weight).
         positions: Spatial positions or tokens at which the weight is applied per example; 0 where unknown.

@@ -55,6 +55,11 @@ class OnnxNode:
         attribute = self.attribute(name)
         return default if attribute is None else attribute.i
 
+    def real(self, name: str, default: float) -> float:
+        """A floating-point attribute, or ``default`` if the operator has none of this name."""
+        found = self.attribute(name)
+        return default if found is None else found.f
+
     def integers(self, name: str) -> tuple[int, ...]:
         """A list-of-integers attribute; empty if it is absent."""
         attribute = self.attribute(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from ghn_service.graph.architecture import leaky_relu_name
 from ghn_service.graph.onnx_context import ReadContext
 from ghn_service.graph.onnx_file import FLOAT_TYPES
 from ghn_service.graph.onnx_layers import convolved
@@ -97,6 +98,8 @@ def read_activation(context: ReadContext, node: OnnxNode) -> None:
         context.emit(node, context.joined([data]))
         return
     label = _ACTIVATION_LABELS.get(node.op_type)
+    if label == "leaky_relu":
+        label = leaky_relu_name(node.real("alpha", 0.01))
     if label is not None:
         context.note_activation(data, label)
     is_gate = node.op_type in ("Sigmoid", "HardSigmoid") or (node.op_type == "Clip" and data.shifted)

@@ -37,6 +37,7 @@ from ghn_service.postprocess.options import unknown_name
 NODES = 64
 # Lengths that are tried first, in units of the longest row: from 1/750 to 3/2, 2.6% apart.
 SHORTEST, LONGEST, NUM_LENGTHS = 0.002, 1.5, 256
+LARGEST_SLOPE = 1e3
 
 
 class ActivationKernel(Protocol):
@@ -211,12 +212,18 @@ def activation_kernel(name: str) -> ActivationKernel:
     Raises:
         InvalidOptionError: The activation has no kernel here.
     """
-    base, _, slope = name.partition(":")
-    if base == "leaky_relu" and slope:
-        try:
-            return PiecewiseLinear(slope=float(slope))
-        except ValueError:
-            raise unknown_name("activation", name, ACTIVATION_KERNELS, field="activation") from None
-    if name not in ACTIVATION_KERNELS:
+    if not has_kernel(name):
         raise unknown_name("activation", name, ACTIVATION_KERNELS, field="activation")
-    return ACTIVATION_KERNELS[name]
+    base, _, slope = name.partition(":")
+    return PiecewiseLinear(slope=float(slope)) if slope else ACTIVATION_KERNELS[base]
+
+
+def has_kernel(name: str) -> bool:
+    """Whether an activation has a kernel here; a leaky ReLU does if its slope is no number that overflows."""
+    base, separator, slope = name.partition(":")
+    if not separator:
+        return base in ACTIVATION_KERNELS
+    try:
+        return base == "leaky_relu" and abs(float(slope)) <= LARGEST_SLOPE
+    except ValueError:
+        return False

@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from ghn_service.postprocess.kernels import ACTIVATION_KERNELS
+from ghn_service.postprocess.kernels import has_kernel
 from ghn_service.postprocess.layers import WeightedLayer
 from ghn_service.postprocess.low_rank import FUNCTION, FUNCTION_OPTIMIZED, SPECTRAL
 from ghn_service.postprocess.options import require_known
@@ -135,16 +135,12 @@ def plan_layer(layer: WeightedLayer, method: str) -> LayerPlan:
         return LayerPlan(SPECTRAL, "", dense_reason="a grouped convolution stays dense")
     name = attributes.activation
     if method == SPECTRAL:
-        return LayerPlan(SPECTRAL, name if _has_kernel(name) else "")
+        return LayerPlan(SPECTRAL, name if has_kernel(name) else "")
     if not name or attributes.packed > 1:
         return LayerPlan(SPECTRAL, "", "no activation follows directly: spectral factors are optimal")
-    if not _has_kernel(name):
+    if not has_kernel(name):
         return LayerPlan(SPECTRAL, "", f"no kernel for activation {name!r}: spectral factors")
     if attributes.normalized:
         note = "a normalisation cancels the length of rows: the gain over spectral factors is nil"
         return LayerPlan(SPECTRAL, name, note)
     return LayerPlan(method, name)
-
-
-def _has_kernel(activation: str) -> bool:
-    return activation.partition(":")[0] in ACTIVATION_KERNELS

@@ -195,6 +195,15 @@ def activation(model: Model, kind: str, value: str) -> str:
     return model.node("Relu", [value], "a")
 
 
+@pytest.mark.parametrize(("attributes", "name"), [({}, "leaky_relu:0.01"), ({"alpha": 0.2}, "leaky_relu:0.2")])
+def test_a_leaky_relu_is_read_with_its_slope(attributes: dict[str, float], name: str) -> None:
+    model = Model()
+    model.node("LeakyRelu", [model.conv("x", "one", 4, 3)], "out", **attributes)
+    layer = model.read().nodes[1].layer
+    assert layer is not None
+    assert layer.activation == name
+
+
 @pytest.mark.parametrize("kind", ["silu", "hardswish", "gelu", "relu"])
 def test_written_out_activations_are_no_gates(kind: str) -> None:
     model = Model()

@@ -89,7 +89,9 @@ def test_the_arc_cosine_kernel_at_known_angles() -> None:
     torch.testing.assert_close(arc_cosine_kernel(cosines), expected)
 
 
-@pytest.mark.parametrize("name", ["rellu", "leaky_relu:steep", "maxout"])
+@pytest.mark.parametrize(
+    "name", ["rellu", "leaky_relu:steep", "leaky_relu:nan", "leaky_relu:1e30", "relu:0.1", "maxout"]
+)
 def test_an_unknown_activation_is_refused(name: str) -> None:
     with pytest.raises(InvalidOptionError) as error:
         activation_kernel(name)
