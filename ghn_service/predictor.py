@@ -53,7 +53,8 @@ class PredictionOptions:
         seed: Seeds everything that is drawn, 0 to 2**64 - 1.
         steps: Post-processing, in order.
         low_rank: Asks for low-rank factors in the place of weights; None for dense weights.
-        include: Shell-style patterns on tensor names; only matching tensors are returned. Empty for all.
+        include: Shell-style patterns on the architecture's tensor names; only matching tensors are returned, factors
+            with the weight that they stand for. Empty for all.
         report: Whether to measure the diversity of the weights before and after post-processing.
 
     Raises:
@@ -280,7 +281,9 @@ class Predictor:
         low_rank: LowRankRecord | None = None
         if options.low_rank is not None:
             parameters, low_rank = apply_low_rank(parameters, graph, options.low_rank)
-        return PredictionResult(_finished(parameters, options), graph, clock.seconds, records, low_rank, report)
+        weights = {name: layer.parameter for layer in low_rank.layers for name in layer.factors} if low_rank else {}
+        finished = _finished(parameters, options, weights)
+        return PredictionResult(finished, graph, clock.seconds, records, low_rank, report)
 
     def _origin(self, spec: ParameterSpec, target: Target | None) -> str:
         if target is None:
@@ -381,9 +384,12 @@ def _to_file_layout(tensor: Tensor, spec: ParameterSpec) -> Tensor:
     return tensor.permute([spec.permutation.index(axis) for axis in range(tensor.dim())])
 
 
-def _finished(parameters: ParameterSet, options: PredictionOptions) -> ParameterSet:
-    """Post-processed parameters as they were asked for: checked, selected, converted, on the CPU."""
-    names = [name for name in parameters if options.includes(name)]
+def _finished(parameters: ParameterSet, options: PredictionOptions, weights: Mapping[str, str]) -> ParameterSet:
+    """Post-processed parameters as they were asked for: checked, selected, converted, on the CPU.
+
+    ``weights`` says for each factor which weight it stands for.
+    """
+    names = [name for name in parameters if options.includes(weights.get(name, name))]
     tensors = {name: parameters[name].to(device="cpu", dtype=DTYPES[options.dtype]).contiguous() for name in names}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():

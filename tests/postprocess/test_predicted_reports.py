@@ -74,3 +74,11 @@ def test_steps_come_before_factors(predictor: Predictor) -> None:
     plain = predictor.predict(NETWORK, options=PredictionOptions(low_rank=low_rank))
     name = next(name for name in plain if name.endswith(".factor_in"))
     assert not torch.equal(noisy[name], plain[name])
+
+
+def test_factors_are_included_with_the_weight_that_they_stand_for(predictor: Predictor) -> None:
+    low_rank = LowRank(RankRule("fraction", 0.25), "spectral")
+    whole = predictor.run(NETWORK, options=PredictionOptions(low_rank=low_rank))
+    layer = next(layer for layer in whole.low_rank.layers if layer.rank)
+    part = predictor.predict(NETWORK, options=PredictionOptions(low_rank=low_rank, include=(layer.parameter,)))
+    assert tuple(part) == layer.factors
