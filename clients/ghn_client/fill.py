@@ -6,6 +6,7 @@ a tensor of its own; where a node produced a weight (ConstantOfShape, Constant),
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -75,13 +76,19 @@ def fill_model(prediction: Prediction, source: ModelSource) -> onnx.ModelProto:
     dense = {name: tensor for name, tensor in prediction.items() if not name.endswith((FACTOR_IN, FACTOR_OUT))}
     for name, tensor in dense.items():
         filler.put(prediction.notes.get(name) or TensorNote(name, "", initializer=name), tensor)
-    filler.finish(source.values)
     pairs = factor_pairs(dict(prediction))
+    layers = (prediction.metadata.low_rank or {}).get("layers", ())
+    permutations = {item["parameter"]: item["permutation"] for item in layers if item.get("permutation")}
+    for name, pair in pairs.items():
+        # A weight that the file merges with another, or that a node or a subgraph holds, becomes a dense tensor of its
+        # own first: only those of the main graph can be rewritten.
+        if not filler.is_weight_of_main_graph(name):
+            note = prediction.notes.get(name + FACTOR_IN) or TensorNote(name, "", initializer=name)
+            filler.put(dataclasses.replace(note, name=name), pair.dense_in_layout(permutations.get(name, ())))
+    filler.finish(source.values)
     if pairs:
         from ghn_client.low_rank_onnx import factorize_onnx
 
-        layers = (prediction.metadata.low_rank or {}).get("layers", ())
-        permutations = {item["parameter"]: item["permutation"] for item in layers if item.get("permutation")}
         model = factorize_onnx(model, pairs, permutations=permutations)
     _check_complete(model)
     return model
@@ -123,6 +130,11 @@ class _Filler:
                 f"the model has no tensor {initializer!r} to fill; weights inside functions of the model cannot be "
                 "filled: inline them first (onnx.inliner.inline_local_functions)"
             )
+
+    def is_weight_of_main_graph(self, name: str) -> bool:
+        """Whether the file has a weight of this name where ``factorize_onnx`` rewrites it."""
+        graph, _ = self.initializers.get(name, (None, None))
+        return graph is self.model.graph or name in self.inputs
 
     def finish(self, values: Mapping[str, torch.Tensor]) -> None:
         """Fills in what is no weight, drops merged tensors that nothing reads any more, loads external data."""

@@ -10,7 +10,7 @@ torch's parametrizations: the same parameters are saved, the same interface is k
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,6 +56,11 @@ class FactorPair:
         """The product (out, in, kernel...)."""
         product = self.factor_out.flatten(1) @ self.factor_in.flatten(1)
         return product.reshape(self.factor_out.shape[0], *self.factor_in.shape[1:])
+
+    def dense_in_layout(self, permutation: Sequence[int]) -> torch.Tensor:
+        """The product as a file stores it that keeps torch's axis i as its axis ``permutation[i]``; () for torch's."""
+        axes = [list(permutation).index(axis) for axis in range(len(permutation))]
+        return self.dense().permute(axes) if axes else self.dense()
 
 
 def factor_pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, FactorPair]:

@@ -190,7 +190,6 @@ def _entries(
                 shape=tuple(factor.shape),
                 permutation=(),
                 torch_name=spec.torch_name + suffix if spec.torch_name else "",
-                uses=(),
             )
             yield name, factor_spec, factor
 
