@@ -20,6 +20,8 @@ _DATA_TYPES = {
     torch.float16: onnx.TensorProto.FLOAT16,
     torch.bfloat16: onnx.TensorProto.BFLOAT16,
 }
+_FIRST_IR_VERSION_WITHOUT_INPUTS = 4
+_FIRST_OPSET_OF_GEMM_WITHOUT_BIAS = 11
 
 
 def factorize_onnx(
@@ -47,7 +49,28 @@ def factorize_onnx(
         if not _rewrite_layers(graph, name, pair):
             _insert_product(graph, name, pair, tuple((permutations or {}).get(name, ())))
         _remove_weight(graph, name)
+    _follow_old_rules(result)
     return result
+
+
+def _follow_old_rules(model: onnx.ModelProto) -> None:
+    """What files of older versions must have: a bias for each Gemm, and every initializer among the inputs."""
+    opset = max((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), default=0)
+    if opset < _FIRST_OPSET_OF_GEMM_WITHOUT_BIAS:
+        for node in [item for item in model.graph.node if item.op_type == "Gemm" and len(item.input) == 2]:
+            _add_zero_bias(model.graph, node)
+    if model.ir_version < _FIRST_IR_VERSION_WITHOUT_INPUTS:
+        known = {item.name for item in model.graph.input}
+        for item in model.graph.initializer:
+            if item.name not in known:
+                model.graph.input.append(helper.make_tensor_value_info(item.name, item.data_type, list(item.dims)))
+
+
+def _add_zero_bias(graph: onnx.GraphProto, node: onnx.NodeProto) -> None:
+    factor = next(item for item in graph.initializer if item.name == node.input[1])
+    dtype = next(dtype for dtype, code in _DATA_TYPES.items() if code == factor.data_type)
+    node.input.append(f"{factor.name}.bias")
+    _add_initializer(graph, f"{factor.name}.bias", torch.zeros(factor.dims[0], dtype=dtype))
 
 
 def _rewrite_layers(graph: onnx.GraphProto, name: str, pair: FactorPair) -> bool:

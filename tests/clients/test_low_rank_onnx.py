@@ -158,3 +158,16 @@ def test_factors_take_the_element_type_of_the_file() -> None:
     halves = FactorPair(pair.factor_in.half(), pair.factor_out.half())
     rewritten = factorize_onnx(model, {"weight": halves})
     assert {item.data_type for item in rewritten.graph.initializer} == {TensorProto.FLOAT}
+
+
+def test_files_of_old_versions_keep_their_rules() -> None:
+    nodes, shape, _, inputs, others, _ = CASES["gemm, stored (out, in)"]
+    pair = pair_for(shape)
+    model = model_of(nodes, pair.dense().numpy(), inputs, others)
+    model.ir_version, model.opset_import[0].version = 3, 9
+    for item in model.graph.initializer:
+        model.graph.input.append(helper.make_tensor_value_info(item.name, item.data_type, list(item.dims)))
+    onnx.checker.check_model(model)
+    rewritten = factorize_onnx(model, {"weight": pair})
+    onnx.checker.check_model(rewritten)
+    np.testing.assert_allclose(run(rewritten, inputs), run(model, inputs), rtol=1e-4, atol=1e-4)

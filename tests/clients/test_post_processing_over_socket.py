@@ -165,3 +165,46 @@ def test_a_report_of_another_format_is_refused_before_anything_is_predicted(mode
     result = CliRunner().invoke(app, ["predict", str(model), "--report", str(tmp_path / "report.pdf")])
     assert result.exit_code == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_a_merged_weight_gets_factors_for_each_of_its_uses(client: GHNClient, tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Identity", ["1.weight"], ["2.weight"], name="Identity_7"),
+        helper.make_node("Gemm", ["x", "1.weight"], ["a"], transB=1),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Gemm", ["b", "2.weight"], ["c"], transB=1),
+        helper.make_node("Relu", ["c"], ["d"]),
+        helper.make_node("Gemm", ["d", "3.weight"], ["y"], transB=1),
+    ]
+    values = [("x", [1, 48], []), ("y", [1, 10], [])]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape, _ in values)
+    weights = [
+        TensorProto(name=name, dims=dims, data_type=1)
+        for name, dims in (("1.weight", (48, 48)), ("3.weight", (10, 48)))
+    ]
+    graph = helper.make_graph(nodes, "g", [x], [y], weights)
+    built = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8, producer_name="pytorch")
+    prediction = client.predict(built.SerializeToString(), low_rank={"rank": 4})
+    prediction.to_onnx(tmp_path / "factored.onnx")
+    pairs = factor_pairs(dict(prediction))
+    assert set(pairs) == {"1.weight", "2.weight"}
+    inputs = np.random.default_rng(0).standard_normal((1, 48)).astype(np.float32)
+    session = onnxruntime.InferenceSession(tmp_path / "factored.onnx", providers=["CPUExecutionProvider"])
+    hidden = torch.from_numpy(inputs)
+    for name in ("1.weight", "2.weight"):
+        hidden = (hidden @ pairs[name].dense().T).relu()
+    expected = hidden @ prediction["3.weight"].T
+    np.testing.assert_allclose(session.run(None, {"x": inputs})[0], expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_nodes_produce_get_factors(client: GHNClient, tmp_path: Path) -> None:
+    path = Path(onnx.__file__).parent / "backend/test/data/light/light_squeezenet.onnx"
+    prediction = client.predict(path, low_rank={"fraction": 0.25})
+    prediction.to_onnx(tmp_path / "factored.onnx")
+    filled = onnx.load(tmp_path / "factored.onnx")
+    onnx.checker.check_model(filled, full_check=True)
+    names = {item.name for item in filled.graph.initializer}
+    factored = set(factor_pairs(dict(prediction)))
+    assert factored
+    assert all(name not in names and name + ".factor_in" in names for name in factored)
+    assert not factored & {output for node in filled.graph.node for output in node.output}
