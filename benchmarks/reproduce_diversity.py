@@ -49,14 +49,14 @@ STARTS: Mapping[str, tuple[str, ...] | None] = {
 }
 #: Small enough for one core, wide enough for layers beyond the 64 channels that the bundled hypernetwork predicts.
 NETWORKS: Mapping[str, Configuration] = {
-    "resnet8_wide": ResNetConfiguration((32, 64, 128), (1, 1, 1)),
+    "resnet8_wide": ResNetConfiguration((48, 96, 192), (1, 1, 1), stem_stride=2),
     "convnext_small": ConvNeXtConfiguration((64, 128, 256), (1, 1, 2), patch=4),
-    "vit_small": VisionTransformerConfiguration(96, 3, 3),
+    "vit_small": VisionTransformerConfiguration(96, 2, 3),
 }
 DESCRIPTIONS = {
-    "resnet8_wide": "CIFAR ResNet of 8 layers with 32, 64 and 128 channels",
+    "resnet8_wide": "CIFAR ResNet of 8 layers with 48, 96 and 192 channels, first convolution of stride 2",
     "convnext_small": "ConvNeXt with 1, 1 and 2 blocks of 64, 128 and 256 channels, patches of 4 x 4, no layer scale",
-    "vit_small": "vision transformer with 3 blocks of 96 channels, 3 heads, patches of 4 x 4",
+    "vit_small": "vision transformer with 2 blocks of 96 channels, 3 heads, patches of 4 x 4",
 }
 CHOOSING_SEED = 1000
 VALIDATION_IMAGES = 1000
@@ -280,9 +280,9 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=[*NETWORKS, *ARCHITECTURES])
     parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=list(STARTS))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=160, help="steps of 64 images; 160 are ten epochs of 1,000")
+    parser.add_argument("--steps", type=int, default=80, help="steps of 64 images; 80 are five epochs of 1,000")
     parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--test-images", type=int, default=2000)
+    parser.add_argument("--test-images", type=int, default=1000)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.03, 0.1])
     parser.add_argument("--layer", type=int, default=0, help="first layer that steps change")
     return parser.parse_args(words)
