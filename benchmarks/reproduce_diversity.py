@@ -124,6 +124,7 @@ def run_rows(arguments: argparse.Namespace) -> list[Cell]:
     for network in arguments.networks:
         for start in arguments.starts:
             cell: Cell = {"network": network, "start": start, "images": arguments.images, "steps": arguments.steps}
+            cell["test_images"] = arguments.test_images
             cell |= {} if start == HE else {"checkpoint": digest, "layer": arguments.layer}
             grid = [{**cell, "rate": rate, "seed": CHOOSING_SEED} for rate in arguments.rates]
             best = max(run_cells(arguments.cells, grid, trainings.measure), key=lambda tried: tried["accuracy"])
