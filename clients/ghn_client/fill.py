@@ -17,6 +17,7 @@ import onnx
 import torch
 from onnx.external_data_helper import load_external_data_for_tensor
 
+from ghn_client.computed import as_stored
 from ghn_client.errors import LoadError
 from ghn_client.files import replaced_file
 from ghn_client.low_rank import FACTOR_IN, FACTOR_OUT, factor_pairs
@@ -159,7 +160,9 @@ class _Filler:
     def _redirect(self, note: TensorNote, initializer: str, tensor: torch.Tensor) -> None:
         data_type: int = onnx.TensorProto.FLOAT
         if initializer in self.initializers:
-            data_type = self.initializers[initializer][1].data_type
+            merged = self.initializers[initializer][1]
+            data_type = merged.data_type
+            tensor = _stored(merged, tensor)
         name = note.name
         while name != initializer and (name in self.initializers or name in self.inputs or name in self.producers):
             name += "_"
@@ -240,9 +243,15 @@ def _label(node: onnx.NodeProto) -> str:
     return node.name or next((name for name in node.output if name), node.op_type)
 
 
-def _fill(proto: onnx.TensorProto, tensor: torch.Tensor) -> None:
-    if tuple(proto.dims) != tuple(tensor.shape):
+def _stored(proto: onnx.TensorProto, tensor: torch.Tensor) -> torch.Tensor:
+    values = as_stored(tensor, proto.dims)
+    if values is None:
         raise LoadError(f"{proto.name!r} has shape {tuple(proto.dims)} in the model and {tuple(tensor.shape)} here")
+    return values
+
+
+def _fill(proto: onnx.TensorProto, tensor: torch.Tensor) -> None:
+    tensor = _stored(proto, tensor)
     name, dims, data_type = proto.name, tuple(proto.dims), proto.data_type
     if data_type not in _TORCH_TYPES:
         raise LoadError(f"{name!r} has the type {onnx.TensorProto.DataType.Name(data_type)}, which cannot be filled")

@@ -116,13 +116,19 @@ def _choose(
     mismatched: Mismatched = {}
     for key, names in ties.items():
         given = [name for name in names if name in parameters]
-        fitting = [name for name in given if parameters[name].shape == owned[name].shape]
+        fitting = [name for name in given if _fits(parameters[name].shape, owned[name].shape)]
         if fitting:
-            chosen[key] = parameters[fitting[0]]
+            chosen[key] = parameters[fitting[0]].reshape(owned[fitting[0]].shape)
         for name in given:
             if name not in fitting:
                 mismatched[name] = (tuple(owned[name].shape), tuple(parameters[name].shape))
     return chosen, mismatched
+
+
+def _fits(given: torch.Size, expected: torch.Size) -> bool:
+    """Whether shapes are equal; exporters store a scale per channel (C,) as (1, C, 1, 1), say, which is the same."""
+    both_vectors = sum(size > 1 for size in given) == sum(size > 1 for size in expected) == 1
+    return given == expected or (both_vectors and given.numel() == expected.numel())
 
 
 def _fallback_names(

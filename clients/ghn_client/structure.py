@@ -47,6 +47,9 @@ _DATA_FIELDS = (
 _CLASSES_KEY = "pkg.torch.onnx.class_hierarchy"
 # Names of modules and parameters, which the reader needs; the others hold source lines and paths of the user's machine.
 _KEPT_METADATA = frozenset({"pkg.torch.onnx.name_scopes", _CLASSES_KEY, "pkg.torch.onnx.fx_node"})
+_KEPT_VALUE_METADATA = frozenset(
+    {"pkg.torch.export.graph_signature.InputSpec.kind", "pkg.onnxscript.optimizer.folded_from"}
+)
 _POOLING = frozenset({"AveragePool", "GlobalAveragePool", "ReduceMean"})
 
 
@@ -212,9 +215,9 @@ def _strip_graph(graph: onnx.GraphProto) -> None:
         strip_tensor(sparse.indices)
     for info in (*graph.input, *graph.output, *graph.value_info):
         info.ClearField("doc_string")
-        kinds = [(entry.key, entry.value) for entry in info.metadata_props if entry.key.endswith("InputSpec.kind")]
+        kept = [(entry.key, entry.value) for entry in info.metadata_props if entry.key in _KEPT_VALUE_METADATA]
         del info.metadata_props[:]
-        for key, text in kinds:
+        for key, text in kept:
             info.metadata_props.add(key=key, value=text)
     for node in graph.node:
         _strip_node(node)

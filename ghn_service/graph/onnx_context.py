@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx
 
 from ghn_service.graph.onnx_file import FLOAT_TYPES, OnnxFile, TensorHeader
+from ghn_service.graph.onnx_folded import token_shape
 from ghn_service.graph.onnx_limits import GraphLimits, check_name, checked_shape, exceeded, invalid, unsupported
 from ghn_service.graph.onnx_names import TorchNames, is_anonymous
 from ghn_service.graph.onnx_node import OnnxNode
@@ -28,6 +29,7 @@ class ReadContext:
         unknown_operators: Operators without a handler, with their number of nodes.
         folded: Labels of convolutions with a batch normalization folded into them.
         restored: Torch names of zero biases that the exporter dropped.
+        batch: Examples in the first input, where the file fixes them.
     """
 
     def __init__(self, file: OnnxFile, limits: GraphLimits) -> None:
@@ -40,6 +42,7 @@ class ReadContext:
         self.unknown_operators: dict[str, int] = {}
         self.folded: list[str] = []
         self.restored: list[str] = []
+        self.batch: int | None = None
         self._limits = limits
         self._level = 0
         self._levels: dict[str, int] = {"": 0}
@@ -141,6 +144,17 @@ class ReadContext:
             return literal and (source.num_elements > 1 or not source.is_literal)
         return source.kind != "BUFFER"
 
+    def is_token(self, name: str) -> bool:
+        """Whether an initializer is a token that the exporter expanded along the batch axis."""
+        header = self.file.initializers.get(name)
+        return bool(self.file.folded.get(name) and header and token_shape(header.shape or (), self.batch))
+
+    def is_computed(self, source: Source) -> bool:
+        """Whether an exporter may have computed a tensor from parameters; the older one does not say of which."""
+        if source.folded is not None:
+            return bool(source.folded)
+        return self.file.is_torch and not self.file.kinds and source.kind == "CONSTANT" and not source.is_literal
+
     def use(
         self,
         node: OnnxNode,
@@ -151,6 +165,7 @@ class ReadContext:
         slot: str = "operand",
         axes: tuple[int, ...] | None = None,
         is_scale: bool = False,
+        parameter_shape: tuple[int, ...] = (),
     ) -> TensorUse:
         """Records that a node reads a weight.
 
@@ -162,8 +177,15 @@ class ReadContext:
             slot: As in ``TorchNames.identify``.
             axes: The view's axes in torch's order.
             is_scale: Whether this is a normalisation's weight.
+            parameter_shape: As in ``TensorUse``.
         """
         torch_name, token = self.names.identify(view.source, node, slot, is_direct=view.order is not None)
+        if view.source.folded and role != "node" and node.outputs[0] not in self.patterns.logit_additions:
+            parameter_shape = token_shape(view.source.shape, self.batch)
+        if view.source.folded and role != "node" and not (parameter_shape or view.source.is_vector):
+            torch_name = token = (
+                ""  # how the exporter computed the tensor is not known, so neither is its origin's shape
+            )
         use = TensorUse(
             source=view.source,
             role=role,
@@ -174,6 +196,7 @@ class ReadContext:
             token=token,
             permutation=view.permutation(axes) if axes is not None else (),
             is_scale=is_scale,
+            parameter_shape=parameter_shape if torch_name else (),
         )
         view.source.uses.append(use)
         return use
@@ -226,6 +249,9 @@ class ReadContext:
         declared = self.file.kinds.get(name) or self.patterns.input_kinds.get(name)
         if declared:
             return declared
+        folded = self.file.folded.get(name)
+        if folded is not None:
+            return "" if folded else "CONSTANT"
         is_scalar = all(size == 1 for size in shape)
         if self.file.is_torch and (is_anonymous(name) or (is_scalar and self.file.kinds)):
             return "CONSTANT"
@@ -239,11 +265,14 @@ class ReadContext:
             return
         source = self.new_source(header.name, shape, kind=self.kind_of(header.name, shape))
         if source is not None:
+            source.folded = self.file.folded.get(header.name)
             self.values[header.name] = Value(views=(View.of(source),))
 
     def _add_input(self, header: TensorHeader) -> None:
         kind = self.file.kinds.get(header.name) or self.patterns.input_kinds.get(header.name)
         if kind is None:
+            if self.batch is None and header.shape:
+                self.batch = header.shape[0]
             spatial = header.shape[2:] if header.shape is not None and len(header.shape) > 2 else None
             self.values[header.name] = Value(flow=INPUT, spatial=spatial)
             return

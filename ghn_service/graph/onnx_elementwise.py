@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from ghn_service.graph.onnx_context import ReadContext
+from ghn_service.graph.onnx_folded import TABLE_LEAF, is_table, table_shape
 from ghn_service.graph.onnx_layers import add_bias, out_features
 from ghn_service.graph.onnx_node import OnnxNode
 from ghn_service.graph.onnx_patterns import is_constant
@@ -170,7 +171,7 @@ def _meets_branch(context: ReadContext, node: OnnxNode) -> bool:
         if node.op_type in ("Add", "Sum"):
             if node.outputs[0] in context.patterns.logit_additions:
                 return False
-            return not any(is_constant(context.file, name) for name in node.inputs)
+            return not any(is_constant(context.file, name) and not context.is_token(name) for name in node.inputs)
         if node.op_type not in _TRANSPARENT:
             return False
     return False
@@ -181,6 +182,8 @@ def _add_weights(context: ReadContext, node: OnnxNode, data: list[Value], value:
     result = dataclasses.replace(value, layer=-1, norm=-1, shifted=True)
     for index, operand in enumerate(data):
         if operand is value:
+            continue
+        if node.outputs[0] in context.patterns.logit_additions and _add_table(context, node, index, operand):
             continue
         view = _added_weight(context, operand, value)
         if view is not None:
@@ -197,6 +200,21 @@ def _added_weight(context: ReadContext, operand: Value, value: Value) -> View | 
         if context.is_trainable(view.source, literal=_fits_bias(context, view, value)):
             return view
     return None
+
+
+def _add_table(context: ReadContext, node: OnnxNode, index: int, operand: Value) -> bool:
+    """Reads a relative position table that the exporter has already looked up; says whether it is one."""
+    view = operand.views[0] if len(operand.views) == 1 else None
+    shape = table_shape(view.source.shape) if view is not None else None
+    if view is None or shape is None or not context.is_computed(view.source):
+        return False
+    if view.source.folded and not is_table(view.source.folded):
+        return False
+    use = context.use(node, index, view, "truncated_normal", parameter_shape=shape)
+    if view.source.folded is None:
+        use.torch_name = use.token = context.names.name_in_module(node, TABLE_LEAF)
+        use.parameter_shape = shape if use.torch_name else ()
+    return True
 
 
 def _fits_bias(context: ReadContext, view: View, value: Value) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy
 import onnx
 
+from ghn_service.graph.onnx_folded import FOLDED_KEY, folded_parameters, string_list
 from ghn_service.graph.onnx_limits import GraphLimits, check_name, invalid, is_text, parse_model
 from ghn_service.graph.onnx_node import OnnxNode, flat_nodes
 
@@ -47,6 +48,7 @@ class OnnxFile:
         initializers: Headers of the initializers.
         kinds: ``PARAMETER`` or ``BUFFER`` for values that the exporter or the client declared as such.
         traced_names: Parameter by its name in the program that torch's exporter traced.
+        folded: Parameters that the exporter computed an initializer from; empty for what it computed from none.
         is_torch: Whether one of torch's exporters wrote the file.
         value_shapes: Protos with the shapes of intermediate values and outputs, where the file has them.
     """
@@ -57,6 +59,7 @@ class OnnxFile:
     initializers: dict[str, TensorHeader]
     kinds: dict[str, str]
     traced_names: dict[str, str]
+    folded: dict[str, tuple[str, ...]]
     is_torch: bool
     value_shapes: dict[str, onnx.ValueInfoProto]
     tensors: dict[str, onnx.TensorProto]
@@ -114,6 +117,7 @@ def load_file(data: bytes, limits: GraphLimits) -> OnnxFile:
         initializers=initializers,
         kinds=kinds,
         traced_names=traced_names,
+        folded=_read_folded(graph, initializers),
         is_torch=model.producer_name == "pytorch",
         value_shapes={info.name: info for info in (*graph.value_info, *graph.output)},
         tensors={tensor.name: tensor for tensor in graph.initializer},
@@ -159,6 +163,16 @@ def _read_kinds(
             for name in _json_names(entry.key, entry.value):
                 kinds[name] = kind
     return kinds, traced_names
+
+
+def _read_folded(graph: onnx.GraphProto, initializers: Mapping[str, TensorHeader]) -> dict[str, tuple[str, ...]]:
+    return {
+        info.name: folded_parameters(string_list(entry.value))
+        for info in graph.value_info
+        if info.metadata_props and info.name in initializers
+        for entry in info.metadata_props
+        if entry.key == FOLDED_KEY
+    }
 
 
 def _json_names(key: str, text: str) -> list[str]:

@@ -81,7 +81,7 @@ def read_matmul(context: ReadContext, node: OnnxNode) -> None:
     if not other.flow:
         context.claim_operand(node, 1 - index)
     view = context.weight(node, index)
-    if view is None or (not other.flow and not context.is_trainable(view.source)):
+    if view is None or not (other.flow or context.is_trainable(view.source) or context.is_computed(view.source)):
         context.emit(node, context.joined(data))
         return
     rank = len(view.shape) if view.shape is not None else len(view.source.shape)

@@ -9,11 +9,11 @@ path into the node's name (``/layer1/layer1.0/conv1/Conv``).
 
 from __future__ import annotations
 
-import ast
 import re
 from functools import cached_property
 
 from ghn_service.graph.onnx_file import OnnxFile
+from ghn_service.graph.onnx_folded import string_list
 from ghn_service.graph.onnx_node import OnnxNode
 from ghn_service.graph.raw_graph import Source
 
@@ -24,6 +24,7 @@ _TOKEN = re.compile(r"%([pb]_\w+)")
 _TARGET = re.compile(r"target=torch\.ops\.aten\.(\w+)")
 _ANONYMOUS = re.compile(r"(?:val_\d+|_val_\d+|onnx::\w+_\d+|.*/Constant(?:_\d+)?_output_\d+)$")
 _ALIAS_NODE = re.compile(r"Identity_\d+$")
+_NUMBER = re.compile(r"\d+")
 _NOT_IDENTIFIER = re.compile(r"\W")
 
 _WEIGHT_BIAS = ("weight", "bias")
@@ -75,20 +76,31 @@ class TorchNames:
         if not self._file.is_torch:
             return "", ""
         metadata = self._metadata_of(node)
+        if source.folded and slot == "operand":
+            name = _folded_name(source, _scopes(metadata))
+            return name, name
         token = self._token(source, node, metadata.get(_FX_KEY, ""), slot, is_direct=is_direct)
         if token:
             return self._demangled(token, _scopes(metadata)), token
+        if source.folded:
+            return _folded_name(source, _scopes(metadata)), ""
         if source.kind == "CONSTANT" or is_anonymous(source.name):
             if metadata.get(_FX_KEY) and self._traced(node, metadata[_FX_KEY]) not in _TRACED_OPS.get(node.op_type, ()):
                 return "", ""
             return self._from_path(node, metadata, slot), ""
-        known = source.kind or not self._file.kinds
+        known = source.kind or not self._file.kinds or source.name == self._from_path(node, metadata, slot)
         return (source.name if known else ""), ""
 
     def _metadata_of(self, node: OnnxNode) -> dict[str, str]:
         if self._read is not node:
             self._read, self._metadata = node, node.metadata() if node.proto.metadata_props else {}
         return self._metadata
+
+    def name_in_module(self, node: OnnxNode, leaf: str) -> str:
+        """``leaf`` after the path of the module that ``node`` is in; "" if the file does not say which that is."""
+        scopes = _scopes(self._metadata_of(node))
+        path = scopes[-1] if scopes else _path_of(node.name)
+        return f"{path}.{leaf}" if path else ""
 
     def dropped_bias(self, node: OnnxNode) -> tuple[str, str]:
         """Torch name and token of a bias that the exporter left out of ``node`` because it was zero."""
@@ -112,7 +124,7 @@ class TorchNames:
     def module_class(self, node: OnnxNode) -> str:
         """Class of the innermost module around ``node``, without its package; "" if it is not known."""
         text = node.metadata().get(_CLASSES_KEY, "")
-        classes = _string_list(text)
+        classes = string_list(text)
         return classes[-2].rpartition(".")[2] if len(classes) > 1 else ""
 
     def is_alias(self, node: OnnxNode) -> bool:
@@ -191,6 +203,23 @@ def sibling_name(name: str, *, of_bias: bool) -> str:
     return ""
 
 
+def _folded_name(source: Source, scopes: list[str]) -> str:
+    """The parameter that the exporter computed ``source`` from, if it was only one.
+
+    The exporter merges equal results and keeps the origins of one. A use in a module whose path differs from that
+    origin's in numbers alone (``blocks.1.attn`` for ``blocks.0.attn``) reads the other module's parameter.
+    """
+    if source.folded is None or len(source.folded) != 1:
+        return ""
+    name = source.folded[0]
+    owner, _, leaf = name.rpartition(".")
+    if owner in scopes:
+        return name
+    pattern = _NUMBER.sub("#", owner)
+    sibling = next((scope for scope in reversed(scopes) if _NUMBER.sub("#", scope) == pattern), "")
+    return f"{sibling}.{leaf}" if sibling else name
+
+
 def _mangled(name: str) -> str:
     """A parameter's name as torch.export writes it into the traced program."""
     return _NOT_IDENTIFIER.sub("_", name).lower()
@@ -198,15 +227,7 @@ def _mangled(name: str) -> str:
 
 def _scopes(metadata: dict[str, str]) -> list[str]:
     """Paths of the modules around a node, outermost first."""
-    return _string_list(metadata.get(_SCOPES_KEY, ""))[:-1]
-
-
-def _string_list(text: str) -> list[str]:
-    try:
-        value = ast.literal_eval(text) if text.startswith("[") and len(text) < 10_000 else []
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return []
-    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+    return string_list(metadata.get(_SCOPES_KEY, ""))[:-1]
 
 
 def _path_of(node_name: str) -> str:

@@ -87,11 +87,12 @@ def _settle_group(
         settled.buffers.append(BufferSpec(name, source.shape, _buffer_kind(use)))
         return
     is_split = is_shared or source.name != source.initializer
-    name = _unique(use.torch_name or f"{source.name}@{use.node}" if is_shared else source.name, taken)
+    is_renamed = is_shared or use.parameter_shape
+    name = _unique(use.torch_name or f"{source.name}@{use.node}" if is_renamed else source.name, taken)
     places = tuple(ParameterUse(item.node, item.input_index) for item in group) if is_split else ()
     spec = ParameterSpec(
         name=name,
-        shape=source.shape,
+        shape=use.parameter_shape or source.shape,
         permutation=use.permutation,
         initializer=source.initializer,
         torch_name=use.torch_name,
@@ -107,7 +108,7 @@ def _settle_group(
 def _settle_unused(settled: SettledTensors, source: Source, taken: set[str]) -> None:
     if source.kind == "BUFFER":
         settled.buffers.append(BufferSpec(_unique(source.name, taken), source.shape, "constant"))
-    elif source.kind != "CONSTANT":
+    elif source.kind != "CONSTANT" and source.folded is None:
         rule = "zeros" if source.is_vector else "kaiming_normal"
         torch_name = source.name if source.kind == "PARAMETER" else ""
         name = _unique(source.name, taken)

@@ -14,12 +14,12 @@ from ghn_service.graph.onnx_file import load_file
 from ghn_service.graph.onnx_limits import FIELD, GraphLimits, invalid
 from ghn_service.graph.onnx_operators import read_node
 from ghn_service.graph.onnx_parameters import SettledTensors, settle_tensors
+from ghn_service.graph.onnx_warnings import reading_warnings
 from ghn_service.graph.passes import Skeleton, simplify
 from ghn_service.graph.raw_graph import RawGraph, RawNode
 
 DEFAULT_LIMITS = GraphLimits()
 _NORMS = ("bn", "ln")
-_MAX_LISTED = 10
 
 
 def read_onnx(data: bytes, *, limits: GraphLimits = DEFAULT_LIMITS) -> ArchitectureGraph:
@@ -67,7 +67,7 @@ def _read(data: bytes, limits: GraphLimits) -> ArchitectureGraph:
         edges=tuple(edges),
         other_parameters=tuple(tensors.others),
         buffers=tuple(tensors.buffers),
-        warnings=tuple(_warnings(context)),
+        warnings=reading_warnings(context, tensors),
         unknown_operators=tuple(sorted(context.unknown_operators)),
     )
     if next(graph.parameters(), None) is None:
@@ -145,46 +145,6 @@ def _readers(skeleton: Skeleton) -> dict[int, list[int]]:
         for item in skeleton.predecessors[index]:
             readers.setdefault(item, []).append(index)
     return readers
-
-
-def _warnings(context: ReadContext) -> list[str]:
-    warnings = []
-    if context.folded:
-        warnings.append(
-            f"{len(context.folded)} convolutions have a batch normalization folded into them"
-            f" ({_listed(context.folded)}): its weights are not in this file, so the network is served without them,"
-            " as convolutions with a bias. To get all weights, export in training mode without optimisation:"
-            " torch.onnx.export(model.train(), args, dynamo=True, optimize=False), or use"
-            " ghn_client.export_architecture"
-        )
-    computed = _computed(context)
-    if computed:
-        warnings.append(
-            f"{len(computed)} tensors were computed from parameters by the exporter ({_listed(computed)}); they are"
-            " initialised by a rule under their own names, and the parameters themselves are not in this file:"
-            " export without optimisation to get those"
-        )
-    if context.unknown_operators:
-        names = [f"{name} ({count})" for name, count in sorted(context.unknown_operators.items())]
-        warnings.append(f"not understood, so data passes through as if element-wise: {_listed(names)}")
-    if context.restored:
-        warnings.append(
-            f"{len(context.restored)} biases were dropped by the exporter because they were zero, and are predicted"
-            f" all the same under their torch names: {_listed(context.restored)}"
-        )
-    return warnings
-
-
-def _computed(context: ReadContext) -> list[str]:
-    """Tensors that are neither declared nor literals in a file that declares its parameters, and are read."""
-    if not (context.file.is_torch and context.file.kinds):
-        return []
-    return [source.name for source in context.sources if not source.kind and source.uses]
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return ", ".join(names[:_MAX_LISTED]) + more
 
 
 def _integer(value: int | tuple[int, ...]) -> int:

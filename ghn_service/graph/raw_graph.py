@@ -27,6 +27,7 @@ class Source:
         kind: ``PARAMETER`` or ``BUFFER`` where declared; ``CONSTANT`` for what an exporter folded or wrote as a
             literal, which is a weight only where it feeds a weight slot; "" where nothing is known.
         is_literal: Whether it comes from a Constant node rather than from an initializer or input.
+        folded: The parameters that the exporter computed it from; None where it computed nothing.
         uses: Every place where it acts as a weight, in reading order.
     """
 
@@ -35,6 +36,7 @@ class Source:
     shape: tuple[int, ...]
     kind: str = ""
     is_literal: bool = False
+    folded: tuple[str, ...] | None = None
     uses: list[TensorUse] = field(default_factory=list)
 
     @property
@@ -65,6 +67,8 @@ class TensorUse:
         token: What tells uses of one merged initializer apart; "" where nothing does.
         permutation: As in ``ParameterSpec``.
         is_scale: Whether this is a normalisation's weight rather than a bias.
+        parameter_shape: Shape of the parameter that the exporter computed the tensor from, where that follows from
+            the tensor's own shape and use.
     """
 
     source: Source
@@ -76,6 +80,7 @@ class TensorUse:
     token: str = ""
     permutation: tuple[int, ...] = ()
     is_scale: bool = False
+    parameter_shape: tuple[int, ...] = ()
 
     @property
     def key(self) -> tuple[int, str]:

@@ -227,12 +227,6 @@ def test_every_trainable_tensor_of_the_file_is_somewhere(name: str) -> None:
     assert floats <= known
 
 
-def test_tensors_that_the_exporter_computed_are_told() -> None:
-    graph = read_onnx(stored_model("vit_b_16", "dynamo-eval-optimize"))
-    assert fallbacks(graph) == {"expand": "truncated_normal"}
-    assert any("expand" in warning for warning in graph.warnings)
-
-
 def test_a_bias_put_together_from_parts_names_the_parts() -> None:
     model = Model({"x": (1, 5, 6)}, producer="pytorch")
     model.node("MatMul", ["x", model.weight("attn.qkv.weight", 6, 12)], "product")
