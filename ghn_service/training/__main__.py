@@ -27,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+RESULTS_FILE = "measurements.jsonl"
 DataFolder = Annotated[Path, typer.Option("--data", help="Folder with labelled images (parquet, CIFAR batches, ...).")]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change one setting; may be repeated.")
@@ -83,10 +84,11 @@ def evaluate(
     checkpoint: Annotated[Path, typer.Option("--checkpoint", help="File that ghn-train fit wrote.")],
     data: DataFolder,
     splits: Annotated[
-        str, typer.Option(help="Splits, separated by commas: test, wide, deep, dense, bnfree, reference.")
+        str, typer.Option(help="Splits, separated by commas, each with its number of networks if not --networks.")
     ] = "test,wide,deep,dense,bnfree,reference",
     networks: Annotated[int, typer.Option(help="Networks per split.")] = 50,
     test_images: Annotated[int, typer.Option(help="Test images for zero-shot accuracy.")] = 2000,
+    precision: Annotated[str, typer.Option(help="Number format of zero-shot passes: float32, bfloat16.")] = "float32",
     fine_tune: Annotated[int, typer.Option(help="Networks in the fine-tuning comparison; 0: none.")] = 20,
     fine_tune_images: Annotated[
         str, typer.Option(help="Training-set sizes of the comparison, separated by commas; 0: all images.")
@@ -95,28 +97,44 @@ def evaluate(
     seeds: Annotated[int, typer.Option(help="Seeds of the comparison.")] = 1,
     largest_macs: Annotated[float, typer.Option(help="Leave networks of more multiply-adds per image out.")] = 1.5e9,
     library: Annotated[int, typer.Option(help="Training networks in the nearest-neighbour check; 0: no check.")] = 32,
+    baseline_only: Annotated[
+        bool, typer.Option("--baseline-only", help="Measure only the He side, which serves every checkpoint.")
+    ] = False,
     workers: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
+    minutes: Annotated[float | None, typer.Option(help="Begin no measurement after this time.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="File of finished measurements, which are not repeated; in --out by default.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for evaluation.md and evaluation.json.")] = None,
     cache: Cache = None,
 ) -> None:
     """Measure a hypernetwork: zero-shot accuracy, fine-tuning against He initialisation, and novelty."""
     from ghn_service.training import report
-    from ghn_service.training.evaluate import EvaluationPlan
     from ghn_service.training.evaluate import evaluate as run_evaluation
+    from ghn_service.training.evaluation_plan import EvaluationPlan
     from ghn_service.training.fine_tune import FineTunePlan
 
     plan = EvaluationPlan(
-        splits=tuple(splits.split(",")),
-        networks=networks,
+        splits=_splits(splits, networks),
         test_images=test_images,
         fine_tune_networks=fine_tune,
         fine_tune_images=_numbers(fine_tune_images, int, "fine-tune-images"),
         seeds=tuple(range(seeds)),
         fine_tune=FineTunePlan(learning_rates=_numbers(learning_rates, float, "learning-rates")),
         library=library,
+        zero_shot_precision=precision,
         largest_macs=largest_macs,
+        is_baseline_only=baseline_only,
     )
-    evaluation = run_evaluation(checkpoint, data, plan, workers=workers, cache=cache)
+    evaluation = run_evaluation(
+        checkpoint,
+        data,
+        plan,
+        workers=workers,
+        cache=cache or (out / "cache" if out else None),
+        results=results or (out / RESULTS_FILE if out else None),
+        minutes=minutes,
+    )
     text = report.markdown_report(evaluation)
     if out:
         out.mkdir(parents=True, exist_ok=True)
@@ -156,6 +174,23 @@ def plot(
     from ghn_service.training.plot import plot_run
 
     typer.echo(str(plot_run(run, out)))
+
+
+def _splits(text: str, networks: int) -> dict[str, int]:
+    """Splits with their numbers of networks, from ``test=50,wide``."""
+    from architectures.generator import SPLITS
+
+    known = SPLITS.keys() - {"train", "val"}
+    counts: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, count = part.partition("=")
+        if name not in known or (count and not count.isdecimal()):
+            raise InvalidOptionError(
+                f"expected splits among {', '.join(sorted(known))}, perhaps with numbers (test=50), got {part!r}",
+                field="splits",
+            )
+        counts[name] = int(count) if count else networks
+    return counts
 
 
 def _numbers(text: str, kind: Callable[[str], Any], field: str) -> tuple[Any, ...]:

@@ -1,7 +1,8 @@
 """The fine-tuning comparison: predicted starts against He initialisation, at equal small budgets.
 
 One run trains with a constant learning rate and is scored along the way, so that it serves every budget up to its
-length and shows how many steps a start saves. Each side chooses its rate from the same grid on validation images.
+length and shows how many steps a start saves. Each side chooses its rate from the same grid on validation images, with
+the first seed; the others use that rate.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ class _Run:
         self.points: list[tuple[int, float]] = [(0, self.score(data.test))]
 
     def score(self, images: ImageSet) -> float:
-        return batch_accuracy(self.module, images, self.data.normalization)
+        with target_passes(images.images.device, self.precision):
+            return batch_accuracy(self.module, images, self.data.normalization)
 
     def advance(self, steps: int) -> None:
         while self.step < steps:
@@ -140,6 +142,7 @@ def fine_tune(
     steps: int,
     seed: int,
     precision: torch.dtype = torch.float32,
+    learning_rate: float | None = None,
 ) -> Curve:
     """Fine-tunes copies of ``module`` with every rate of the grid, goes on with the best, and returns its curve.
 
@@ -150,13 +153,16 @@ def fine_tune(
         steps: Length of the curve; a multiple of ``plan.every``.
         seed: Order of the images; the same for both sides of a comparison.
         precision: Number format of the passes (autocast).
+        learning_rate: The rate, where it is chosen already.
     """
-    runs = [_Run(module, data, plan, rate, seed, precision) for rate in plan.learning_rates]
-    for run in runs:
-        run.advance(min(plan.choose_at, steps))
-    best = max(runs, key=lambda run: run.score(data.validation)) if len(runs) > 1 else runs[0]
-    best.advance(steps)
-    return best.curve()
+    rates = plan.learning_rates if learning_rate is None else (learning_rate,)
+    runs = [_Run(module, data, plan, rate, seed, precision) for rate in rates]
+    if len(runs) > 1:
+        for run in runs:
+            run.advance(min(plan.choose_at, steps))
+        runs.sort(key=lambda run: run.score(data.validation), reverse=True)
+    runs[0].advance(steps)
+    return runs[0].curve()
 
 
 @dataclass(frozen=True)
@@ -171,9 +177,21 @@ class Comparison:
     predicted: Curve
     he: Curve
 
+    def predicted_at(self, step: int) -> float:
+        """Accuracy of the predicted side after ``step`` steps."""
+        return self.predicted.at(step)
+
+    def he_at(self, step: int) -> float:
+        """Accuracy of the He side after ``step`` steps."""
+        return self.he.at(step)
+
     def gap(self, step: int) -> float:
         """Accuracy of the predicted side minus that of the He side after ``step`` steps of both."""
         return self.predicted.at(step) - self.he.at(step)
+
+    def is_level_reached(self, step: int) -> bool:
+        """Whether He initialisation gets to what the predicted side has after ``step`` steps."""
+        return self.he.steps_to_reach(self.predicted.at(step)) is not None
 
     def steps_saved(self, step: int) -> int:
         """Further steps that He initialisation needs to reach what the predicted side has after ``step`` steps.
@@ -183,23 +201,6 @@ class Comparison:
         """
         needed = self.he.steps_to_reach(self.predicted.at(step))
         return (self.he.steps[-1] if needed is None else needed) - step
-
-
-def compare_starts(
-    predicted: nn.Module,
-    he: nn.Module,
-    data: FineTuneData,
-    plan: FineTunePlan,
-    *,
-    seed: int,
-    precision: torch.dtype = torch.float32,
-) -> Comparison:
-    """Fine-tunes both starts on the same batches; see ``fine_tune``."""
-    longest = max(plan.budgets)
-    return Comparison(
-        fine_tune(predicted, data, plan, steps=longest, seed=seed, precision=precision),
-        fine_tune(he, data, plan, steps=max(longest, plan.longest), seed=seed, precision=precision),
-    )
 
 
 def small_training_set(images: ImageSet, count: int, *, seed: int) -> ImageSet:

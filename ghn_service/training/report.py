@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ghn_service.training.evaluate import Evaluation, FineTuned, ZeroShot
-from ghn_service.training.fine_tune import mean_and_error
+from ghn_service.training.evaluate import Evaluation
+from ghn_service.training.evaluation_plan import EvaluationPlan
+from ghn_service.training.fine_tune import Comparison, mean_and_error
+from ghn_service.training.results import FineTuned, ZeroShot
 
 
 def zero_shot_table(results: Sequence[ZeroShot]) -> str:
@@ -41,25 +43,28 @@ def reference_table(results: Sequence[ZeroShot]) -> str:
 
 
 def fine_tune_summary(results: Sequence[FineTuned], budgets: Sequence[int]) -> list[dict[str, Any]]:
-    """Per data size and budget (and for no steps at all): both means, mean gap, share of wins, and steps saved."""
+    """Per data size and budget (and for no steps at all): both means, mean gap, share of wins, and steps saved.
+
+    Seeds of one network are averaged first; means, errors and wins are over networks.
+    """
     rows: list[dict[str, Any]] = []
     for images, members in _by(results, "images"):
-        comparisons = [item.comparison for item in members]
+        networks = [[item.comparison for item in seeds] for _, seeds in _by(members, "name")]
+        runs = [comparison for seeds in networks for comparison in seeds]
         for step in (0, *budgets):
-            gaps = [item.gap(step) for item in comparisons]
-            saved = [float(item.steps_saved(step)) for item in comparisons]
-            reached = [item.he.steps_to_reach(item.predicted.at(step)) is not None for item in comparisons]
+            gaps = _network_means(networks, Comparison.gap, step)
             rows.append(
                 {
                     "images": images,
                     "step": step,
-                    "runs": len(members),
-                    "predicted": mean_and_error([item.predicted.at(step) for item in comparisons]),
-                    "he": mean_and_error([item.he.at(step) for item in comparisons]),
+                    "networks": len(networks),
+                    "runs": len(runs),
+                    "predicted": mean_and_error(_network_means(networks, Comparison.predicted_at, step)),
+                    "he": mean_and_error(_network_means(networks, Comparison.he_at, step)),
                     "gap": mean_and_error(gaps),
                     "wins": sum(gap > 0 for gap in gaps) / len(gaps),
-                    "steps_saved": mean_and_error(saved),
-                    "never_reached": sum(not item for item in reached),
+                    "steps_saved": mean_and_error(_network_means(networks, Comparison.steps_saved, step)),
+                    "never_reached": sum(not item.is_level_reached(step) for item in runs),
                 }
             )
     return rows
@@ -70,17 +75,43 @@ def fine_tune_table(results: Sequence[FineTuned], budgets: Sequence[int]) -> str
     if not results:
         return ""
     lines = [
-        "| training images | steps | runs | predicted start | He | gap | wins | steps saved | He never got there |",
+        "| images | steps | networks (runs) | predicted start | He | gap | wins | steps saved | never reached |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in fine_tune_summary(results, budgets):
         saved, error = row["steps_saved"]
         lines.append(
-            f"| {row['images'] or 'all'} | {row['step']} | {row['runs']} | {_pair(row['predicted'])} "
-            f"| {_pair(row['he'])} | {_pair(row['gap'])} | {100 * row['wins']:.0f}% "
+            f"| {row['images'] or 'all'} | {row['step']} | {row['networks']} ({row['runs']}) "
+            f"| {_pair(row['predicted'])} | {_pair(row['he'])} | {_pair(row['gap'])} | {100 * row['wins']:.0f}% "
             f"| {saved:.0f} ± {error:.0f} | {row['never_reached']} |"
         )
     return "\n".join(lines)
+
+
+def zero_shot_caption(plan: EvaluationPlan) -> str:
+    """The protocol of zero-shot scores in words."""
+    return (
+        f"Zero-shot top-1 in percent on {plan.test_images:,} test images, ± standard error of the mean over networks. "
+        "Batch statistics: BatchNorm normalises each batch of 64 test images with its own statistics. Recalibrated: "
+        f"its statistics are measured on {plan.calibration_images:,} training images, then each test image stands "
+        f"alone. He: He initialisation under batch statistics. Passes in {plan.zero_shot_precision}."
+    )
+
+
+def fine_tune_caption(plan: EvaluationPlan) -> str:
+    """The protocol of the fine-tuning comparison in words."""
+    rule = plan.fine_tune
+    rates = ", ".join(f"{rate:g}" for rate in rule.learning_rates)
+    return (
+        "Fine-tuning from predicted weights and from He initialisation: networks of split test; SGD, momentum 0.9, "
+        f"weight decay {rule.weight_decay:g}, constant rate, batches of {rule.batch_size}, the same for both sides. "
+        f"Each side's rate: the best of {rates} on {plan.validation_images:,} validation images after "
+        f"{rule.choose_at} steps with seed {plan.seeds[0]}. Top-1 in percent on {plan.fine_tune_test_images:,} test "
+        "images under batch statistics, ± standard error over networks, whose seeds are averaged first. Steps saved: "
+        "how many more steps He initialisation needs to be as good; where it does not get there in "
+        f'{max(rule.longest, *rule.budgets)} steps ("never reached", in runs), that number counts, so the mean is a '
+        "lower bound."
+    )
 
 
 def novelty_line(results: Sequence[ZeroShot]) -> str:
@@ -103,22 +134,39 @@ def novelty_line(results: Sequence[ZeroShot]) -> str:
 
 def markdown_report(evaluation: Evaluation) -> str:
     """Everything as one Markdown page."""
-    parts = [
-        "Zero-shot top-1 in percent, ± standard error of the mean over networks.\n\n"
-        + zero_shot_table(evaluation.zero_shot)
-    ]
+    plan = evaluation.plan
+    parts = []
+    if evaluation.finished < evaluation.jobs:
+        parts.append(f"Stopped early: {evaluation.finished} of {evaluation.jobs} measurements are done.")
+    if evaluation.zero_shot:
+        parts.append(zero_shot_caption(plan) + "\n\n" + zero_shot_table(evaluation.zero_shot))
     if reference := reference_table(evaluation.zero_shot):
         parts.append("Reference networks, zero-shot top-1 in percent.\n\n" + reference)
-    if fine_tuned := fine_tune_table(evaluation.fine_tuned, evaluation.plan.fine_tune.budgets):
-        parts.append(
-            "Fine-tuning from predicted weights and from He initialisation; top-1 in percent on test images, learning "
-            "rates of each side chosen on validation images.\n\n" + fine_tuned
-        )
+    if fine_tuned := fine_tune_table(evaluation.fine_tuned, plan.fine_tune.budgets):
+        parts.append(fine_tune_caption(plan) + "\n\n" + fine_tuned)
     if novelty := novelty_line(evaluation.zero_shot):
         parts.append("Distance to the training networks' predictions.\n\n" + novelty)
-    if evaluation.skipped:
-        parts.append(f"{evaluation.skipped} networks were left out: too expensive, or not made for this size of image.")
+    parts.append(left_out_line(evaluation))
     return "\n\n".join(parts) + "\n"
+
+
+def left_out_line(evaluation: Evaluation) -> str:
+    """Which networks were not measured, and why."""
+    sentences = []
+    if evaluation.pool_size:
+        counts = ", ".join(f"{count} of {split}" for split, count in evaluation.in_training_pool.items()) or "none"
+        sentences.append(
+            f"Networks of random splits whose graph is one of the {evaluation.pool_size:,} training networks were "
+            f"passed over: {counts}; the next index took their place."
+        )
+    else:
+        sentences.append("The checkpoint does not name its training networks, so equal graphs were not passed over.")
+    if evaluation.skipped:
+        sentences.append(
+            f"{evaluation.skipped} networks were left out: more than {evaluation.plan.largest_macs:,.0f} "
+            "multiply-adds, or not made for this size of image."
+        )
+    return " ".join(sentences)
 
 
 def json_report(evaluation: Evaluation) -> str:
@@ -131,6 +179,13 @@ def _by(items: Iterable[Any], attribute: str) -> list[tuple[Any, list[Any]]]:
     for item in items:
         groups.setdefault(getattr(item, attribute), []).append(item)
     return list(groups.items())
+
+
+def _network_means(
+    networks: Sequence[Sequence[Comparison]], value: Callable[[Comparison, int], float], step: int
+) -> list[float]:
+    """The mean of ``value`` after ``step`` steps over the seeds of each network."""
+    return [sum(value(item, step) for item in seeds) / len(seeds) for seeds in networks]
 
 
 def _percent(values: Sequence[float]) -> str:

@@ -59,11 +59,12 @@ def test_a_run_may_start_from_a_checkpoint(tmp_path):
 def test_evaluate_writes_its_report(tmp_path):
     write_image_folder(tmp_path / "data", classes=3)
     run("fit", "--data", tmp_path / "data", "--out", tmp_path / "run", *TINY)
-    options = ("--splits", "test", "--networks", 1, "--fine-tune", 0, "--library", 1, "--workers", 1)
+    options = ("--splits", "test=1,wide", "--networks", 0, "--fine-tune", 0, "--library", 1, "--workers", 1)
     checkpoint = tmp_path / "run" / "ghn.safetensors"
     result = run("evaluate", "--checkpoint", checkpoint, "--data", tmp_path / "data", "--out", tmp_path, *options)
     assert result.exit_code == 0, result.output
     assert "| test | 1 |" in (tmp_path / "evaluation.md").read_text()
+    assert (tmp_path / "measurements.jsonl").is_file()
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,8 @@ def test_evaluate_writes_its_report(tmp_path):
         ("plot", "nowhere"),
         ("evaluate", "--checkpoint", "nowhere.safetensors", "--data", "nowhere"),
         ("fit", "--data", ".", "--out", "run", "--set", "optimizer.learning_rate=-1"),
+        ("evaluate", "--checkpoint", "x.safetensors", "--data", ".", "--splits", "training"),
+        ("evaluate", "--checkpoint", "x.safetensors", "--data", ".", "--splits", "test=many"),
     ],
 )
 def test_errors_are_one_line_and_status_1(tmp_path, monkeypatch, arguments):

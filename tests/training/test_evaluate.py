@@ -11,16 +11,19 @@ import torch
 from ghn_service.errors import DataError
 from ghn_service.hypernetwork.checkpoint import ModelCard, save_checkpoint
 from ghn_service.hypernetwork.ghn import GHNConfig, GraphHyperNetwork
-from ghn_service.training.evaluate import EvaluationPlan, evaluate
+from ghn_service.training import evaluate as evaluate_module
+from ghn_service.training.evaluate import evaluate
+from ghn_service.training.evaluation_plan import EvaluationPlan
 from ghn_service.training.fine_tune import FineTunePlan
+from ghn_service.training.networks import Task, find_network
 from ghn_service.training.novelty import PredictionLibrary
+from ghn_service.training.training_pool import TrainingPool
 from tests.training.training_cases import small_source
 from tests.training.written_images import write_image_folder
 
 CONFIG = GHNConfig(hidden_channels=8, num_heads=2, num_layers=1, max_shape=(8, 8, 7, 7), num_classes=4)
 PLAN = EvaluationPlan(
-    splits=("test",),
-    networks=2,
+    splits={"test": 2},
     test_images=64,
     calibration_images=64,
     fine_tune_networks=1,
@@ -46,6 +49,24 @@ def comparable(evaluation):
     return repr(dataclasses.replace(evaluation, seconds=0.0))
 
 
+def quick(**changes):
+    """A plan of zero-shot scores alone."""
+    return dataclasses.replace(PLAN, **{"fine_tune_networks": 0, "library": 0, **changes})
+
+
+def count_measurements(monkeypatch):
+    """The jobs that are really done from now on."""
+    done = []
+
+    def counted(context, task):
+        done.append(task[0])
+        return measure(context, task)
+
+    measure = evaluate_module.measure
+    monkeypatch.setattr(evaluate_module, "measure", counted)
+    return done
+
+
 def test_the_number_of_processes_changes_nothing(files):
     one = evaluate(*files, PLAN, workers=1)
     assert [item.name for item in one.zero_shot] == ["0", "1"]
@@ -53,6 +74,91 @@ def test_the_number_of_processes_changes_nothing(files):
     assert {item.images for item in one.fine_tuned} == {0, 16}
     two = evaluate(*files, PLAN, workers=2)
     assert comparable(one) == comparable(two)
+
+
+def test_finished_measurements_are_not_repeated(tmp_path, files, monkeypatch):
+    results = tmp_path / "measurements.jsonl"
+    whole = evaluate(*files, PLAN)
+    evaluate(*files, quick(splits={"test": 1}, library=2), results=results)
+    done = count_measurements(monkeypatch)
+    evaluation = evaluate(*files, PLAN, results=results)
+    assert len(done) == whole.jobs - 1
+    assert comparable(evaluation) == comparable(whole)
+    done.clear()
+    assert comparable(evaluate(*files, PLAN, results=results)) == comparable(whole)
+    assert done == []
+
+
+@pytest.mark.parametrize(
+    "change", [{"test_images": 32}, {"calibration_images": 32}, {"zero_shot_precision": "bfloat16"}]
+)
+def test_results_of_another_protocol_are_measured_again(tmp_path, files, monkeypatch, change):
+    results = tmp_path / "measurements.jsonl"
+    evaluate(*files, quick(), results=results)
+    done = count_measurements(monkeypatch)
+    evaluate(*files, quick(**change), results=results)
+    assert len(done) == 2
+
+
+def other_checkpoint(path):
+    hypernetwork = GraphHyperNetwork(CONFIG, generator=torch.Generator().manual_seed(1))
+    save_checkpoint(hypernetwork, path, card=ModelCard(dataset="made up"))
+    return path
+
+
+def test_the_he_side_serves_every_checkpoint(tmp_path, files, monkeypatch):
+    results = tmp_path / "measurements.jsonl"
+    baseline = evaluate(*files, dataclasses.replace(PLAN, is_baseline_only=True), results=results)
+    assert (baseline.finished, baseline.fine_tuned, baseline.zero_shot) == (2, (), ())
+    done = count_measurements(monkeypatch)
+    evaluation = evaluate(other_checkpoint(tmp_path / "other.safetensors"), files[1], PLAN, results=results)
+    assert {job.kind for job in done} == {"zero-shot", "predicted"}
+    assert len(evaluation.fine_tuned) == 2
+
+
+def test_an_interruption_keeps_what_is_done(tmp_path, files, monkeypatch):
+    measure = evaluate_module.measure
+
+    def interrupted(context, task):
+        if task[0].name == "1":
+            raise KeyboardInterrupt
+        return measure(context, task)
+
+    monkeypatch.setattr(evaluate_module, "measure", interrupted)
+    evaluation = evaluate(*files, quick(), results=tmp_path / "measurements.jsonl")
+    assert [item.name for item in evaluation.zero_shot] == ["0"]
+    assert (evaluation.finished, evaluation.jobs) == (1, 2)
+    monkeypatch.undo()
+    assert evaluate(*files, quick(), results=tmp_path / "measurements.jsonl").finished == 2
+
+
+def test_no_measurement_begins_after_the_time_limit(files):
+    evaluation = evaluate(*files, quick(), minutes=0.0)
+    assert (evaluation.finished, evaluation.jobs) == (0, 2)
+
+
+def test_the_first_seed_chooses_the_rates_of_all(files):
+    plan = dataclasses.replace(PLAN, seeds=(0, 1), fine_tune_images=(0,), splits={"test": 1}, library=0)
+    first, second = evaluate(*files, plan).fine_tuned
+    assert (first.seed, second.seed) == (0, 1)
+    assert first.comparison.predicted.learning_rate == second.comparison.predicted.learning_rate
+    assert first.comparison.he.learning_rate == second.comparison.he.learning_rate
+    assert first.comparison != second.comparison
+
+
+def test_graphs_of_the_training_pool_are_passed_over(tmp_path, files, monkeypatch):
+    hypernetwork = GraphHyperNetwork(CONFIG, generator=torch.Generator().manual_seed(0))
+    card = ModelCard(details={"settings": {"sampling": {"pool": 3}}})
+    save_checkpoint(hypernetwork, tmp_path / "ghn.safetensors", card=card)
+    task = Task(4, 3, 16)
+    seen = find_network("test", "0", task).graph().digest()
+    monkeypatch.setattr(
+        evaluate_module, "training_pool", lambda size, task, cache: TrainingPool(size, frozenset({seen}))
+    )
+    evaluation = evaluate(tmp_path / "ghn.safetensors", files[1], quick())
+    assert [item.name for item in evaluation.zero_shot] == ["1", "2"]
+    assert evaluation.in_training_pool == {"test": 1}
+    assert evaluation.pool_size == 3
 
 
 def test_another_class_count_is_an_error(tmp_path, files):

@@ -10,7 +10,6 @@ from ghn_service.training.fine_tune import (
     Curve,
     FineTuneData,
     FineTunePlan,
-    compare_starts,
     fine_tune,
     mean_and_error,
     small_training_set,
@@ -36,6 +35,12 @@ def test_the_better_rate_is_chosen_and_learns(data):
     assert curve.at(24) > curve.at(0)
 
 
+def test_a_chosen_rate_is_used(data):
+    curve = fine_tune(he_module(small_source(2), seed=0), data, PLAN, steps=4, seed=0, learning_rate=0.05)
+    assert curve.learning_rate == 0.05
+    assert curve.steps == (0, 4)
+
+
 def test_a_start_is_not_changed(data):
     module = he_module(small_source(2), seed=0)
     before = module.head.weight.clone()
@@ -53,7 +58,9 @@ def test_a_trained_start_beats_he(data):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    comparison = compare_starts(trained, he, data, PLAN, seed=0)
+    comparison = Comparison(
+        fine_tune(trained, data, PLAN, steps=16, seed=0), fine_tune(he, data, PLAN, steps=24, seed=0)
+    )
     assert comparison.gap(0) > 0.2
     assert comparison.steps_saved(0) > 4
 

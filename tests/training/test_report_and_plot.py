@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import xml.etree.ElementTree
 
 import pytest
 
 from ghn_service.errors import DataError
-from ghn_service.training.evaluate import Evaluation, EvaluationPlan, FineTuned, ZeroShot
+from ghn_service.training.evaluate import Evaluation
+from ghn_service.training.evaluation_plan import EvaluationPlan
 from ghn_service.training.fine_tune import Comparison, Curve
 from ghn_service.training.plot import plot_run
 from ghn_service.training.report import fine_tune_summary, json_report, markdown_report
+from ghn_service.training.results import FineTuned, ZeroShot
 from ghn_service.training.run_log import RunLog, read_log
 
 
@@ -36,6 +39,27 @@ def test_the_summary_counts_wins_and_gaps():
     assert rows[1]["wins"] == 0.5
     assert rows[1]["gap"][0] == pytest.approx(0.0)
     assert rows[0]["wins"] == 1.0
+
+
+def test_seeds_of_one_network_are_averaged_first():
+    curves = example().fine_tuned
+    same_network = tuple(FineTuned("0", 0, seed, item.comparison) for seed, item in enumerate(curves))
+    row = fine_tune_summary((*same_network, FineTuned("1", 0, 0, curves[0].comparison)), (100,))[1]
+    assert (row["networks"], row["runs"]) == (2, 3)
+    assert row["gap"][0] == pytest.approx((0.0 + 0.1) / 2)
+    assert row["wins"] == 0.5
+
+
+def test_a_partial_report_says_so():
+    evaluation = dataclasses.replace(example(), fine_tuned=(), jobs=9, finished=3)
+    assert "3 of 9" in markdown_report(evaluation)
+
+
+def test_the_report_says_how_many_training_networks_were_passed_over():
+    evaluation = dataclasses.replace(example(), fine_tuned=(), pool_size=2500, in_training_pool={"test": 6})
+    text = markdown_report(evaluation)
+    assert "2,500" in text
+    assert "6 of test" in text
 
 
 def test_markdown_shows_each_split_and_network():

@@ -1,0 +1,115 @@
+"""What an evaluation measures, and under which protocol."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ghn_service.training.fine_tune import FineTunePlan
+
+DEFAULT_SPLITS: Mapping[str, int] = {
+    "test": 50,
+    "wide": 50,
+    "deep": 50,
+    "dense": 50,
+    "bnfree": 50,
+    "reference": 100,
+}
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What is measured.
+
+    Attributes:
+        splits: Networks per split of the generator, and of ``reference`` for the registry's networks.
+        test_images: Test images for zero-shot accuracy.
+        calibration_images: Training images for recalibrated BatchNorm.
+        fine_tune_networks: Networks of split ``test`` in the fine-tuning comparison; 0 leaves it out.
+        fine_tune_images: Sizes of the training sets; 0 stands for all images.
+        fine_tune_test_images: Test images per point of a curve.
+        validation_images: Held-out training images that choose learning rates.
+        seeds: Seeds of the comparison; the first one chooses the learning rates.
+        fine_tune: Budgets and grid.
+        library: Training networks in the honesty check; 0 leaves it out.
+        precision: Number format of fine-tuning passes.
+        zero_shot_precision: Number format of zero-shot passes.
+        largest_macs: Networks with more multiply-adds are left out, and counted as such.
+        is_baseline_only: Whether only the He side of the comparison is measured, which serves every checkpoint.
+    """
+
+    splits: Mapping[str, int] = field(default_factory=lambda: dict(DEFAULT_SPLITS))
+    test_images: int = 2000
+    calibration_images: int = 1280
+    fine_tune_networks: int = 20
+    fine_tune_images: tuple[int, ...] = (0, 1000)
+    fine_tune_test_images: int = 1000
+    validation_images: int = 1000
+    seeds: tuple[int, ...] = (0,)
+    fine_tune: FineTunePlan = field(default_factory=FineTunePlan)
+    library: int = 32
+    precision: str = "auto"
+    zero_shot_precision: str = "float32"
+    largest_macs: float = 1.5e9
+    is_baseline_only: bool = False
+
+    def zero_shot_protocol(self) -> dict[str, Any]:
+        """Everything of the plan that a zero-shot score depends on."""
+        return {
+            "test_images": self.test_images,
+            "calibration_images": self.calibration_images,
+            "library": self.library,
+            "precision": self.zero_shot_precision,
+        }
+
+    def fine_tune_protocol(self, *, precision: str) -> dict[str, Any]:
+        """Everything of the plan that a fine-tuning curve depends on.
+
+        Args:
+            precision: The number format that ``precision`` stands for on this machine.
+        """
+        return {
+            **dataclasses.asdict(self.fine_tune),
+            "test_images": self.fine_tune_test_images,
+            "validation_images": self.validation_images,
+            "rates_of_seed": self.seeds[0],
+            "precision": precision,
+        }
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement.
+
+    Attributes:
+        kind: ``zero-shot``, or the side of the comparison: ``predicted`` or ``he``.
+        split: Split of the network.
+        name: Its number or name.
+        images: Training images (fine-tuning); 0 for all.
+        seed: Seed (fine-tuning).
+    """
+
+    kind: str
+    split: str
+    name: str
+    images: int = 0
+    seed: int = 0
+
+
+def zero_shot_jobs(networks: Mapping[str, tuple[str, ...]]) -> list[Job]:
+    """One job for every network of every split."""
+    return [Job("zero-shot", split, name) for split, names in networks.items() for name in names]
+
+
+def fine_tune_jobs(plan: EvaluationPlan, names: tuple[str, ...], seeds: tuple[int, ...]) -> list[Job]:
+    """Both sides of every comparison, in an order in which a part of them is worth most: network by network."""
+    sides = ("he",) if plan.is_baseline_only else ("predicted", "he")
+    return [
+        Job(side, "test", name, images, seed)
+        for seed in seeds
+        for images in plan.fine_tune_images
+        for name in names[: plan.fine_tune_networks]
+        for side in sides
+    ]
