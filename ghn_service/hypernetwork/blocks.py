@@ -100,6 +100,21 @@ def resize(blocks: Tensor, kernel: tuple[int, int]) -> Tensor:
     return torch.unflatten(resized, 0, blocks.shape[:2])
 
 
+def as_tensors(blocks: Tensor, members: Sequence[int], requests: Sequence[Request], *, seed: int) -> Tensor:
+    """Blocks (P, o, i, h, w), already of the right sizes, with the axes of their tensors: (P, *shape).
+
+    Args:
+        blocks: Decoded blocks.
+        members: The requests that they belong to, which agree in role and shape.
+        requests: All requests.
+        seed: The request's seed.
+    """
+    role, shape = role_and_shape(requests[members[0]])
+    if role is Role.POSITION:
+        return position_rows(blocks, shape, [requests[index].target.draw for index in members], seed)
+    return blocks.reshape(len(members), *blocks.shape[1:3], *shape[2:])
+
+
 def position_rows(blocks: Tensor, shape: tuple[int, ...], draws: Sequence[int], seed: int) -> Tensor:
     """Rows of a position embedding: drawn rows for class and other prefix tokens, then the grid in row-major order.
 

@@ -18,10 +18,10 @@ from ghn_service.hypernetwork.blocks import (
     VECTOR_ROLES,
     DecodedGroup,
     Request,
+    as_tensors,
     grouped,
     kernel_slices,
     parts,
-    position_rows,
     resize,
     role_and_shape,
 )
@@ -95,16 +95,12 @@ class LowRankDecoder(nn.Module):
         features = functional.relu(torch.unflatten(features, 1, (2, self.rank, self.rank)))  # (nodes, 2, r, r)
         place = {index: position for position, index in enumerate(matrices)}
         factors = self._factors([requests[index].target for index in matrices])
-        for (role, shape), members in grouped(matrices, lambda index: role_and_shape(requests[index])).items():
+        for (_, shape), members in grouped(matrices, lambda index: role_and_shape(requests[index])).items():
             target = requests[members[0]].target
             scale = weight_scale(shape) if self.weight_norm else 1.0
             for part in parts(members, math.prod(shape), max_elements):
                 blocks = self._product(features[[place[index] for index in part]], target, factors, scale)
-                if role is Role.POSITION:
-                    blocks = position_rows(blocks, shape, [requests[index].target.draw for index in part], seed)
-                else:
-                    blocks = blocks.reshape(len(part), *blocks.shape[1:3], *shape[2:])
-                yield DecodedGroup(tuple(part), blocks)
+                yield DecodedGroup(tuple(part), as_tensors(blocks, part, requests, seed=seed))
 
     def _factors(self, targets: Sequence[Target]) -> dict[Corner, Layer]:
         """Weight and bias of the last layers for each of the two corners of each target."""

@@ -18,10 +18,10 @@ from ghn_service.hypernetwork.blocks import (
     VECTOR_ROLES,
     DecodedGroup,
     Request,
+    as_tensors,
     grouped,
     kernel_slices,
     parts,
-    position_rows,
     resize,
     role_and_shape,
 )
@@ -122,10 +122,7 @@ class TiledDecoder(nn.Module):
             if role is Role.CLASS_MATRIX:
                 part = self._classes(part)
             part = part[:, :out_channels]
-            if role is Role.POSITION:
-                part = position_rows(part, shape, [requests[index].target.draw for index in group], seed)
-            else:
-                part = part.reshape(len(group), *part.shape[1:3], *shape[2:])
+            part = as_tensors(part, group, requests, seed=seed)
             yield DecodedGroup(tuple(group), part * weight_scale(shape) if self.weight_norm else part)
 
     def _classes(self, blocks: Tensor) -> Tensor:

@@ -14,11 +14,11 @@ import torch
 from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.parameters import ParameterSet
 from ghn_service.postprocess.diversity import TensorDiversity, measure_diversity
-from ghn_service.postprocess.layers import WeightedLayer, as_matrices, from_matrices, kept_reason, weighted_layers
+from ghn_service.postprocess.layers import WeightedLayer, as_matrices, from_matrices, kept_reason
 from ghn_service.postprocess.options import require_at_least, require_share
 from ghn_service.postprocess.orthogonal import orthogonalize, overlap_with
 from ghn_service.postprocess.records import CHANGED, KEPT, LayerRecord, StepRecord
-from ghn_service.postprocess.replace import replace_tensors
+from ghn_service.postprocess.replace import change_layers
 
 # Copies span too few directions; this little noise picks the missing ones at random instead of leaving them to LAPACK.
 TIE_BREAK = 1e-3
@@ -50,20 +50,17 @@ class Auto:
         self, parameters: ParameterSet, graph: ArchitectureGraph, *, generator: torch.Generator
     ) -> tuple[ParameterSet, StepRecord]:
         """Returns the repaired parameters, and what was found and done in each layer."""
-        changed: dict[str, torch.Tensor] = {}
-        records = []
-        for layer in weighted_layers(graph):
-            tensor, record = self._apply_to_layer(parameters[layer.name], layer, generator)
-            records.append(record)
-            if record.outcome == CHANGED:
-                changed[layer.name] = tensor
-        return replace_tensors(parameters, changed), StepRecord("auto", asdict(self), tuple(records))
 
-    def _apply_to_layer(
-        self, tensor: torch.Tensor, layer: WeightedLayer, generator: torch.Generator
+        def change(tensor: torch.Tensor, layer: WeightedLayer) -> tuple[torch.Tensor, LayerRecord]:
+            # Drawn for every layer, so that what one layer gets does not depend on what was found in another.
+            noise = torch.randn(layer.spec.torch_shape, generator=generator, device=generator.device)
+            return self._change(tensor, layer, noise.to(tensor.device))
+
+        return change_layers(parameters, graph, change, name="auto", options=asdict(self))
+
+    def _change(
+        self, tensor: torch.Tensor, layer: WeightedLayer, noise: torch.Tensor
     ) -> tuple[torch.Tensor, LayerRecord]:
-        # Drawn for every layer, so that what one layer gets does not depend on what was found in another.
-        noise = torch.randn(layer.spec.torch_shape, generator=generator, device=generator.device).to(tensor.device)
         if reason := kept_reason(layer, self.layer):
             return tensor, LayerRecord(layer.name, layer.number, KEPT, reason)
         measured = measure_diversity(tensor, layer)

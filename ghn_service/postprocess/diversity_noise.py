@@ -9,6 +9,7 @@ Shapes: a matrix of a layer is tall (R, C) with R >= C, transposed where needed,
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
@@ -19,11 +20,10 @@ from ghn_service.postprocess.layers import (
     kept_reason,
     to_file_layout,
     to_torch_layout,
-    weighted_layers,
 )
 from ghn_service.postprocess.options import require_at_least, require_known
 from ghn_service.postprocess.records import CHANGED, KEPT, LayerRecord, StepRecord
-from ghn_service.postprocess.replace import replace_tensors
+from ghn_service.postprocess.replace import change_layers
 
 SCALES = ("correlation", "relative")
 
@@ -54,17 +54,11 @@ class DiversityNoise:
         self, parameters: ParameterSet, graph: ArchitectureGraph, *, generator: torch.Generator
     ) -> tuple[ParameterSet, StepRecord]:
         """Returns the noisy parameters, and what was added to each layer."""
-        changed: dict[str, torch.Tensor] = {}
-        records = []
-        for layer in weighted_layers(graph):
-            tensor, record = self._apply_to_layer(parameters[layer.name], layer, generator)
-            records.append(record)
-            if record.outcome == CHANGED:
-                changed[layer.name] = tensor
-        return replace_tensors(parameters, changed), StepRecord("noise", asdict(self), tuple(records))
+        change = partial(self._change, generator=generator)
+        return change_layers(parameters, graph, change, name="noise", options=asdict(self))
 
-    def _apply_to_layer(
-        self, tensor: torch.Tensor, layer: WeightedLayer, generator: torch.Generator
+    def _change(
+        self, tensor: torch.Tensor, layer: WeightedLayer, *, generator: torch.Generator
     ) -> tuple[torch.Tensor, LayerRecord]:
         if reason := kept_reason(layer, self.layer):
             return tensor, LayerRecord(layer.name, layer.number, KEPT, reason)

@@ -19,10 +19,10 @@ import torch
 
 from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.parameters import ParameterSet
-from ghn_service.postprocess.layers import WeightedLayer, as_matrices, from_matrices, kept_reason, weighted_layers
+from ghn_service.postprocess.layers import WeightedLayer, as_matrices, from_matrices, kept_reason
 from ghn_service.postprocess.options import require_at_least, require_known
 from ghn_service.postprocess.records import CHANGED, KEPT, LayerRecord, StepRecord
-from ghn_service.postprocess.replace import replace_tensors
+from ghn_service.postprocess.replace import change_layers
 
 METHODS = ("qr", "polar")
 
@@ -55,17 +55,10 @@ class Orthogonal:
         self, parameters: ParameterSet, graph: ArchitectureGraph, *, generator: torch.Generator
     ) -> tuple[ParameterSet, StepRecord]:
         """Returns the orthogonalised parameters, and how much of each prediction was kept; draws nothing."""
-        changed: dict[str, torch.Tensor] = {}
-        records = []
-        for layer in weighted_layers(graph):
-            tensor, record = self._apply_to_layer(parameters[layer.name], layer)
-            records.append(record)
-            if record.outcome == CHANGED:
-                changed[layer.name] = tensor
         options = {**asdict(self), "keep_rms": self.keeps_rms}
-        return replace_tensors(parameters, changed), StepRecord("orthogonal", options, tuple(records))
+        return change_layers(parameters, graph, self._change, name="orthogonal", options=options)
 
-    def _apply_to_layer(self, tensor: torch.Tensor, layer: WeightedLayer) -> tuple[torch.Tensor, LayerRecord]:
+    def _change(self, tensor: torch.Tensor, layer: WeightedLayer) -> tuple[torch.Tensor, LayerRecord]:
         if reason := kept_reason(layer, self.layer):
             return tensor, LayerRecord(layer.name, layer.number, KEPT, reason)
         if layer.is_depthwise and self.keeps_rms:
