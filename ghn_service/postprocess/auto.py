@@ -1,8 +1,9 @@
 """Step ``auto``: gives each layer the remedy that its measured diversity calls for, and says why.
 
 A layer whose rows are copies (tiled, duplicate, or of low numerical rank) cannot be trained apart and becomes the
-nearest semi-orthogonal matrix at its own scale; a layer whose rows are merely alike gets noise relative to its own
-size; a layer with rows as different as those of a random matrix is left as it was predicted.
+nearest semi-orthogonal matrix at its own scale, after noise that parts the rows where there are more of them than
+directions. A layer whose rows are merely alike, or a depthwise one with copies, gets that noise alone. A layer with rows
+as different as those of a random matrix is left as it was predicted.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ class Auto:
     Attributes:
         copies: Share of rows that may be copies before a layer is orthogonalised.
         cosine: Mean absolute cosine between rows, above that of random rows, from which a layer gets noise.
-        beta: Standard deviation of that noise, relative to that of the layer.
+        beta: Standard deviation of that noise, relative to that of the layer; two copies with noise of 0.2 each have a
+            cosine of 0.96.
         layer: First layer that is changed, counted from 1 in the order of the graph; 0 changes all.
     """
 
     copies: float = 0.05
     cosine: float = 0.3
-    beta: float = 0.1
+    beta: float = 0.2
     layer: int = 0
 
     def __post_init__(self) -> None:
@@ -71,7 +73,10 @@ class Auto:
         if found := self._copies_found(measured):
             if layer.is_depthwise:
                 return self._with_noise(tensor, matrices, jitter, layer, found)
-            repaired = orthogonalize(matrices + TIE_BREAK * jitter, method="polar", keep_rms=True)
+            # Equal rows of a tall matrix W are equal in its polar factor W (W^T W)^(-1/2) too: noise must part them.
+            is_tall = matrices.shape[-2] > matrices.shape[-1]
+            noisy = matrices + (self.beta if is_tall else TIE_BREAK) * jitter
+            repaired = orthogonalize(noisy, method="polar", keep_rms=True)
             overlap = overlap_with(matrices, repaired)
             reason = f"{found}: nearest orthogonal matrix, {overlap:.0%} of the prediction's direction kept"
             record = LayerRecord(layer.name, layer.number, CHANGED, reason, {"overlap": overlap})

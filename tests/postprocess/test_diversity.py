@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -122,6 +124,22 @@ def test_auto_repairs_a_tiled_layer_and_keeps_its_scale() -> None:
     assert measured.rank == 64
     assert measured.trouble < 0.05
     assert measured.rms == pytest.approx(float(weight.square().mean().sqrt()), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "attributes"),
+    [((160, 40), LayerAttributes()), ((64, 1, 5, 5), LayerAttributes(groups=64))],
+    ids=["more rows than columns", "depthwise"],
+)
+def test_auto_parts_copies_that_no_orthogonal_matrix_can(shape: tuple[int, ...], attributes: LayerAttributes) -> None:
+    layer = ExampleLayer("a.weight", shape, attributes=attributes)
+    graph = chain_graph([layer, HEAD])
+    copies = gaussian(shape[0] // 4, math.prod(shape[1:])).repeat(4, 1).reshape(shape)
+    parameters = with_tensor(random_parameters(graph), "a.weight", copies)
+    repaired, _ = apply_steps(parameters, graph, [Step("auto")], seed=0)
+    weighted = next(weighted_layers(graph))
+    assert measure_diversity(parameters["a.weight"], weighted).near_duplicate_rows == pytest.approx(0.75)
+    assert measure_diversity(repaired["a.weight"], weighted).near_duplicate_rows == 0.0
 
 
 def test_auto_treats_each_layer_alike_whatever_the_others_are() -> None:
