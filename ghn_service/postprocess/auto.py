@@ -2,7 +2,7 @@
 
 A layer whose rows are copies (tiled, duplicate, or of low numerical rank) cannot be trained apart and becomes the
 nearest semi-orthogonal matrix at its own scale, after noise that parts the rows where there are more of them than
-directions. A layer whose rows are merely alike, or a depthwise one with copies, gets that noise alone. A layer with rows
+directions. A layer whose rows are merely alike, or a depthwise one with copies, gets that noise alone. One with rows
 as different as those of a random matrix is left as it was predicted.
 """
 
