@@ -42,6 +42,7 @@ WIDTHS = (32, 64, 128)
 IMAGE_SIZE = 16
 BATCH_SIZE = 64
 CHOOSING_SEED = 1000
+AT_CHANCE = 0.12
 FULL_RANK = 1.0
 
 
@@ -184,20 +185,22 @@ def run_rows(arguments: argparse.Namespace) -> list[Cell]:
 
 def accuracy_table(results: Sequence[Cell]) -> Iterator[str]:
     """The second table: mean and standard error in percent."""
-    yield "| BatchNorm | rank | parameters | spectral | function | difference, paired | learning rates |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| BatchNorm | rank | parameters | spectral | function | difference, paired | at chance | learning rates |"
+    yield "|---|---|---|---|---|---|---|---|"
     for (batchnorm, size), methods in _rows(results).items():
         spectral, function = (methods[name] for name in METHODS)
         yield (
             f"| {'yes' if batchnorm else 'no'} | {_size_name(size)} | {spectral[0]['parameters']:,} | "
             f"{_percent(_accuracies(spectral))} | {_percent(_accuracies(function))} | "
-            f"{_percent(_differences(methods), '+')} | {spectral[0]['rate']:g}, {function[0]['rate']:g} |"
+            f"{_percent(_differences(methods), '+')} | {_at_chance(spectral)}, {_at_chance(function)} | "
+            f"{spectral[0]['rate']:g}, {function[0]['rate']:g} |"
         )
     for batchnorm in (False, True):
         dense = [cell for cell in results if cell["method"] == DENSE and cell["batchnorm"] == batchnorm]
         if dense:
             norm, count = "yes" if batchnorm else "no", dense[0]["parameters"]
-            yield f"| {norm} | dense | {count:,} | {_percent(_accuracies(dense))} | - | - | {dense[0]['rate']:g} |"
+            accuracy = _percent(_accuracies(dense))
+            yield f"| {norm} | dense | {count:,} | {accuracy} | - | - | {_at_chance(dense)} | {dense[0]['rate']:g} |"
 
 
 def verdicts(results: Sequence[Cell]) -> Iterator[str]:
@@ -226,6 +229,10 @@ def _size_name(size: float) -> str:
     return f"{size:g}" if size >= 1 else f"{size:g} of full"
 
 
+def _at_chance(cells: Sequence[Cell]) -> str:
+    return f"{sum(accuracy < AT_CHANCE for accuracy in _accuracies(cells))} of {len(cells)}"
+
+
 def _accuracies(cells: Sequence[Cell]) -> list[float]:
     return [cell["accuracy"] for cell in cells]
 
@@ -248,7 +255,8 @@ def setting(arguments: argparse.Namespace) -> str:
         f"{', '.join(map(str, WIDTHS))} channels and two hidden linear layers of 256, ReLU, the classifier dense; "
         f"{arguments.steps} steps of {BATCH_SIZE} images, SGD with momentum 0.9, cosine to zero, Frobenius decay 1e-4; "
         f"rate of each row and method chosen from {rates} on 2,000 validation images with a seed of its own; "
-        f"{arguments.seeds} seeds. Test accuracy in percent, mean ± standard error; differences are paired by seed."
+        f"{arguments.seeds} seeds. Test accuracy in percent, mean ± standard error; differences are paired by seed; "
+        f"at chance are the runs below {AT_CHANCE:.0%}, which did not learn."
     )
 
 
