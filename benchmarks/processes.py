@@ -14,6 +14,8 @@ from typing import Any
 import grpc
 import torch
 
+from ghn_client.wire.buffers import allocate_buffer
+
 CHUNK_BYTES = 2**20
 RAW_METHOD = "/raw.Raw/Stream"
 
@@ -73,14 +75,13 @@ def serve_raw_bytes(pipe: Connection) -> None:
     server.stop(None)
 
 
-def receive_raw_bytes(channel: grpc.Channel, num_bytes: int) -> bytearray:
-    """Receives that many bytes from ``serve_raw_bytes`` into one buffer."""
-    buffer = bytearray(num_bytes)
-    view = memoryview(buffer)
+def receive_raw_bytes(channel: grpc.Channel, num_bytes: int) -> memoryview:
+    """Receives that many bytes from ``serve_raw_bytes`` into one buffer, of the kind that our client uses."""
+    view = allocate_buffer(num_bytes)
     position = 0
     for chunk in channel.unary_stream(RAW_METHOD)(str(num_bytes).encode()):
         view[position : position + len(chunk)] = chunk
         position += len(chunk)
     if position != num_bytes:
         raise RuntimeError(f"expected {num_bytes} bytes, received {position}")
-    return buffer
+    return view

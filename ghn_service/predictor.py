@@ -22,12 +22,10 @@ from torch import Tensor
 from ghn_service.errors import InvalidOptionError, OutOfMemoryError, PredictionError
 from ghn_service.graph import ArchitectureGraph, ParameterSpec, read_onnx
 from ghn_service.graph.vocabulary import restrict_vocabulary
-from ghn_service.hypernetwork.blocks import drawn_generator
 from ghn_service.hypernetwork.checkpoint import CheckpointSummary, load_checkpoint
-from ghn_service.hypernetwork.fallbacks import fallback_rule
 from ghn_service.hypernetwork.features import Target, build_features, collate, is_tiled
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
-from ghn_service.hypernetwork.tiling import write_tiled
+from ghn_service.hypernetwork.writing import MAX_ELEMENTS_HELD, OnWritten, ParameterWriter, drawn_generators
 from ghn_service.parameters import PREDICTED, TILED, ParameterSet, allocate_tensors, fallback_origin
 from ghn_service.postprocess.base import Step, apply_steps, parse_steps
 from ghn_service.postprocess.distribution_shift import METADATA_KEY, GraphStatistics, decode_statistics, measure_shift
@@ -38,7 +36,6 @@ from ghn_service.postprocess.records import StepRecord
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 READING, ENCODING, DECODING, POST_PROCESSING = "reading", "encoding", "decoding", "post-processing"
-MAX_ELEMENTS_HELD = 4 * 2**20
 MAX_SEED = 2**64 - 1
 
 OnStage = Callable[[str], None]
@@ -184,6 +181,7 @@ class Predictor:
         *,
         options: PredictionOptions | None = None,
         on_stage: OnStage | None = None,
+        on_written: OnWritten | None = None,
     ) -> PredictionResult:
         """Predicts every trainable tensor of an architecture.
 
@@ -192,6 +190,9 @@ class Predictor:
             options: What may be chosen; None for the defaults.
             on_stage: Called with the name of a stage when it begins, and again while it goes on; what it raises ends
                 the prediction.
+            on_written: Called for each tensor that is final, in order, and once before the first, so that something
+                can be done with them while the others are written; not for a prediction with steps, whose tensors are
+                final at the end only. Every value is known to be finite by then.
 
         Raises:
             InvalidArchitectureError: The bytes are no such network.
@@ -203,10 +204,14 @@ class Predictor:
         options = options or PredictionOptions()
         clock = _StageClock(on_stage)
         with _memory_errors(self.device):
-            return self._run(architecture, options, clock)
+            return self._run(architecture, options, clock, on_written)
 
     def _run(
-        self, architecture: ArchitectureGraph | bytes, options: PredictionOptions, clock: _StageClock
+        self,
+        architecture: ArchitectureGraph | bytes,
+        options: PredictionOptions,
+        clock: _StageClock,
+        on_written: OnWritten | None,
     ) -> PredictionResult:
         graph = read_architecture(architecture, clock)
         known = restrict_vocabulary(graph, self.ghn.config.op_types)
@@ -215,7 +220,8 @@ class Predictor:
             batch = collate([features]).to(self.device)
             embeddings = self.ghn.encode(batch)
         with clock.stage(DECODING):
-            parameters = self._decode(known, features.targets, embeddings, options, clock)
+            wanted = None if options.has_steps else on_written
+            parameters = self._decode(known, features.targets, embeddings, options, clock, wanted)
         if not options.has_steps:
             return PredictionResult(parameters, graph, clock.seconds)
         with clock.stage(POST_PROCESSING):
@@ -244,8 +250,12 @@ class Predictor:
         embeddings: Tensor,
         options: PredictionOptions,
         clock: _StageClock,
+        on_written: OnWritten | None,
     ) -> ParameterSet:
-        """Fills one tensor after the other; with steps to come, all of them and in float32, on the steps' device."""
+        """Decodes blocks, and then fills one tensor after the other, in order.
+
+        With steps to come, all of them and in float32, on the steps' device.
+        """
         has_steps = options.has_steps
         specs = {spec.name: spec for spec in graph.parameters() if has_steps or options.includes(spec.name)}
         by_name = {target.name: target for target in targets if target.name in specs}
@@ -254,17 +264,16 @@ class Predictor:
             dtype=torch.float32 if has_steps else DTYPES[options.dtype],
             device=self.device if has_steps else torch.device("cpu"),
         )
-        wanted = list(by_name.values())
+        origins = {name: self._origin(spec, by_name.get(name)) for name, spec in specs.items()}
+        parameters = ParameterSet(specs, tensors, origins, graph.warnings)
+        writer = ParameterWriter(parameters, on_written, drawn=drawn_generators(graph, options.seed))
         for group, blocks in self.ghn.decode_blocks(
-            embeddings, wanted, seed=options.seed, max_elements=MAX_ELEMENTS_HELD
+            embeddings, list(by_name.values()), seed=options.seed, max_elements=MAX_ELEMENTS_HELD
         ):
             clock.tick(DECODING)
-            _write_group(group, blocks, specs, tensors)
-        for draw, spec in enumerate(graph.parameters()):
-            if spec.name in specs and spec.name not in by_name:
-                _write_fallback(spec, tensors[spec.name], drawn_generator(options.seed, draw))
-        origins = {name: self._origin(spec, by_name.get(name)) for name, spec in specs.items()}
-        return ParameterSet(specs, tensors, origins, graph.warnings)
+            writer.take(group, blocks)
+        writer.finish()
+        return parameters
 
     def _post_process(
         self, predicted: ParameterSet, graph: ArchitectureGraph, options: PredictionOptions, clock: _StageClock
@@ -354,34 +363,6 @@ class _StageClock:
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
-
-
-def _write_group(
-    group: list[Target], blocks: Tensor, specs: Mapping[str, ParameterSpec], tensors: Mapping[str, Tensor]
-) -> None:
-    """Checks the blocks of a group, and repeats each into its tensor, in the layout of the file."""
-    out = tensors[group[0].name]
-    blocks = blocks.to(device=out.device, dtype=out.dtype)
-    if not torch.isfinite(blocks).all():
-        raise PredictionError(
-            f"the values predicted for {group[0].name!r} are not all finite; the checkpoint is damaged, or this "
-            "architecture is far from all it was trained on"
-        )
-    for target, block in zip(group, blocks, strict=True):
-        write_tiled(_to_file_layout(block, specs[target.name]), tensors[target.name])
-
-
-def _write_fallback(spec: ParameterSpec, out: Tensor, generator: torch.Generator) -> None:
-    values = torch.empty(spec.torch_shape)
-    fallback_rule(spec.fallback)(values, generator)
-    out.copy_(_to_file_layout(values, spec))
-
-
-def _to_file_layout(tensor: Tensor, spec: ParameterSpec) -> Tensor:
-    """From torch's axes to those of the file."""
-    if not spec.permutation:
-        return tensor
-    return tensor.permute([spec.permutation.index(axis) for axis in range(tensor.dim())])
 
 
 def _finished(parameters: ParameterSet, options: PredictionOptions, weights: Mapping[str, str]) -> ParameterSet:

@@ -14,6 +14,7 @@ import torch
 from ghn_service.errors import CheckpointError, GhnServiceError, UnavailableError, UnknownModelError
 from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.hypernetwork.checkpoint import CheckpointSummary
+from ghn_service.hypernetwork.writing import OnWritten
 from ghn_service.predictor import (
     ArchitectureAnalysis,
     OnStage,
@@ -33,7 +34,7 @@ class ServedPredictor(Protocol):
     summary: CheckpointSummary | None
 
     def run(
-        self, architecture: ArchitectureGraph, *, options: PredictionOptions, on_stage: OnStage
+        self, architecture: ArchitectureGraph, *, options: PredictionOptions, on_stage: OnStage, on_written: OnWritten
     ) -> PredictionResult:
         """Predicts weights; called by one thread at a time."""
         ...

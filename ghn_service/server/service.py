@@ -9,7 +9,6 @@ from functools import partial
 import grpc
 
 from ghn_client.wire import ghn_pb2
-from ghn_client.wire.buffers import BackgroundSha256
 from ghn_client.wire.codec import iterate_chunks
 from ghn_client.wire.framing import SERVICE, OutgoingChunk, encode_event
 from ghn_service.errors import DeadlineExceededError, InvalidOptionError, RequestCancelledError
@@ -27,7 +26,7 @@ from ghn_service.server.messages import (
     encode_server_info,
 )
 from ghn_service.server.models import LoadedModel, ModelRegistry
-from ghn_service.server.reply import VERSION, Reply, build_reply, expected_bytes
+from ghn_service.server.reply import VERSION, Reply, ReplyBuilder, expected_bytes
 from ghn_service.server.settings import Settings
 from ghn_service.server.watchdog import Watchdog
 from ghn_service.server.work_queue import Checkpoint, Job, WorkQueue
@@ -61,17 +60,18 @@ class GhnService:
             start = time.perf_counter()
             graph = self._read(request.architecture)
             seconds = {READING: time.perf_counter() - start}
-            job = Job(partial(_predict, model, graph, options), deadline=deadline)
-            if not context.add_callback(job.cancel):
-                raise RequestCancelledError("the request was cancelled")
-            admission.submit(job)
-            for progress in job.progress(lambda: self.work_queue.position(job)):
-                yield encode_progress(progress)
-            result = job.result()
-            seconds |= {"waiting": job.wait_s, **result.seconds}
-            reply = build_reply(result, options, model, request_id=current_request_id())
-            yield ghn_pb2.PredictWeightsResponse(header=reply.header)
-            yield from self._stream(reply, seconds, context, deadline)
+            with ReplyBuilder(graph, options, model) as builder:
+                job = Job(partial(_predict, model, graph, options, builder), deadline=deadline)
+                if not context.add_callback(job.cancel):
+                    raise RequestCancelledError("the request was cancelled")
+                admission.submit(job)
+                for progress in job.progress(lambda: self.work_queue.position(job)):
+                    yield encode_progress(progress)
+                result = job.result()
+                seconds |= {"waiting": job.wait_s, **result.seconds}
+                reply = builder.finish(result, request_id=current_request_id())
+                yield ghn_pb2.PredictWeightsResponse(header=reply.header)
+                yield from self._stream(reply, seconds, context, deadline)
 
     def analyze_architecture(
         self, request: ghn_pb2.AnalyzeArchitectureRequest, context: grpc.ServicerContext
@@ -113,15 +113,13 @@ class GhnService:
     ) -> Events:
         """The file in chunks, then the trailer."""
         start = time.perf_counter()
-        with BackgroundSha256() as sha256, self.watchdog.watch(context.cancel, deadline=deadline) as watch:
-            for offset, pieces in iterate_chunks(reply.file_header, reply.buffers()):
+        with self.watchdog.watch(context.cancel, deadline=deadline) as watch:
+            for offset, pieces in iterate_chunks(reply.file_header, reply.buffers):
                 if time.monotonic() > deadline:
                     raise DeadlineExceededError("the request ran out of time while its weights were sent")
-                for piece in pieces:
-                    sha256.update(piece)
                 yield OutgoingChunk(offset, pieces)
                 watch.touch()
-            digest = sha256.hexdigest()
+            digest = reply.sha256.hexdigest()
             seconds["streaming"] = time.perf_counter() - start
             trailer = ghn_pb2.StreamTrailer(sha256=digest, seconds=seconds, report_json=reply.report_json)
             yield ghn_pb2.PredictWeightsResponse(trailer=trailer)
@@ -163,11 +161,14 @@ def _predict(
     model: LoadedModel,
     graph: ArchitectureGraph,
     options: PredictionOptions,
+    builder: ReplyBuilder,
     device_index: int,
     checkpoint: Checkpoint,
 ) -> PredictionResult:
     """The work of one job, on a worker's thread."""
-    result = model.predictors[device_index].run(graph, options=options, on_stage=checkpoint)
+    result = model.predictors[device_index].run(
+        graph, options=options, on_stage=checkpoint, on_written=builder.take_written
+    )
     if not len(result.parameters):
         raise InvalidOptionError(
             f"none of the {len(list(graph.parameters()))} tensors matches {', '.join(options.include)}", field="include"
