@@ -6,18 +6,25 @@ and reaches it lazily by name, so that the light client installs without it.
 
 from __future__ import annotations
 
-import html
 import importlib
 import json
+import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ghn_client.errors import InvalidArchitectureError, InvalidOptionError, UnsupportedOptionError
+from ghn_client.rank_plot import plan_svg
 
 FORMATS = ("table", "json", "svg")
 METHODS = ("spectral", "function", "function_optimized")
 RANK_RULES = ("rank", "fraction", "energy", "function_error", "parameter_budget", "multiply_add_budget")
+COLUMNS = (
+    "full: full rank; even: the largest rank that is smaller than the dense layer; at a share of the full rank: error "
+    "of the layer's function relative to its output, and the change of its parameters and multiply-adds."
+)
+MOST_FRACTIONS = 4
+__all__ = ["plan_json", "plan_rank", "plan_summary", "plan_svg", "plan_table"]
 
 
 def plan_rank(
@@ -64,63 +71,36 @@ def plan_rank(
 
 
 def plan_table(plan: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The plan as columns and rows of text, with the error at each fraction of the full rank that is smaller."""
+    """The plan as columns and rows of text; ``plan_summary`` explains them.
+
+    A cell at a fraction of the full rank holds the error there, and by how much parameters and multiply-adds change.
+    """
     fractions = [float(share) for share in plan["fractions"]]
-    columns = ["layer", "shape", "then", "full", "even", *(f"err {share:.3g}" for share in fractions)]
+    fractions = fractions[1::2] if len(fractions) > MOST_FRACTIONS else fractions
+    columns = ["layer", "shape", "then", "full", "even", *(f"at {share:.3g}" for share in fractions)]
     has_choice = plan["chosen"] is not None
-    columns += ["chosen", "err"] if has_choice else []
-    columns += ["parameters", "note"]
-    return columns, [_row(entry, fractions, has_choice=has_choice) for entry in plan["layers"]]
+    columns += ["chosen", "error"] if has_choice else []
+    columns += ["parameters", "multiply-adds", "note"]
+    marks = _marks(plan)
+    return columns, [_row(entry, fractions, marks, has_choice=has_choice) for entry in plan["layers"]]
 
 
 def plan_summary(plan: Mapping[str, Any]) -> str:
-    """The plan in one or two sentences."""
+    """The plan in a few sentences, with what the marks of the table mean."""
     network, chosen = plan["network"], plan["chosen"]
     text = (
         f"{network['parameters']:,} parameters, {network['weighted_parameters']:,} of them in {len(plan['layers'])} "
         f"weighted layers; weights: {plan['weights']}; method: {plan['method']}."
     )
+    notes = [COLUMNS, *(f"{mark}: {note}" for note, mark in _marks(plan).items())]
     if chosen is None:
-        return text
+        return "\n".join([text, *notes])
     saved = 1 - chosen["parameters"] / max(network["parameters"], 1)
     text += f" Chosen ranks leave {chosen['parameters']:,} parameters ({saved:.0%} fewer)"
     if network["positions_known"] and network["multiply_adds"]:
         fewer = 1 - chosen["multiply_adds"] / network["multiply_adds"]
         text += f" and {chosen['multiply_adds']:,} multiply-adds ({fewer:.0%} fewer)"
-    return f"{text} in {chosen['factored']} factored layers."
-
-
-def plan_svg(plan: Mapping[str, Any]) -> str:
-    """Error against rank of every layer that can be factored, as a self-contained SVG image."""
-    entries = [entry for entry in plan["layers"] if len(entry["points"]) > 1]
-    width, height, left, top, right, bottom = 760, 420, 56, 30, 20, 48
-    across, up = width - left - right, height - top - bottom
-    worst = max((point["function_error"] for entry in entries for point in entry["points"]), default=1.0) or 1.0
-
-    def place(share: float, error: float) -> str:
-        return f"{left + across * share:.1f},{top + up * (1 - error / worst):.1f}"
-
-    lines = []
-    for number, entry in enumerate(entries):
-        points = " ".join(place(p["rank"] / entry["full_rank"], p["function_error"]) for p in entry["points"])
-        hue = round(240 * (1 - number / max(len(entries) - 1, 1)))
-        name = html.escape(entry["parameter"])
-        lines.append(
-            f'<polyline points="{points}" fill="none" stroke="hsl({hue} 60% 48%)" stroke-width="1.5" opacity="0.8">'
-            f"<title>{name}</title></polyline>"
-        )
-    ticks = []
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        x, y = left + across * share, top + up * (1 - share)
-        ticks.append(f'<line x1="{left}" x2="{left + across}" y1="{y}" y2="{y}" stroke="#8884"/>')
-        ticks.append(f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{share * worst:.2g}</text>')
-        ticks.append(f'<text x="{x}" y="{top + up + 18}" text-anchor="middle">{share:g}</text>')
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-        f'font-size="12" fill="#888"><text x="{left}" y="18" font-size="14">Relative function error against rank, '
-        f"blue (input) to red (output)</text>{''.join(ticks)}{''.join(lines)}"
-        f'<text x="{left + across / 2}" y="{height - 8}" text-anchor="middle">rank / full rank</text></svg>\n'
-    )
+    return "\n".join([f"{text} in {chosen['factored']} factored layers.", *notes])
 
 
 def plan_json(plan: Mapping[str, Any]) -> str:
@@ -128,7 +108,15 @@ def plan_json(plan: Mapping[str, Any]) -> str:
     return json.dumps(plan, indent=2)
 
 
-def _row(entry: Mapping[str, Any], fractions: Sequence[float], *, has_choice: bool) -> list[str]:
+def _marks(plan: Mapping[str, Any]) -> dict[str, str]:
+    """A letter for each distinct note of the layers, in order of appearance."""
+    notes = dict.fromkeys(str(entry["note"]) for entry in plan["layers"] if entry["note"])
+    return dict(zip(notes, string.ascii_lowercase, strict=False))
+
+
+def _row(
+    entry: Mapping[str, Any], fractions: Sequence[float], marks: Mapping[str, str], *, has_choice: bool
+) -> list[str]:
     points = {point["rank"]: point for point in entry["points"]}
     cells = [
         str(entry["parameter"]),
@@ -139,11 +127,33 @@ def _row(entry: Mapping[str, Any], fractions: Sequence[float], *, has_choice: bo
     ]
     for share in fractions:
         point = points.get(max(round(share * entry["full_rank"]), 1))
-        cells.append(f"{point['function_error']:.3f}" if point and point["is_smaller"] else "-")
+        if point and point["is_smaller"]:
+            change = point["parameters"] / entry["parameters"] - 1
+            cells.append(f"{point['function_error']:.3f} {change:+.0%}")
+        else:
+            cells.append("-")
     if has_choice:
         point = points.get(entry["chosen_rank"])
         cells += [str(entry["chosen_rank"]), f"{point['function_error']:.3f}"] if point else ["dense", ""]
-    return [*cells, f"{entry['parameters']:,}", str(entry["note"])]
+        return [*cells, *(_change(entry, point, key) for key in ("parameters", "multiply_adds")), _mark(entry, marks)]
+    return [*cells, *(_change(entry, None, key) for key in ("parameters", "multiply_adds")), _mark(entry, marks)]
+
+
+def _change(entry: Mapping[str, Any], point: Mapping[str, Any] | None, key: str) -> str:
+    """A cost of the layer before and, where it is factored, after."""
+    return f"{_short(entry[key])} > {_short(point[key])}" if point else _short(entry[key])
+
+
+def _short(value: int) -> str:
+    """Three digits and a unit: 36.9k, 2.36M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return str(value)
+
+
+def _mark(entry: Mapping[str, Any], marks: Mapping[str, str]) -> str:
+    return marks.get(str(entry["note"]), "")
 
 
 def _checked(fractions: Sequence[float]) -> list[float]:

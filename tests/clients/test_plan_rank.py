@@ -79,6 +79,21 @@ def test_the_table_has_a_cell_for_every_column(model: bytes) -> None:
         assert {len(row) for row in rows} == {len(columns)}
 
 
+def test_the_table_tells_what_a_rank_saves_and_explains_its_marks(model: bytes) -> None:
+    plan = plan_rank(model, rule=("fraction", 0.25))
+    columns, (conv, _, classifier) = plan_table(plan)
+    cells = dict(zip(columns, conv, strict=True))
+    assert cells["at 0.25"].endswith(f"{7 * (32 + 27) / (32 * 27) - 1:+.0%}")
+    assert cells["parameters"] == "864 > 413"
+    assert cells["multiply-adds"] == "221k > 106k"
+    assert classifier[-1] == "a"
+    assert plan_summary(plan).splitlines()[-1] == f"a: {plan['layers'][2]['note']}"
+
+
+def test_the_plot_marks_the_chosen_ranks(model: bytes) -> None:
+    assert plan_svg(plan_rank(model, rule=("fraction", 0.25))).count("<circle") == 2
+
+
 def test_json_and_plot_are_written(model: bytes) -> None:
     plan = plan_rank(model)
     assert json.loads(plan_json(plan))["format"] == "ghn-rank-plan/1"
