@@ -27,6 +27,18 @@ def median_seconds(call: Callable[[], object], repeats: int, *, warm_up: int = 1
     return statistics.median(timed(call)[0] for _ in range(repeats))
 
 
+def median_cpu_seconds(call: Callable[[], object], repeats: int, *, warm_up: int = 1) -> float:
+    """Median CPU seconds of this process in ``repeats`` calls; other processes change it little."""
+    for _ in range(warm_up):
+        call()
+    seconds = []
+    for _ in range(repeats):
+        start = time.process_time()
+        call()
+        seconds.append(time.process_time() - start)
+    return statistics.median(seconds)
+
+
 class PeakMemory:
     """Peak resident memory of a process of this machine between ``reset`` and ``grown_bytes`` (Linux).
 

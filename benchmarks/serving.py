@@ -4,28 +4,33 @@
 (6.9M parameters), everything on one thread:
 
 1. *server*: seconds to read, encode and decode, beside a plain copy of the same number of bytes into fresh memory.
-2. *client*: seconds of a whole call and of its stream, beside a raw gRPC stream of as many bytes, which carries
-   nothing and checks nothing; and how far memory grows on both sides.
-3. *export*: seconds from a module to its structure, beside ``torch.export`` alone, and to loaded weights.
+2. *client*: seconds of a whole call and of its stream (as the server measures it: from the first chunk to the last,
+   hash included), beside a raw gRPC stream of as many bytes in chunks of the same size into a buffer of the same kind,
+   which carries nothing and checks nothing; sha256 of as many bytes alone, which server and client each do once; and
+   how far memory grows on both sides.
+3. *export*: CPU seconds from a module to its structure, beside ``torch.export`` alone, and seconds to loaded weights.
 
-Every figure is the median of ``--repeats`` calls after one uncounted; rival and subject alternate in the same process.
+Every figure is the median of ``--repeats`` calls after one uncounted; rival and subject alternate in the same process,
+and their ratio is the median of the pairs' ratios.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc
 import torch
 
-from benchmarks.measure import MIB, PeakMemory, median_seconds, print_table, timed
+from benchmarks.measure import MIB, PeakMemory, median_cpu_seconds, median_seconds, print_table, timed
 from benchmarks.processes import receive_raw_bytes, running, serve_hypernetwork, serve_raw_bytes
 from ghn_client import GHNClient, export_architecture
 from ghn_service.hypernetwork.checkpoint import save_checkpoint
@@ -34,6 +39,7 @@ from ghn_service.predictor import Predictor
 from tests.zoo_support import build_torchvision
 
 MODELS = ("resnet50", "vit_b_16", "convnext_tiny", "efficientnet_b0", "swin_t")
+EXPORT_REPEATS = 5
 PUBLISHED_T = GHNConfig(hidden_channels=64, num_layers=3, num_heads=8, max_shape=(64, 64, 16, 16), num_classes=1000)
 
 
@@ -50,6 +56,8 @@ class Row:
     call_s: float
     stream_s: float
     raw_stream_s: float
+    raw_share: float
+    sha256_s: float
     server_growth_bytes: int
     client_growth_bytes: int
     torch_export_s: float
@@ -72,11 +80,32 @@ def measure_server(predictor: Predictor, onnx_bytes: bytes, repeats: int) -> tup
     return stages, statistics.median(copies[1:]), num_bytes
 
 
-def measure_client(
-    address: str, raw_address: str, server_pid: int, onnx_bytes: bytes, repeats: int
-) -> tuple[float, float, float, int, int]:
-    """Median seconds of a call, of its stream, and of a raw stream; growth of memory on both sides, bytes."""
-    calls, streams, raws, server_growth, client_growth = [], [], [], [], []
+@dataclass(frozen=True, slots=True)
+class ClientFigures:
+    """What ``measure_client`` finds: medians in seconds, and the most that memory grew in bytes.
+
+    Attributes:
+        call_s: A whole call.
+        stream_s: Its stream.
+        raw_stream_s: A raw stream of as many bytes.
+        raw_share: Median of raw seconds over stream seconds, pair by pair.
+        sha256_s: Hashing as many bytes on one thread.
+        server_growth_bytes: Beyond what the server held before.
+        client_growth_bytes: Beyond what the client held before.
+    """
+
+    call_s: float
+    stream_s: float
+    raw_stream_s: float
+    raw_share: float
+    sha256_s: float
+    server_growth_bytes: int
+    client_growth_bytes: int
+
+
+def measure_client(address: str, raw_address: str, server_pid: int, onnx_bytes: bytes, repeats: int) -> ClientFigures:
+    """Calls and raw streams in turns."""
+    calls, streams, raws, hashes, server_growth, client_growth = [], [], [], [], [], []
     server_memory, client_memory = PeakMemory(server_pid), PeakMemory()
     with GHNClient(address) as client, grpc.insecure_channel(raw_address) as raw_channel:
         for _ in range(repeats + 1):
@@ -87,15 +116,25 @@ def measure_client(
             client_growth.append(client_memory.grown_bytes())
             calls.append(seconds)
             streams.append(prediction.seconds["streaming"])
-            num_bytes = len(prediction.buffer)
-            del prediction
-            raws.append(timed(lambda: receive_raw_bytes(raw_channel, num_bytes))[0])  # noqa: B023 called at once
-    medians = [statistics.median(values[1:]) for values in (calls, streams, raws)]
-    return medians[0], medians[1], medians[2], max(server_growth[1:]), max(client_growth[1:])
+            buffer = prediction.buffer
+            hashes.append(timed(partial(hashlib.sha256, buffer))[0])
+            num_bytes = len(buffer)
+            del prediction, buffer
+            raws.append(timed(partial(receive_raw_bytes, raw_channel, num_bytes))[0])
+    shares = [raw / stream for raw, stream in zip(raws, streams, strict=True)]
+    return ClientFigures(
+        call_s=statistics.median(calls[1:]),
+        stream_s=statistics.median(streams[1:]),
+        raw_stream_s=statistics.median(raws[1:]),
+        raw_share=statistics.median(shares[1:]),
+        sha256_s=statistics.median(hashes[1:]),
+        server_growth_bytes=max(server_growth[1:]),
+        client_growth_bytes=max(client_growth[1:]),
+    )
 
 
 def measure_export(model: str, address: str, repeats: int) -> tuple[float, float, float]:
-    """Median seconds of ``torch.export`` alone, of our export, and from module to loaded weights."""
+    """Median CPU seconds of ``torch.export`` alone and of our export; seconds from module to loaded weights."""
     module, example = build_torchvision(model)
     module.train()
 
@@ -106,8 +145,8 @@ def measure_export(model: str, address: str, repeats: int) -> tuple[float, float
 
     with GHNClient(address) as client:
         return (
-            median_seconds(export_only, repeats),
-            median_seconds(lambda: export_architecture(module, example), repeats),
+            median_cpu_seconds(export_only, repeats),
+            median_cpu_seconds(lambda: export_architecture(module, example), repeats),
             median_seconds(lambda: client.predict(module, example).load_into(module), repeats),
         )
 
@@ -119,9 +158,18 @@ def measure(model: str, predictor: Predictor, address: str, raw_address: str, se
     del module
     stages, copy_s, weight_bytes = measure_server(predictor, onnx_bytes, repeats)
     client = measure_client(address, raw_address, server_pid, onnx_bytes, repeats)
-    exports = measure_export(model, address, max(1, repeats // 2))
+    torch_export_s, export_s, module_to_weights_s = measure_export(model, address, min(repeats, EXPORT_REPEATS))
     return Row(
-        model, weight_bytes, stages["reading"], stages["encoding"], stages["decoding"], copy_s, *client, *exports
+        model=model,
+        weight_bytes=weight_bytes,
+        read_s=stages["reading"],
+        encode_s=stages["encoding"],
+        decode_s=stages["decoding"],
+        copy_s=copy_s,
+        **asdict(client),
+        torch_export_s=torch_export_s,
+        export_s=export_s,
+        module_to_weights_s=module_to_weights_s,
     )
 
 
@@ -146,21 +194,31 @@ def report(rows: Sequence[Row]) -> None:
     )
     print("\nClient, seconds of a call; memory beyond what was resident before:\n")
     print_table(
-        ["network", "call", "stream", "raw stream", "raw / stream", "server - weights, MiB", "client / weights"],
+        [
+            "network",
+            "call",
+            "stream",
+            "raw stream",
+            "raw / stream",
+            "sha256",
+            "server - weights, MiB",
+            "client / weights",
+        ],
         [
             [
                 row.model,
                 f"{row.call_s:.3f}",
                 f"{row.stream_s:.3f}",
                 f"{row.raw_stream_s:.3f}",
-                f"{row.raw_stream_s / row.stream_s:.0%}",
+                f"{row.raw_share:.0%}",
+                f"{row.sha256_s:.3f}",
                 f"{(row.server_growth_bytes - row.weight_bytes) / MIB:.0f}",
                 f"{row.client_growth_bytes / row.weight_bytes:.2f}",
             ]
             for row in rows
         ],
     )
-    print("\nExport, seconds:\n")
+    print("\nExport, CPU seconds; seconds to loaded weights:\n")
     print_table(
         ["network", "torch.export alone", "export_architecture", "ratio", "module to loaded weights"],
         [

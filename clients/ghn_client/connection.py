@@ -33,6 +33,8 @@ MAX_ATTEMPTS = 4
 FIRST_BACKOFF_S = 0.25
 LAST_BACKOFF_S = 5.0
 MAX_MESSAGE_BYTES = 64 << 20
+KEEPALIVE_MS = 30_000
+KEEPALIVE_TIMEOUT_MS = 10_000
 
 _OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -40,6 +42,11 @@ _OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
     ("grpc.enable_retries", 0),
+    # A server that has vanished is noticed during a call; one that is only busy answers these questions.
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.http2.max_pings_without_data", 0),
 )
 _SCHEMES = ("dns:", "ipv4:", "ipv6:")
 Result = TypeVar("Result")

@@ -174,10 +174,36 @@ def _build_grpc_server(settings: Settings, pool: ThreadPoolExecutor) -> grpc.Ser
         ("grpc.so_reuseport", 0),  # else a second server would share the port in silence
         ("grpc.max_receive_message_length", settings.max_request_bytes + MESSAGE_OVERHEAD_BYTES),
         ("grpc.max_send_message_length", -1),
+        *_keepalive_options(settings),
     ]
     return grpc.server(
         pool, interceptors=[CallInterceptor()], options=options, maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS
     )
+
+
+def _keepalive_options(settings: Settings) -> list[tuple[str, int]]:
+    """How dead connections are found, and how long live ones last.
+
+    A client of a queued request hears nothing for a while, so both sides may ask as often as they like without data.
+    """
+    options = [
+        ("grpc.keepalive_time_ms", _milliseconds(settings.keepalive_seconds)),
+        ("grpc.keepalive_timeout_ms", _milliseconds(settings.keepalive_timeout_seconds)),
+        ("grpc.http2.ping_timeout_ms", _milliseconds(settings.keepalive_timeout_seconds)),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", _milliseconds(settings.min_ping_seconds)),
+    ]
+    if settings.max_connection_seconds:
+        grace_s = settings.max_seconds + settings.send_idle_seconds  # more than any call takes
+        options += [
+            ("grpc.max_connection_age_ms", _milliseconds(settings.max_connection_seconds)),
+            ("grpc.max_connection_age_grace_ms", _milliseconds(grace_s)),
+        ]
+    return options
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)
 
 
 def _bind(server: grpc.Server, settings: Settings) -> int:

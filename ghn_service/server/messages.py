@@ -176,6 +176,7 @@ def encode_server_info(
         max_request_bytes=settings.max_request_bytes,
         max_queue=settings.max_queue,
         max_seconds=settings.max_seconds,
+        max_graph_nodes=settings.max_graph_nodes,
     )
     return ghn_pb2.GetServerInfoResponse(
         version=version, torch_version=torch.__version__, devices=devices, limits=limits, uptime_seconds=uptime_s

@@ -39,10 +39,16 @@ class Settings(BaseSettings):
         max_streams: Predictions that may be in memory at once, being made or being sent.
         max_request_bytes: Bytes of a request.
         max_nodes: Nodes of an ONNX model, after functions are expanded.
+        max_graph_nodes: Nodes of the architecture's graph; memory grows with their square.
         max_tensors: Tensors of an ONNX model.
         max_parameters: Trainable scalars of a network.
         max_seconds: Seconds that a request may take, the stream included.
         send_idle_seconds: Seconds that a client may read nothing before its stream is cancelled.
+        keepalive_seconds: Seconds without traffic after which the server asks a client whether it is still there.
+        keepalive_timeout_seconds: Seconds that the answer may take before the connection is closed.
+        min_ping_seconds: The least time between such questions of a client; one that asks more often is sent away.
+        max_connection_seconds: Seconds after which a client is asked to connect anew, so that it sees new replicas;
+            its running calls are finished first. 0 for never.
         reflection: Whether the server describes its protocol to tools such as grpcurl.
         exit_on_error: Whether the server ends if a checkpoint cannot be loaded; else it stays up and is not ready.
         drain_seconds: Seconds between saying "not serving" and refusing calls, when the server is stopped.
@@ -61,10 +67,15 @@ class Settings(BaseSettings):
     max_streams: int = Field(default=4, ge=1, le=1_000)
     max_request_bytes: int = Field(default=64 * MEBIBYTE, ge=1024, le=2**31 - 1)
     max_nodes: int = Field(default=DEFAULT_LIMITS.max_nodes, ge=1)
+    max_graph_nodes: int = Field(default=DEFAULT_LIMITS.max_graph_nodes, ge=1)
     max_tensors: int = Field(default=DEFAULT_LIMITS.max_tensors, ge=1)
     max_parameters: int = Field(default=DEFAULT_LIMITS.max_parameters, ge=1)
     max_seconds: float = Field(default=600.0, gt=0, le=86_400, allow_inf_nan=False)
     send_idle_seconds: float = Field(default=30.0, gt=0, le=86_400, allow_inf_nan=False)
+    keepalive_seconds: float = Field(default=60.0, ge=1, le=86_400, allow_inf_nan=False)
+    keepalive_timeout_seconds: float = Field(default=20.0, gt=0, le=3_600, allow_inf_nan=False)
+    min_ping_seconds: float = Field(default=10.0, ge=0, le=3_600, allow_inf_nan=False)
+    max_connection_seconds: float = Field(default=600.0, ge=0, le=86_400, allow_inf_nan=False)
     reflection: bool = True
     exit_on_error: bool = True
     drain_seconds: float = Field(default=0.0, ge=0, le=3_600, allow_inf_nan=False)
@@ -88,6 +99,7 @@ class Settings(BaseSettings):
         return GraphLimits(
             max_bytes=self.max_request_bytes,
             max_nodes=self.max_nodes,
+            max_graph_nodes=self.max_graph_nodes,
             max_tensors=self.max_tensors,
             max_parameters=self.max_parameters,
         )

@@ -33,7 +33,13 @@ Code = grpc.StatusCode
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    limits = {"max_nodes": 50, "max_tensors": 40, "max_parameters": 10_000, "max_request_bytes": 100_000}
+    limits = {
+        "max_nodes": 50,
+        "max_graph_nodes": 30,
+        "max_tensors": 40,
+        "max_parameters": 10_000,
+        "max_request_bytes": 100_000,
+    }
     with fake_server(tmp_path_factory.mktemp("server"), **limits) as running:
         yield running
 
@@ -86,7 +92,9 @@ def test_a_model_without_operator_sets(stub: ghn_pb2_grpc.GhnServiceStub) -> Non
 
 
 @pytest.mark.parametrize(
-    "model", [linear_model(*[4] * 40), linear_model(200, 200)], ids=["too many nodes", "too many parameters"]
+    "model",
+    [linear_model(*[4] * 40), linear_model(*[4] * 18), linear_model(200, 200)],
+    ids=["too many nodes", "too many nodes of the graph", "too many parameters"],
 )
 def test_a_model_over_a_limit(stub: ghn_pb2_grpc.GhnServiceStub, model: bytes) -> None:
     error = failure(lambda: stub.PredictWeights(predict_request(model)))

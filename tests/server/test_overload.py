@@ -96,7 +96,7 @@ def test_cancelling_a_stream_frees_its_place_and_threads(tmp_path: Path) -> None
                     break
             stream.cancel()
             wait_until(lambda: num_streams_threads() == 0)
-        wait_until(lambda: _is_served(stub.PredictWeights(predict_request(TINY))))
+            wait_until(lambda: _is_served(stub.PredictWeights(predict_request(TINY))))
 
 
 def _is_served(stream: grpc.Call) -> bool:

@@ -62,8 +62,16 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
 
 
 def test_limits_reach_the_reader() -> None:
-    limits = load_settings(max_nodes=7, max_tensors=8, max_parameters=9, max_request_bytes=2048).limits
-    assert (limits.max_nodes, limits.max_tensors, limits.max_parameters, limits.max_bytes) == (7, 8, 9, 2048)
+    limits = load_settings(
+        max_nodes=7, max_graph_nodes=6, max_tensors=8, max_parameters=9, max_request_bytes=2048
+    ).limits
+    assert (limits.max_nodes, limits.max_graph_nodes, limits.max_tensors) == (7, 6, 8)
+    assert (limits.max_parameters, limits.max_bytes) == (9, 2048)
+
+
+def test_the_largest_graph_by_default_fits_a_small_machine() -> None:
+    """About 136 bytes per pair of nodes with 16 heads: 2 GiB (docs/server.md)."""
+    assert 1_000 <= load_settings().max_graph_nodes <= 4_000
 
 
 def test_checkpoints_are_named_by_their_stem_or_by_hand(tmp_path: Path) -> None:

@@ -767,6 +767,7 @@ class Limits(google.protobuf.message.Message):
     MAX_REQUEST_BYTES_FIELD_NUMBER: builtins.int
     MAX_QUEUE_FIELD_NUMBER: builtins.int
     MAX_SECONDS_FIELD_NUMBER: builtins.int
+    MAX_GRAPH_NODES_FIELD_NUMBER: builtins.int
     max_nodes: builtins.int
     """Nodes of the ONNX model, after functions are expanded."""
     max_tensors: builtins.int
@@ -779,6 +780,8 @@ class Limits(google.protobuf.message.Message):
     """Requests that may wait."""
     max_seconds: builtins.float
     """Seconds a request may take, the stream included."""
+    max_graph_nodes: builtins.int
+    """Nodes of the architecture's graph; memory and time of a prediction grow with their square."""
     def __init__(
         self,
         *,
@@ -788,8 +791,9 @@ class Limits(google.protobuf.message.Message):
         max_request_bytes: builtins.int = ...,
         max_queue: builtins.int = ...,
         max_seconds: builtins.float = ...,
+        max_graph_nodes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["max_nodes", b"max_nodes", "max_parameters", b"max_parameters", "max_queue", b"max_queue", "max_request_bytes", b"max_request_bytes", "max_seconds", b"max_seconds", "max_tensors", b"max_tensors"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_graph_nodes", b"max_graph_nodes", "max_nodes", b"max_nodes", "max_parameters", b"max_parameters", "max_queue", b"max_queue", "max_request_bytes", b"max_request_bytes", "max_seconds", b"max_seconds", "max_tensors", b"max_tensors"]) -> None: ...
 
 global___Limits = Limits
 
