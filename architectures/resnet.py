@@ -77,7 +77,8 @@ class Shortcut(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, configuration: ResNetConfiguration) -> None:
         super().__init__()
-        self.pool = nn.AvgPool2d(stride) if configuration.shortcut == "pool" and stride > 1 else None
+        # Odd sizes are rounded up, as by the strided convolution of the branch.
+        self.pool = nn.AvgPool2d(stride, ceil_mode=True) if configuration.shortcut == "pool" and stride > 1 else None
         self.stride = 1 if self.pool is not None else stride
         self.extra_channels = out_channels - in_channels
         self.project: nn.Module | None = None

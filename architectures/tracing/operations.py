@@ -113,10 +113,15 @@ def layer_norm(
     return _norm(x, "ln", weight, bias)
 
 
-def _pool(x: Symbol, op_type: str, kernel_size: Any, stride: Any, padding: Any) -> Symbol:
+def _pool(x: Symbol, op_type: str, kernel_size: Any, stride: Any, padding: Any, *, ceil_mode: bool) -> Symbol:
     kernel, padding = _pair(kernel_size), _pair(padding)
     stride = _pair(stride) if stride else kernel
-    height, width = (_windows(x.shape[2 + i], kernel[i], stride[i], padding[i]) for i in (0, 1))
+    places = []
+    for size, window, step, pad in zip(x.shape[2:], kernel, stride, padding, strict=True):
+        count = _windows(size + (step - 1 if ceil_mode else 0), window, step, pad)
+        starts_outside = (count - 1) * step >= size + pad  # torch drops a last window that holds padding alone
+        places.append(count - starts_outside)
+    height, width = places
     index = x.recorder.add_operation(op_type, x.level + 1, x.sources)
     x.recorder.records[index].kernel_shape = kernel
     x.recorder.activation_elements += x.shape[1] * height * width
@@ -124,15 +129,31 @@ def _pool(x: Symbol, op_type: str, kernel_size: Any, stride: Any, padding: Any) 
 
 
 @rule(F.max_pool2d, torch.max_pool2d)
-def max_pool2d(x: Symbol, kernel_size: Any, stride: Any = None, padding: Any = 0, *_: Any, **__: Any) -> Symbol:
+def max_pool2d(
+    x: Symbol,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    **_: Any,
+) -> Symbol:
     """(B, C, H, W) -> (B, C, H', W')."""
-    return _pool(x, "max_pool", kernel_size, stride, padding)
+    return _pool(x, "max_pool", kernel_size, stride, padding, ceil_mode=ceil_mode)
 
 
 @rule(F.avg_pool2d)
-def avg_pool2d(x: Symbol, kernel_size: Any, stride: Any = None, padding: Any = 0, *_: Any, **__: Any) -> Symbol:
+def avg_pool2d(
+    x: Symbol,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    *_: Any,
+    **__: Any,
+) -> Symbol:
     """(B, C, H, W) -> (B, C, H', W')."""
-    return _pool(x, "avg_pool", kernel_size, stride, padding)
+    return _pool(x, "avg_pool", kernel_size, stride, padding, ceil_mode=ceil_mode)
 
 
 @rule(torch.mean)
@@ -225,7 +246,10 @@ def _broadcast(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ..
         return first
     rank = max(len(first), len(second))
     padded = ((1,) * (rank - len(shape)) + shape for shape in (first, second))
-    return tuple(max(sizes) for sizes in zip(*padded, strict=True))
+    pairs = list(zip(*padded, strict=True))
+    if any(1 not in sizes and sizes[0] != sizes[1] for sizes in pairs):
+        raise ValueError(f"branches of the shapes {first} and {second} meet; expected shapes that broadcast")
+    return tuple(max(sizes) for sizes in pairs)
 
 
 @rule(torch.cat, torch.concat)

@@ -12,6 +12,7 @@ from architectures.generator import sample_architecture
 from architectures.interface import Interface
 from architectures.layers import Conv2d, round_channels, skip_initialization
 from architectures.registry import ARCHITECTURES, build_network, reference_architecture
+from architectures.resnet import ResNetConfiguration
 from ghn_service.errors import InvalidOptionError
 
 SMALL = ("resnet20", "densenet40", "se_mobilenet_mini", "convnext_atto", "vit_mini", "swin_mini", "mlp", "vgg11")
@@ -47,6 +48,31 @@ def test_reference_networks_run_for_other_interfaces(name: str) -> None:
     module = build_network(name, num_classes=5, in_channels=1, image_size=28).eval()
     with torch.no_grad():
         assert module(torch.zeros(2, 1, 28, 28)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("image_size", [28, 33, 48, 64])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_shapes_of_reference_networks_fit_at_every_size(name: str, image_size: int) -> None:
+    assert reference_architecture(name, Interface(5, 1, image_size)).num_nodes > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("image_size", [28, 32, 33, 48, 64])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_reference_network_runs_at_every_size(name: str, image_size: int) -> None:
+    module = build_network(name, num_classes=5, in_channels=1, image_size=image_size).eval()
+    with torch.inference_mode():
+        assert module(torch.zeros(1, 1, image_size, image_size)).shape == (1, 5)
+
+
+@pytest.mark.parametrize("image_size", [28, 33, 49])
+@pytest.mark.parametrize("shortcut", ["conv", "pool", "pad"])
+@pytest.mark.parametrize("block", ["basic", "bottleneck", "preactivation"])
+def test_shortcuts_fit_their_branches_at_odd_sizes(block: str, shortcut: str, image_size: int) -> None:
+    configuration = ResNetConfiguration((8, 16, 32), (1, 1, 1), block=block, shortcut=shortcut, kernel=5)
+    module = configuration.build(Interface(5, 1, image_size)).eval()
+    with torch.inference_mode():
+        assert module(torch.zeros(1, 1, image_size, image_size)).shape == (1, 5)
 
 
 @pytest.mark.parametrize(("name", "millions"), PUBLISHED_MILLIONS.items())
