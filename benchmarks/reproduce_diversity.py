@@ -284,7 +284,7 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=80, help="steps of 64 images; 80 are five epochs of 1,000")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--test-images", type=int, default=1000)
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.03, 0.1])
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.003, 0.01, 0.03, 0.1])
     parser.add_argument("--layer", type=int, default=0, help="first layer that steps change")
     return parser.parse_args(words)
 
