@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import safetensors.torch
 import torch
 from typer.testing import CliRunner
 
 from ghn_client.cli.app import app
-from ghn_client.finetune.delta import load_delta
+from ghn_client.export import export_architecture
+from ghn_client.finetune.delta import load_delta, read_delta
 from ghn_client.finetune.errors import InvalidOptionError
 from ghn_client.finetune.image_data import ImageBatches, load_images
 from tests.finetune.networks import ResidualNetwork
+from tests.finetune.test_onnx_module import filled
 from tests.shared_data import shared_path
 
 FACTORY = "tests.finetune.networks:ResidualNetwork"
@@ -75,6 +79,52 @@ def test_the_written_delta_fits_the_start(tmp_path, images):
         "--strategy", "additive", "--option", "width=4", "-o", delta,
     )  # fmt: skip
     assert load_delta(ResidualNetwork(), delta).strategy == "additive"
+
+
+def test_finetune_of_an_onnx_file_from_its_own_weights(tmp_path, images):
+    onnx.save(filled(ResidualNetwork()), tmp_path / "model.onnx")
+    result = run(
+        "finetune", tmp_path / "model.onnx", "--data", images, "--own-start", "--epochs", 8, "--batch-size", 16,
+        "--output", tmp_path / "delta.safetensors", "--model-out", tmp_path / "tuned.onnx", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["accuracy"] >= 0.5
+    before, after = (onnx.load(tmp_path / name) for name in ("model.onnx", "tuned.onnx"))
+    values = [{t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer} for model in (before, after)]
+    assert np.array_equal(values[0]["stem.weight"], values[1]["stem.weight"])
+    assert not np.array_equal(values[0]["norm.weight"], values[1]["norm.weight"])
+    assert not np.array_equal(values[0]["norm.running_mean"], values[1]["norm.running_mean"])
+
+
+def test_finetune_of_an_onnx_file_without_weights_predicts_them(tmp_path, images):
+    structure = export_architecture(ResidualNetwork(), torch.zeros(1, 3, 8, 8))
+    (tmp_path / "structure.onnx").write_bytes(structure)
+    delta = tmp_path / "delta.safetensors"
+    result = run(
+        "finetune", tmp_path / "structure.onnx", "--data", images, "--epochs", 1, "--output", delta, "--json",
+        "--model-out", tmp_path / "tuned.onnx",
+    )  # fmt: skip
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["request"]["graph_digest"]
+    assert read_delta(delta)[0].base_kind == "request"
+    session = onnxruntime.InferenceSession(tmp_path / "tuned.onnx")
+    (logits,) = session.run(None, {session.get_inputs()[0].name: np.zeros((1, 3, 8, 8), np.float32)})
+    assert np.isfinite(logits).all()
+
+
+def test_onnx_files_of_other_inputs_are_refused(tmp_path, images):
+    onnx.save(filled(ResidualNetwork()), tmp_path / "model.onnx")
+    (tmp_path / "structure.onnx").write_bytes(export_architecture(ResidualNetwork(), torch.zeros(1, 3, 8, 8)))
+    (tmp_path / "damaged.onnx").write_bytes(b"not a model")
+    for arguments in (
+        (tmp_path / "model.onnx", "--image-size", 16),
+        (tmp_path / "structure.onnx",),
+        (tmp_path / "damaged.onnx",),
+    ):
+        result = run("finetune", *arguments, "--data", images, "--own-start")
+        assert result.exit_code not in (0, 70)
+    result = run("finetune", FACTORY, "--data", images, "--own-start", "--model-out", tmp_path / "tuned.onnx")
+    assert result.exit_code not in (0, 70)
 
 
 @pytest.mark.parametrize(

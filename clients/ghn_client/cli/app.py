@@ -49,40 +49,18 @@ def root(
 def predict(
     context: typer.Context,
     model_file: shared.ModelFile,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="Where the weights go, as safetensors; MODEL.safetensors if not given.",
-        ),
-    ] = None,
-    onnx_out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the model with its predicted weights, too.")
-    ] = None,
+    output: shared.Output = None,
+    onnx_out: shared.OnnxOut = None,
     address: shared.Address = "",
     checkpoint: shared.Checkpoint = None,
     model: shared.Model = "",
-    dtype: Annotated[shared.Dtype, typer.Option(help="Element type of the weights.")] = shared.Dtype.FLOAT32,
-    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same bytes.")] = 0,
-    step: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME:KEY=VALUE,...", help="Post-processing; may be repeated, applied in order."),
-    ] = None,
-    low_rank: Annotated[
-        str, typer.Option(metavar="RULE=VALUE[,method=M]", help="Factors instead of dense weights, such as energy=0.9.")
-    ] = "",
-    include: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Only tensors whose names match; may be repeated.")
-    ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Measure the weights' diversity; FILE.json for programs, FILE.html for people."
-        ),
-    ] = None,
-    show_all: Annotated[bool, typer.Option("--all", help="Show every layer.")] = False,
+    dtype: shared.ElementType = shared.Dtype.FLOAT32,
+    seed: shared.Seed = 0,
+    step: shared.Steps = None,
+    low_rank: shared.LowRank = "",
+    include: shared.Include = None,
+    report: shared.Report = None,
+    show_all: shared.ShowAll = False,
     as_json: shared.Json = False,
     token_file: shared.TokenFile = None,
     tls: shared.Tls = False,
@@ -208,8 +186,8 @@ def analyze(
     address: shared.Address = "",
     checkpoint: shared.Checkpoint = None,
     model: shared.Model = "",
-    dtype: Annotated[shared.Dtype, typer.Option(help="Element type of the weights.")] = shared.Dtype.FLOAT32,
-    show_all: Annotated[bool, typer.Option("--all", help="Show every layer.")] = False,
+    dtype: shared.ElementType = shared.Dtype.FLOAT32,
+    show_all: shared.ShowAll = False,
     as_json: shared.Json = False,
     token_file: shared.TokenFile = None,
     tls: shared.Tls = False,

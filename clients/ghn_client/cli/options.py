@@ -88,6 +88,30 @@ Timeout = Annotated[
         rich_help_panel=_SERVER,
     ),
 ]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", metavar="FILE", help="Where the weights go, as safetensors; MODEL.safetensors if not given."
+    ),
+]
+OnnxOut = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the model with its predicted weights, too.")]
+ElementType = Annotated[Dtype, typer.Option(help="Element type of the weights.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same bytes.")]
+Steps = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME:KEY=VALUE,...", help="Post-processing; may be repeated, applied in order."),
+]
+LowRank = Annotated[
+    str, typer.Option(metavar="RULE=VALUE[,method=M]", help="Factors instead of dense weights, such as energy=0.9.")
+]
+Include = Annotated[
+    list[str] | None, typer.Option(metavar="GLOB", help="Only tensors whose names match; may be repeated.")
+]
+Report = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Measure the weights' diversity; FILE.json for programs, FILE.html for people."),
+]
+ShowAll = Annotated[bool, typer.Option("--all", help="Show every layer.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables for people.")]
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from ghn_client.prediction import Prediction
 from ghn_client.replies import Analysis, ModelInfo
 
-MAX_ROWS = 40
+MAX_ROWS = 80
 """Layers that are shown unless all are asked for."""
 
 PIPE_WIDTH = 160

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ghn_client.cli import options as shared
-from ghn_client.cli.outcome import ending_well, messages, refuse
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from ghn_client.finetune.fit import EpochReport, FitReport
-    from ghn_client.finetune.handle import FineTuneHandle
+from ghn_client.cli.finetuning import Tuning, tune
+from ghn_client.cli.networks import StartOptions, build_network, is_factory
+from ghn_client.cli.outcome import ending_well, refuse
 
 _UNITS = {"k": 2**10, "m": 2**20, "g": 2**30}
 
@@ -41,8 +34,7 @@ def plan(
         from ghn_client.finetune.plan import plan as make_plan
         from ghn_client.finetune.plan_facts import facts_of_module, facts_of_onnx
 
-        is_factory = ":" in model and not Path(model).exists()
-        facts = facts_of_module(_build(model)) if is_factory else facts_of_onnx(model)
+        facts = facts_of_module(build_network(model)) if is_factory(model) else facts_of_onnx(model)
         result = make_plan(
             facts,
             samples=samples,
@@ -69,7 +61,8 @@ def finetune(
         "delta.safetensors"
     ),
     model_out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write all values of the tuned network, too, as safetensors.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the tuned network, too: .safetensors, or .onnx for an ONNX file."),
     ] = None,
     weights: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Predicted weights to start from, instead of asking a server.")
@@ -80,7 +73,9 @@ def finetune(
     epochs: Annotated[int, typer.Option(min=1)] = 10,
     learning_rate: Annotated[float, typer.Option("--lr", min=0.0)] = 0.05,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
-    image_size: Annotated[int, typer.Option(min=1, help="Pixels per side.")] = 32,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels per side; what the file says, or 32, by default.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use at most so many images of each split.")] = None,
     patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs without progress.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="FILE", help="Checkpoint to write, and to go on from.")] = None,
@@ -99,160 +94,14 @@ def finetune(
 ) -> None:
     """Predict, load, recalibrate, tune and save in one go, for image classification."""
     with ending_well():
-        import torch
-
-        from ghn_client.finetune.delta import save_delta
-        from ghn_client.finetune.fit import FitSettings, fit
-        from ghn_client.finetune.image_data import ImageBatches, load_images
-        from ghn_client.finetune.strategies import prepare
-        from ghn_client.recalibrate import recalibrate_batchnorm
-
         if weights is not None and own_start:
             raise refuse("--weights and --own-start ask for different starts; give one")
-        torch.manual_seed(seed)
-        network = _build(model)
-        training, validation = load_images(data, image_size=image_size, limit=limit)
-        batches = ImageBatches(training, batch_size=batch_size, augment=True, seed=seed)
-        held_out = ImageBatches(validation, batch_size=batch_size, augment=False)
-        request = None
-        if not own_start:
-            server = shared.server_options(
-                context, address, checkpoint, token_file, tls, root_certificates, certificate, private_key, timeout
-            )
-            request = _predict(network, weights, server, hypernetwork, seed, (1, 3, image_size, image_size))
-            recalibrate_batchnorm(network, batches, num_batches=20)
-        settings = _options(option or [], strategy, len(training.labels), network, (1, 3, image_size, image_size))
-        handle = prepare(network, strategy, **settings)
-        messages().print(repr(handle))
-        report = fit(
-            handle,
-            batches,
-            settings=FitSettings(epochs=epochs, learning_rate=learning_rate, patience=patience),
-            validation=held_out,
-            device=device,
-            checkpoint=resume,
-            on_epoch=_show,
+        server = shared.server_options(
+            context, address, checkpoint, token_file, tls, root_certificates, certificate, private_key, timeout
         )
-        size = save_delta(handle, output, request=request if _is_complete(handle) else None)
-        if model_out is not None:
-            _save_model(handle, model_out)
-        _report(handle, report, output, size, request, as_json=as_json)
-
-
-def _is_complete(handle: FineTuneHandle) -> bool:
-    """Whether request and delta give the whole network: measured statistics must travel, since no request has them."""
-    travelling = {name.removeprefix("base.") for part in handle.parts for name in part.buffers}
-    measured = {name for name, _ in handle.base.named_buffers() if name.endswith(("running_mean", "running_var"))}
-    return measured <= travelling
-
-
-def _save_model(handle: FineTuneHandle, path: Path) -> None:
-    from safetensors.torch import save_file
-
-    values = {name: value.cpu().contiguous().clone() for name, value in handle.merge().state_dict().items()}
-    save_file(values, str(path))
-
-
-def _build(model: str) -> nn.Module:
-    """The network that ``SCRIPT:FACTORY`` or ``MODEL.onnx`` names."""
-    script, separator, factory = model.rpartition(":")
-    if not separator:
-        raise refuse(
-            f"this needs a torch module: give SCRIPT.py:FACTORY or package.module:FACTORY, got {model!r}. An ONNX"
-            " file has an architecture but no training code; convert it (for example with onnx2torch) in a factory"
-        )
-    if script.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(script).stem, script)
-        if spec is None or spec.loader is None or not Path(script).is_file():
-            raise refuse(f"the script {script!r} does not exist")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(script)
-        except ModuleNotFoundError as error:
-            raise refuse(f"cannot import {script!r}: {error}") from error
-    made = getattr(module, factory, None)
-    if made is None:
-        raise refuse(f"{script!r} has no {factory!r}")
-    network: nn.Module = made() if callable(made) else made
-    return network
-
-
-def _predict(
-    network: nn.Module,
-    weights: Path | None,
-    server: shared.ServerOptions,
-    hypernetwork: str,
-    seed: int,
-    shape: tuple[int, ...],
-) -> dict[str, Any]:
-    """Loads predicted weights into ``network``; returns the request that made them."""
-    import torch
-
-    from ghn_client.prediction import Prediction
-
-    if weights is not None:
-        prediction = Prediction.load(weights)
-    else:
-        with shared.open_client(server) as client:
-            prediction = client.predict(network, torch.zeros(shape), seed=seed, model=hypernetwork)
-    messages().print(str(prediction.load_into(network)))
-    metadata = prediction.metadata
-    return {
-        "graph_digest": metadata.graph_digest,
-        "model": metadata.model,
-        "model_digest": metadata.model_digest,
-        "seed": metadata.seed,
-        "dtype": metadata.dtype,
-    }
-
-
-def _options(
-    pairs: list[str], strategy: str, samples: int, network: nn.Module, shape: tuple[int, ...]
-) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not separator:
-            raise refuse(f"expected --option KEY=VALUE, got {pair!r}")
-        try:
-            values[key.replace("-", "_")] = json.loads(value)
-        except json.JSONDecodeError:
-            values[key.replace("-", "_")] = value
-    if strategy == "additive" and "width" not in values:
-        values.setdefault("samples", samples)
-        values.setdefault("changed", max(1, samples // 20))
-    return values
-
-
-def _show(epoch: EpochReport) -> None:
-    accuracy = "" if epoch.accuracy is None else f", accuracy {epoch.accuracy:.2%}"
-    messages().print(f"epoch {epoch.epoch}: loss {epoch.train_loss:.4f}{accuracy} ({epoch.seconds:.1f} s)")
-
-
-def _report(
-    handle: FineTuneHandle, report: FitReport, output: Path, size: int, request: dict[str, Any] | None, *, as_json: bool
-) -> None:
-    if as_json:
-        document = {
-            "strategy": handle.strategy,
-            "trainable": handle.num_trainable,
-            "total": handle.num_total,
-            "accuracy": report.accuracy,
-            "best_epoch": report.best_epoch,
-            "epochs": len(report.epochs),
-            "delta": str(output),
-            "delta_bytes": size,
-            "request": request,
-        }
-        json.dump(document, sys.stdout, indent=2)
-        sys.stdout.write("\n")
-        return
-    accuracy = "" if report.accuracy is None else f", accuracy {report.accuracy:.2%} (epoch {report.best_epoch})"
-    typer.echo(
-        f"{handle.num_trainable:,} of {handle.num_total:,} parameters tuned{accuracy}; {output} has {size:,} bytes"
-    )
+        start = StartOptions(server, weights, own_start, hypernetwork, seed, image_size)
+        run = Tuning(strategy, option or [], epochs, learning_rate, batch_size, limit, patience, resume, device, seed)
+        tune(model, data, start, run, output, model_out, as_json=as_json)
 
 
 def _bytes(text: str) -> int | None:

@@ -68,8 +68,8 @@ def solve_gains(outer: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor) 
         return GainSolution(gains, float("inf"), relative_residual(outer, gains, inner, weight), False)
 
     def smallest(right: torch.Tensor) -> torch.Tensor:
-        half = torch.linalg.solve_triangular(triangle.T, right, upper=False)
-        return (orthogonal @ half)[:, 0] / lengths
+        half: torch.Tensor = torch.linalg.solve_triangular(triangle.T, right, upper=False)
+        return (orthogonal @ half).squeeze(1) / lengths
 
     gains = smallest(wanted)
     missing = weight - (outer * gains) @ inner
