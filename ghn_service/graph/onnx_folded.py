@@ -32,7 +32,9 @@ _LIFTED = re.compile(r"lifted_tensor_\d+$")
 _COMPUTED = re.compile(
     r"(?:_?val|expand|expand_as|view|reshape|flatten|permute|transpose|t|unsqueeze|squeeze|clone|contiguous|repeat|tile"
     r"|index|select|slice|narrow|cat|stack|split|getitem|chunk|roll|add|sub|mul|div|neg|pow|exp|log|sqrt|rsqrt|abs|sign"
-    r"|sigmoid|tanh|relu|softmax|linear|mm|addmm|matmul|mean|sum|clamp|clamp_max|clamp_min|where|eq|ne|masked_fill"
+    r"|sigmoid|tanh|relu|softmax|linear|mm|addmm|matmul|mean|sum|clamp|clamp_max|clamp_min|where|eq|ne|ge|gt|le|lt|masked_fill"
+    r"|cos|sin|atan|erf|gelu|silu|floor|ceil|round|pad|cumsum|norm|rsub|bmm|outer|minimum|maximum|gather|scatter|remainder"
+    r"|floor_divide|reciprocal|square|amax|amin|argmax|sort|linspace|meshgrid|unbind|unflatten|stack|concat|dropout"
     r"|full|full_like|zeros|zeros_like|ones|ones_like|new_zeros|new_ones|empty|empty_like|arange|fill|scalar_tensor"
     r"|_?to|_to_copy|type_as|detach|alias|copy|upsample_bicubic2d|upsample_bilinear2d|shape|self_float|p|p_cast|value"
     r"|size|dim|start|end|step|scalar_tensor_default|lift_fresh_copy|\w+_default)(?:_\d+)*"

@@ -88,7 +88,11 @@ class TorchNames:
             if metadata.get(_FX_KEY) and self._traced(node, metadata[_FX_KEY]) not in _TRACED_OPS.get(node.op_type, ()):
                 return "", ""
             return self._from_path(node, metadata, slot), ""
-        known = source.kind or not self._file.kinds or source.name == self._from_path(node, metadata, slot)
+        # With a norm folded in, a convolution's weight keeps its name, but not the declaration that it is a parameter.
+        is_fused = (
+            slot == "weight" and "." in source.name and self._traced(node, metadata.get(_FX_KEY, "")) in _NORM_OPS
+        )
+        known = source.kind or not self._file.kinds or is_fused
         return (source.name if known else ""), ""
 
     def _metadata_of(self, node: OnnxNode) -> dict[str, str]:

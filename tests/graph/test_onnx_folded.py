@@ -157,3 +157,10 @@ def test_token_shapes(shape: tuple[int, ...], batch: int | None, expected: tuple
 @pytest.mark.parametrize("text", ["", "[1, 2]", "['a'", "{'a': 1}", "[" * 5000, "['a', " * 9000])
 def test_damaged_metadata_says_nothing(text: str) -> None:
     assert string_list(text) == []
+
+
+def test_a_convolution_with_a_folded_norm_keeps_its_weights_name() -> None:
+    graph = read_onnx(stored_model("resnet18", "dynamo-eval-optimize"))
+    weights = [node.weight for node in graph.nodes if node.op_type == "conv" and node.weight]
+    assert all(spec.torch_name == spec.name for spec in weights)
+    assert not any("computed from parameters" in warning for warning in graph.warnings)
