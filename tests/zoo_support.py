@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import sys
 import warnings
 from types import ModuleType
 from typing import Any
@@ -17,26 +18,37 @@ import pytest
 import torch
 from torch import nn
 
-_SCHEMAS = ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",)
+_SCHEMA = "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _LIBRARIES: list[torch.library.Library] = []
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
 CIFAR_SUFFIX = "_cifar10"
 
 
-def import_torchvision() -> ModuleType:
-    """torchvision, or a skipped test where it is not installed."""
+def declare_torchvision_operators() -> None:
+    """Defines the two schemas that a torchvision of another build lacks, only where the plain import fails.
+
+    Raises:
+        RuntimeError: torchvision does not load for another reason.
+    """
     try:
-        return importlib.import_module("torchvision")
+        importlib.import_module("torchvision")
     except ModuleNotFoundError:
-        pytest.skip("torchvision is not installed")
+        return
     except RuntimeError as error:
         if "nms" not in str(error):
             raise
-    library = torch.library.Library("torchvision", "DEF")
-    for schema in (*_SCHEMAS, _SCHEMAS[0].replace("nms", "qnms")):
-        library.define(schema)
-    _LIBRARIES.append(library)
-    return importlib.import_module("torchvision")
+        for loaded in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[loaded]
+        library = torch.library.Library("torchvision", "DEF")
+        for schema in (_SCHEMA, _SCHEMA.replace("nms", "qnms")):
+            library.define(schema)
+        _LIBRARIES.append(library)
+
+
+def import_torchvision() -> ModuleType:
+    """torchvision, or a skipped test where it is not installed."""
+    declare_torchvision_operators()
+    return pytest.importorskip("torchvision")
 
 
 def import_timm() -> ModuleType:
