@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -13,8 +13,6 @@ from typing import Any
 
 import grpc
 import torch
-
-from ghn_client.wire.buffers import allocate_buffer
 
 CHUNK_BYTES = 2**20
 RAW_METHOD = "/raw.Raw/Stream"
@@ -75,9 +73,17 @@ def serve_raw_bytes(pipe: Connection) -> None:
     server.stop(None)
 
 
-def receive_raw_bytes(channel: grpc.Channel, num_bytes: int) -> memoryview:
-    """Receives that many bytes from ``serve_raw_bytes`` into one buffer, of the kind that our client uses."""
-    view = allocate_buffer(num_bytes)
+def receive_raw_bytes(
+    channel: grpc.Channel, num_bytes: int, allocate: Callable[[int], bytearray | memoryview] = bytearray
+) -> memoryview:
+    """Receives that many bytes from ``serve_raw_bytes`` into one buffer.
+
+    Args:
+        channel: To that server.
+        num_bytes: How many bytes.
+        allocate: Makes the buffer: a bytearray as anybody would take, or ``allocate_buffer`` as our client does.
+    """
+    view = memoryview(allocate(num_bytes))
     position = 0
     for chunk in channel.unary_stream(RAW_METHOD)(str(num_bytes).encode()):
         view[position : position + len(chunk)] = chunk

@@ -5,9 +5,9 @@
 
 1. *server*: seconds to read, encode and decode, beside a plain copy of the same number of bytes into fresh memory.
 2. *client*: seconds of a whole call and of its stream (as the server measures it: from the first chunk to the last,
-   hash included), beside a raw gRPC stream of as many bytes in chunks of the same size into a buffer of the same kind,
-   which carries nothing and checks nothing; sha256 of as many bytes alone, which server and client each do once; and
-   how far memory grows on both sides.
+   hash included), beside a raw gRPC stream of as many bytes in chunks of the same size, which carries nothing and
+   checks nothing, once into a bytearray and once (*bare*) into a buffer of our client's kind, in huge pages; sha256 of
+   as many bytes alone, which server and client each do once; and how far memory grows on both sides.
 3. *export*: CPU seconds from a module to its structure, beside ``torch.export`` alone, and seconds to loaded weights.
 
 Every figure is the median of ``--repeats`` calls after one uncounted; rival and subject alternate in the same process,
@@ -33,6 +33,7 @@ import torch
 from benchmarks.measure import MIB, PeakMemory, median_cpu_seconds, median_seconds, print_table, timed
 from benchmarks.processes import receive_raw_bytes, running, serve_hypernetwork, serve_raw_bytes
 from ghn_client import GHNClient, export_architecture
+from ghn_client.wire.buffers import allocate_buffer
 from ghn_service.hypernetwork.checkpoint import save_checkpoint
 from ghn_service.hypernetwork.ghn import GHNConfig, GraphHyperNetwork
 from ghn_service.predictor import Predictor
@@ -57,6 +58,8 @@ class Row:
     stream_s: float
     raw_stream_s: float
     raw_share: float
+    bare_stream_s: float
+    bare_share: float
     sha256_s: float
     server_growth_bytes: int
     client_growth_bytes: int
@@ -87,8 +90,10 @@ class ClientFigures:
     Attributes:
         call_s: A whole call.
         stream_s: Its stream.
-        raw_stream_s: A raw stream of as many bytes.
-        raw_share: Median of raw seconds over stream seconds, pair by pair.
+        raw_stream_s: A raw stream of as many bytes into a bytearray.
+        raw_share: Median of its seconds over those of our stream, pair by pair.
+        bare_stream_s: The same into a buffer of our client's kind.
+        bare_share: Median of its seconds over those of our stream, pair by pair.
         sha256_s: Hashing as many bytes on one thread.
         server_growth_bytes: Beyond what the server held before.
         client_growth_bytes: Beyond what the client held before.
@@ -98,6 +103,8 @@ class ClientFigures:
     stream_s: float
     raw_stream_s: float
     raw_share: float
+    bare_stream_s: float
+    bare_share: float
     sha256_s: float
     server_growth_bytes: int
     client_growth_bytes: int
@@ -105,7 +112,8 @@ class ClientFigures:
 
 def measure_client(address: str, raw_address: str, server_pid: int, onnx_bytes: bytes, repeats: int) -> ClientFigures:
     """Calls and raw streams in turns."""
-    calls, streams, raws, hashes, server_growth, client_growth = [], [], [], [], [], []
+    calls, streams, raws, bares, hashes = [], [], [], [], []
+    server_growth, client_growth = [], []
     server_memory, client_memory = PeakMemory(server_pid), PeakMemory()
     with GHNClient(address) as client, grpc.insecure_channel(raw_address) as raw_channel:
         for _ in range(repeats + 1):
@@ -121,16 +129,22 @@ def measure_client(address: str, raw_address: str, server_pid: int, onnx_bytes: 
             num_bytes = len(buffer)
             del prediction, buffer
             raws.append(timed(partial(receive_raw_bytes, raw_channel, num_bytes))[0])
-    shares = [raw / stream for raw, stream in zip(raws, streams, strict=True)]
+            bares.append(timed(partial(receive_raw_bytes, raw_channel, num_bytes, allocate_buffer))[0])
     return ClientFigures(
         call_s=statistics.median(calls[1:]),
         stream_s=statistics.median(streams[1:]),
         raw_stream_s=statistics.median(raws[1:]),
-        raw_share=statistics.median(shares[1:]),
+        raw_share=_median_share(raws[1:], streams[1:]),
+        bare_stream_s=statistics.median(bares[1:]),
+        bare_share=_median_share(bares[1:], streams[1:]),
         sha256_s=statistics.median(hashes[1:]),
         server_growth_bytes=max(server_growth[1:]),
         client_growth_bytes=max(client_growth[1:]),
     )
+
+
+def _median_share(limits: Sequence[float], streams: Sequence[float]) -> float:
+    return statistics.median(limit / stream for limit, stream in zip(limits, streams, strict=True))
 
 
 def measure_export(model: str, address: str, repeats: int) -> tuple[float, float, float]:
@@ -198,11 +212,13 @@ def report(rows: Sequence[Row]) -> None:
             "network",
             "call",
             "stream",
-            "raw stream",
+            "raw",
             "raw / stream",
+            "bare",
+            "bare / stream",
             "sha256",
-            "server - weights, MiB",
-            "client / weights",
+            "server, MiB",
+            "client",
         ],
         [
             [
@@ -211,6 +227,8 @@ def report(rows: Sequence[Row]) -> None:
                 f"{row.stream_s:.3f}",
                 f"{row.raw_stream_s:.3f}",
                 f"{row.raw_share:.0%}",
+                f"{row.bare_stream_s:.3f}",
+                f"{row.bare_share:.0%}",
                 f"{row.sha256_s:.3f}",
                 f"{(row.server_growth_bytes - row.weight_bytes) / MIB:.0f}",
                 f"{row.client_growth_bytes / row.weight_bytes:.2f}",

@@ -68,7 +68,7 @@ def test_another_process_may_use_the_client(method: str, client: GHNClient) -> N
     results = context.Queue()
     child = context.Process(target=predict_in_child, args=(client, results))
     child.start()
-    assert results.get(timeout=60) == expected
+    assert results.get(timeout=200) == expected
     child.join()
     assert child.exitcode == 0
     assert bytes(client.predict(TINY).buffer) == expected
