@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 
-from ghn_client.finetune.adapters import lightning_module, trainer_optimizers
-from ghn_client.finetune.errors import DeltaFormatError, InvalidOptionError, MissingExtraError
+from ghn_client.finetune.adapters import trainer_optimizers
+from ghn_client.finetune.errors import DeltaFormatError, InvalidOptionError
 from ghn_client.finetune.fit import FitSettings, evaluate, fit
 from ghn_client.finetune.norm_only import norm_only
 from ghn_client.finetune.strategies import STRATEGIES, prepare
@@ -104,13 +102,3 @@ def test_trainer_optimizer_has_the_tuned_parameters_alone():
     optimizer, schedule = trainer_optimizers(handle)
     assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == handle.num_trainable
     assert schedule is None
-
-
-def test_lightning_adapter_or_a_clear_message(tmp_path):
-    handle = norm_only(ResidualNetwork(8))
-    if importlib.util.find_spec("lightning") is None and importlib.util.find_spec("pytorch_lightning") is None:
-        with pytest.raises(MissingExtraError, match="lightning"):
-            lightning_module(handle)
-        return
-    module = lightning_module(handle, delta=tmp_path / "delta.safetensors")
-    assert module.configure_optimizers().param_groups[0]["params"]

@@ -35,7 +35,22 @@ class Tower(nn.Module):
         return self.head(self.last(torch.relu(self.body(self.norm(self.embed(inputs))))))
 
 
+def grouped(**options):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 16, 3, stride=2, groups=4, **options),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 4),
+    )
+
+
 def base(kind):
+    if kind == "grouped":
+        return grouped().eval(), IMAGES
     return (Tower().eval(), VECTORS) if kind == "tower" else (ResidualNetwork(4).eval(), IMAGES)
 
 
@@ -55,7 +70,7 @@ CASES = [(kind, strategy) for kind in ("tower", "residual") for strategy in ("no
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("kind", "strategy"), CASES)
+@pytest.mark.parametrize(("kind", "strategy"), [*CASES, ("grouped", "low_rank_update")])
 def test_the_real_library_computes_what_we_export(peft, tmp_path, kind, strategy):
     handle, inputs = prepare(kind, strategy)
     export_peft(handle, tmp_path / "adapter")
@@ -86,7 +101,7 @@ def test_we_compute_what_the_real_library_exports(peft, tmp_path, kind, strategy
     torch.testing.assert_close(handle.module.eval()(inputs), wrapped(inputs), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "strategy"), CASES)
+@pytest.mark.parametrize(("kind", "strategy"), [*CASES, ("grouped", "low_rank_update")])
 def test_round_trip_without_the_library(tmp_path, kind, strategy):
     handle, inputs = prepare(kind, strategy)
     export_peft(handle, tmp_path / "adapter")
@@ -100,6 +115,20 @@ def test_what_peft_does_not_have_is_refused(tmp_path):
     inserted = norm_only(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)), missing="insert")
     with pytest.raises(UnsupportedModuleError):
         export_peft(inserted, tmp_path)
+
+
+def test_convolutions_that_peft_computes_otherwise_are_refused(tmp_path):
+    dilated = low_rank_update(grouped(dilation=2), rank=2)
+    with pytest.raises(UnsupportedModuleError):
+        export_peft(dilated, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_that_mix_the_groups_of_a_convolution_are_refused(peft, tmp_path):
+    wrapped = peft.get_peft_model(grouped(), peft.LoraConfig(r=4, target_modules=["2"]))
+    wrapped.save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(DeltaFormatError):
+        import_peft(grouped(), tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(

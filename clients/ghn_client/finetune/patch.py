@@ -132,18 +132,35 @@ def patch(
     generator = generator or torch.Generator().manual_seed(0)
     failures = []
     for construction, side in _candidates(problem, depth, directions, draws, generator, precision):
-        name = "float32" if side.center.dtype == torch.float32 else "float64"
-        measured = _measure(problem, side, batch_size)
-        certificate = _certificate(problem, side, construction, name, measured, depth)
-        precise = measured.smallest_margin > 0.5 * margin and measured.kept_largest_change < KEPT_TOLERANCE * margin
-        if certificate.holds and precise and _holds_inside(module, problem, side, path, batch_size):
-            patched = AdditiveModule(module, side, head=path).eval()
-            return Patch(patched, side, _with_touch_rate(certificate, patched, module, held_out_inputs, batch_size))
-        failures.append(f"{construction}/{name}: {measured}")
+        attempt = _attempt(module, problem, side, construction, path, margin, depth, batch_size)
+        if isinstance(attempt, Patch):
+            certificate = _with_touch_rate(attempt.certificate, attempt.module, module, held_out_inputs, batch_size)
+            return replace(attempt, certificate=certificate)
+        failures.append(attempt)
     raise PrecisionError(
         f"no {depth}-layer patch of {len(problem.wanted)} labels holds in {precision}; tried {'; '.join(failures)}."
         " Use precision='float64', depth=2 with directions='own', or at='features'"
     )
+
+
+def _attempt(
+    module: nn.Module,
+    problem: _Problem,
+    side: ClosedFormSideNetwork,
+    construction: str,
+    head: str | None,
+    margin: float,
+    depth: int,
+    batch_size: int,
+) -> Patch | str:
+    """The patched module if the side network does what it shall, by half the margin; otherwise what was measured."""
+    precision = "float32" if side.center.dtype == torch.float32 else "float64"
+    measured = _measure(problem, side, batch_size)
+    certificate = _certificate(problem, side, construction, precision, measured, depth)
+    precise = measured.smallest_margin > 0.5 * margin and measured.kept_largest_change < KEPT_TOLERANCE * margin
+    if certificate.holds and precise and _holds_inside(module, problem, side, head, batch_size):
+        return Patch(AdditiveModule(module, side, head=head).eval(), side, certificate)
+    return f"{construction}/{precision}: {measured}"
 
 
 def _check_options(

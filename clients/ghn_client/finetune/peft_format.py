@@ -99,9 +99,9 @@ def _lora(part: Part) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             continue
         owner: Any = part.module.get_submodule(layer)
         update = owner.parametrizations.weight[0]
-        ranks[layer], alphas[layer] = len(update.a), update.scale * len(update.a)
-        shape = _lora_shape(owner, local, value)
-        tensors[f"{_PREFIX}{layer}.lora_{local.upper()}.weight"] = value.reshape(shape)
+        ranks[layer] = len(update.a) * getattr(owner, "groups", 1)
+        alphas[layer] = update.scale * ranks[layer]
+        tensors[f"{_PREFIX}{layer}.lora_{local.upper()}.weight"] = _peft_factor(owner, local, value)
     rank, alpha = max(ranks.values()), max(alphas.values())
     config = {
         **_common(LORA, part),
@@ -117,16 +117,49 @@ def _lora(part: Part) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return config, tensors
 
 
-def _lora_shape(layer: nn.Module, local: str, value: torch.Tensor) -> tuple[int, ...]:
-    """PEFT keeps A and B of a convolution as convolutions: the kernel's shape for A, 1 x 1 for B."""
+def _peft_factor(layer: nn.Module, local: str, value: torch.Tensor) -> torch.Tensor:
+    """A or B as PEFT keeps it.
+
+    Those of a convolution are convolutions, with the kernel for A and 1 x 1 for B. A of PEFT has no groups: that of a
+    grouped convolution becomes block diagonal, with a rank as many times as large.
+    """
     weight = layer.get_parameter("parametrizations.weight.original")
     kernel = tuple(weight.shape[2:])
     if not kernel:
-        return tuple(value.shape)
-    groups = getattr(layer, "groups", 1)
-    if groups != 1:
-        raise UnsupportedModuleError(f"PEFT's LoRA has no grouped convolutions like {layer}; leave it out of layers=")
-    return (len(value), weight.shape[1], *kernel) if local == "a" else (*value.shape, *[1] * len(kernel))
+        return value
+    if any(size != 1 for size in layer.dilation) or layer.padding_mode != "zeros":  # type: ignore[union-attr]
+        raise UnsupportedModuleError(
+            f"PEFT's LoRA has no dilation and no padding modes of convolutions like {layer}; leave it out of layers="
+        )
+    if local == "b":
+        return value.reshape(*value.shape, *[1] * len(kernel))
+    groups = int(getattr(layer, "groups", 1))
+    rank, channels = len(value), weight.shape[1]
+    result = value.new_zeros(groups, rank, groups, channels, *kernel)
+    for group in range(groups):
+        result[group, :, group] = value.reshape(rank, channels, *kernel)
+    return result.reshape(groups * rank, groups * channels, *kernel)
+
+
+def _own_factor(layer: nn.Module, local: str, value: torch.Tensor) -> torch.Tensor:
+    """A or B of an adapter as ``low_rank_update`` keeps it.
+
+    Raises:
+        DeltaFormatError: A of a grouped convolution mixes groups, or is another one in every group.
+    """
+    if local == "b":
+        return value.reshape(len(value), -1)
+    groups = int(getattr(layer, "groups", 1))
+    blocks = value.reshape(groups, len(value) // groups, groups, -1)
+    expected = torch.zeros_like(blocks)
+    for group in range(groups):
+        expected[group, :, group] = blocks[0, :, 0]
+    if not torch.equal(blocks, expected):
+        raise DeltaFormatError(
+            f"the adapter's factor A of {layer} mixes the groups of the convolution, or differs between them, which"
+            " low_rank_update does not compute"
+        )
+    return blocks[0, :, 0]
 
 
 def _common(kind: str, part: Part) -> dict[str, Any]:
@@ -164,17 +197,18 @@ def _import_lora(module: nn.Module, own: Mapping[str, torch.Tensor], config: Map
         raise DeltaFormatError(f"this adapter uses {', '.join(variants)}, which low_rank_update does not compute")
     layers = sorted({name.partition(".lora_")[0] for name in own if ".lora_" in name})
     head = sorted({_split(name)[0] for name in own if ".lora_" not in name})
-    ranks = {layer: int(_pattern(config, "rank_pattern", layer, "r")) for layer in layers}
-    alphas = {layer: _pattern(config, "alpha_pattern", layer, "lora_alpha") for layer in layers}
-    handle = low_rank_update(module, rank=ranks, alpha=alphas, layers=layers, head=head)
+    groups = {layer: int(getattr(module.get_submodule(layer), "groups", 1)) for layer in layers}
+    ranks = {layer: int(_pattern(config, "rank_pattern", layer, "r")) // groups[layer] for layer in layers}
+    alphas = {layer: _pattern(config, "alpha_pattern", layer, "lora_alpha") / groups[layer] for layer in layers}
     plain = {}
     for name, value in own.items():
         layer, found, rest = name.partition(".lora_")
-        if found:
+        if found:  # before the module is changed, since a factor may be refused
             local = rest[0].lower()
-            plain[f"{layer}{_UPDATE}{local}"] = value.flatten(1) if local == "a" else value.reshape(len(value), -1)
+            plain[f"{layer}{_UPDATE}{local}"] = _own_factor(module.get_submodule(layer), local, value)
         else:
             plain[name] = value
+    handle = low_rank_update(module, rank=ranks, alpha=alphas, layers=layers, head=head)
     _copy(handle, plain, set(layers))
     return handle
 
