@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ghn_service.training.muon import Muon
 from ghn_service.training.settings import OptimizerSettings
 
 
@@ -30,12 +31,7 @@ class OptimizerGroup:
         ]
         if muon_matrices:
             self.optimizers.append(
-                torch.optim.Muon(
-                    muon_matrices,
-                    lr=settings.muon_learning_rate,
-                    weight_decay=settings.weight_decay,
-                    adjust_lr_fn="original",
-                )
+                Muon(muon_matrices, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay)
             )
         self._base_rates = [[float(group["lr"]) for group in item.param_groups] for item in self.optimizers]
 

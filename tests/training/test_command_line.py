@@ -9,13 +9,14 @@ from ghn_service.errors import InvalidOptionError
 from ghn_service.hypernetwork.checkpoint import load_checkpoint
 from ghn_service.training.__main__ import app
 from ghn_service.training.settings import load_settings
-from tests.training.written_images import write_image_folder
+from tests.training.written_images import write_idx_files, write_image_folder
 
 TINY = [
     "--set=hypernetwork={hidden_channels=8, num_heads=2, num_layers=1, max_shape=[8,8,7,7]}",
     "--set=data.batch_size=4",
     "--set=sampling.largest_macs=2e6",
     "--set=sampling.start_macs=2e6",
+    "--set=sampling.pool=20",
     "--set=limits.validation_networks=1",
     "--set=limits.steps=2",
     "--set=limits.log_every=1",
@@ -35,6 +36,18 @@ def test_fit_takes_any_classes_channels_and_size(tmp_path, classes, channels, si
     assert hypernetwork.config.num_classes == classes
     assert summary.card.details["image_size"] == size
     assert summary.card.details["channels"] == channels
+
+
+def test_gray_idx_files_are_trained_on_and_evaluated(tmp_path):
+    write_idx_files(tmp_path / "data", classes=3)
+    result = run("fit", "--data", tmp_path / "data", "--out", tmp_path / "run", *TINY)
+    assert result.exit_code == 0, result.output
+    checkpoint = tmp_path / "run" / "ghn.safetensors"
+    assert load_checkpoint(checkpoint)[1].card.details["image_size"] == 28
+    options = ("--splits", "test=1", "--fine-tune", 0, "--library", 0, "--workers", 1, "--out", tmp_path)
+    result = run("evaluate", "--checkpoint", checkpoint, "--data", tmp_path / "data", *options)
+    assert result.exit_code == 0, result.output
+    assert "| test | 1 |" in (tmp_path / "evaluation.md").read_text()
 
 
 def test_fit_goes_on_with_a_run_and_plot_draws_it(tmp_path):
