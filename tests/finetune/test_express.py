@@ -72,6 +72,7 @@ def test_a_trained_cnn_on_real_images_is_reproduced(sparsity):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
 def test_larger_networks_on_all_test_images(sparsity):
     images, labels = cifar10(10000)

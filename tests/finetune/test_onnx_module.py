@@ -281,6 +281,7 @@ def test_a_fixed_batch_that_cannot_be_freed_is_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("way", ["torchscript", "dynamo"])
 @pytest.mark.parametrize(
     "name",

@@ -37,6 +37,7 @@ def test_a_thousand_real_samples(depth):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_up_to_twenty_thousand_real_samples():
     neurons = {}
     for samples in (1000, 5000, 20000):

@@ -63,7 +63,7 @@ def best_shared_direction(
         raw = torch.randn(centred.shape[1], count, generator=generator, dtype=torch.float64).to(centred.device)
         directions = raw / scale[:, None]
         directions = directions / directions.norm(dim=0)
-        for direction, projections in zip(directions.T, (centred @ directions).T, strict=True):
+        for direction, projections in zip(directions.T, (centred @ directions).T.contiguous(), strict=True):
             gaps = neighbour_gaps(projections, changed) / projections.std(correction=0).clamp_min(1e-300)
             if best is None or gaps.min() > best.gaps.min():
                 best = Separation(direction, projections, gaps)
