@@ -28,15 +28,14 @@ from ghn_service.training.settings import load_settings
 from ghn_service.training.trainer import Trainer
 
 
-def plain_pass(trainer: Trainer, module: torch.nn.Module, generator: torch.Generator) -> None:
-    """Forward and backward of one network with ordinary parameters."""
-    images, labels, _ = trainer.batches.draw(generator=generator)
-    precision = trainer.precision
-    with target_passes(images.device, precision):
-        logits = module(images)
-    loss = functional.cross_entropy(logits.float(), labels, label_smoothing=0.1)
+def plain_passes(trainer: Trainer, module: torch.nn.Module, generator: torch.Generator) -> None:
+    """Forward and backward of one network with ordinary parameters, for each of a prediction's batches of images."""
     module.zero_grad(set_to_none=True)
-    loss.backward()
+    for _ in range(trainer.settings.data.batches_per_network):
+        images, labels, _ = trainer.batches.draw(generator=generator)
+        with target_passes(images.device, trainer.precision):
+            logits = module(images)
+        functional.cross_entropy(logits.float(), labels, label_smoothing=0.1).backward()
 
 
 def ordinary_module(architecture: TargetArchitecture) -> torch.nn.Module:
@@ -54,7 +53,7 @@ def measure(trainer: Trainer, *, groups: int, group_size: int) -> dict[str, floa
         for index, architecture in chosen:
             trainer._prepare(index, architecture)  # as in every round of the pool but the first
         if group == 0:
-            plain_pass(trainer, modules[0], generator)
+            plain_passes(trainer, modules[0], generator)
             trainer.step()
         trainer.stream.next_index = start
         before = time.process_time()
@@ -62,12 +61,13 @@ def measure(trainer: Trainer, *, groups: int, group_size: int) -> dict[str, floa
             trainer.step()
         middle = time.process_time()
         for module in modules:
-            plain_pass(trainer, module, generator)
+            plain_passes(trainer, module, generator)
         training_s += middle - before
         plain_s += time.process_time() - middle
     networks = groups * group_size
     return {
         "networks": networks,
+        "batches_per_network": trainer.settings.data.batches_per_network,
         "training_per_s": networks / training_s,
         "plain_per_s": networks / plain_s,
         "share_of_limit": plain_s / training_s,
@@ -79,12 +79,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--config", type=Path)
+    parser.add_argument("--set", action="append", default=[], dest="changes")
     parser.add_argument("--groups", type=int, default=12)
     parser.add_argument("--group-size", type=int, default=8)
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    settings = load_settings(options.config)
+    settings = load_settings(options.config, options.changes)
     images = require_images(options.data, "train", cache=options.cache)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
