@@ -90,7 +90,9 @@ def _histograms(controls: list[Cell]) -> dict[str, list[tuple[float, float]]]:
             if "histogram" in group[0]:
                 counts = [sum(values) for values in zip(*(cell["histogram"] for cell in group), strict=True)]
                 shares = [count / max(sum(counts), 1) for count in counts]
-                lines[f"{strategy}, {start}"] = [(BIN_WIDTH * (i + 0.5), share) for i, share in enumerate(shares)]
+                lines[f"{strategy}, {start.partition(',')[0]}"] = [
+                    (BIN_WIDTH * (i + 0.5), share) for i, share in enumerate(shares)
+                ]
     return lines
 
 
