@@ -91,9 +91,12 @@ def _group(start: float, span: float, group: Group, members: list[str], axis: _A
         parts.append(
             f'<rect x="{x:.1f}" y="{top:.1f}" width="{bar * 0.92:.1f}" height="{foot - top:.1f}" '
             f'fill="{_colour(index)}"><title>{html.escape(member)}: {mean:.2f} ± {error:.2f}</title></rect>'
-            f'<line x1="{middle:.1f}" x2="{middle:.1f}" y1="{axis.place(mean - error):.1f}" '
-            f'y2="{axis.place(mean + error):.1f}" stroke="{INK}" stroke-width="1.5"/>'
         )
+        span_of_error = f'y1="{axis.place(mean - error):.1f}" y2="{axis.place(mean + error):.1f}"'
+        parts += [
+            f'<line x1="{middle:.1f}" x2="{middle:.1f}" {span_of_error} stroke="{colour}" stroke-width="{width}"/>'
+            for colour, width in (("#fffc", 3.5), ("#333", 1.5))
+        ]
     return parts
 
 
