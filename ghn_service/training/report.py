@@ -107,7 +107,8 @@ def fine_tune_caption(plan: EvaluationPlan) -> str:
         f"weight decay {rule.weight_decay:g}, constant rate, batches of {rule.batch_size}, the same for both sides. "
         f"Each side's rate: the best of {rates} on {plan.validation_images:,} validation images after "
         f"{rule.choose_at} steps with seed {plan.seeds[0]}. Top-1 in percent on {plan.fine_tune_test_images:,} test "
-        "images under batch statistics, ± standard error over networks, whose seeds are averaged first. Steps saved: "
+        "images (whole batches of 64) under batch statistics, ± standard error over networks, whose seeds are averaged "
+        "first. Steps saved: "
         "how many more steps He initialisation needs to be as good; where it does not get there in "
         f'{max(rule.longest, *rule.budgets)} steps ("never reached", in runs), that number counts, so the mean is a '
         "lower bound."
