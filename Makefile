@@ -69,7 +69,9 @@ reproduce-additive: $(VENV)/.tests-installed  ## neurons against changed labels,
 	$(BIN)/python -m benchmarks.reproduce_additive --data $(DATA)
 
 evaluate: $(VENV)/.installed  ## evaluate the bundled hypernetwork on the images in DATA
-	$(BIN)/ghn-train evaluate --checkpoint $(GHN) --data $(DATA) --splits test,reference
+	$(BIN)/ghn-train evaluate --checkpoint $(GHN) --data $(DATA) --out runs/evaluation --test-images 1000 \
+		--precision bfloat16 --library 24 --splits test=50,wide=24,deep=24,dense=24,bnfree=24,reference \
+		--fine-tune 15 --fine-tune-images 0,1000
 
 lint: $(VENV)/.dev-installed  ## format, lint, type-check, check the protocol and the Dockerfile
 	$(BIN)/ruff format --check .
