@@ -155,7 +155,7 @@ def _read_kinds(
                 for entry in info.metadata_props:
                     if entry.key == _KIND_KEY and entry.value in ("PARAMETER", "BUFFER"):
                         kinds[info.name] = entry.value
-                    elif entry.key == _TRACED_KEY:
+                    elif entry.key == _TRACED_KEY and is_text(entry.value):
                         traced_names[entry.value] = info.name
     for entry in model.metadata_props:
         if entry.key in (PARAMETERS_KEY, BUFFERS_KEY):
@@ -171,7 +171,7 @@ def _read_folded(graph: onnx.GraphProto, initializers: Mapping[str, TensorHeader
         for info in graph.value_info
         if info.metadata_props and info.name in initializers
         for entry in info.metadata_props
-        if entry.key == FOLDED_KEY
+        if entry.key == FOLDED_KEY and is_text(entry.value)
     }
 
 

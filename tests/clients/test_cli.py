@@ -170,7 +170,9 @@ def test_an_interrupted_command_leaves_nothing_behind(sent: int, exit_code: int,
     (tmp_path / "server").mkdir()
     with fake_server(tmp_path / "server", FakePredictor(gate)) as server:
         command = [sys.executable, "-m", "ghn_client", "predict", str(model), "--address", server.address]
+        ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+        signal.signal(signal.SIGINT, ignored)
         assert gate.entered.wait(60)
         time.sleep(0.2)
         process.send_signal(sent)

@@ -7,7 +7,7 @@ import random
 
 import onnx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ghn_service.errors import InvalidArchitectureError, LimitExceededError, UnsupportedArchitectureError
@@ -42,6 +42,7 @@ def test_arbitrary_bytes(data: bytes) -> None:
 
 @few
 @given(st.sampled_from(SMALL), st.integers(0, 2**32), st.integers(1, 8))
+@example(("resnet18", "dynamo-eval-optimize"), 53407, 3)  # metadata that is no longer text
 def test_changed_bytes(model: tuple[str, str], seed: int, count: int) -> None:
     generator = random.Random(seed)
     data = bytearray(stored(*model))
