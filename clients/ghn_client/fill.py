@@ -21,6 +21,7 @@ from ghn_client.computed import as_stored
 from ghn_client.errors import LoadError
 from ghn_client.files import replaced_file
 from ghn_client.low_rank import FACTOR_IN, FACTOR_OUT, factor_pairs
+from ghn_client.onnx_types import TORCH_DTYPES
 from ghn_client.sources import ModelSource
 from ghn_client.structure import BUFFERS_KEY, PARAMETERS_KEY, parse_onnx
 from ghn_client.wire.metadata import TensorNote
@@ -33,18 +34,7 @@ EXTERNAL_BYTES = (1 << 31) - (1 << 24)
 
 _FIRST_IR_VERSION_WITHOUT_INPUTS = 4
 _INITIAL_STATISTICS = {3: 0.0, 4: 1.0}
-_TORCH_TYPES: dict[int, torch.dtype] = {
-    onnx.TensorProto.FLOAT: torch.float32,
-    onnx.TensorProto.DOUBLE: torch.float64,
-    onnx.TensorProto.FLOAT16: torch.float16,
-    onnx.TensorProto.BFLOAT16: torch.bfloat16,
-    onnx.TensorProto.INT64: torch.int64,
-    onnx.TensorProto.INT32: torch.int32,
-    onnx.TensorProto.BOOL: torch.bool,
-    onnx.TensorProto.UINT8: torch.uint8,
-    onnx.TensorProto.INT8: torch.int8,
-}
-_ONNX_TYPES = {dtype: number for number, dtype in _TORCH_TYPES.items()}
+_ONNX_TYPES = {dtype: number for number, dtype in TORCH_DTYPES.items()}
 
 
 def write_filled(prediction: Prediction, source: ModelSource | None, path: Path) -> None:
@@ -253,12 +243,12 @@ def _stored(proto: onnx.TensorProto, tensor: torch.Tensor) -> torch.Tensor:
 def _fill(proto: onnx.TensorProto, tensor: torch.Tensor) -> None:
     tensor = _stored(proto, tensor)
     name, dims, data_type = proto.name, tuple(proto.dims), proto.data_type
-    if data_type not in _TORCH_TYPES:
+    if data_type not in TORCH_DTYPES:
         raise LoadError(f"{name!r} has the type {onnx.TensorProto.DataType.Name(data_type)}, which cannot be filled")
     proto.Clear()
     proto.name, proto.data_type = name, data_type
     proto.dims.extend(dims)
-    values = tensor.detach().to(device="cpu", dtype=_TORCH_TYPES[data_type]).contiguous()
+    values = tensor.detach().to(device="cpu", dtype=TORCH_DTYPES[data_type]).contiguous()
     proto.raw_data = values.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 

@@ -16,22 +16,11 @@ from torch.nn import functional
 
 from ghn_client.finetune.errors import UnsupportedModuleError
 from ghn_client.finetune.onnx_builder import Builder, Traced, Value, batch_position
+from ghn_client.onnx_types import TORCH_DTYPES
 
 Inputs = Sequence[Value | None]
 Attributes = Mapping[str, Any]
 Operator = Callable[[Builder, Inputs, Attributes], Any]
-
-DTYPES: dict[int, torch.dtype] = {
-    onnx.TensorProto.FLOAT: torch.float32,
-    onnx.TensorProto.DOUBLE: torch.float64,
-    onnx.TensorProto.FLOAT16: torch.float16,
-    onnx.TensorProto.BFLOAT16: torch.bfloat16,
-    onnx.TensorProto.INT64: torch.int64,
-    onnx.TensorProto.INT32: torch.int32,
-    onnx.TensorProto.BOOL: torch.bool,
-    onnx.TensorProto.UINT8: torch.uint8,
-    onnx.TensorProto.INT8: torch.int8,
-}
 
 
 def numbers(value: Value | None, what: str) -> list[Any]:
@@ -112,9 +101,9 @@ def _to(b: Builder, value: Value | None, dtype: torch.dtype) -> Any:
 
 
 def _dtype(number: int) -> torch.dtype:
-    if number not in DTYPES:
+    if number not in TORCH_DTYPES:
         raise UnsupportedModuleError(f"the element type {onnx.helper.tensor_dtype_to_string(number)} is not supported")
-    return DTYPES[number]
+    return TORCH_DTYPES[number]
 
 
 def _reshape(b: Builder, inputs: Inputs, attributes: Attributes) -> Any:
