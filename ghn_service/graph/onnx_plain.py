@@ -141,29 +141,30 @@ def read_nothing(context: ReadContext, node: OnnxNode) -> None:
 
 def read_max_pool(context: ReadContext, node: OnnxNode) -> None:
     """MaxPool over two axes: a node. Over other axes, data passes."""
-    data = context.start(node)[0]
-    window = node.integers("kernel_shape")
-    spatial = convolved(node, data.spatial, window)
-    if len(window) != 2 or not data.flow:
-        context.emit(node, Value(flow=data.flow, spatial=spatial))
-        return
-    raw = RawNode("max_pool", 0, name=node.label, predecessors=set(data.flow), window=(window[0], window[1]))
-    context.emit(node, Value(flow=frozenset({context.add(raw)}), spatial=spatial))
+    _read_pool(context, node, "max_pool")
 
 
 def read_average_pool(context: ReadContext, node: OnnxNode) -> None:
     """AveragePool over two axes: a node, which the passes may find to be adaptive pooling."""
+    raw, spatial = _read_pool(context, node, "avg_pool")
+    if raw is None:
+        return
+    raw.from_adaptive = _ADAPTIVE_CLASSES.get(context.names.module_class(node))
+    tiles = (node.integers("strides") or (1, 1)) == raw.window and not any(node.integers("pads"))
+    raw.covers_input = tiles or spatial == (1, 1)
+
+
+def _read_pool(context: ReadContext, node: OnnxNode, op_type: str) -> tuple[RawNode | None, tuple[int, ...] | None]:
+    """The node of a pooling window over two axes, or ``None`` where data only passes; and the size behind it."""
     data = context.start(node)[0]
     window = node.integers("kernel_shape")
     spatial = convolved(node, data.spatial, window)
     if len(window) != 2 or not data.flow:
         context.emit(node, Value(flow=data.flow, spatial=spatial))
-        return
-    raw = RawNode("avg_pool", 0, name=node.label, predecessors=set(data.flow), window=(window[0], window[1]))
-    raw.from_adaptive = _ADAPTIVE_CLASSES.get(context.names.module_class(node))
-    tiles = (node.integers("strides") or (1, 1)) == window and not any(node.integers("pads"))
-    raw.covers_input = tiles or spatial == (1, 1)
+        return None, spatial
+    raw = RawNode(op_type, 0, name=node.label, predecessors=set(data.flow), window=(window[0], window[1]))
     context.emit(node, Value(flow=frozenset({context.add(raw)}), spatial=spatial))
+    return raw, spatial
 
 
 def read_global_pool(context: ReadContext, node: OnnxNode) -> None:
