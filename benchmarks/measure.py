@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import mmap
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
+
+from ghn_client.wire.buffers import allocate_buffer
 
 MIB = 2**20
 
@@ -20,23 +24,39 @@ def timed(call: Callable[[], T]) -> tuple[float, T]:
     return time.perf_counter() - start, value
 
 
-def median_seconds(call: Callable[[], object], repeats: int, *, warm_up: int = 1) -> float:
-    """Median wall seconds of ``repeats`` calls, after ``warm_up`` uncounted ones."""
-    for _ in range(warm_up):
-        call()
-    return statistics.median(timed(call)[0] for _ in range(repeats))
-
-
-def median_cpu_seconds(call: Callable[[], object], repeats: int, *, warm_up: int = 1) -> float:
-    """Median CPU seconds of this process in ``repeats`` calls; other processes change it little."""
-    for _ in range(warm_up):
-        call()
+def median_seconds(
+    call: Callable[[], object], repeats: int, *, warm_up: int = 1, prepare: Callable[[], object] = lambda: None
+) -> float:
+    """Median wall seconds of ``repeats`` calls, after ``warm_up`` uncounted ones; ``prepare`` comes before each."""
     seconds = []
-    for _ in range(repeats):
-        start = time.process_time()
-        call()
-        seconds.append(time.process_time() - start)
-    return statistics.median(seconds)
+    for _ in range(warm_up + repeats):
+        prepare()
+        seconds.append(timed(call)[0])
+    return statistics.median(seconds[warm_up:])
+
+
+def paired_cpu_seconds(
+    one: Callable[[], object], other: Callable[[], object], repeats: int, *, warm_up: int = 1
+) -> tuple[float, float]:
+    """Median CPU seconds of this process in ``repeats`` calls of each, in turns; other processes change it little.
+
+    Garbage is collected before each call: one collection of a large heap takes about as long as what is measured.
+    """
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(warm_up + repeats):
+        for call, measured in zip((one, other), seconds, strict=True):
+            gc.collect()
+            start = time.process_time()
+            call()
+            measured.append(time.process_time() - start)
+    return statistics.median(seconds[0][warm_up:]), statistics.median(seconds[1][warm_up:])
+
+
+def warm_memory(num_bytes: int) -> None:
+    """Uses that much memory and frees it, so that what comes next finds pages that the machine has at hand."""
+    if num_bytes:
+        memory = allocate_buffer(num_bytes)
+        memory[:: mmap.PAGESIZE] = bytes(len(range(0, num_bytes, mmap.PAGESIZE)))
 
 
 class PeakMemory:

@@ -11,7 +11,9 @@
 3. *export*: CPU seconds from a module to its structure, beside ``torch.export`` alone, and seconds to loaded weights.
 
 Every figure is the median of ``--repeats`` calls after one uncounted; rival and subject alternate in the same process,
-and their ratio is the median of the pairs' ratios.
+and their ratio is the median of the pairs' ratios. Before each of them, as much memory is touched and freed as
+it needs: a virtual machine may have given free pages back to its host, and then takes up to ten times as long for the
+first use of a page as for all that is measured. Before each export, garbage is collected, for the same reason.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from pathlib import Path
 import grpc
 import torch
 
-from benchmarks.measure import MIB, PeakMemory, median_cpu_seconds, median_seconds, print_table, timed
+from benchmarks.measure import MIB, PeakMemory, median_seconds, paired_cpu_seconds, print_table, timed, warm_memory
 from benchmarks.processes import receive_raw_bytes, running, serve_hypernetwork, serve_raw_bytes
 from ghn_client import GHNClient, export_architecture
 from ghn_client.wire.buffers import allocate_buffer
@@ -72,10 +74,12 @@ def measure_server(predictor: Predictor, onnx_bytes: bytes, repeats: int) -> tup
     """Median seconds by stage, of a plain copy of as many bytes, and the number of bytes."""
     runs, copies, num_bytes = [], [], 0
     for _ in range(repeats + 1):
+        warm_memory(num_bytes)
         result = predictor.run(onnx_bytes)
         num_bytes = result.parameters.num_bytes
         runs.append(result.seconds)
         del result
+        warm_memory(2 * num_bytes)
         source = torch.ones(num_bytes, dtype=torch.uint8)
         copies.append(timed(source.clone)[0])
         del source
@@ -114,9 +118,11 @@ def measure_client(address: str, raw_address: str, server_pid: int, onnx_bytes: 
     """Calls and raw streams in turns."""
     calls, streams, raws, bares, hashes = [], [], [], [], []
     server_growth, client_growth = [], []
+    num_bytes = 0
     server_memory, client_memory = PeakMemory(server_pid), PeakMemory()
     with GHNClient(address) as client, grpc.insecure_channel(raw_address) as raw_channel:
         for _ in range(repeats + 1):
+            warm_memory(2 * num_bytes)  # the server takes as much
             server_memory.reset()
             client_memory.reset()
             seconds, prediction = timed(lambda: client.predict(onnx_bytes))
@@ -128,7 +134,9 @@ def measure_client(address: str, raw_address: str, server_pid: int, onnx_bytes: 
             hashes.append(timed(partial(hashlib.sha256, buffer))[0])
             num_bytes = len(buffer)
             del prediction, buffer
+            warm_memory(num_bytes)
             raws.append(timed(partial(receive_raw_bytes, raw_channel, num_bytes))[0])
+            warm_memory(num_bytes)
             bares.append(timed(partial(receive_raw_bytes, raw_channel, num_bytes, allocate_buffer))[0])
     return ClientFigures(
         call_s=statistics.median(calls[1:]),
@@ -147,7 +155,7 @@ def _median_share(limits: Sequence[float], streams: Sequence[float]) -> float:
     return statistics.median(limit / stream for limit, stream in zip(limits, streams, strict=True))
 
 
-def measure_export(model: str, address: str, repeats: int) -> tuple[float, float, float]:
+def measure_export(model: str, address: str, weight_bytes: int, repeats: int) -> tuple[float, float, float]:
     """Median CPU seconds of ``torch.export`` alone and of our export; seconds from module to loaded weights."""
     module, example = build_torchvision(model)
     module.train()
@@ -159,9 +167,12 @@ def measure_export(model: str, address: str, repeats: int) -> tuple[float, float
 
     with GHNClient(address) as client:
         return (
-            median_cpu_seconds(export_only, repeats),
-            median_cpu_seconds(lambda: export_architecture(module, example), repeats),
-            median_seconds(lambda: client.predict(module, example).load_into(module), repeats),
+            *paired_cpu_seconds(export_only, lambda: export_architecture(module, example), repeats),
+            median_seconds(
+                lambda: client.predict(module, example).load_into(module),
+                repeats,
+                prepare=lambda: warm_memory(2 * weight_bytes),
+            ),
         )
 
 
@@ -172,7 +183,9 @@ def measure(model: str, predictor: Predictor, address: str, raw_address: str, se
     del module
     stages, copy_s, weight_bytes = measure_server(predictor, onnx_bytes, repeats)
     client = measure_client(address, raw_address, server_pid, onnx_bytes, repeats)
-    torch_export_s, export_s, module_to_weights_s = measure_export(model, address, min(repeats, EXPORT_REPEATS))
+    torch_export_s, export_s, module_to_weights_s = measure_export(
+        model, address, weight_bytes, min(repeats, EXPORT_REPEATS)
+    )
     return Row(
         model=model,
         weight_bytes=weight_bytes,

@@ -74,6 +74,11 @@ class SampledNetwork:
     architecture: Architecture
     multiply_adds: int
 
+    @property
+    def family(self) -> str:
+        """Name of the family in the generator."""
+        return self.architecture.family
+
     def build(self, *, initialize: bool = True) -> nn.Module:
         """The network as a torch module."""
         return self.architecture.build(initialize=initialize)

@@ -36,6 +36,11 @@ class TargetArchitecture(Protocol):
         """Multiply-adds of one image."""
         ...
 
+    @property
+    def family(self) -> str:
+        """Name of the kind of network."""
+        ...
+
     def build(self, *, initialize: bool = True) -> nn.Module:
         """The network as a torch module; its parameters have the names that the graph gives them.
 
@@ -180,8 +185,5 @@ class NetworkStream:
         cost = candidate.multiply_adds
         if cost > largest:
             return False
-        if cost > self.settings.budget_macs:
-            draw = random.Random(f"{self.seed}/{index}").random()
-            if draw >= self.settings.budget_macs / cost:
-                return False
-        return True
+        share = min(1.0, self.settings.budget_macs / cost) * self.settings.keep.get(candidate.family, 1.0)
+        return share >= 1.0 or random.Random(f"{self.seed}/{index}").random() < share

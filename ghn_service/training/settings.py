@@ -11,7 +11,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
@@ -60,6 +60,8 @@ class SamplingSettings(_Section):
         growth: Fraction of the run over which the largest network grows.
         largest_nodes: Networks with more graph nodes than this are left out.
         pool: Different networks; after that many they come again.
+        keep: Share of the networks of a family that is trained on in one round of the pool, by the family's name; all
+            of them for families that are not named. So rare or hard families get more of the compute.
     """
 
     meta_batch: int = Field(default=1, ge=1)
@@ -69,6 +71,7 @@ class SamplingSettings(_Section):
     growth: float = Field(default=0.6, ge=0, le=1)
     largest_nodes: int = Field(default=250, ge=4)
     pool: int = Field(default=2500, ge=1)
+    keep: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
 
 
 class ObjectiveSettings(_Section):

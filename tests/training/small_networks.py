@@ -35,6 +35,8 @@ class SmallConvnet(nn.Module):
 class SmallArchitecture:
     """Architecture number ``index`` of the family."""
 
+    family = "small"
+
     def __init__(self, index: int, *, image_size: int = 32, in_channels: int = 3, num_classes: int = 10) -> None:
         draw = random.Random(index)
         self.width = draw.choice((8, 16, 24, 32))

@@ -43,6 +43,8 @@ def test_networks_above_the_limit_are_left_out():
 
 def test_expensive_networks_are_thinned_in_proportion():
     class Fixed:
+        family = "fixed"
+
         def __init__(self, index):
             self.multiply_adds = 4_000_000 if index % 2 else 1_000_000
 
@@ -50,6 +52,21 @@ def test_expensive_networks_are_thinned_in_proportion():
     taken = NetworkStream(Fixed, settings).take(1000, 1.0)
     expensive = sum(network.multiply_adds > 1e6 for _, network in taken)
     assert 0.15 < expensive / 1000 < 0.25
+
+
+def test_families_are_thinned_to_their_share_anew_in_every_round_of_the_pool():
+    class OneOfTwoFamilies:
+        multiply_adds = 1_000_000
+
+        def __init__(self, index):
+            self.number = index % 10
+            self.family = "rare" if self.number % 2 else "frequent"
+
+    settings = SamplingSettings(budget_macs=1e7, start_macs=1e7, keep={"frequent": 0.25})
+    taken = NetworkStream(OneOfTwoFamilies, settings).take(1000, 1.0)
+    frequent = [network.number for _, network in taken if network.family == "frequent"]
+    assert 0.15 < len(frequent) / 1000 < 0.25
+    assert set(frequent) == {0, 2, 4, 6, 8}
 
 
 def test_the_largest_network_grows():
