@@ -17,7 +17,14 @@ from ghn_service.graph.op_types import OP_TYPE_NAMES
 ENCODER_NAMES = ("gated_gnn", "graphormer")
 DECODER_NAMES = ("tiled", "low_rank")
 KERNEL_CROPS = ("corner", "center")
+ACTIVATION_NAMES = ("relu", "leaky_relu")
 
+_NAMES = {
+    "encoder": ENCODER_NAMES,
+    "decoder": DECODER_NAMES,
+    "kernel_crop": KERNEL_CROPS,
+    "decoder_activation": ACTIVATION_NAMES,
+}
 _LARGEST = {
     "hidden_channels": 8192,
     "num_layers": 256,
@@ -45,6 +52,8 @@ class GHNConfig:
         distance_cutoff: Longest path that becomes a virtual edge; 1 means no virtual edges.
         kernel_crop: Which part of the decoded kernel grid a smaller kernel takes: ``center`` (GHN-3) or ``corner``
             (GHN-2).
+        decoder_activation: ``relu`` (GHN-2 and GHN-3), or ``leaky_relu``, whose units cannot stop learning for good
+            (``docs/training.md``, *What paid*).
         rank: Rank of the factors of the low-rank decoder; without meaning for the tiled one.
         op_types: Vocabulary of node types; the position is the row of the type embedding.
 
@@ -63,11 +72,12 @@ class GHNConfig:
     layer_norm: bool = True
     distance_cutoff: int = 50
     kernel_crop: str = "center"
+    decoder_activation: str = "relu"
     rank: int = 32
     op_types: tuple[str, ...] = OP_TYPE_NAMES
 
     def __post_init__(self) -> None:
-        for field, known in (("encoder", ENCODER_NAMES), ("decoder", DECODER_NAMES), ("kernel_crop", KERNEL_CROPS)):
+        for field, known in _NAMES.items():
             if getattr(self, field) not in known:
                 raise CheckpointError(f"{field} must be one of {', '.join(known)}; got {getattr(self, field)!r}")
         for field, largest in _LARGEST.items():

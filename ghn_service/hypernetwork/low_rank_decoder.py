@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from ghn_service.hypernetwork.activations import ACTIVATIONS
 from ghn_service.hypernetwork.blocks import (
     VECTOR_ROLES,
     DecodedGroup,
@@ -60,6 +60,7 @@ class LowRankDecoder(nn.Module):
         max_out, max_in, max_height, max_width = config.max_shape
         self.max_shape = config.max_shape
         self.weight_norm = config.weight_norm
+        self.activation = ACTIVATIONS[config.decoder_activation]
         self.is_centered = config.kernel_crop == "center"
         self.rank = config.rank
         self.expand = nn.Linear(channels, 4 * channels)
@@ -90,9 +91,9 @@ class LowRankDecoder(nn.Module):
         matrices = [index for index, request in enumerate(requests) if request.target.role not in VECTOR_ROLES]
         if not matrices:
             return
-        features = functional.relu(self.expand(embeddings[[requests[index].row for index in matrices]]))
-        features = self.factors(functional.relu(self.hidden(features)))
-        features = functional.relu(torch.unflatten(features, 1, (2, self.rank, self.rank)))  # (nodes, 2, r, r)
+        features = self.activation(self.expand(embeddings[[requests[index].row for index in matrices]]))
+        features = self.factors(self.activation(self.hidden(features)))
+        features = self.activation(torch.unflatten(features, 1, (2, self.rank, self.rank)))  # (nodes, 2, r, r)
         place = {index: position for position, index in enumerate(matrices)}
         factors = self._factors([requests[index].target for index in matrices])
         for (_, shape), members in grouped(matrices, lambda index: role_and_shape(requests[index])).items():

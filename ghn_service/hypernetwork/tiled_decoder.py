@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from ghn_service.hypernetwork.activations import ACTIVATIONS
 from ghn_service.hypernetwork.blocks import (
     VECTOR_ROLES,
     DecodedGroup,
@@ -49,6 +49,7 @@ class TiledDecoder(nn.Module):
         max_out, max_in, max_height, max_width = config.max_shape
         self.max_shape = config.max_shape
         self.weight_norm = config.weight_norm
+        self.activation = ACTIVATIONS[config.decoder_activation]
         self.is_centered = config.kernel_crop == "center"
         self.grid = nn.Linear(channels, 4 * channels * max_height * max_width)
         self.hidden = nn.Linear(4 * channels, 8 * channels)
@@ -100,8 +101,8 @@ class TiledDecoder(nn.Module):
 
     def _positions(self, embeddings: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Features of every kernel position, (P, h, w, 8C), with h and w at most those of the grid."""
-        grid = functional.relu(sliced_linear(embeddings, weight, bias))  # (P, 4C, h, w)
-        return functional.relu(self.hidden(grid.permute(0, 2, 3, 1)))
+        grid = self.activation(sliced_linear(embeddings, weight, bias))  # (P, 4C, h, w)
+        return self.activation(self.hidden(grid.permute(0, 2, 3, 1)))
 
     def _block_sizes(self, request: Request) -> tuple[int, int]:
         """(o, i) to decode: what the tensor needs, rounded up to a power of two so that more tensors share a batch."""
@@ -127,7 +128,7 @@ class TiledDecoder(nn.Module):
 
     def _classes(self, blocks: Tensor) -> Tensor:
         """The classifier's weight: (P, Mo, i, 1, 1) -> (P, K, i, 1, 1)."""
-        features = functional.relu(blocks[..., 0, 0]).transpose(1, 2)  # (P, i, Mo)
+        features = self.activation(blocks[..., 0, 0]).transpose(1, 2)  # (P, i, Mo)
         classes: Tensor = self.class_output(features)
         return classes.transpose(1, 2)[..., None, None]
 

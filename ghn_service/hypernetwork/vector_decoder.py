@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from ghn_service.hypernetwork.activations import ACTIVATIONS
 from ghn_service.hypernetwork.blocks import VECTOR_ROLES, DecodedGroup, Request, grouped, role_and_shape
 from ghn_service.hypernetwork.config import GHNConfig
 from ghn_service.hypernetwork.features import Role
@@ -29,6 +29,7 @@ class VectorDecoder(nn.Module):
         super().__init__()
         channels, length = config.hidden_channels, config.vector_length
         self.weight_norm = config.weight_norm
+        self.activation = ACTIVATIONS[config.decoder_activation]
         self.hidden = nn.Linear(channels, 2 * channels)
         self.output = nn.Linear(2 * channels, 2 * length)
         self.class_bias = nn.Linear(length, config.num_classes)
@@ -40,11 +41,11 @@ class VectorDecoder(nn.Module):
             return
         rows = sorted({requests[index].row for index in wanted})
         place = {row: position for position, row in enumerate(rows)}
-        hidden = functional.relu(self.hidden(embeddings[rows]))
+        hidden = self.activation(self.hidden(embeddings[rows]))
         decoded = torch.unflatten(self.output(hidden), 1, (2, -1))  # (nodes, 2, length)
         values = {Role.VECTOR: decoded[:, 0], Role.BIAS: decoded[:, 1]}
         if any(requests[index].target.role is Role.CLASS_BIAS for index in wanted):
-            values[Role.CLASS_BIAS] = self.class_bias(functional.relu(decoded[:, 1]))
+            values[Role.CLASS_BIAS] = self.class_bias(self.activation(decoded[:, 1]))
         if self.weight_norm:
             values = {
                 role: scale_norm_weight(value) if role is Role.VECTOR else scale_bias(value)

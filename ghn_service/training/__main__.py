@@ -63,15 +63,20 @@ def fit(
     start_from: Annotated[
         Path | None, typer.Option(help="Checkpoint or state file whose weights a new run begins with.")
     ] = None,
+    revive: Annotated[
+        bool, typer.Option("--revive", help="With --start-from: draw decoder units that have stopped anew.")
+    ] = False,
     teacher: Annotated[Path | None, typer.Option(help="Soft labels made by ghn-train teacher.")] = None,
     cache: Cache = None,
 ) -> None:
     """Train a hypernetwork on random architectures and a folder of labelled images."""
+    from ghn_service.training.fit import Start
     from ghn_service.training.fit import fit as run_fit
     from ghn_service.training.settings import load_settings
 
     settings = load_settings(config, changes or ())
-    progress = run_fit(data, out, settings, resume=resume, start_from=start_from, teacher=teacher, cache=cache)
+    start = Start(start_from, revive=revive) if start_from else None
+    progress = run_fit(data, out, settings, resume=resume, start=start, teacher=teacher, cache=cache)
     typer.echo(
         f"{progress.networks} networks in {progress.step} steps and {progress.elapsed_s / 60:.1f} minutes; "
         f"checkpoint in {out}"

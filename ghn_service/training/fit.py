@@ -12,7 +12,9 @@ import torch
 
 from ghn_service.errors import TrainingError
 from ghn_service.hypernetwork.checkpoint import CheckpointSummary, ModelCard, load_checkpoint, save_checkpoint
+from ghn_service.hypernetwork.features import build_features
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
+from ghn_service.hypernetwork.tiled_decoder import TiledDecoder
 from ghn_service.postprocess.distribution_shift import METADATA_KEY
 from ghn_service.training.data import (
     ImageSet,
@@ -27,7 +29,8 @@ from ghn_service.training.distributed import Workers, join_workers
 from ghn_service.training.graph_statistics import training_graph_statistics
 from ghn_service.training.memory import keep_freed_memory
 from ghn_service.training.networks import REFERENCE, Pool, Task, find_network
-from ghn_service.training.sampling import ArchitectureSource
+from ghn_service.training.revival import matrix_embeddings, revive, stopped_units
+from ghn_service.training.sampling import ArchitectureSource, find_candidate
 from ghn_service.training.settings import TrainingSettings
 from ghn_service.training.state import Progress, find_state, load_state
 from ghn_service.training.teacher import image_logits, load_teacher_logits, save_teacher_logits, train_teacher
@@ -36,6 +39,20 @@ from ghn_service.training.zero_shot import accuracy, make_validation
 
 logger = logging.getLogger(__name__)
 CHECKPOINT_FILE = "ghn.safetensors"
+NETWORKS_LOOKED_AT = 60
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a new run begins.
+
+    Attributes:
+        file: A checkpoint, or the state of another run.
+        revive: Whether decoder units that have stopped are drawn anew (``revival.py``).
+    """
+
+    file: Path
+    revive: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +98,7 @@ def fit(
     settings: TrainingSettings,
     *,
     resume: str = "auto",
-    start_from: Path | None = None,
+    start: Start | None = None,
     teacher: Path | None = None,
     cache: Path | None = None,
     source: ArchitectureSource | None = None,
@@ -93,7 +110,7 @@ def fit(
         out: Folder of the run.
         settings: The recipe.
         resume: ``auto`` goes on from the folder's state if there is one; ``never`` needs a folder without.
-        start_from: A checkpoint or a state whose weights a new run begins with.
+        start: Weights that a new run begins with; random ones where omitted.
         teacher: File of soft labels that ``ghn-train teacher`` wrote.
         cache: Folder for decoded images; ``cache`` beside the run where omitted.
         source: Training networks by number; split ``train`` of the generator where omitted.
@@ -109,7 +126,7 @@ def fit(
         data = load_training_data(data_folder, settings, cache or out.parent / "cache")
         settings = fit_settings_to_data(settings, data.training)
         trainer = _make_trainer(data, out, settings, workers, teacher, source)
-        _begin(trainer, out, resume, start_from)
+        _begin(trainer, out, resume, start)
         progress = trainer.run()
         if workers.is_main:
             export_checkpoint(trainer, out / CHECKPOINT_FILE, data, data_folder.name)
@@ -147,7 +164,7 @@ def _make_trainer(
     )
 
 
-def _begin(trainer: Trainer, out: Path, resume: str, start_from: Path | None) -> None:
+def _begin(trainer: Trainer, out: Path, resume: str, start: Start | None) -> None:
     """Random weights, those of another file, or the saved state of this run."""
     state = find_state(out)
     if state is not None:
@@ -155,11 +172,31 @@ def _begin(trainer: Trainer, out: Path, resume: str, start_from: Path | None) ->
             raise TrainingError(f"{out} already holds a run; resume it, or choose an empty folder")
         trainer.restore(state)
         logger.info("resumed at step %d after %.0f s of training", state.progress.step, state.progress.elapsed_s)
-    elif start_from is not None:
-        if start_from.suffix == ".safetensors":
-            trainer.start_from(load_checkpoint(start_from)[0].state_dict())
-        else:
-            trainer.start_from(load_state(start_from).average)
+    elif start is not None:
+        is_checkpoint = start.file.suffix == ".safetensors"
+        tensors = load_checkpoint(start.file)[0].state_dict() if is_checkpoint else load_state(start.file).average
+        trainer.start_from(tensors)
+        _look_for_stopped_units(trainer, revives=start.revive)
+
+
+def _look_for_stopped_units(trainer: Trainer, *, revives: bool) -> None:
+    """Counts the decoder's stopped units over some training networks; draws them anew where that is wanted."""
+    decoder = trainer.hypernetwork.decoder
+    if not isinstance(decoder, TiledDecoder):
+        return
+    found = (find_candidate(trainer.stream.source, index) for index in range(NETWORKS_LOOKED_AT))
+    features = (build_features(candidate.graph(), trainer.config) for candidate in found if candidate is not None)
+    embeddings = matrix_embeddings(trainer.hypernetwork, features)
+    if revives:
+        generator = torch.Generator().manual_seed(trainer.settings.seed)
+        logger.info("%d units of the decoder had stopped and begin anew", revive(decoder, embeddings, generator))
+        trainer.start_from({name: tensor.clone() for name, tensor in trainer.hypernetwork.state_dict().items()})
+    elif count := int(stopped_units(decoder, embeddings).sum()):
+        logger.warning(
+            "%d of %d units of the decoder have stopped; --revive lets them begin anew",
+            count,
+            decoder.hidden.out_features,
+        )
 
 
 def make_teacher(

@@ -67,6 +67,8 @@ def test_a_run_may_start_from_a_checkpoint(tmp_path):
     assert run(*command, "--out", tmp_path / "one").exit_code == 0
     start = tmp_path / "one" / "ghn.safetensors"
     assert run(*command, "--out", tmp_path / "two", "--start-from", start).exit_code == 0
+    revived = run(*command, "--out", tmp_path / "three", "--start-from", start, "--revive")
+    assert revived.exit_code == 0, revived.output
 
 
 def test_evaluate_writes_its_report(tmp_path):
