@@ -24,7 +24,7 @@ import json
 import statistics
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -200,69 +200,47 @@ def measure(model: str, predictor: Predictor, address: str, raw_address: str, se
     )
 
 
+Column = tuple[str, Callable[[Row], str]]
+SERVER_COLUMNS: tuple[Column, ...] = (
+    ("network", lambda row: row.model),
+    ("MiB", lambda row: f"{row.weight_bytes / MIB:.0f}"),
+    ("read", lambda row: f"{row.read_s:.4f}"),
+    ("encode", lambda row: f"{row.encode_s:.4f}"),
+    ("decode", lambda row: f"{row.decode_s:.4f}"),
+    ("total", lambda row: f"{_server_seconds(row):.4f}"),
+    ("plain copy", lambda row: f"{row.copy_s:.4f}"),
+    ("total / copy", lambda row: f"{_server_seconds(row) / row.copy_s:.1f}"),
+)
+CLIENT_COLUMNS: tuple[Column, ...] = (
+    ("network", lambda row: row.model),
+    ("call", lambda row: f"{row.call_s:.3f}"),
+    ("stream", lambda row: f"{row.stream_s:.3f}"),
+    ("raw", lambda row: f"{row.raw_stream_s:.3f}"),
+    ("raw / stream", lambda row: f"{row.raw_share:.0%}"),
+    ("bare", lambda row: f"{row.bare_stream_s:.3f}"),
+    ("bare / stream", lambda row: f"{row.bare_share:.0%}"),
+    ("sha256", lambda row: f"{row.sha256_s:.3f}"),
+    ("server, MiB", lambda row: f"{(row.server_growth_bytes - row.weight_bytes) / MIB:.0f}"),
+    ("client", lambda row: f"{row.client_growth_bytes / row.weight_bytes:.2f}"),
+)
+EXPORT_COLUMNS: tuple[Column, ...] = (
+    ("network", lambda row: row.model),
+    ("torch.export alone", lambda row: f"{row.torch_export_s:.2f}"),
+    ("export_architecture", lambda row: f"{row.export_s:.2f}"),
+    ("ratio", lambda row: f"{row.export_s / row.torch_export_s:.2f}"),
+    ("module to loaded weights", lambda row: f"{row.module_to_weights_s:.2f}"),
+)
+
+
 def report(rows: Sequence[Row]) -> None:
     """Prints the three tables."""
-    print("\nServer, seconds from ONNX bytes to weights:\n")
-    print_table(
-        ["network", "MiB", "read", "encode", "decode", "total", "plain copy", "total / copy"],
-        [
-            [
-                row.model,
-                f"{row.weight_bytes / MIB:.0f}",
-                f"{row.read_s:.4f}",
-                f"{row.encode_s:.4f}",
-                f"{row.decode_s:.4f}",
-                f"{_server_seconds(row):.4f}",
-                f"{row.copy_s:.4f}",
-                f"{_server_seconds(row) / row.copy_s:.1f}",
-            ]
-            for row in rows
-        ],
-    )
-    print("\nClient, seconds of a call; memory beyond what was resident before:\n")
-    print_table(
-        [
-            "network",
-            "call",
-            "stream",
-            "raw",
-            "raw / stream",
-            "bare",
-            "bare / stream",
-            "sha256",
-            "server, MiB",
-            "client",
-        ],
-        [
-            [
-                row.model,
-                f"{row.call_s:.3f}",
-                f"{row.stream_s:.3f}",
-                f"{row.raw_stream_s:.3f}",
-                f"{row.raw_share:.0%}",
-                f"{row.bare_stream_s:.3f}",
-                f"{row.bare_share:.0%}",
-                f"{row.sha256_s:.3f}",
-                f"{(row.server_growth_bytes - row.weight_bytes) / MIB:.0f}",
-                f"{row.client_growth_bytes / row.weight_bytes:.2f}",
-            ]
-            for row in rows
-        ],
-    )
-    print("\nExport, CPU seconds; seconds to loaded weights:\n")
-    print_table(
-        ["network", "torch.export alone", "export_architecture", "ratio", "module to loaded weights"],
-        [
-            [
-                row.model,
-                f"{row.torch_export_s:.2f}",
-                f"{row.export_s:.2f}",
-                f"{row.export_s / row.torch_export_s:.2f}",
-                f"{row.module_to_weights_s:.2f}",
-            ]
-            for row in rows
-        ],
-    )
+    for title, columns in (
+        ("Server, seconds from ONNX bytes to weights", SERVER_COLUMNS),
+        ("Client, seconds of a call; memory beyond what was resident before", CLIENT_COLUMNS),
+        ("Export, CPU seconds; seconds to loaded weights", EXPORT_COLUMNS),
+    ):
+        print(f"\n{title}:\n")
+        print_table([name for name, _ in columns], [[cell(row) for _, cell in columns] for row in rows])
 
 
 def _server_seconds(row: Row) -> float:

@@ -24,7 +24,7 @@ from ghn_service.training.evaluation_plan import EvaluationPlan, Job
 from ghn_service.training.fine_tune import Curve, FineTuneData, fine_tune, small_training_set
 from ghn_service.training.memory import keep_freed_memory
 from ghn_service.training.networks import REFERENCE, Task, find_network, reference_names
-from ghn_service.training.novelty import PredictionLibrary
+from ghn_service.training.novelty import KnownPredictions
 from ghn_service.training.passes import target_passes
 from ghn_service.training.results import Result, ZeroShot, result_key
 from ghn_service.training.sampling import TargetArchitecture
@@ -78,12 +78,12 @@ class Context:
         return Task(self.training.num_classes, self.training.channels, self.training.image_size)
 
     @functools.cached_property
-    def library(self) -> PredictionLibrary | None:
+    def neighbours(self) -> KnownPredictions | None:
         """Predictions for training networks."""
-        if not self.plan.library:
+        if not self.plan.novelty_networks:
             return None
-        trained_on = (self.network(TRAINING_SPLIT, str(index)) for index in range(self.plan.library))
-        return PredictionLibrary(self.hypernetwork, trained_on)
+        trained_on = (self.network(TRAINING_SPLIT, str(index)) for index in range(self.plan.novelty_networks))
+        return KnownPredictions(self.hypernetwork, trained_on)
 
     @property
     def precision(self) -> torch.dtype:
@@ -212,7 +212,7 @@ def _zero_shot(job: Job, context: Context) -> ZeroShot:
     calibration = first_images(context.training, plan.calibration_images)
     module = predict_module(context.hypernetwork, architecture, seed=0).eval()
     he = he_module(architecture, seed=0).eval()
-    novelty = context.library.novelty(architecture) if context.library else None
+    novelty = context.neighbours.novelty(architecture) if context.neighbours else None
     with target_passes(CPU, choose_precision(plan.zero_shot_precision, CPU)):
         scores = {
             "batch": batch_accuracy(module, test, normalization),

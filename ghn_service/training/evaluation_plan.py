@@ -33,7 +33,7 @@ class EvaluationPlan:
         validation_images: Held-out training images that choose learning rates.
         seeds: Seeds of the comparison; the first one chooses the learning rates.
         fine_tune: Budgets and grid.
-        library: Training networks in the honesty check; 0 leaves it out.
+        novelty_networks: Training networks in the honesty check; 0 leaves it out.
         precision: Number format of fine-tuning passes.
         zero_shot_precision: Number format of zero-shot passes.
         largest_macs: Networks with more multiply-adds are left out, and counted as such.
@@ -49,7 +49,7 @@ class EvaluationPlan:
     validation_images: int = 1000
     seeds: tuple[int, ...] = (0,)
     fine_tune: FineTunePlan = field(default_factory=FineTunePlan)
-    library: int = 32
+    novelty_networks: int = 32
     precision: str = "auto"
     zero_shot_precision: str = "float32"
     largest_macs: float = 1.5e9
@@ -60,7 +60,7 @@ class EvaluationPlan:
         return {
             "test_images": self.test_images,
             "calibration_images": self.calibration_images,
-            "library": self.library,
+            "novelty_networks": self.novelty_networks,
             "precision": self.zero_shot_precision,
         }
 

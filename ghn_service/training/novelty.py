@@ -37,7 +37,7 @@ class Novelty:
     copies: Mapping[str, Tensor]
 
 
-class PredictionLibrary:
+class KnownPredictions:
     """Predicted tensors of training networks, by kind and shape.
 
     Args:
@@ -54,7 +54,7 @@ class PredictionLibrary:
         self.tensors = {kind: torch.stack(items) for kind, items in collected.items()}
 
     def novelty(self, architecture: TargetArchitecture) -> Novelty:
-        """How far the architecture's predicted tensors are from the library's."""
+        """How far the architecture's predicted tensors are from those of the known networks."""
         distances: list[float] = []
         copies: dict[str, Tensor] = {}
         covered = total = 0

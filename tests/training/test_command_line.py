@@ -44,7 +44,7 @@ def test_gray_idx_files_are_trained_on_and_evaluated(tmp_path):
     assert result.exit_code == 0, result.output
     checkpoint = tmp_path / "run" / "ghn.safetensors"
     assert load_checkpoint(checkpoint)[1].card.details["image_size"] == 28
-    options = ("--splits", "test=1", "--fine-tune", 0, "--library", 0, "--workers", 1, "--out", tmp_path)
+    options = ("--splits", "test=1", "--fine-tune", 0, "--novelty-networks", 0, "--workers", 1, "--out", tmp_path)
     result = run("evaluate", "--checkpoint", checkpoint, "--data", tmp_path / "data", *options)
     assert result.exit_code == 0, result.output
     assert "| test | 1 |" in (tmp_path / "evaluation.md").read_text()
@@ -74,7 +74,7 @@ def test_a_run_may_start_from_a_checkpoint(tmp_path):
 def test_evaluate_writes_its_report(tmp_path):
     write_image_folder(tmp_path / "data", classes=3)
     run("fit", "--data", tmp_path / "data", "--out", tmp_path / "run", *TINY)
-    options = ("--splits", "test=1,wide", "--networks", 0, "--fine-tune", 0, "--library", 1, "--workers", 1)
+    options = ("--splits", "test=1,wide", "--networks", 0, "--fine-tune", 0, "--novelty-networks", 1, "--workers", 1)
     checkpoint = tmp_path / "run" / "ghn.safetensors"
     result = run("evaluate", "--checkpoint", checkpoint, "--data", tmp_path / "data", "--out", tmp_path, *options)
     assert result.exit_code == 0, result.output

@@ -16,7 +16,7 @@ from ghn_service.training.evaluate import evaluate
 from ghn_service.training.evaluation_plan import EvaluationPlan
 from ghn_service.training.fine_tune import FineTunePlan
 from ghn_service.training.networks import Task, find_network
-from ghn_service.training.novelty import PredictionLibrary
+from ghn_service.training.novelty import KnownPredictions
 from ghn_service.training.training_pool import TrainingPool
 from tests.training.training_cases import small_source
 from tests.training.written_images import write_image_folder
@@ -31,7 +31,7 @@ PLAN = EvaluationPlan(
     fine_tune_test_images=64,
     validation_images=16,
     fine_tune=FineTunePlan(learning_rates=(0.01, 0.1), choose_at=2, budgets=(2,), longest=4, every=2, batch_size=8),
-    library=2,
+    novelty_networks=2,
     precision="float32",
 )
 
@@ -51,7 +51,7 @@ def comparable(evaluation):
 
 def quick(**changes):
     """A plan of zero-shot scores alone."""
-    return dataclasses.replace(PLAN, **{"fine_tune_networks": 0, "library": 0, **changes})
+    return dataclasses.replace(PLAN, **{"fine_tune_networks": 0, "novelty_networks": 0, **changes})
 
 
 def count_measurements(monkeypatch):
@@ -79,7 +79,7 @@ def test_the_number_of_processes_changes_nothing(files):
 def test_finished_measurements_are_not_repeated(tmp_path, files, monkeypatch):
     results = tmp_path / "measurements.jsonl"
     whole = evaluate(*files, PLAN)
-    evaluate(*files, quick(splits={"test": 1}, library=2), results=results)
+    evaluate(*files, quick(splits={"test": 1}, novelty_networks=2), results=results)
     done = count_measurements(monkeypatch)
     evaluation = evaluate(*files, PLAN, results=results)
     assert len(done) == whole.jobs - 1
@@ -138,7 +138,7 @@ def test_no_measurement_begins_after_the_time_limit(files):
 
 
 def test_the_first_seed_chooses_the_rates_of_all(files):
-    plan = dataclasses.replace(PLAN, seeds=(0, 1), fine_tune_images=(0,), splits={"test": 1}, library=0)
+    plan = dataclasses.replace(PLAN, seeds=(0, 1), fine_tune_images=(0,), splits={"test": 1}, novelty_networks=0)
     first, second = evaluate(*files, plan).fine_tuned
     assert (first.seed, second.seed) == (0, 1)
     assert first.comparison.predicted.learning_rate == second.comparison.predicted.learning_rate
@@ -179,8 +179,8 @@ def alike(network):
 
 def test_a_training_network_is_its_own_neighbour():
     hypernetwork = GraphHyperNetwork(CONFIG, generator=torch.Generator().manual_seed(0))
-    library = PredictionLibrary(hypernetwork, [small_source(2)])
-    own = library.novelty(small_source(2))
+    known = KnownPredictions(hypernetwork, [small_source(2)])
+    own = known.novelty(small_source(2))
     assert own.distance == 0.0
     assert own.covered == 1.0
-    assert library.novelty(alike(small_source(2))).distance > 0.0
+    assert known.novelty(alike(small_source(2))).distance > 0.0

@@ -116,7 +116,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
 class ZooNetwork:
     """One network: where it comes from, how to build it, and the size of its input."""
 
-    library: str
+    package: str
     name: str
     image_size: int
     build: Callable[[], nn.Module] = field(repr=False)

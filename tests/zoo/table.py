@@ -15,13 +15,13 @@ gives; the rest gets a standard initialiser, which the reply names. Seconds are 
 machine: *export* from module to structure, *predict* from bytes to weights in the client.
 """
 
-HEADER = "| library | network | input | parameters | nodes | predicted | fallback rules | export, s | predict, s |"
+HEADER = "| package | network | input | parameters | nodes | predicted | fallback rules | export, s | predict, s |"
 RULE = "| --- | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: |"
 
 
 def render_table(rows: Iterable[Mapping[str, Any]], failed: Iterable[str]) -> str:
-    """The page, sorted by library and name."""
-    ordered = sorted(rows, key=lambda row: (row["library"], row["name"].lower()))
+    """The page, sorted by package and name."""
+    ordered = sorted(rows, key=lambda row: (row["package"], row["name"].lower()))
     failures = sorted(set(failed))
     summary = f"{len(ordered)} networks work"
     summary += f", {len(failures)} fail: {', '.join(failures)}." if failures else "."
@@ -31,6 +31,6 @@ def render_table(rows: Iterable[Mapping[str, Any]], failed: Iterable[str]) -> st
 def _render_row(row: Mapping[str, Any]) -> str:
     rules = ", ".join(row["rules"]) or "-"
     return (
-        f"| {row['library']} | {row['name']} | {row['image_size']} | {row['parameters'] / 1e6:.2f} M | {row['nodes']} "
+        f"| {row['package']} | {row['name']} | {row['image_size']} | {row['parameters'] / 1e6:.2f} M | {row['nodes']} "
         f"| {row['predicted']:.2%} | {rules} | {row['export_s']:.1f} | {row['predict_s']:.2f} |"
     )

@@ -35,7 +35,7 @@ def first_output(outputs: object) -> torch.Tensor:
     return outputs
 
 
-@pytest.mark.parametrize("network", zoo_networks(), ids=lambda network: f"{network.library}-{network.name}")
+@pytest.mark.parametrize("network", zoo_networks(), ids=lambda network: f"{network.package}-{network.name}")
 def test_predicted_weights_load_strictly_and_train(network: ZooNetwork, client: GHNClient, record_property) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -62,7 +62,7 @@ def test_predicted_weights_load_strictly_and_train(network: ZooNetwork, client: 
     predicted = sum(size for name, size in sizes.items() if not prediction.origins[name].startswith("fallback:"))
     rules = {origin.removeprefix("fallback:") for origin in prediction.origins.values() if ":" in origin}
     row = {
-        "library": network.library,
+        "package": network.package,
         "name": network.name,
         "image_size": network.image_size,
         "parameters": sum(parameter.numel() for parameter in module.parameters()),

@@ -129,13 +129,11 @@ def patch(
     _check_options(module, depth, margin, at, directions, precision, reach)
     path = base_head(module, head) if at == FEATURES else None
     problem = _prepare(module, wrong_inputs, wanted, keep_inputs, path, margin, reach, batch_size)
-    generator = generator or torch.Generator().manual_seed(0)
-    failures = []
+    failures, generator = [], generator or torch.Generator().manual_seed(0)
     for construction, side in _candidates(problem, depth, directions, draws, generator, precision):
         attempt = _attempt(module, problem, side, construction, path, margin, depth, batch_size)
         if isinstance(attempt, Patch):
-            certificate = _with_touch_rate(attempt.certificate, attempt.module, module, held_out_inputs, batch_size)
-            return replace(attempt, certificate=certificate)
+            return _with_touch_rate(attempt, module, held_out_inputs, batch_size)
         failures.append(attempt)
     raise PrecisionError(
         f"no {depth}-layer patch of {len(problem.wanted)} labels holds in {precision}; tried {'; '.join(failures)}."
@@ -306,19 +304,14 @@ def _certificate(
 
 
 @torch.no_grad()
-def _with_touch_rate(
-    certificate: PatchCertificate,
-    patched: AdditiveModule,
-    module: nn.Module,
-    held_out: torch.Tensor | None,
-    batch_size: int,
-) -> PatchCertificate:
+def _with_touch_rate(patched: Patch, module: nn.Module, held_out: torch.Tensor | None, batch_size: int) -> Patch:
     if held_out is None or not len(held_out):
-        return certificate
+        return patched
     before = run_in_batches(module, held_out, batch_size)
-    after = run_in_batches(patched, held_out, batch_size)
+    after = run_in_batches(patched.module, held_out, batch_size)
     if after.shape != before.shape:
         raise CertificateError(f"patched logits have shape {tuple(after.shape)}, expected {tuple(before.shape)}")
     touched = ((after - before).abs().max(1).values > 1e-3 * (1.0 + before.abs().max())).float().mean()
     relabelled = (after.argmax(1) != before.argmax(1)).float().mean()
-    return replace(certificate, touched=float(touched), relabelled=float(relabelled))
+    certificate = replace(patched.certificate, touched=float(touched), relabelled=float(relabelled))
+    return replace(patched, certificate=certificate)
