@@ -79,7 +79,7 @@ def conv2d(
 def linear(x: Symbol, weight: Tensor, bias: Tensor | None = None) -> Symbol:
     """(..., C) with weight (C', C) -> (..., C')."""
     shape = (*x.shape[:-1], int(weight.shape[0]))
-    return _weighted(x, "conv", weight, bias, shape, {"positions": math.prod(shape[1:-1])})
+    return _weighted(x, "conv", weight, bias, shape, {"positions": math.prod(shape[:-1])})
 
 
 def _norm(x: Symbol, op_type: str, weight: Tensor, bias: Tensor | None) -> Symbol:

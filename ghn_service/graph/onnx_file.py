@@ -86,6 +86,12 @@ class OnnxFile:
         info = self.value_shapes.get(name)
         return None if info is None else _static_shape(info)
 
+    @property
+    def num_examples(self) -> int:
+        """First axis of the first data input that states one; 0 where none does."""
+        stated = (header.shape for header in self.inputs if header.name not in self.kinds)
+        return next((shape[0] for shape in stated if shape is not None and len(shape) >= 2), 0)
+
 
 def load_file(data: bytes, limits: GraphLimits) -> OnnxFile:
     """Parses and checks a model.

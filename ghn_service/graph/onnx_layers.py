@@ -164,7 +164,7 @@ def _read_linear(
     layer = _add_layer(context, node, index, view, axes, "conv", data.flow)
     raw = context.graph.nodes[layer]
     raw.is_linear = True
-    raw.attributes = {"positions": _count(_leading_axes(context, node))}
+    raw.attributes = {"positions": _rows(context, node)}
     bias = context.weight(node, bias_index) if 0 <= bias_index < len(node.inputs) else None
     _finish_layer(context, node, layer, bias, bias_index, None)
     extra = context.values[node.inputs[bias_index]] if 0 <= bias_index < len(node.inputs) else None
@@ -235,10 +235,19 @@ def _pass_weighted(context: ReadContext, node: OnnxNode, data: Value, spatial: t
     context.emit(node, Value(flow=data.flow or INPUT, spatial=spatial))
 
 
-def _leading_axes(context: ReadContext, node: OnnxNode) -> tuple[int, ...] | None:
-    """Sizes of the axes between the first and the last one of a linear layer's output; None if unknown."""
+def _rows(context: ReadContext, node: OnnxNode) -> int:
+    """Rows per example that a linear layer is applied to; 0 if unknown.
+
+    Examples need not be the first axis: attention puts tokens there, or windows together with examples.
+    """
     shapes = (context.file.value_shape(name) for name in (node.outputs[0], *node.inputs))
-    return next((shape[1:-1] for shape in shapes if shape is not None and len(shape) >= 2), None)
+    shape = next((shape for shape in shapes if shape is not None and len(shape) >= 2), None)
+    if shape is None:
+        return 0
+    rows, examples = math.prod(shape[:-1]), context.file.num_examples
+    if examples and rows % examples == 0:
+        return _count((rows // examples,))
+    return _count(shape[1:-1])
 
 
 def _count(sizes: tuple[int, ...] | None) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from architectures.generator import GENERATOR_VERSION
+from ghn_service.graph.architecture import DIGEST_VERSION
 from ghn_service.training.networks import Pool, Task
 from ghn_service.training.sampling import find_candidate
 
@@ -66,7 +67,7 @@ def training_pool(size: int, task: Task, cache: Path | None) -> TrainingPool:
 
 def _cache_path(cache: Path, task: Task) -> Path:
     sizes = f"{task.num_classes}-{task.in_channels}-{task.image_size}"
-    return cache / f"graphs-{TRAINING_SPLIT}-v{GENERATOR_VERSION}-{sizes}.json"
+    return cache / f"graphs-{TRAINING_SPLIT}-v{GENERATOR_VERSION}.{DIGEST_VERSION}-{sizes}.json"
 
 
 def _read(path: Path | None) -> list[str]:

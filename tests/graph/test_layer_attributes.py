@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+from onnx import TensorProto, helper
+
 from ghn_service.graph import ArchitectureGraph, LayerAttributes, read_onnx
 from tests.data.regenerate import stored_model
+from tests.graph.onnx_models import Model
 
 
 def layers(name: str, form: str = "dynamo-train") -> dict[str, LayerAttributes]:
@@ -39,7 +43,23 @@ def test_transformer_layers() -> None:
     assert found[f"{block}.self_attention.out_proj.weight"].packed == 1
     assert found[f"{block}.mlp.0.weight"].activation == "gelu"
     assert found[f"{block}.mlp.3.weight"].activation == ""
-    assert found[f"{block}.mlp.0.weight"].positions == 197
+    assert {layer.positions for name, layer in found.items() if name.startswith("encoder.")} == {197}
+
+
+def test_rows_of_all_windows_count() -> None:
+    assert layers("swin_t")["features.1.0.attn.qkv.weight"].positions == 56 * 56
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 4), (7, 2, 4), (14, 4)])
+def test_rows_do_not_depend_on_where_the_examples_are(shape: tuple[int, ...]) -> None:
+    model = Model({"x": (2, 7, 4)})
+    moved = model.node("Reshape", ["x", model.integers("shape", *shape)], "moved")
+    model.node("MatMul", [moved, model.weight("w", 4, 5)], "product")
+    proto = model.proto()
+    proto.graph.value_info.append(helper.make_tensor_value_info(moved, TensorProto.FLOAT, shape))
+    layer = read_onnx(proto.SerializeToString()).nodes[1].layer
+    assert layer is not None
+    assert layer.positions == 7
 
 
 def test_depthwise_layers_of_efficientnet() -> None:
