@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import logging
 import subprocess
@@ -12,6 +13,7 @@ import torch
 
 from ghn_service.errors import TrainingError
 from ghn_service.hypernetwork.checkpoint import CheckpointSummary, ModelCard, load_checkpoint, save_checkpoint
+from ghn_service.hypernetwork.config import GHNConfig, decode_config
 from ghn_service.hypernetwork.features import build_features
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
 from ghn_service.hypernetwork.tiled_decoder import TiledDecoder
@@ -173,10 +175,20 @@ def _begin(trainer: Trainer, out: Path, resume: str, start: Start | None) -> Non
         trainer.restore(state)
         logger.info("resumed at step %d after %.0f s of training", state.progress.step, state.progress.elapsed_s)
     elif start is not None:
-        is_checkpoint = start.file.suffix == ".safetensors"
-        tensors = load_checkpoint(start.file)[0].state_dict() if is_checkpoint else load_state(start.file).average
+        config, tensors = _read_start(start.file)
+        for name, before in dataclasses.asdict(config).items():
+            if (now := getattr(trainer.config, name)) != before:
+                logger.warning("hypernetwork.%s is %s; it was %s in %s", name, now, before, start.file.name)
         trainer.start_from(tensors)
         _look_for_stopped_units(trainer, revives=start.revive)
+
+
+def _read_start(file: Path) -> tuple[GHNConfig, dict[str, torch.Tensor]]:
+    if file.suffix == ".safetensors":
+        hypernetwork, _ = load_checkpoint(file)
+        return hypernetwork.config, hypernetwork.state_dict()
+    state = load_state(file)
+    return decode_config(state.settings["hypernetwork"]), state.average
 
 
 def _look_for_stopped_units(trainer: Trainer, *, revives: bool) -> None:

@@ -1,7 +1,7 @@
 """What a training run is made of, as frozen values that a TOML file or ``--set`` can change.
 
-The defaults are what won in the comparisons of ``docs/training.md``. The bundled checkpoint was trained with other
-values in places (one batch of images per network); its metadata has them.
+The defaults are what won in the comparisons of ``docs/training.md``. A checkpoint's metadata has the values that it was
+trained with.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ from pydantic import Field
 from ghn_service.errors import CheckpointError, InvalidOptionError
 from ghn_service.hypernetwork.config import GHNConfig, decode_config
 
-SMALL_HYPERNETWORK: dict[str, Any] = {"hidden_channels": 32, "max_shape": [64, 64, 7, 7], "num_classes": 10}
+SMALL_HYPERNETWORK: dict[str, Any] = {
+    "hidden_channels": 32,
+    "max_shape": [64, 64, 7, 7],
+    "num_classes": 10,
+    "decoder_activation": "leaky_relu",
+}
 
 
 class _Section(pydantic.BaseModel):
@@ -40,7 +45,7 @@ class DataSettings(_Section):
     """
 
     batch_size: int = Field(default=64, ge=2)
-    batches_per_network: int = Field(default=2, ge=1)
+    batches_per_network: int = Field(default=4, ge=1)
     image_size: int | None = Field(default=None, ge=4)
     channels: Literal[1, 3] | None = None
     pad: int = Field(default=4, ge=0)
