@@ -71,7 +71,7 @@ reproduce-additive: $(VENV)/.tests-installed  ## neurons against changed labels,
 evaluate: $(VENV)/.installed  ## evaluate the bundled hypernetwork on the images in DATA
 	$(BIN)/ghn-train evaluate --checkpoint $(GHN) --data $(DATA) --out runs/evaluation --test-images 1000 \
 		--precision bfloat16 --novelty-networks 24 --splits test=50,wide=24,deep=24,dense=24,bnfree=24,reference \
-		--fine-tune 15 --fine-tune-images 0,1000
+		--fine-tune 50 --fine-tune-images 0
 
 lint: $(VENV)/.dev-installed  ## format, lint, type-check, check the protocol and the Dockerfile
 	$(BIN)/ruff format --check .
