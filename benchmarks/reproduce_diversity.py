@@ -116,10 +116,15 @@ class Trainings:
         return {"accuracy": curve.at(steps), "before": curve.at(0)}
 
 
+def checkpoint_digest(checkpoint: Path) -> str:
+    """The beginning of the file's sha256, which names it in results."""
+    return hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:12]
+
+
 def run_rows(arguments: argparse.Namespace) -> list[Cell]:
     """Every training; one entry for each network, start and seed, with the chosen rate."""
     trainings = Trainings(arguments)
-    digest = hashlib.sha256(arguments.checkpoint.read_bytes()).hexdigest()[:12]
+    digest = checkpoint_digest(arguments.checkpoint)
     finished = []
     for network in arguments.networks:
         for start in arguments.starts:
@@ -214,6 +219,7 @@ def setting(arguments: argparse.Namespace) -> str:
 def document(results: Sequence[Cell], arguments: argparse.Namespace) -> str:
     """The page of results."""
     rows = group_rows(results)
+    digest = checkpoint_digest(arguments.checkpoint)
     rates = [
         f"| {network} | " + " | ".join(f"{cells[0]['rate']:g}" for cells in scores.values()) + " |"
         for network, scores in rows.items()
@@ -221,8 +227,8 @@ def document(results: Sequence[Cell], arguments: argparse.Namespace) -> str:
     text = [
         "# Does repairing diversity help?",
         "",
-        f"Written by `make reproduce-diversity` with {arguments.checkpoint.name}. The steps are described in",
-        "`postprocessing.md`.",
+        f"Written by `make reproduce-diversity`; the hypernetwork is the one whose file has SHA-256 `{digest}...`.",
+        "The steps are described in `postprocessing.md`.",
         "",
         *(f"- {name}: {DESCRIPTIONS[name]}" for name in rows if name in DESCRIPTIONS),
         "",
