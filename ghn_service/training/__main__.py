@@ -101,9 +101,7 @@ def evaluate(
     learning_rates: Annotated[str, typer.Option(help="Grid of the comparison, separated by commas.")] = "0.01,0.03,0.1",
     seeds: Annotated[int, typer.Option(help="Seeds of the comparison.")] = 1,
     largest_macs: Annotated[float, typer.Option(help="Leave networks of more multiply-adds per image out.")] = 1.5e9,
-    novelty_networks: Annotated[
-        int, typer.Option(help="Training networks in the nearest-neighbour check; 0: no check.")
-    ] = 32,
+    novelty_networks: Annotated[int, typer.Option(help="Training networks in the novelty check; 0: none.")] = 32,
     baseline_only: Annotated[
         bool, typer.Option("--baseline-only", help="Measure only the He side, which serves every checkpoint.")
     ] = False,
