@@ -100,8 +100,10 @@ def converted(module, **options):
     """The module as a file and back; the running statistics that the older exporter moved go into the module."""
     model = filled(module, **options)
     result = module_from_onnx(model, torch.randn(1, *input_shape(model)[1:]))
-    buffers = {name: value for name, value in result.named_buffers() if name in dict(module.named_buffers())}
-    module.load_state_dict(buffers, strict=False)
+    own = dict(module.named_buffers())
+    for name, value in result.named_buffers():
+        if name in own:
+            own[name].copy_(value)
     return result
 
 
@@ -290,7 +292,9 @@ def test_a_fixed_batch_that_cannot_be_freed_is_refused():
 )  # fmt: skip
 def test_classifiers_of_torchvision(name, way):
     torch.manual_seed(0)
-    size = 224 if name == "vit_b_16" else 64
+    size = (
+        224 if name in ("vit_b_16", "vgg11_bn") else 64
+    )  # the older exporter writes adaptive pools that divide evenly
     module = import_torchvision().models.get_model(name, weights=None, num_classes=10)
     randomize_statistics(module)
     example = torch.randn(1, 3, size, size)
