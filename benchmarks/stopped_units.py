@@ -1,7 +1,7 @@
 """How many units of a tiled decoder have stopped: ``python -m benchmarks.stopped_units CHECKPOINT``.
 
-Over the first networks of split ``val``: units of the second layer that are positive for no tensor at any position of the
-kernel grid, and those that are positive at its centre, which is all that linear layers and 1x1 convolutions read.
+Over the first networks of split ``val``: units of the second layer that are positive for no tensor at any position of
+the kernel grid, and those that are positive at its centre, which is all that linear layers and 1x1 convolutions read.
 """
 
 from __future__ import annotations
