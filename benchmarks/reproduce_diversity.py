@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from architectures.architecture import Architecture
-from architectures.convnext import ConvNeXtConfiguration
-from architectures.interface import Configuration, Interface
-from architectures.registry import ARCHITECTURES
-from architectures.resnet import ResNetConfiguration
-from architectures.vit import VisionTransformerConfiguration
 from benchmarks.bar_chart import bar_chart
 from benchmarks.cells import Cell, run_cells
+from ghn_architectures.architecture import Architecture
+from ghn_architectures.convnext import ConvNeXtConfiguration
+from ghn_architectures.interface import Configuration, Interface
+from ghn_architectures.registry import ARCHITECTURES
+from ghn_architectures.resnet import ResNetConfiguration
+from ghn_architectures.vit import VisionTransformerConfiguration
 from ghn_service.postprocess.base import decode_step
 from ghn_service.postprocess.diversity_report import measure_network
 from ghn_service.predictor import PredictionOptions, Predictor

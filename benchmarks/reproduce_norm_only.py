@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from architectures.convnet import ConvNetConfiguration
-from architectures.interface import Interface
-from architectures.mobilenet import MobileNetConfiguration
-from architectures.resnet import ResNetConfiguration
 from benchmarks.cells import Cell, run_cells
 from benchmarks.norm_only_report import report
+from ghn_architectures.convnet import ConvNetConfiguration
+from ghn_architectures.interface import Interface
+from ghn_architectures.mobilenet import MobileNetConfiguration
+from ghn_architectures.resnet import ResNetConfiguration
 from ghn_client import GHNClient
 from ghn_client.finetune.fit import FitSettings, evaluate, fit
 from ghn_client.finetune.gamma import gamma_report

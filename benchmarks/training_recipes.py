@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from architectures.generator import sample_architecture
+from ghn_architectures.generator import sample_architecture
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
 from ghn_service.training.data import ImageSet, Normalization, measure_normalization, require_images, split_validation
 from ghn_service.training.distributed import Workers

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from architectures.registry import build_network
+from ghn_architectures.registry import build_network
 from ghn_client.client import GHNClient
 from ghn_service.hypernetwork.checkpoint import save_checkpoint
 from tests.hypernetwork.small_graphs import small_ghn

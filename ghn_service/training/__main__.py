@@ -183,7 +183,7 @@ def plot(
 
 def _splits(text: str, networks: int) -> dict[str, int]:
     """Splits with their numbers of networks, from ``test=50,wide``."""
-    from architectures.generator import SPLITS
+    from ghn_architectures.generator import SPLITS
 
     known = SPLITS.keys() - {"train", "val"}
     counts: dict[str, int] = {}

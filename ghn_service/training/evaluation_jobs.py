@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from architectures.generator import GENERATOR_VERSION
+from ghn_architectures.generator import GENERATOR_VERSION
 from ghn_service.errors import DataError, GhnServiceError
 from ghn_service.hypernetwork.checkpoint import CheckpointSummary, load_checkpoint
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from architectures.architecture import CANONICAL, Architecture
-from architectures.generator import sample_architecture
-from architectures.interface import Interface
-from architectures.registry import ARCHITECTURES, reference_architecture
+from ghn_architectures.architecture import CANONICAL, Architecture
+from ghn_architectures.generator import sample_architecture
+from ghn_architectures.interface import Interface
+from ghn_architectures.registry import ARCHITECTURES, reference_architecture
 from ghn_service.errors import TrainingError
 from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.training.sampling import TargetArchitecture

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from architectures.layers import Conv2d
+from ghn_architectures.layers import Conv2d
 
 
 class SinglePrecisionConv2d(nn.Conv2d):

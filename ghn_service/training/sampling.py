@@ -29,7 +29,7 @@ _TOO_MANY_REJECTED = 10_000
 
 
 class TargetArchitecture(Protocol):
-    """An architecture that can be trained on: what ``architectures.generator`` makes."""
+    """An architecture that can be trained on: what ``ghn_architectures.generator`` makes."""
 
     @property
     def multiply_adds(self) -> int:

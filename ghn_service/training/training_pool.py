@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from architectures.generator import GENERATOR_VERSION
+from ghn_architectures.generator import GENERATOR_VERSION
 from ghn_service.graph.architecture import DIGEST_VERSION
 from ghn_service.training.networks import Pool, Task
 from ghn_service.training.sampling import find_candidate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from architectures.architecture import Architecture
+from ghn_architectures.architecture import Architecture
 from ghn_client import export_architecture
 from ghn_service.graph import ArchitectureGraph
 from ghn_service.graph.onnx_reader import read_onnx

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from architectures.cell_network import CellNetworkConfiguration
-from architectures.families import FAMILIES
-from architectures.generator import SIZES, SPLITS, Budget, sample_architecture
-from architectures.registry import ARCHITECTURES
+from ghn_architectures.cell_network import CellNetworkConfiguration
+from ghn_architectures.families import FAMILIES
+from ghn_architectures.generator import SIZES, SPLITS, Budget, sample_architecture
+from ghn_architectures.registry import ARCHITECTURES
 from ghn_service.errors import InvalidOptionError
 
 DRAWN = [name for name in SPLITS if name != "reference"]

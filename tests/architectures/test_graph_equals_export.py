@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from architectures.architecture import Architecture
-from architectures.examples import EXAMPLES, example_path
-from architectures.families import FAMILIES
-from architectures.generator import sample_architecture
-from architectures.interface import Interface
-from architectures.registry import ARCHITECTURES, reference_architecture
+from ghn_architectures.architecture import Architecture
+from ghn_architectures.examples import EXAMPLES, FOLDER
+from ghn_architectures.families import FAMILIES
+from ghn_architectures.generator import sample_architecture
+from ghn_architectures.interface import Interface
+from ghn_architectures.registry import ARCHITECTURES, reference_architecture
 from ghn_service.graph import ArchitectureGraph
 from ghn_service.graph.onnx_reader import read_onnx
 from tests.architectures.exported import exported_graph
@@ -82,7 +82,7 @@ def test_more_samples_of_every_family(family: str, index: int) -> None:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_files(name: str) -> None:
-    content = example_path(name).read_bytes()
+    content = (FOLDER / f"{name}.onnx").read_bytes()
     assert len(content) < 100_000
     assert_same(reference_architecture(name).graph(), read_onnx(content))
 

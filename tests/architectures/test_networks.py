@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from architectures.families import FAMILIES
-from architectures.generator import sample_architecture
-from architectures.interface import Interface
-from architectures.layers import Conv2d, round_channels, skip_initialization
-from architectures.registry import ARCHITECTURES, build_network, reference_architecture
-from architectures.resnet import ResNetConfiguration
+from ghn_architectures.families import FAMILIES
+from ghn_architectures.generator import sample_architecture
+from ghn_architectures.interface import Interface
+from ghn_architectures.layers import Conv2d, round_channels, skip_initialization
+from ghn_architectures.registry import ARCHITECTURES, build_network, reference_architecture
+from ghn_architectures.resnet import ResNetConfiguration
 from ghn_service.errors import InvalidOptionError
 
 SMALL = ("resnet20", "densenet40", "se_mobilenet_mini", "convnext_atto", "vit_mini", "swin_mini", "mlp", "vgg11")

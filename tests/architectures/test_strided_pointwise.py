@@ -13,7 +13,7 @@ import sys
 import torch
 from torch import nn
 
-from architectures.layers import Conv2d
+from ghn_architectures.layers import Conv2d
 
 
 def test_the_view_computes_the_same() -> None:
@@ -27,7 +27,7 @@ def test_the_view_computes_the_same() -> None:
 def test_a_process_survives_its_gradients() -> None:
     program = """
 import torch
-from architectures.layers import Conv2d
+from ghn_architectures.layers import Conv2d
 layer = Conv2d(8, 16, 1, stride=2).to(memory_format=torch.channels_last)
 for _ in range(40):
     images = torch.randn(4, 8, 64, 64).to(memory_format=torch.channels_last).requires_grad_()

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from architectures.attention import SelfAttention
-from architectures.layers import SqueezeExcite
-from architectures.registry import reference_architecture
-from architectures.tracing import trace
+from ghn_architectures.attention import SelfAttention
+from ghn_architectures.layers import SqueezeExcite
+from ghn_architectures.registry import reference_architecture
+from ghn_architectures.tracing import trace
 from ghn_service.errors import InvalidArchitectureError, UnsupportedArchitectureError
 from ghn_service.graph import ArchitectureGraph
 

@@ -13,7 +13,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIENTS = ROOT / "clients"
-FORBIDDEN = ("ghn_service", "architectures", "torch_geometric", "networkx", "pydantic_settings", "structlog", "scipy")
+FORBIDDEN = (
+    "ghn_service",
+    "ghn_architectures",
+    "torch_geometric",
+    "networkx",
+    "pydantic_settings",
+    "structlog",
+    "scipy",
+)
 # torch itself imports networkx if it is there, so it is only forbidden to us.
 BLOCKER = """
 import importlib.abc, sys

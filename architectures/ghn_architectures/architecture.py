@@ -7,9 +7,9 @@ from functools import lru_cache
 
 from torch import nn
 
-from architectures.interface import Configuration, Interface
-from architectures.layers import skip_initialization
-from architectures.tracing import Trace, trace
+from ghn_architectures.interface import Configuration, Interface
+from ghn_architectures.layers import skip_initialization
+from ghn_architectures.tracing import Trace, trace
 from ghn_service.graph.architecture import ArchitectureGraph
 
 CANONICAL = Interface()

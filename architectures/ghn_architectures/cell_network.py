@@ -13,10 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from architectures.cell_operations import ConvolutionOperation, make_operation
-from architectures.genotype import CellGenotype, Genotype
-from architectures.interface import Interface
-from architectures.layers import ClassifierHead, Conv2d, conv_norm, embedding_parameter, make_norm
+from ghn_architectures.cell_operations import ConvolutionOperation, make_operation
+from ghn_architectures.genotype import CellGenotype, Genotype
+from ghn_architectures.interface import Interface
+from ghn_architectures.layers import ClassifierHead, Conv2d, conv_norm, embedding_parameter, make_norm
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from architectures.architecture import CANONICAL, Architecture
-from architectures.draw import Draw
-from architectures.families import DEEP_FAMILIES, DENSE_FAMILIES, FAMILIES, NORM_FREE_FAMILIES, Family
-from architectures.interface import Configuration, Interface
-from architectures.plans import Plan
-from architectures.registry import ARCHITECTURES, reference_architecture
+from ghn_architectures.architecture import CANONICAL, Architecture
+from ghn_architectures.draw import Draw
+from ghn_architectures.families import DEEP_FAMILIES, DENSE_FAMILIES, FAMILIES, NORM_FREE_FAMILIES, Family
+from ghn_architectures.interface import Configuration, Interface
+from ghn_architectures.plans import Plan
+from ghn_architectures.registry import ARCHITECTURES, reference_architecture
 from ghn_service.errors import InvalidOptionError
 
 GENERATOR_VERSION = 1

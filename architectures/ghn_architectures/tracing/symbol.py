@@ -14,7 +14,7 @@ import torch
 from ghn_service.errors import UnsupportedArchitectureError
 
 if TYPE_CHECKING:
-    from architectures.tracing.recorder import Recorder
+    from ghn_architectures.tracing.recorder import Recorder
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
@@ -79,7 +79,7 @@ class Symbol:
         if implementation is None:
             name = getattr(function, "__name__", repr(function))
             raise UnsupportedArchitectureError(
-                f"the graph of {name!r} is not known; add a rule to architectures/tracing/operations.py"
+                f"the graph of {name!r} is not known; add a rule to ghn_architectures/tracing/operations.py"
             )
         return implementation(*args, **(kwargs or {}))
 

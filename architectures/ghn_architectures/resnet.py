@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from architectures.interface import Interface
-from architectures.layers import (
+from ghn_architectures.interface import Interface
+from ghn_architectures.layers import (
     ClassifierHead,
     Conv2d,
     SqueezeExcite,

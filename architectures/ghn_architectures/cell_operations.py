@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from architectures.attention import EncoderBlock, heads_for
-from architectures.layers import Conv2d, SqueezeExcite, make_norm
+from ghn_architectures.attention import EncoderBlock, heads_for
+from ghn_architectures.layers import Conv2d, SqueezeExcite, make_norm
 from ghn_service.errors import InvalidOptionError
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from architectures.tracing import operations as _operations  # noqa: F401  (registers the rules)
-from architectures.tracing.finish import finish
-from architectures.tracing.recorder import INPUT, Recorder
-from architectures.tracing.symbol import Symbol
+from ghn_architectures.tracing import operations as _operations  # noqa: F401  (registers the rules)
+from ghn_architectures.tracing.finish import finish
+from ghn_architectures.tracing.recorder import INPUT, Recorder
+from ghn_architectures.tracing.symbol import Symbol
 from ghn_service.graph.architecture import ArchitectureGraph
 
 

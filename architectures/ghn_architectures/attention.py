@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from architectures.layers import TokenLinear
+from ghn_architectures.layers import TokenLinear
 from ghn_service.errors import InvalidOptionError
 
 

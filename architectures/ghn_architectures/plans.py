@@ -12,15 +12,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from architectures.cell_network import CellNetworkConfiguration
-from architectures.convnet import ConvNetConfiguration
-from architectures.densenet import DenseNetConfiguration
-from architectures.draw import Draw
-from architectures.genotype import OPERATIONS, Genotype, draw_genotype
-from architectures.interface import Configuration
-from architectures.layers import round_channels
-from architectures.mobilenet import MobileNetConfiguration
-from architectures.resnet import ResNetConfiguration
+from ghn_architectures.cell_network import CellNetworkConfiguration
+from ghn_architectures.convnet import ConvNetConfiguration
+from ghn_architectures.densenet import DenseNetConfiguration
+from ghn_architectures.draw import Draw
+from ghn_architectures.genotype import OPERATIONS, Genotype, draw_genotype
+from ghn_architectures.interface import Configuration
+from ghn_architectures.layers import round_channels
+from ghn_architectures.mobilenet import MobileNetConfiguration
+from ghn_architectures.resnet import ResNetConfiguration
 
 Plan = Callable[[int], Configuration]
 

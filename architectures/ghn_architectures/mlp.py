@@ -10,8 +10,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from architectures.interface import Interface
-from architectures.layers import Linear, make_activation
+from ghn_architectures.interface import Interface
+from ghn_architectures.layers import Linear, make_activation
 
 
 @dataclass(frozen=True, slots=True)

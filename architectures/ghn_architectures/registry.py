@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from torch import nn
 
-from architectures.architecture import Architecture
-from architectures.convnet import ConvNetConfiguration
-from architectures.convnext import ConvNeXtConfiguration
-from architectures.densenet import DenseNetConfiguration
-from architectures.interface import Configuration, Interface
-from architectures.mlp import MlpConfiguration
-from architectures.mobilenet import MobileNetConfiguration
-from architectures.resnet import ResNetConfiguration
-from architectures.swin import SwinConfiguration
-from architectures.vit import MixerConfiguration, VisionTransformerConfiguration
+from ghn_architectures.architecture import Architecture
+from ghn_architectures.convnet import ConvNetConfiguration
+from ghn_architectures.convnext import ConvNeXtConfiguration
+from ghn_architectures.densenet import DenseNetConfiguration
+from ghn_architectures.interface import Configuration, Interface
+from ghn_architectures.mlp import MlpConfiguration
+from ghn_architectures.mobilenet import MobileNetConfiguration
+from ghn_architectures.resnet import ResNetConfiguration
+from ghn_architectures.swin import SwinConfiguration
+from ghn_architectures.vit import MixerConfiguration, VisionTransformerConfiguration
 from ghn_service.errors import InvalidOptionError
 
 _CIFAR_WIDTHS = (16, 32, 64)

@@ -12,8 +12,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from architectures.interface import Interface
-from architectures.layers import ClassifierHead, conv_norm
+from ghn_architectures.interface import Interface
+from ghn_architectures.layers import ClassifierHead, conv_norm
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from architectures.attention import heads_for
-from architectures.convnext import ConvNeXtConfiguration
-from architectures.draw import Draw
-from architectures.interface import Configuration
-from architectures.layers import round_channels
-from architectures.mlp import MlpConfiguration
-from architectures.plans import Plan
-from architectures.swin import SwinConfiguration
-from architectures.vit import MixerConfiguration, VisionTransformerConfiguration
+from ghn_architectures.attention import heads_for
+from ghn_architectures.convnext import ConvNeXtConfiguration
+from ghn_architectures.draw import Draw
+from ghn_architectures.interface import Configuration
+from ghn_architectures.layers import round_channels
+from ghn_architectures.mlp import MlpConfiguration
+from ghn_architectures.plans import Plan
+from ghn_architectures.swin import SwinConfiguration
+from ghn_architectures.vit import MixerConfiguration, VisionTransformerConfiguration
 
 
 def plan_convnext(draw: Draw, scale: int) -> Plan:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from architectures.draw import Draw
+from ghn_architectures.draw import Draw
 
 FREE_OPERATIONS = ("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect")
 OPERATIONS = (

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from architectures import plans, token_plans
-from architectures.draw import Draw
-from architectures.interface import Configuration
-from architectures.plans import Plan
+from ghn_architectures import plans, token_plans
+from ghn_architectures.draw import Draw
+from ghn_architectures.interface import Configuration
+from ghn_architectures.plans import Plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from architectures.attention import SelfAttention, TokenMlp, heads_for
-from architectures.interface import Interface
-from architectures.layers import Conv2d, Linear, TokenLinear, embedding_parameter
+from ghn_architectures.attention import SelfAttention, TokenMlp, heads_for
+from ghn_architectures.interface import Interface
+from ghn_architectures.layers import Conv2d, Linear, TokenLinear, embedding_parameter
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from architectures.interface import Interface
-from architectures.layers import ClassifierHead, Conv2d, make_activation, make_norm, round_channels
+from ghn_architectures.interface import Interface
+from ghn_architectures.layers import ClassifierHead, Conv2d, make_activation, make_norm, round_channels
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from architectures.tracing.symbol import Symbol, rule
+from ghn_architectures.tracing.symbol import Symbol, rule
 from ghn_service.errors import UnsupportedArchitectureError
 from ghn_service.graph.architecture import leaky_relu_name
 

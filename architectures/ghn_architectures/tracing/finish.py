@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from architectures.tracing.recorder import INPUT, Record, Recorder, Sources
+from ghn_architectures.tracing.recorder import INPUT, Record, Recorder, Sources
 from ghn_service.graph.architecture import ArchitectureGraph, BufferSpec, LayerAttributes, Node, ParameterSpec
 
 _NORMS = ("bn", "ln")
