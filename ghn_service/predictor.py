@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ghn_service.errors import InvalidOptionError, OutOfMemoryError, PredictionError
-from ghn_service.graph import ArchitectureGraph, ParameterSpec, read_onnx
-from ghn_service.graph.vocabulary import restrict_vocabulary
+from ghn_service.graph import ArchitectureGraph, ParameterSpec
+from ghn_service.graph.onnx.reader import read_onnx
+from ghn_service.graph.passes import restrict_vocabulary
 from ghn_service.hypernetwork.checkpoint import CheckpointSummary, load_checkpoint
 from ghn_service.hypernetwork.features import Target, build_features, collate, is_tiled
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork

@@ -58,7 +58,7 @@ def plan_rank(
     service = _Service()
     data = model if isinstance(model, bytes) else Path(model).read_bytes()
     try:
-        graph = service.graph.read_onnx(data)
+        graph = service.reader.read_onnx(data)
         parameters = service.parameters(graph, weights, seed)
         request = service.request(rule, method)
         options = {"fractions": _checked(fractions)} if fractions is not None else {}
@@ -169,7 +169,7 @@ class _Service:
     def __init__(self) -> None:
         try:
             self.errors = importlib.import_module("ghn_service.errors")
-            self.graph = importlib.import_module("ghn_service.graph")
+            self.reader = importlib.import_module("ghn_service.graph.onnx.reader")
             self.plan = importlib.import_module("ghn_service.postprocess.rank_plan")
             self.low_rank = importlib.import_module("ghn_service.postprocess.low_rank_plan")
             self.rules = importlib.import_module("ghn_service.postprocess.rank_allocation")

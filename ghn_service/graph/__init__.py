@@ -1,4 +1,4 @@
-"""Architectures as graphs: the value itself, reading it from ONNX, and distances in it."""
+"""Architectures as graphs: the value itself and distances in it. ``graph.onnx.reader`` reads them from ONNX files."""
 
 from ghn_service.graph.architecture import (
     ArchitectureGraph,
@@ -11,8 +11,7 @@ from ghn_service.graph.architecture import (
     encode_graph,
 )
 from ghn_service.graph.distances import shortest_distances
-from ghn_service.graph.onnx_limits import GraphLimits
-from ghn_service.graph.onnx_reader import read_onnx
+from ghn_service.graph.raw_graph import GraphLimits
 
 __all__ = [
     "ArchitectureGraph",
@@ -24,6 +23,5 @@ __all__ = [
     "ParameterUse",
     "decode_graph",
     "encode_graph",
-    "read_onnx",
     "shortest_distances",
 ]

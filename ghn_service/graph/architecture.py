@@ -1,7 +1,7 @@
 """The noun of the project: a network's architecture as a plain immutable graph.
 
 Nodes are parameters and the operations that shape information flow (``op_types.py``); edges say where data goes.
-Nothing here knows ONNX, torch or any hypernetwork. A graph is made by ``onnx_reader.read_onnx`` or by the generator
+Nothing here knows ONNX, torch or any hypernetwork. A graph is made by ``onnx.reader.read_onnx`` or by the generator
 of random architectures, and is read by ``hypernetwork.features``.
 """
 

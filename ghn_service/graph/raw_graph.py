@@ -9,11 +9,42 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ghn_service.graph.onnx_limits import GraphLimits, exceeded
+from ghn_service.errors import LimitExceededError
 
 Flow = frozenset[int]
 NOTHING: Flow = frozenset()
 INPUT: Flow = frozenset({0})
+
+
+@dataclass(frozen=True, slots=True)
+class GraphLimits:
+    """The largest architecture that is read.
+
+    Attributes:
+        max_bytes: Bytes of the serialised model.
+        max_nodes: ONNX nodes, with functions expanded and the nodes of subgraphs counted.
+        max_tensors: Initializers and graph inputs together.
+        max_parameters: Scalars in one tensor, and in all weights together.
+        max_graph_nodes: Nodes of the architecture graph. A transformer over the nodes takes memory with their square:
+            this many take 2 GiB with 16 heads (``docs/server.md``).
+        max_edges: Edges of the architecture graph, and set elements touched while it is built (times eight).
+        max_subgraph_depth: Nesting of subgraphs (If, Loop, Scan).
+        max_name_bytes: Bytes of one name.
+    """
+
+    max_bytes: int = 2**31 - 1
+    max_nodes: int = 50_000
+    max_tensors: int = 20_000
+    max_parameters: int = 4_000_000_000
+    max_graph_nodes: int = 4_000
+    max_edges: int = 1_000_000
+    max_subgraph_depth: int = 8
+    max_name_bytes: int = 1024
+
+
+def exceeded(what: str, value: int | str, limit: int) -> LimitExceededError:
+    """An error about a number over its limit."""
+    return LimitExceededError(f"the model has {value} {what}; this server reads at most {limit}")
 
 
 @dataclass(slots=True, eq=False)

@@ -5,14 +5,14 @@ Everything here is a rule on the graph's own structure; no network is recognised
 
 Reproduced:
 
-* Position embeddings have no predecessors; a ``sum`` follows them (``onnx_elementwise``).
+* Position embeddings have no predecessors; a ``sum`` follows them (``onnx.elementwise``).
 * A squeeze-and-excitation gate has no pooling node: its mean vanishes, and the gate's first layer hangs directly on
   the feature (``passes.mark_squeezes``).
 * An adaptive average pool is ``glob_avg`` even where it keeps several positions or changes nothing
   (``passes.classify_average_pools``).
 * A global pool that ends the network moves in front of the 1x1 convolution that is its classifier, so that classifier
   weight and bias are the last two nodes (``passes.move_final_pool``).
-* The values of an attention reach the next layer through the softmax node only (``onnx_attention.attended``).
+* The values of an attention reach the next layer through the softmax node only (``onnx.norms_and_attention.attended``).
 * Normalisation biases, class tokens, layer scales and relative position tables are no nodes.
 * Distances are cut off at 50 (``MAX_DISTANCE``).
 

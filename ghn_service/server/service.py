@@ -13,7 +13,7 @@ from ghn_client.wire.codec import iterate_chunks
 from ghn_client.wire.framing import SERVICE, OutgoingChunk, encode_event
 from ghn_service.errors import DeadlineExceededError, InvalidOptionError, RequestCancelledError
 from ghn_service.graph.architecture import ArchitectureGraph
-from ghn_service.graph.onnx_reader import read_onnx
+from ghn_service.graph.onnx.reader import read_onnx
 from ghn_service.predictor import READING, PredictionOptions, PredictionResult
 from ghn_service.server.logs import current_request_id
 from ghn_service.server.memory import translate_memory_errors

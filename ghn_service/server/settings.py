@@ -17,7 +17,7 @@ from pydantic_settings import (
 )
 
 from ghn_service.errors import ConfigurationError
-from ghn_service.graph.onnx_limits import GraphLimits
+from ghn_service.graph.raw_graph import GraphLimits
 
 BUNDLED_CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 DEFAULT_LIMITS = GraphLimits()

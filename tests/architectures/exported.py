@@ -7,7 +7,7 @@ import torch
 from ghn_architectures.architecture import Architecture
 from ghn_client import export_architecture
 from ghn_service.graph import ArchitectureGraph
-from ghn_service.graph.onnx_reader import read_onnx
+from ghn_service.graph.onnx.reader import read_onnx
 
 
 def exported_graph(architecture: Architecture) -> ArchitectureGraph:

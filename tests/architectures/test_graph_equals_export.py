@@ -13,7 +13,7 @@ from ghn_architectures.generator import sample_architecture
 from ghn_architectures.interface import Interface
 from ghn_architectures.registry import ARCHITECTURES, reference_architecture
 from ghn_service.graph import ArchitectureGraph
-from ghn_service.graph.onnx_reader import read_onnx
+from ghn_service.graph.onnx.reader import read_onnx
 from tests.architectures.exported import exported_graph
 
 QUICK = ("resnet20", "wide_resnet16_4", "vgg11", "vit_mini", "swin_mini", "mixer_small", "mlp", "mobilenet_v2")

@@ -17,7 +17,7 @@ from ghn_client.fill import fill_model
 from ghn_client.prediction import Prediction
 from ghn_client.sources import read_source
 from ghn_client.wire.metadata import PredictionMetadata, TensorNote, TensorUse
-from ghn_service.graph import read_onnx
+from ghn_service.graph.onnx.reader import read_onnx
 
 SIDE, HEADS, CHANNELS = 3, 2, 8
 AREA = SIDE * SIDE

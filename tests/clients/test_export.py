@@ -17,7 +17,7 @@ from ghn_client import export_architecture
 from ghn_client.errors import ExportError
 from ghn_client.export import ExportedStructure, export_structure
 from ghn_client.functional import NotFunctionalError
-from ghn_service.graph.onnx_reader import read_onnx
+from ghn_service.graph.onnx.reader import read_onnx
 from tests.clients.small_modules import EXAMPLES, IMAGE, Auxiliary, ConvNet, InPlace, Tied, WithConstants, randomized
 from tests.golden_graphs import load_golden
 from tests.parity.test_golden_graphs import assert_equals_reference

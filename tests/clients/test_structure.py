@@ -18,7 +18,7 @@ from ghn_client.errors import InvalidArchitectureError
 from ghn_client.sources import read_source
 from ghn_client.structure import KEPT_ELEMENTS, strip_tensor
 from ghn_service.graph.architecture import encode_graph
-from ghn_service.graph.onnx_reader import read_onnx
+from ghn_service.graph.onnx.reader import read_onnx
 from tests.clients.small_modules import EXAMPLES, IMAGE, ConvNet, randomized
 
 LIGHT = sorted((Path(onnx.__file__).parent / "backend/test/data/light").glob("light_*.onnx"))

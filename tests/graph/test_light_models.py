@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from ghn_service.graph import read_onnx
+from ghn_service.graph.onnx.reader import read_onnx
 
 FOLDER = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
 # Nodes per type: weights of convolution and linear layers, norms, pools, meetings; millions of parameters.

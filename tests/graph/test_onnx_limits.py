@@ -13,7 +13,8 @@ from ghn_service.errors import (
     LimitExceededError,
     UnsupportedArchitectureError,
 )
-from ghn_service.graph import GraphLimits, read_onnx
+from ghn_service.graph import GraphLimits
+from ghn_service.graph.onnx.reader import read_onnx
 from tests.graph.onnx_models import Model
 
 

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ghn_service.errors import InvalidArchitectureError, LimitExceededError, UnsupportedArchitectureError
-from ghn_service.graph import ArchitectureGraph, decode_graph, encode_graph, read_onnx
+from ghn_service.graph import ArchitectureGraph, decode_graph, encode_graph
+from ghn_service.graph.onnx.reader import read_onnx
 from tests.data.regenerate import stored_model
 
 SMALL = (("resnet18", "dynamo-eval-optimize"), ("squeezenet1_1", "script-eval"), ("mobilenet_v3_small", "script-eval"))

@@ -4,7 +4,7 @@ import networkx
 import pytest
 
 from ghn_service.graph.op_types import OP_TYPE_NAMES
-from ghn_service.graph.vocabulary import restrict_vocabulary
+from ghn_service.graph.passes import restrict_vocabulary
 from tests.hypernetwork.small_graphs import random_network, small_network
 
 

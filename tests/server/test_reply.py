@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from ghn_service.graph.onnx_reader import read_onnx
+from ghn_service.graph.onnx.reader import read_onnx
 from ghn_service.predictor import PredictionOptions, PredictionResult
 from ghn_service.server import reply
 from ghn_service.server.models import LoadedModel

@@ -1,7 +1,7 @@
 """ONNX bytes to an ``ArchitectureGraph``: the whole reading on one screen.
 
-``load_file`` checks and flattens the model, the handlers of ``onnx_operators`` trace data through it into a raw graph,
-``passes.simplify`` decides which nodes stay, ``onnx_parameters`` settles what each tensor is called and which node or
+``load_file`` checks and flattens the model, the handlers of ``operators`` trace data through it into a raw graph,
+``passes.simplify`` decides which nodes stay, ``parameters`` settles what each tensor is called and which node or
 rule it belongs to, and this module puts the result together. See docs/graph.md.
 """
 
@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from ghn_service.errors import GhnServiceError
 from ghn_service.graph.architecture import ArchitectureGraph, LayerAttributes, Node
-from ghn_service.graph.onnx_context import ReadContext
-from ghn_service.graph.onnx_file import load_file
-from ghn_service.graph.onnx_limits import FIELD, GraphLimits, invalid
-from ghn_service.graph.onnx_operators import read_node
-from ghn_service.graph.onnx_parameters import SettledTensors, settle_tensors
-from ghn_service.graph.onnx_warnings import reading_warnings
+from ghn_service.graph.onnx.context import ReadContext
+from ghn_service.graph.onnx.file import load_file
+from ghn_service.graph.onnx.limits import FIELD, invalid
+from ghn_service.graph.onnx.operators import read_node
+from ghn_service.graph.onnx.parameters import SettledTensors, settle_tensors
+from ghn_service.graph.onnx.warnings import reading_warnings
 from ghn_service.graph.passes import Skeleton, simplify
-from ghn_service.graph.raw_graph import RawGraph, RawNode
+from ghn_service.graph.raw_graph import GraphLimits, RawGraph, RawNode
 
 DEFAULT_LIMITS = GraphLimits()
 _NORMS = ("bn", "ln")

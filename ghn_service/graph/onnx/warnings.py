@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ghn_service.graph.onnx_context import ReadContext
-from ghn_service.graph.onnx_parameters import SettledTensors
+from ghn_service.graph.onnx.context import ReadContext
+from ghn_service.graph.onnx.parameters import SettledTensors
 from ghn_service.graph.raw_graph import Source
 
 _MAX_LISTED = 10

@@ -10,16 +10,13 @@ from collections.abc import Callable
 
 import onnx
 
-from ghn_service.graph import onnx_attention as attention
-from ghn_service.graph import onnx_elementwise as elementwise
-from ghn_service.graph import onnx_layers as layers
-from ghn_service.graph import onnx_norms as norms
-from ghn_service.graph import onnx_plain as plain
-from ghn_service.graph.onnx_context import ReadContext
-from ghn_service.graph.onnx_file import FLOAT_TYPES
-from ghn_service.graph.onnx_limits import invalid, subgraphs, unsupported
-from ghn_service.graph.onnx_node import OnnxNode
-from ghn_service.graph.onnx_patterns import WEIGHT_SLOTS
+from ghn_service.graph.onnx import elementwise, layers, plain
+from ghn_service.graph.onnx import norms_and_attention as norms
+from ghn_service.graph.onnx.context import ReadContext
+from ghn_service.graph.onnx.file import FLOAT_TYPES
+from ghn_service.graph.onnx.limits import invalid, subgraphs, unsupported
+from ghn_service.graph.onnx.node import OnnxNode
+from ghn_service.graph.onnx.patterns import WEIGHT_SLOTS
 
 Handler = Callable[[ReadContext, OnnxNode], None]
 
@@ -100,13 +97,13 @@ OPERATORS: dict[tuple[str, str], Handler] = {
     **_rows(layers.read_gemm, "Gemm"),
     **_rows(layers.read_matmul, "MatMul"),
     **_rows(layers.read_einsum, "Einsum"),
-    **_rows(attention.read_softmax, "Softmax"),
-    **_rows(attention.read_fused_attention, "Attention"),
+    **_rows(norms.read_softmax, "Softmax"),
+    **_rows(norms.read_fused_attention, "Attention"),
     **_rows(norms.read_batch_norm, "BatchNormalization"),
     **_rows(norms.read_layer_norm, "LayerNormalization"),
     **_rows(norms.read_other_norm, "GroupNormalization InstanceNormalization RMSNormalization"),
-    **_rows(attention.read_gather, "Gather"),
-    **_rows(attention.read_recurrent, "LSTM GRU RNN"),
+    **_rows(norms.read_gather, "Gather"),
+    **_rows(norms.read_recurrent, "LSTM GRU RNN"),
     **_rows(plain.read_prelu, "PRelu"),
     **_rows(elementwise.read_add, "Add Sum Mean"),
     **_rows(elementwise.read_concat, "Concat ConcatFromSequence SequenceConstruct"),
@@ -152,7 +149,7 @@ OPERATORS: dict[tuple[str, str], Handler] = {
     **_rows(layers.read_convolution, "FusedConv", "com.microsoft"),
     **_rows(layers.read_gemm, "FusedGemm", "com.microsoft"),
     **_rows(layers.read_matmul, "FusedMatMul", "com.microsoft"),
-    **_rows(attention.read_fused_attention, "MultiHeadAttention", "com.microsoft"),
+    **_rows(norms.read_fused_attention, "MultiHeadAttention", "com.microsoft"),
     **_rows(plain.read_activation, "Gelu FastGelu QuickGelu", "com.microsoft"),
     **_rows(read_bias_gelu, "BiasGelu", "com.microsoft"),
     **_rows(norms.read_skip_norm, "SkipLayerNormalization SkipSimplifiedLayerNormalization", "com.microsoft"),

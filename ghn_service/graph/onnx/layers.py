@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 
-from ghn_service.graph.onnx_attention import attended
-from ghn_service.graph.onnx_context import ReadContext
-from ghn_service.graph.onnx_node import OnnxNode
-from ghn_service.graph.onnx_values import Value, View
+from ghn_service.graph.onnx.context import ReadContext
+from ghn_service.graph.onnx.node import OnnxNode
+from ghn_service.graph.onnx.norms_and_attention import attended
+from ghn_service.graph.onnx.values import Value, View
 from ghn_service.graph.raw_graph import INPUT, Flow, RawNode, TensorUse
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import onnx
 
-from ghn_service.graph.onnx_limits import (
+from ghn_service.graph.onnx.limits import (
     GRAPH_TYPES,
     ONNX_DOMAINS,
     FunctionKey,

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy
 import onnx
 
-from ghn_service.graph.onnx_folded import FOLDED_KEY, folded_parameters, string_list
-from ghn_service.graph.onnx_limits import GraphLimits, check_name, invalid, is_text, parse_model
-from ghn_service.graph.onnx_node import OnnxNode, flat_nodes
+from ghn_service.graph.onnx.folded import FOLDED_KEY, folded_parameters, string_list
+from ghn_service.graph.onnx.limits import check_name, invalid, is_text, parse_model
+from ghn_service.graph.onnx.node import OnnxNode, flat_nodes
+from ghn_service.graph.raw_graph import GraphLimits
 
 PARAMETERS_KEY = "ghn.parameters"
 BUFFERS_KEY = "ghn.buffers"

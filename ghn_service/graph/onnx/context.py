@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import onnx
 
-from ghn_service.graph.onnx_file import FLOAT_TYPES, OnnxFile, TensorHeader
-from ghn_service.graph.onnx_folded import token_shape
-from ghn_service.graph.onnx_limits import GraphLimits, check_name, checked_shape, exceeded, invalid, unsupported
-from ghn_service.graph.onnx_names import TorchNames, is_anonymous
-from ghn_service.graph.onnx_node import OnnxNode
-from ghn_service.graph.onnx_patterns import find_patterns
-from ghn_service.graph.onnx_values import CONSTANT, Value, View
-from ghn_service.graph.raw_graph import INPUT, RawGraph, RawNode, Source, TensorUse
+from ghn_service.graph.onnx.file import FLOAT_TYPES, OnnxFile, TensorHeader
+from ghn_service.graph.onnx.folded import token_shape
+from ghn_service.graph.onnx.limits import check_name, checked_shape, invalid, unsupported
+from ghn_service.graph.onnx.names import TorchNames, is_anonymous
+from ghn_service.graph.onnx.node import OnnxNode
+from ghn_service.graph.onnx.patterns import find_patterns
+from ghn_service.graph.onnx.values import CONSTANT, Value, View
+from ghn_service.graph.raw_graph import INPUT, GraphLimits, RawGraph, RawNode, Source, TensorUse, exceeded
 
 _MAX_VIEWS = 16
 

@@ -2,18 +2,18 @@
 
 Everything here runs on bytes of strangers. It walks the protobuf message once, allocates nothing in proportion to a
 number that the message merely claims, opens no file, and raises typed errors. The structure of the dataflow itself
-(order, dangling names, cycles) is checked by ``onnx_file.flatten`` while it reads.
+(order, dangling names, cycles) is checked by ``file.load_file``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import onnx
 from google.protobuf.message import DecodeError
 
-from ghn_service.errors import InvalidArchitectureError, LimitExceededError, UnsupportedArchitectureError
+from ghn_service.errors import InvalidArchitectureError, UnsupportedArchitectureError
+from ghn_service.graph.raw_graph import GraphLimits, exceeded
 
 FIELD = "architecture.onnx_model"
 ONNX_DOMAINS = ("", "ai.onnx")
@@ -25,32 +25,6 @@ _LARGEST_COUNT = 2**63 - 1
 _COUNT_CEILING = 10**12
 
 
-@dataclass(frozen=True, slots=True)
-class GraphLimits:
-    """The largest architecture that is read.
-
-    Attributes:
-        max_bytes: Bytes of the serialised model.
-        max_nodes: ONNX nodes, with functions expanded and the nodes of subgraphs counted.
-        max_tensors: Initializers and graph inputs together.
-        max_parameters: Scalars in one tensor, and in all weights together.
-        max_graph_nodes: Nodes of the architecture graph. A transformer over the nodes takes memory with their square:
-            this many take 2 GiB with 16 heads (``docs/server.md``).
-        max_edges: Edges of the architecture graph, and set elements touched while it is built (times eight).
-        max_subgraph_depth: Nesting of subgraphs (If, Loop, Scan).
-        max_name_bytes: Bytes of one name.
-    """
-
-    max_bytes: int = 2**31 - 1
-    max_nodes: int = 50_000
-    max_tensors: int = 20_000
-    max_parameters: int = 4_000_000_000
-    max_graph_nodes: int = 4_000
-    max_edges: int = 1_000_000
-    max_subgraph_depth: int = 8
-    max_name_bytes: int = 1024
-
-
 def invalid(message: str) -> InvalidArchitectureError:
     """An error about the uploaded model."""
     return InvalidArchitectureError(message, field=FIELD)
@@ -59,11 +33,6 @@ def invalid(message: str) -> InvalidArchitectureError:
 def unsupported(message: str) -> UnsupportedArchitectureError:
     """An error about a part of the uploaded model that has no meaning here."""
     return UnsupportedArchitectureError(message, field=FIELD)
-
-
-def exceeded(what: str, value: int | str, limit: int) -> LimitExceededError:
-    """An error about a number over its limit."""
-    return LimitExceededError(f"the model has {value} {what}; this server reads at most {limit}", field=FIELD)
 
 
 def parse_model(data: bytes, limits: GraphLimits) -> onnx.ModelProto:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 from ghn_service.graph.architecture import leaky_relu_name
-from ghn_service.graph.onnx_context import ReadContext
-from ghn_service.graph.onnx_file import FLOAT_TYPES
-from ghn_service.graph.onnx_layers import convolved
-from ghn_service.graph.onnx_node import OnnxNode
-from ghn_service.graph.onnx_values import CONSTANT, Value, View
+from ghn_service.graph.onnx.context import ReadContext
+from ghn_service.graph.onnx.file import FLOAT_TYPES
+from ghn_service.graph.onnx.layers import convolved
+from ghn_service.graph.onnx.node import OnnxNode
+from ghn_service.graph.onnx.values import CONSTANT, Value, View
 from ghn_service.graph.raw_graph import RawNode
 
 _ADAPTIVE_CLASSES = {"AdaptiveAvgPool2d": True, "AvgPool2d": False}

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ghn_service.graph.architecture import BufferSpec, ParameterSpec, ParameterUse
-from ghn_service.graph.onnx_context import ReadContext
-from ghn_service.graph.onnx_names import sibling_name
+from ghn_service.graph.onnx.context import ReadContext
+from ghn_service.graph.onnx.names import sibling_name
 from ghn_service.graph.passes import Skeleton
 from ghn_service.graph.raw_graph import RawNode, Source, TensorUse
 

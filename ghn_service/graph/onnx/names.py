@@ -12,9 +12,9 @@ from __future__ import annotations
 import re
 from functools import cached_property
 
-from ghn_service.graph.onnx_file import OnnxFile
-from ghn_service.graph.onnx_folded import string_list
-from ghn_service.graph.onnx_node import OnnxNode
+from ghn_service.graph.onnx.file import OnnxFile
+from ghn_service.graph.onnx.folded import string_list
+from ghn_service.graph.onnx.node import OnnxNode
 from ghn_service.graph.raw_graph import Source
 
 _FX_KEY = "pkg.torch.onnx.fx_node"

@@ -1,0 +1,1 @@
+"""Reading architectures from ONNX: the only place of the service that touches ONNX."""
