@@ -66,6 +66,8 @@ class _LowRankMethodEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._
     """Nearest in the layer's function, in closed form (arXiv:2202.00834)."""
     LOW_RANK_METHOD_FUNCTION_OPTIMIZED: _LowRankMethod.ValueType  # 3
     """As FUNCTION, followed by a few optimiser steps on the closed-form loss."""
+    LOW_RANK_METHOD_SCALED: _LowRankMethod.ValueType  # 4
+    """SPECTRAL times one number per layer that keeps the Frobenius norm of its weight."""
 
 class LowRankMethod(_LowRankMethod, metaclass=_LowRankMethodEnumTypeWrapper):
     """How factors of a low-rank layer are computed from its weight."""
@@ -78,6 +80,8 @@ LOW_RANK_METHOD_FUNCTION: LowRankMethod.ValueType  # 2
 """Nearest in the layer's function, in closed form (arXiv:2202.00834)."""
 LOW_RANK_METHOD_FUNCTION_OPTIMIZED: LowRankMethod.ValueType  # 3
 """As FUNCTION, followed by a few optimiser steps on the closed-form loss."""
+LOW_RANK_METHOD_SCALED: LowRankMethod.ValueType  # 4
+"""SPECTRAL times one number per layer that keeps the Frobenius norm of its weight."""
 global___LowRankMethod = LowRankMethod
 
 class _Stage:
@@ -544,6 +548,7 @@ class AnalyzeArchitectureRequest(google.protobuf.message.Message):
     MODEL_FIELD_NUMBER: builtins.int
     DTYPE_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    LOW_RANK_FIELD_NUMBER: builtins.int
     model: builtins.str
     """Name of a loaded hypernetwork; "" is the server's default."""
     dtype: global___DataType.ValueType
@@ -554,6 +559,10 @@ class AnalyzeArchitectureRequest(google.protobuf.message.Message):
     def architecture(self) -> global___Architecture:
         """The network."""
 
+    @property
+    def low_rank(self) -> global___LowRankOutput:
+        """Predict the weights, and say what low rank would cost and save in each layer; absent for neither."""
+
     def __init__(
         self,
         *,
@@ -561,11 +570,95 @@ class AnalyzeArchitectureRequest(google.protobuf.message.Message):
         model: builtins.str = ...,
         dtype: global___DataType.ValueType = ...,
         request_id: builtins.str = ...,
+        low_rank: global___LowRankOutput | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["architecture", b"architecture"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "dtype", b"dtype", "model", b"model", "request_id", b"request_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["architecture", b"architecture", "low_rank", b"low_rank"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "dtype", b"dtype", "low_rank", b"low_rank", "model", b"model", "request_id", b"request_id"]) -> None: ...
 
 global___AnalyzeArchitectureRequest = AnalyzeArchitectureRequest
+
+@typing.final
+class RankCost(google.protobuf.message.Message):
+    """Error and cost of a layer at one rank."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: builtins.int
+    FUNCTION_ERROR_FIELD_NUMBER: builtins.int
+    PARAMETERS_FIELD_NUMBER: builtins.int
+    MULTIPLY_ADDS_FIELD_NUMBER: builtins.int
+    rank: builtins.int
+    """Rank of the factors; 0 for the dense weight."""
+    function_error: builtins.float
+    """Loss of the layer's function relative to the second moment of its output, for Gaussian inputs."""
+    parameters: builtins.int
+    """Values of the factors, or of the weight."""
+    multiply_adds: builtins.int
+    """Multiply-adds per example; 0 where the number of positions is unknown."""
+    def __init__(
+        self,
+        *,
+        rank: builtins.int = ...,
+        function_error: builtins.float = ...,
+        parameters: builtins.int = ...,
+        multiply_adds: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["function_error", b"function_error", "multiply_adds", b"multiply_adds", "parameters", b"parameters", "rank", b"rank"]) -> None: ...
+
+global___RankCost = RankCost
+
+@typing.final
+class LowRankLayer(google.protobuf.message.Message):
+    """What low rank would do with a weighted layer."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PARAMETER_FIELD_NUMBER: builtins.int
+    METHOD_FIELD_NUMBER: builtins.int
+    ACTIVATION_FIELD_NUMBER: builtins.int
+    NORMALIZED_FIELD_NUMBER: builtins.int
+    NOTE_FIELD_NUMBER: builtins.int
+    DENSE_FIELD_NUMBER: builtins.int
+    CHOSEN_FIELD_NUMBER: builtins.int
+    CURVE_FIELD_NUMBER: builtins.int
+    parameter: builtins.str
+    """Name of the weight."""
+    method: global___LowRankMethod.ValueType
+    """How its factors would be computed, which is not the method asked for where that cannot help."""
+    activation: builtins.str
+    """The activation that factors are fitted to; "" for none."""
+    normalized: builtins.bool
+    """Whether a normalisation sits between the layer and the activation."""
+    note: builtins.str
+    """What the user should know, such as why the layer stays dense; a sentence or ""."""
+    @property
+    def dense(self) -> global___RankCost:
+        """The layer as it is."""
+
+    @property
+    def chosen(self) -> global___RankCost:
+        """The layer as PredictWeights would return it."""
+
+    @property
+    def curve(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RankCost]:
+        """The layer at a few ranks at which factors are smaller, ascending; empty where it always stays dense."""
+
+    def __init__(
+        self,
+        *,
+        parameter: builtins.str = ...,
+        method: global___LowRankMethod.ValueType = ...,
+        activation: builtins.str = ...,
+        normalized: builtins.bool = ...,
+        note: builtins.str = ...,
+        dense: global___RankCost | None = ...,
+        chosen: global___RankCost | None = ...,
+        curve: collections.abc.Iterable[global___RankCost] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["chosen", b"chosen", "dense", b"dense"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["activation", b"activation", "chosen", b"chosen", "curve", b"curve", "dense", b"dense", "method", b"method", "normalized", b"normalized", "note", b"note", "parameter", b"parameter"]) -> None: ...
+
+global___LowRankLayer = LowRankLayer
 
 @typing.final
 class AnalyzeArchitectureResponse(google.protobuf.message.Message):
@@ -602,6 +695,7 @@ class AnalyzeArchitectureResponse(google.protobuf.message.Message):
     UNKNOWN_OPERATORS_FIELD_NUMBER: builtins.int
     GRAPH_DIGEST_FIELD_NUMBER: builtins.int
     MODEL_FIELD_NUMBER: builtins.int
+    LOW_RANK_LAYERS_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Identifier of this request in the server's logs."""
     num_nodes: builtins.int
@@ -638,6 +732,10 @@ class AnalyzeArchitectureResponse(google.protobuf.message.Message):
     def unknown_operators(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Operators of the file that are not understood; data flows through them as if they were element-wise."""
 
+    @property
+    def low_rank_layers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___LowRankLayer]:
+        """What low rank would do with each weighted layer, if it was asked for."""
+
     def __init__(
         self,
         *,
@@ -654,8 +752,9 @@ class AnalyzeArchitectureResponse(google.protobuf.message.Message):
         unknown_operators: collections.abc.Iterable[builtins.str] | None = ...,
         graph_digest: builtins.str = ...,
         model: builtins.str = ...,
+        low_rank_layers: collections.abc.Iterable[global___LowRankLayer] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["buffers", b"buffers", "graph_digest", b"graph_digest", "model", b"model", "num_edges", b"num_edges", "num_nodes", b"num_nodes", "num_parameters", b"num_parameters", "num_predicted_parameters", b"num_predicted_parameters", "op_type_counts", b"op_type_counts", "request_id", b"request_id", "tensors", b"tensors", "total_bytes", b"total_bytes", "unknown_operators", b"unknown_operators", "warnings", b"warnings"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["buffers", b"buffers", "graph_digest", b"graph_digest", "low_rank_layers", b"low_rank_layers", "model", b"model", "num_edges", b"num_edges", "num_nodes", b"num_nodes", "num_parameters", b"num_parameters", "num_predicted_parameters", b"num_predicted_parameters", "op_type_counts", b"op_type_counts", "request_id", b"request_id", "tensors", b"tensors", "total_bytes", b"total_bytes", "unknown_operators", b"unknown_operators", "warnings", b"warnings"]) -> None: ...
 
 global___AnalyzeArchitectureResponse = AnalyzeArchitectureResponse
 
