@@ -32,13 +32,13 @@ from ghn_architectures.interface import Interface
 from ghn_architectures.mobilenet import MobileNetConfiguration
 from ghn_architectures.resnet import ResNetConfiguration
 from ghn_client import GHNClient
+from ghn_client.batchnorm import recalibrate_batchnorm
 from ghn_client.finetune.fit import FitSettings, evaluate, fit
 from ghn_client.finetune.gamma import gamma_report
 from ghn_client.finetune.image_data import ImageBatches, load_images
 from ghn_client.finetune.norm_layers import find_norm_layers
 from ghn_client.finetune.pruning import prune_disabled_channels
 from ghn_client.finetune.strategies import prepare
-from ghn_client.recalibrate import recalibrate_batchnorm
 from ghn_service.server.settings import BUNDLED_CHECKPOINTS
 
 #: Strategy, options and learning rate by the name in the tables; the first five in the order that the paper predicts.

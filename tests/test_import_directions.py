@@ -32,6 +32,7 @@ ALLOWED = {
         "ghn_service.graph",
         "ghn_service.errors",
         "ghn_architectures",
+        "ghn_client.batchnorm",
     },
     "ghn_service.server": {
         "ghn_service",

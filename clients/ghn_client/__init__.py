@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from ghn_client.batchnorm import recalibrate_batchnorm
     from ghn_client.client import GHNClient
     from ghn_client.export import export_architecture
     from ghn_client.load import LoadReport, load_parameters
     from ghn_client.prediction import Prediction
-    from ghn_client.recalibrate import recalibrate_batchnorm
     from ghn_client.steps import LowRankOptions, Step
     from ghn_client.structure import strip_weights
 
@@ -28,7 +28,7 @@ _HOMES = {
     "Step": "steps",
     "export_architecture": "export",
     "load_parameters": "load",
-    "recalibrate_batchnorm": "recalibrate",
+    "recalibrate_batchnorm": "batchnorm",
     "strip_weights": "structure",
 }
 

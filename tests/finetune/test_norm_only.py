@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from ghn_client.errors import GhnClientError
 from ghn_client.finetune.errors import InvalidOptionError, NothingToTuneError, UnknownNameError
 from ghn_client.finetune.insertion import insert_norms, layers_without_norm
 from ghn_client.finetune.norm_layers import norm_kind
@@ -146,7 +147,7 @@ def test_statistics_policy_ends_with_the_handle():
 
 
 def test_unknown_options_are_refused():
-    with pytest.raises(InvalidOptionError):
+    with pytest.raises(GhnClientError):
         norm_only(ResidualNetwork(8), statistics="sometimes")
     with pytest.raises(InvalidOptionError):
         norm_only(ResidualNetwork(8), missing="perhaps")

@@ -62,10 +62,10 @@ def tune(
 
 
 def _fit(start: Start, training: ImageSet, validation: ImageSet, tuning: Tuning) -> tuple[FineTuneHandle, FitReport]:
+    from ghn_client.batchnorm import recalibrate_batchnorm
     from ghn_client.finetune.fit import FitSettings, fit
     from ghn_client.finetune.image_data import ImageBatches
     from ghn_client.finetune.strategies import prepare
-    from ghn_client.recalibrate import recalibrate_batchnorm
 
     batches = ImageBatches(training, batch_size=tuning.batch_size, augment=True, seed=tuning.seed)
     held_out = ImageBatches(validation, batch_size=tuning.batch_size, augment=False)

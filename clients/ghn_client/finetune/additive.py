@@ -8,19 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from ghn_client.batchnorm import FREEZE, travelling_statistics
 from ghn_client.finetune.capacity import hidden_widths
 from ghn_client.finetune.errors import InvalidOptionError, UnsupportedModuleError
-from ghn_client.finetune.handle import FineTuneHandle, Part
+from ghn_client.finetune.handle import FineTuneHandle, Lifecycle, Part
 from ghn_client.finetune.layers import find_head
 from ghn_client.finetune.side_network import SideNetwork
-from ghn_client.finetune.statistics import FREEZE, apply_statistics, running_layers, statistics_buffers
 
 LOGITS, FEATURES = "logits", "features"
 
@@ -146,15 +145,12 @@ def additive(
     config = {"depth": len(hidden) + 1, "width": list(hidden), "at": at, "head": head, "seed": seed}
     config.update(in_features=in_features, outputs=outputs, statistics=statistics)
     names = [f"side.{name}" for name, _ in side.named_parameters()]
-    policy = apply_statistics(running_layers(module), statistics)
-    switch = replace(
-        policy,
-        enable=(partial(setattr, whole, "enabled", True),),
-        disable=(partial(setattr, whole, "enabled", False),),
-    )
-    buffers = [f"base.{name}" for name in statistics_buffers(module, statistics)]
+    buffers = [f"base.{name}" for name in travelling_statistics(module, statistics)]
     part = Part("additive", config, whole, {"side": names}, buffers)
-    return FineTuneHandle(part, base=module, lifecycle=switch)
+    switch = Lifecycle(
+        enable=(partial(setattr, whole, "enabled", True),), disable=(partial(setattr, whole, "enabled", False),)
+    )
+    return FineTuneHandle(part, base=module, statistics=statistics, lifecycle=switch)
 
 
 def _sizes(module: nn.Module, head: str | None, example: torch.Tensor | None) -> tuple[int, int]:

@@ -6,17 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from ghn_client.batchnorm import UPDATE, travelling_statistics
 from ghn_client.finetune.errors import InvalidOptionError, NothingToTuneError
 from ghn_client.finetune.handle import FineTuneHandle, Part
 from ghn_client.finetune.layers import matrix_layers, resolve_head
 from ghn_client.finetune.reparametrize import attach_update, update_lifecycle
-from ghn_client.finetune.statistics import UPDATE, apply_statistics, running_layers, statistics_buffers
 
 
 def all_parameters(module: nn.Module, *, statistics: str = UPDATE) -> FineTuneHandle:
@@ -24,7 +23,7 @@ def all_parameters(module: nn.Module, *, statistics: str = UPDATE) -> FineTuneHa
 
     Args:
         module: Any network.
-        statistics: What happens to running statistics; see ``statistics.py``.
+        statistics: What happens to running statistics; see ``ghn_client.batchnorm``.
     """
     names = [name for name, _ in module.named_parameters()]
     return _plain("all", module, {"all": names}, {"statistics": statistics}, statistics)
@@ -38,7 +37,7 @@ def head_only(
     Args:
         module: Any network.
         head: ``True`` for the last linear layer, or dotted paths.
-        statistics: What happens to running statistics; see ``statistics.py``.
+        statistics: What happens to running statistics; see ``ghn_client.batchnorm``.
 
     Raises:
         NothingToTuneError: ``head`` is ``False`` or empty.
@@ -56,7 +55,7 @@ def bias_only(
     Args:
         module: Any network.
         head: Also tune the whole classifier.
-        statistics: What happens to running statistics; see ``statistics.py``.
+        statistics: What happens to running statistics; see ``ghn_client.batchnorm``.
 
     Raises:
         NothingToTuneError: The network has no bias.
@@ -108,7 +107,7 @@ def random_per_channel(
         module: Any network.
         count: Weights per channel; 2 is as many as a norm layer has.
         head: Also tune the classifier.
-        statistics: What happens to running statistics; see ``statistics.py``.
+        statistics: What happens to running statistics; see ``ghn_client.batchnorm``.
         seed: Of the choice.
 
     Raises:
@@ -126,22 +125,18 @@ def random_per_channel(
     updates = {name: _attach(layers[name], count, generator) for name in chosen}
     names = [f"{name}.parametrizations.weight.0.values" for name in chosen]
     config = {"count": count, "head": list(head_names), "statistics": statistics, "seed": seed}
-    policy = apply_statistics(running_layers(module), statistics)
-    switch = update_lifecycle(module, updates)
-    lifecycle = replace(switch, restore=(*policy.restore, *switch.restore), merge=(*policy.merge, *switch.merge))
     groups = _with_head(module, "random", names, head_names)
     indices = [name.replace(".values", ".indices") for name in names]
-    buffers = [*indices, *statistics_buffers(module, statistics)]
+    buffers = [*indices, *travelling_statistics(module, statistics)]
     part = Part("random_per_channel", config, module, groups, buffers)
-    return FineTuneHandle(part, lifecycle=lifecycle)
+    return FineTuneHandle(part, statistics=statistics, lifecycle=update_lifecycle(module, updates))
 
 
 def _plain(
     strategy: str, module: nn.Module, groups: dict[str, list[str]], config: dict[str, Any], statistics: str
 ) -> FineTuneHandle:
-    policy = apply_statistics(running_layers(module), statistics)
-    part = Part(strategy, config, module, groups, statistics_buffers(module, statistics))
-    return FineTuneHandle(part, lifecycle=policy)
+    part = Part(strategy, config, module, groups, travelling_statistics(module, statistics))
+    return FineTuneHandle(part, statistics=statistics)
 
 
 def _with_head(module: nn.Module, group: str, names: list[str], head: Sequence[str]) -> dict[str, list[str]]:

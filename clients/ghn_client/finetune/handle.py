@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from ghn_client.batchnorm import UPDATE, hold_statistics
 from ghn_client.finetune.errors import FineTuneError, NothingToTuneError
 
 Action = Callable[[], None]
@@ -86,6 +87,7 @@ class FineTuneHandle:
         part: Part,
         *,
         base: nn.Module | None = None,
+        statistics: str = UPDATE,
         lifecycle: Lifecycle | None = None,
         penalty: Callable[[], torch.Tensor] | None = None,
     ) -> None:
@@ -93,13 +95,16 @@ class FineTuneHandle:
         self.base = base if base is not None else part.module
         self.parts: tuple[Part, ...] = (part,)
         self.penalty = penalty
-        self._lifecycles: tuple[Lifecycle, ...] = (lifecycle or Lifecycle(),)
         tuned = part.named_parameters()
         if not tuned:
             raise NothingToTuneError(f"strategy {part.strategy!r} found no parameter to tune in {_kind(self.base)}")
         values = {name: tensor.clone() for name, tensor in part.state().items()}
         flags = [(parameter, parameter.requires_grad) for parameter in self.module.parameters()]
         self._snapshots: tuple[_Snapshot, ...] = (_Snapshot(values, flags),)
+        let_go = hold_statistics(self.base, statistics)
+        cycle = lifecycle or Lifecycle()
+        cycle = replace(cycle, restore=(let_go, *cycle.restore), merge=(let_go, *cycle.merge))
+        self._lifecycles: tuple[Lifecycle, ...] = (cycle,)
         self._open, self._enabled = True, True
         self.freeze_rest()
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from ghn_client.batchnorm import recalibrate_batchnorm
 from ghn_client.finetune.errors import NothingToTuneError, UnknownNameError, UnsupportedModuleError
 from ghn_client.finetune.layers import MatrixLayer, find_head, matrix_layers
 from ghn_client.finetune.norm_layers import find_norm_layers
@@ -177,36 +178,16 @@ def _call_inserted_norm(layer: nn.Module, _inputs: Any, output: torch.Tensor) ->
     return normalised
 
 
-@torch.no_grad()
 def _calibrate(module: nn.Module, norms: list[ChannelNorm], batches: Iterable[Any]) -> None:
-    """Statistics of the untouched network: every norm layer averages its input, and passes it on unchanged."""
-    sums: dict[int, list[torch.Tensor]] = {}
-
-    def observe(norm: nn.Module, inputs: tuple[torch.Tensor, ...], _output: torch.Tensor) -> torch.Tensor:
-        assert isinstance(norm, ChannelNorm)
-        flat = inputs[0].movedim(norm.channel_axis, -1).reshape(-1, norm.num_features).double()
-        moments = [flat.new_tensor(float(len(flat))), flat.sum(0), flat.square().sum(0)]
-        known = sums.get(id(norm))
-        sums[id(norm)] = moments if known is None else [a + b for a, b in zip(known, moments, strict=True)]
-        return inputs[0]
-
-    was_training = module.training
-    module.eval()
-    hooks = [norm.register_forward_hook(observe) for norm in norms]
-    for batch in batches:
-        module(batch[0] if isinstance(batch, (tuple, list)) else batch)
-    for hook in hooks:
-        hook.remove()
-    module.train(was_training)
+    """Statistics of the untouched network: every norm layer measures its input, and passes it on unchanged."""
+    hooks = [norm.register_forward_hook(lambda _norm, inputs, _output: inputs[0]) for norm in norms]
+    try:
+        recalibrate_batchnorm(module, batches, layers=norms)
+    finally:
+        for hook in hooks:
+            hook.remove()
     for norm in norms:
-        if id(norm) in sums:
-            count, total, squares = sums[id(norm)]
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            mean = total / count
-            norm.running_mean.copy_(mean)
-            norm.running_var.copy_((squares / count - mean.square()).clamp_min(0.0))
-            norm.undo_normalisation()
+        norm.undo_normalisation()
 
 
 def _scale_rows(layer: MatrixLayer, scale: torch.Tensor, shift: torch.Tensor) -> None:

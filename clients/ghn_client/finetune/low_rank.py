@@ -8,12 +8,12 @@ modules.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import nn
 
+from ghn_client.batchnorm import UPDATE, travelling_statistics
 from ghn_client.finetune.errors import InvalidOptionError, NothingToTuneError, UnknownNameError
 from ghn_client.finetune.factored import (
     factor_parameters,
@@ -24,7 +24,6 @@ from ghn_client.finetune.factored import (
 from ghn_client.finetune.handle import FineTuneHandle, Part
 from ghn_client.finetune.layers import find_head, matrix_layers, resolve_head
 from ghn_client.finetune.reparametrize import attach_update, update_lifecycle
-from ghn_client.finetune.statistics import UPDATE, apply_statistics, running_layers, statistics_buffers
 
 
 def low_rank(
@@ -40,7 +39,7 @@ def low_rank(
         module: Network with factored layers, for example from ``ghn_client.low_rank.factorize_module``.
         head: As in ``norm_only``.
         frobenius_decay: Weight of ``1/2 ||U V||_F^2``, added to the loss by ``handle.loss_penalty()``; 0 for none.
-        statistics: What happens to running statistics; see ``statistics.py``.
+        statistics: What happens to running statistics; see ``ghn_client.batchnorm``.
 
     Raises:
         NothingToTuneError: No layer is factored.
@@ -61,9 +60,8 @@ def low_rank(
     groups = {"factors": factors, **({"head": heads} if heads else {})}
     config = {"head": list(head_names), "frobenius_decay": frobenius_decay, "statistics": statistics}
     penalty = partial(_decay, pairs, frobenius_decay) if frobenius_decay else None
-    policy = apply_statistics(running_layers(module), statistics)
-    part = Part("low_rank", config, module, groups, statistics_buffers(module, statistics))
-    return FineTuneHandle(part, penalty=penalty, lifecycle=policy)
+    part = Part("low_rank", config, module, groups, travelling_statistics(module, statistics))
+    return FineTuneHandle(part, penalty=penalty, statistics=statistics)
 
 
 class LowRankUpdate(nn.Module):
@@ -111,7 +109,7 @@ def low_rank_update(
         layers: Dotted paths of the layers to change; default all matrix layers but the head.
         head: Also tune the classifier, dense.
         seed: Of the Gaussian start.
-        statistics: What happens to running statistics; see ``statistics.py``.
+        statistics: What happens to running statistics; see ``ghn_client.batchnorm``.
 
     Raises:
         NothingToTuneError: There is no layer to change.
@@ -148,11 +146,8 @@ def low_rank_update(
         "seed": seed,
         "statistics": statistics,
     }
-    policy = apply_statistics(running_layers(module), statistics)
-    switch = update_lifecycle(module, updates)
-    lifecycle = replace(switch, restore=(*policy.restore, *switch.restore), merge=(*policy.merge, *switch.merge))
-    part = Part("low_rank_update", config, module, groups, statistics_buffers(module, statistics))
-    return FineTuneHandle(part, lifecycle=lifecycle)
+    part = Part("low_rank_update", config, module, groups, travelling_statistics(module, statistics))
+    return FineTuneHandle(part, statistics=statistics, lifecycle=update_lifecycle(module, updates))
 
 
 def _attach(layer: nn.Module, rank: int, alpha: float | None, generator: torch.Generator) -> LowRankUpdate:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ghn_client.batchnorm import UPDATE, check_statistics, travelling_statistics
 from ghn_client.finetune.errors import InvalidOptionError, NothingToTuneError
 from ghn_client.finetune.handle import FineTuneHandle, Lifecycle, Part
 from ghn_client.finetune.insertion import (
@@ -25,7 +26,6 @@ from ghn_client.finetune.insertion import (
 )
 from ghn_client.finetune.layers import resolve_head
 from ghn_client.finetune.norm_layers import NormLayer, find_norm_layers
-from ghn_client.finetune.statistics import UPDATE, apply_statistics, check_statistics
 
 #: What to do about layers without a norm layer, and norm layers without affine parameters.
 MISSING = ("ignore", "insert")
@@ -48,7 +48,7 @@ def norm_only(
         module: Any network. No wrapper is put around it, and no value changes.
         head: Tune the classifier too: ``True`` for the last linear layer, ``False`` for norm layers alone, or dotted
             paths.
-        statistics: ``update``, ``keep`` or ``freeze`` the running statistics of BatchNorm; see ``statistics.py``.
+        statistics: ``update``, ``keep`` or ``freeze`` those of BatchNorm; see ``ghn_client.batchnorm``.
         missing: ``insert`` hangs an identity norm layer on every matrix layer without one, and makes norm layers with
             ``affine=False`` affine; the function is unchanged at insertion. ``ignore`` tunes what is there.
         after: With ``insert``, the layers to follow instead of all that lack a norm layer.
@@ -75,18 +75,16 @@ def norm_only(
         raise NothingToTuneError(
             f"{type(module).__name__} has no affine norm layer; pass missing='insert' to add identity norm layers"
         )
-    running = [layer for layer in layers if layer.has_running_statistics]
-    policy = apply_statistics((layer.module for layer in running), statistics)
     config = {
         "head": list(head_names),
         "statistics": statistics,
         "missing": missing,
         "after": [name.rpartition(".")[0] for name in inserted] if inserted else None,
     }
-    part = Part(
-        "norm_only", config, module, _groups(layers, head_names, module), _buffers(running, inserted, statistics)
-    )
-    handle = FineTuneHandle(part, lifecycle=_lifecycle(module, policy, inserted, affine))
+    buffers = set(travelling_statistics(module, statistics))
+    buffers |= {f"{name}.{buffer}" for name in inserted for buffer in ("running_mean", "running_var")}
+    part = Part("norm_only", config, module, _groups(layers, head_names, module), sorted(buffers))
+    handle = FineTuneHandle(part, statistics=statistics, lifecycle=_lifecycle(module, inserted, affine))
     assert inserted or affine or base_names == tuple(name for name, _ in module.named_parameters())
     return handle
 
@@ -108,17 +106,8 @@ def _groups(layers: Sequence[NormLayer], head: Sequence[str], module: nn.Module)
     return {group: names for group, names in groups.items() if names}
 
 
-def _buffers(running: Sequence[NormLayer], inserted: Sequence[str], statistics: str) -> list[str]:
-    travelling = [layer for layer in running if statistics == UPDATE or layer.name in inserted]
-    return [
-        f"{layer.name}.{buffer}" if layer.name else buffer
-        for layer in travelling
-        for buffer in ("running_mean", "running_var")
-    ]
-
-
-def _lifecycle(module: nn.Module, policy: Lifecycle, inserted: Sequence[str], affine: Sequence[str]) -> Lifecycle:
-    restore, merge = list(policy.restore), list(policy.merge)
+def _lifecycle(module: nn.Module, inserted: Sequence[str], affine: Sequence[str]) -> Lifecycle:
+    restore, merge = [], []
     if inserted:
         restore.append(partial(_discard, remove_inserted_norms, module))
         merge.append(partial(_discard, fold_inserted_norms, module))

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ghn_client.batchnorm import KEEP, UPDATE
 from ghn_client.finetune.delta import _safetensors
 from ghn_client.finetune.errors import DeltaFormatError, UnsupportedModuleError
 from ghn_client.finetune.handle import FineTuneHandle, Part
 from ghn_client.finetune.low_rank import low_rank_update
 from ghn_client.finetune.norm_only import norm_only
-from ghn_client.finetune.statistics import KEEP, UPDATE
 
 LN_TUNING, LORA = "LN_TUNING", "LORA"
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"

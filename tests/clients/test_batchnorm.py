@@ -68,3 +68,21 @@ def test_an_empty_loader_is_refused_and_changes_nothing() -> None:
     with pytest.raises(InvalidOptionError):
         recalibrate_batchnorm(module, [])
     assert torch.equal(module.bn1.running_mean, before)
+
+
+def test_dropout_stays_off_while_statistics_are_measured() -> None:
+    networks = [nn.Sequential(nn.Dropout(0.9), nn.BatchNorm2d(3), nn.Dropout(0.5)) for _ in range(2)]
+    networks[1][0].p = 0.0
+    for network in networks:
+        recalibrate_batchnorm(network.train(), batches(3))
+    assert torch.equal(networks[0][1].running_mean, networks[1][1].running_mean)
+    assert torch.equal(networks[0][1].running_var, networks[1][1].running_var)
+    assert all(part.training for part in networks[0].modules())
+
+
+def test_only_the_named_layers_are_measured() -> None:
+    module = randomized(ConvNet())
+    before = module.bn1.running_mean.clone()
+    recalibrate_batchnorm(module, batches(2), layers=[module.bn2])
+    assert torch.equal(module.bn1.running_mean, before)
+    assert module.bn2.num_batches_tracked == 2

@@ -1,0 +1,147 @@
+"""Running statistics of batch normalisation: measured on data, held while one tunes, or left out.
+
+They are no weights, so that nobody predicts them; without them a network gives chance accuracy in evaluation mode.
+While one tunes, what happens to them is a choice:
+
+| choice | normalises in train mode with | running statistics |
+|---|---|---|
+| ``update`` | the batch | follow the batches (torch's default; the protocol of arXiv:2003.00152) |
+| ``keep`` | the batch | stay as they are |
+| ``freeze`` | the running statistics | stay as they are; the layer is the same affine map in train and eval mode |
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ghn_client.errors import InvalidOptionError
+
+UPDATE, KEEP, FREEZE = "update", "keep", "freeze"
+STATISTICS = (UPDATE, KEEP, FREEZE)
+
+
+def recalibrate_batchnorm(
+    module: nn.Module,
+    loader: Iterable[Any],
+    *,
+    num_batches: int | None = None,
+    device: torch.device | str | None = None,
+    layers: Sequence[_BatchNorm] | None = None,
+) -> int:
+    """Resets the running statistics of every batch normalisation and measures them again, as a plain mean over batches.
+
+    Only these layers run in training mode meanwhile, so that dropout is off. Modes and momenta are put back.
+
+    Args:
+        module: The network.
+        loader: Batches: tensors, (inputs, ...) tuples or lists, or dicts of keyword arguments.
+        num_batches: Batches to use at most; None for all.
+        device: Where to put the inputs; None for the device of the module's parameters.
+        layers: The layers to measure; None for all that keep running statistics.
+
+    Returns:
+        How many batches were used; 0 if the module has no such layer.
+
+    Raises:
+        InvalidOptionError: The loader gives no batch, or ``num_batches`` is less than 1.
+    """
+    if layers is None:
+        layers = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+    if not layers:
+        return 0
+    if num_batches is not None and num_batches < 1:
+        raise InvalidOptionError(f"expected num_batches of at least 1, got {num_batches}", field="num_batches")
+    batches = itertools.islice(loader, num_batches)
+    first = next(batches, None)
+    if first is None:
+        raise InvalidOptionError("expected at least one batch, got an empty loader", field="loader")
+    if device is None:
+        device = next((item.device for item in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    modes = [(part, part.training) for part in module.modules()]
+    momenta = [layer.momentum for layer in layers]
+    used = 0
+    try:
+        module.eval()
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # torch's cumulative average
+            layer.train()
+        with torch.no_grad():
+            for batch in itertools.chain([first], batches):
+                used += 1
+                if isinstance(batch, dict):
+                    module(**{key: _moved(value, device) for key, value in batch.items()})
+                else:
+                    module(_moved(batch[0] if isinstance(batch, list | tuple) else batch, device))
+    finally:
+        for part, training in modes:
+            part.training = training
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+    return used
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+
+def use_batch_statistics(module: nn.Module) -> nn.Module:
+    """Makes every batch normalisation of ``module`` use the batch's own statistics, in every mode; returns it."""
+    for layer in module.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.track_running_stats = False
+            layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+    return module
+
+
+def check_statistics(choice: str) -> None:
+    """Refuses what is none of ``update``, ``keep`` and ``freeze``.
+
+    Raises:
+        InvalidOptionError: It is none of them.
+    """
+    if choice not in STATISTICS:
+        raise InvalidOptionError(f"statistics must be one of {', '.join(STATISTICS)}, got {choice!r}")
+
+
+def hold_statistics(module: nn.Module, choice: str) -> Callable[[], None]:
+    """Makes all layers of ``module`` with running statistics follow ``choice`` until the returned function is called.
+
+    Args:
+        module: The network; layers of other libraries count too, by their ``running_mean``.
+        choice: ``update``, ``keep`` or ``freeze``.
+
+    Raises:
+        InvalidOptionError: ``choice`` is unknown.
+    """
+    check_statistics(choice)
+    layers: list[Any] = [layer for layer in module.modules() if getattr(layer, "running_mean", None) is not None]
+    momenta = [(layer, layer.momentum) for layer in layers if choice == KEEP]
+    for layer, _ in momenta:
+        layer.momentum = 0.0
+    hooks = [layer.register_forward_pre_hook(_use_running_statistics) for layer in layers if choice == FREEZE]
+
+    def let_go() -> None:
+        for hook in hooks:
+            hook.remove()
+        for layer, momentum in momenta:
+            layer.momentum = momentum
+
+    return let_go
+
+
+def _use_running_statistics(layer: nn.Module, _inputs: Any) -> None:
+    layer.training = False
+
+
+def travelling_statistics(module: nn.Module, choice: str) -> list[str]:
+    """Dotted paths of the running statistics that tuning under ``choice`` changes; they travel with tuned values."""
+    if choice != UPDATE:
+        return []
+    return [name for name, _ in module.named_buffers() if name.rpartition(".")[2] in ("running_mean", "running_var")]
