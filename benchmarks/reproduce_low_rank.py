@@ -118,7 +118,7 @@ def train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     network.train()
     for _ in range(steps):
-        pixels, labels, _ = batches.draw(generator=generator)
+        pixels, labels = batches.draw(generator=generator)
         loss = functional.cross_entropy(network(pixels), labels) + 1e-4 * frobenius_decay(network)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -1,10 +1,9 @@
-"""``ghn-train``: train, watch and evaluate graph hypernetworks.
+"""``ghn-train``: train and evaluate graph hypernetworks.
 
 Examples:
     ghn-train fit --data data/cifar10 --out runs/first --set limits.minutes=60
     torchrun --nproc-per-node 4 -m ghn_service.training fit --data data/cifar10 --out runs/four
     ghn-train evaluate --checkpoint runs/first/ghn.safetensors --data data/cifar10
-    ghn-train plot runs/first
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import typer
 from ghn_service.errors import GhnServiceError, InvalidOptionError
 
 app = typer.Typer(
-    help="Train, watch and evaluate graph hypernetworks.",
+    help="Train and evaluate graph hypernetworks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -63,20 +62,14 @@ def fit(
     start_from: Annotated[
         Path | None, typer.Option(help="Checkpoint or state file whose weights a new run begins with.")
     ] = None,
-    revive: Annotated[
-        bool, typer.Option("--revive", help="With --start-from: draw decoder units that have stopped anew.")
-    ] = False,
-    teacher: Annotated[Path | None, typer.Option(help="Soft labels made by ghn-train teacher.")] = None,
     cache: Cache = None,
 ) -> None:
     """Train a hypernetwork on random architectures and a folder of labelled images."""
-    from ghn_service.training.fit import Start
     from ghn_service.training.fit import fit as run_fit
     from ghn_service.training.settings import load_settings
 
     settings = load_settings(config, changes or ())
-    start = Start(start_from, revive=revive) if start_from else None
-    progress = run_fit(data, out, settings, resume=resume, start=start, teacher=teacher, cache=cache)
+    progress = run_fit(data, out, settings, resume=resume, start_from=start_from, cache=cache)
     typer.echo(
         f"{progress.networks} networks in {progress.step} steps and {progress.elapsed_s / 60:.1f} minutes; "
         f"checkpoint in {out}"
@@ -146,39 +139,6 @@ def evaluate(
         (out / "evaluation.md").write_text(text, encoding="utf-8")
         (out / "evaluation.json").write_text(report.json_report(evaluation), encoding="utf-8")
     typer.echo(text)
-
-
-@app.command()
-@_reported
-def teacher(
-    data: DataFolder,
-    out: Annotated[Path, typer.Option("--out", help="File for the soft labels (.safetensors).")],
-    minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 10.0,
-    network: Annotated[str, typer.Option(help="Reference network to train.")] = "resnet20",
-    config: Config = None,
-    changes: Changes = None,
-    cache: Cache = None,
-) -> None:
-    """Train a teacher for some minutes and write its soft labels, for objective.teacher_weight."""
-    from ghn_service.training.fit import make_teacher
-    from ghn_service.training.settings import load_settings
-
-    accuracy = make_teacher(
-        data, out, load_settings(config, changes or ()), minutes=minutes, network=network, cache=cache
-    )
-    typer.echo(f"soft labels of a teacher with {100 * accuracy:.1f}% on validation images in {out}")
-
-
-@app.command()
-@_reported
-def plot(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
-    out: Annotated[Path | None, typer.Option("--out", help="SVG file; curves.svg in the folder where omitted.")] = None,
-) -> None:
-    """Draw the curves of a run."""
-    from ghn_service.training.plot import plot_run
-
-    typer.echo(str(plot_run(run, out)))
 
 
 def _splits(text: str, networks: int) -> dict[str, int]:

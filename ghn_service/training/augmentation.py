@@ -64,12 +64,12 @@ class Batches:
     augmentation: Augmentation | None
     size: int
 
-    def draw(self, *, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One batch: normalised images (B, C, H, W) in channels_last, labels (B,), and the images' indices (B,)."""
+    def draw(self, *, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """One batch: normalised images (B, C, H, W) in channels_last, and labels (B,)."""
         device = self.images.images.device
         indices = torch.randint(0, len(self.images), (self.size,), generator=generator).to(device)
         pixels = self.images.images[indices]
         if self.augmentation:
             pixels = self.augmentation.apply(pixels, generator=generator)
         floats = self.normalization.apply(pixels).contiguous(memory_format=torch.channels_last)
-        return floats, self.images.labels[indices], indices
+        return floats, self.images.labels[indices]

@@ -116,7 +116,7 @@ class _Run:
 
     def advance(self, steps: int) -> None:
         while self.step < steps:
-            pixels, labels, _ = self.batches.draw(generator=self.generator)
+            pixels, labels = self.batches.draw(generator=self.generator)
             with target_passes(pixels.device, self.precision):
                 logits = self.module(pixels)
             loss = functional.cross_entropy(logits.float(), labels)

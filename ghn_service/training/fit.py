@@ -14,9 +14,7 @@ import torch
 from ghn_service.errors import TrainingError
 from ghn_service.hypernetwork.checkpoint import CheckpointSummary, ModelCard, load_checkpoint, save_checkpoint
 from ghn_service.hypernetwork.config import GHNConfig, decode_config
-from ghn_service.hypernetwork.features import build_features
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
-from ghn_service.hypernetwork.tiled_decoder import TiledDecoder
 from ghn_service.postprocess.distribution_shift import METADATA_KEY
 from ghn_service.training.data import (
     ImageSet,
@@ -30,31 +28,15 @@ from ghn_service.training.data_layouts import ImageFormat
 from ghn_service.training.distributed import Workers, join_workers
 from ghn_service.training.graph_statistics import training_graph_statistics
 from ghn_service.training.memory import keep_freed_memory
-from ghn_service.training.networks import REFERENCE, Pool, Task, find_network
-from ghn_service.training.revival import matrix_embeddings, revive, stopped_units
-from ghn_service.training.sampling import ArchitectureSource, find_candidate
+from ghn_service.training.networks import Pool, Task
+from ghn_service.training.sampling import ArchitectureSource
 from ghn_service.training.settings import TrainingSettings
 from ghn_service.training.state import Progress, find_state, load_state
-from ghn_service.training.teacher import image_logits, load_teacher_logits, save_teacher_logits, train_teacher
-from ghn_service.training.trainer import Trainer, choose_precision
-from ghn_service.training.zero_shot import accuracy, make_validation
+from ghn_service.training.trainer import Trainer
+from ghn_service.training.zero_shot import make_validation
 
 logger = logging.getLogger(__name__)
 CHECKPOINT_FILE = "ghn.safetensors"
-NETWORKS_LOOKED_AT = 60
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a new run begins.
-
-    Attributes:
-        file: A checkpoint, or the state of another run.
-        revive: Whether decoder units that have stopped are drawn anew (``revival.py``).
-    """
-
-    file: Path
-    revive: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +82,7 @@ def fit(
     settings: TrainingSettings,
     *,
     resume: str = "auto",
-    start: Start | None = None,
-    teacher: Path | None = None,
+    start_from: Path | None = None,
     cache: Path | None = None,
     source: ArchitectureSource | None = None,
 ) -> Progress:
@@ -112,8 +93,7 @@ def fit(
         out: Folder of the run.
         settings: The recipe.
         resume: ``auto`` goes on from the folder's state if there is one; ``never`` needs a folder without.
-        start: Weights that a new run begins with; random ones where omitted.
-        teacher: File of soft labels that ``ghn-train teacher`` wrote.
+        start_from: Checkpoint or state whose weights a new run begins with; random ones where omitted.
         cache: Folder for decoded images; ``cache`` beside the run where omitted.
         source: Training networks by number; split ``train`` of the generator where omitted.
 
@@ -127,8 +107,8 @@ def fit(
     with join_workers() as workers:
         data = load_training_data(data_folder, settings, cache or out.parent / "cache")
         settings = fit_settings_to_data(settings, data.training)
-        trainer = _make_trainer(data, out, settings, workers, teacher, source)
-        _begin(trainer, out, resume, start)
+        trainer = _make_trainer(data, out, settings, workers, source)
+        _begin(trainer, out, resume, start_from)
         progress = trainer.run()
         if workers.is_main:
             export_checkpoint(trainer, out / CHECKPOINT_FILE, data, data_folder.name)
@@ -140,7 +120,6 @@ def _make_trainer(
     out: Path,
     settings: TrainingSettings,
     workers: Workers,
-    teacher: Path | None,
     source: ArchitectureSource | None,
 ) -> Trainer:
     task = Task(data.training.num_classes, data.training.channels, data.training.image_size)
@@ -152,8 +131,6 @@ def _make_trainer(
         shown,
         data.normalization,
     )
-    if settings.objective.teacher_weight and teacher is None:
-        raise TrainingError("objective.teacher_weight needs soft labels; make them with ghn-train teacher")
     return Trainer(
         settings,
         data.training,
@@ -162,11 +139,10 @@ def _make_trainer(
         out,
         workers,
         validation=validation,
-        teacher_logits=load_teacher_logits(teacher, data.training).to(workers.device) if teacher else None,
     )
 
 
-def _begin(trainer: Trainer, out: Path, resume: str, start: Start | None) -> None:
+def _begin(trainer: Trainer, out: Path, resume: str, start_from: Path | None) -> None:
     """Random weights, those of another file, or the saved state of this run."""
     state = find_state(out)
     if state is not None:
@@ -174,13 +150,12 @@ def _begin(trainer: Trainer, out: Path, resume: str, start: Start | None) -> Non
             raise TrainingError(f"{out} already holds a run; resume it, or choose an empty folder")
         trainer.restore(state)
         logger.info("resumed at step %d after %.0f s of training", state.progress.step, state.progress.elapsed_s)
-    elif start is not None:
-        config, tensors = _read_start(start.file)
+    elif start_from is not None:
+        config, tensors = _read_start(start_from)
         for name, before in dataclasses.asdict(config).items():
             if (now := getattr(trainer.config, name)) != before:
-                logger.warning("hypernetwork.%s is %s; it was %s in %s", name, now, before, start.file.name)
+                logger.warning("hypernetwork.%s is %s; it was %s in %s", name, now, before, start_from.name)
         trainer.start_from(tensors)
-        _look_for_stopped_units(trainer, revives=start.revive)
 
 
 def _read_start(file: Path) -> tuple[GHNConfig, dict[str, torch.Tensor]]:
@@ -189,67 +164,6 @@ def _read_start(file: Path) -> tuple[GHNConfig, dict[str, torch.Tensor]]:
         return hypernetwork.config, hypernetwork.state_dict()
     state = load_state(file)
     return decode_config(state.settings["hypernetwork"]), state.average
-
-
-def _look_for_stopped_units(trainer: Trainer, *, revives: bool) -> None:
-    """Counts the decoder's stopped units over some training networks; draws them anew where that is wanted."""
-    decoder = trainer.hypernetwork.decoder
-    if not isinstance(decoder, TiledDecoder):
-        return
-    found = (find_candidate(trainer.stream.source, index) for index in range(NETWORKS_LOOKED_AT))
-    features = (build_features(candidate.graph(), trainer.config) for candidate in found if candidate is not None)
-    embeddings = matrix_embeddings(trainer.hypernetwork, features)
-    if revives:
-        generator = torch.Generator().manual_seed(trainer.settings.seed)
-        logger.info("%d units of the decoder had stopped and begin anew", revive(decoder, embeddings, generator))
-        trainer.start_from({name: tensor.clone() for name, tensor in trainer.hypernetwork.state_dict().items()})
-    elif count := int(stopped_units(decoder, embeddings).sum()):
-        logger.warning(
-            "%d of %d units of the decoder have stopped; --revive lets them begin anew",
-            count,
-            decoder.hidden.out_features,
-        )
-
-
-def make_teacher(
-    data_folder: Path,
-    out: Path,
-    settings: TrainingSettings,
-    *,
-    minutes: float,
-    network: str,
-    cache: Path | None = None,
-) -> float:
-    """Trains a reference network and writes its soft labels for every training image.
-
-    Args:
-        data_folder: Labelled images.
-        out: File to write.
-        settings: Decide the images, their format and the number format of training.
-        minutes: Minutes of training.
-        network: Name in the registry.
-        cache: Folder for decoded images.
-
-    Returns:
-        The teacher's accuracy on validation images.
-    """
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    keep_freed_memory()
-    data = load_training_data(data_folder, settings, cache or out.parent / "cache")
-    task = Task(data.training.num_classes, data.training.channels, data.training.image_size)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module = train_teacher(
-        find_network(REFERENCE, network, task).build().to(device),
-        data.training.to(device),
-        data.normalization,
-        minutes=minutes,
-        precision=choose_precision(settings.precision, device),
-        seed=settings.seed,
-    )
-    save_teacher_logits(image_logits(module, data.training.to(device), data.normalization).cpu(), out)
-    with torch.no_grad():
-        return accuracy(module, data.validation.to(device), data.normalization, batch_size=250)
 
 
 def export_checkpoint(trainer: Trainer, path: Path, data: TrainingData, dataset: str) -> CheckpointSummary:

@@ -117,11 +117,6 @@ def reference_names() -> tuple[str, ...]:
     return tuple(ARCHITECTURES)
 
 
-def network_names(split: str, count: int) -> tuple[str, ...]:
-    """Names of the first ``count`` networks of a split; all of the registry for ``reference``."""
-    return reference_names() if split == REFERENCE else tuple(str(index) for index in range(count))
-
-
 def find_network(split: str, name: str, task: Task) -> TargetArchitecture:
     """The network ``name`` of a split: a number, or a name in the registry for ``reference``.
 

@@ -10,7 +10,7 @@ Reference: Knyazev et al. 2021 (arXiv:2110.13100), equation 2; Knyazev et al. 20
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,31 +42,11 @@ class LossAndGradient:
         return bool(torch.isfinite(total))
 
 
-def classification_loss(
-    logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, settings: ObjectiveSettings
-) -> Tensor:
-    """Cross-entropy with smoothed labels, mixed with that to the teacher's softened distribution.
-
-    Args:
-        logits: (B, classes).
-        labels: (B,) int64.
-        teacher_logits: (B, classes), or ``None``.
-        settings: Weights of the parts.
-    """
-    loss = functional.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
-    if teacher_logits is None or settings.teacher_weight == 0:
-        return loss
-    temperature = settings.teacher_temperature
-    soft = functional.softmax(teacher_logits / temperature, dim=1)
-    distilled = functional.cross_entropy(logits / temperature, soft) * temperature**2
-    return (1.0 - settings.teacher_weight) * loss + settings.teacher_weight * distilled
-
-
 def measure(
     module: nn.Module,
     predicted: Mapping[str, Tensor],
     constants: Mapping[str, Tensor],
-    batches: list[tuple[Tensor, Tensor, Tensor | None]],
+    batches: Sequence[tuple[Tensor, Tensor]],
     settings: ObjectiveSettings,
     *,
     precision: torch.dtype = torch.float32,
@@ -77,7 +57,7 @@ def measure(
         module: Target network in training mode.
         predicted: Predicted tensors by name; they are not changed, and no gradient flows into them here.
         constants: The other parameters and buffers that the network needs, by name.
-        batches: Images (B, C, H, W), labels (B,) and the teacher's logits (B, classes) or ``None``.
+        batches: Images (B, C, H, W) and labels (B,).
         settings: The loss.
         precision: Number format of the network's passes (autocast).
     """
@@ -85,11 +65,11 @@ def measure(
     sums = {name: torch.zeros_like(tensor) for name, tensor in leaves.items()} if len(batches) > 1 else {}
     loss_sum = accuracy_sum = 0.0
     gradients: dict[str, Tensor] = {}
-    for images, labels, teacher_logits in batches:
+    for images, labels in batches:
         with target_passes(images.device, precision):
             logits = torch.func.functional_call(module, {**constants, **leaves}, (images,))
         logits = logits.float()
-        loss = classification_loss(logits, labels, teacher_logits, settings)
+        loss = functional.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
         found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         gradients = {
             name: torch.zeros_like(leaf) if gradient is None else gradient

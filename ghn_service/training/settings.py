@@ -85,14 +85,10 @@ class ObjectiveSettings(_Section):
     Attributes:
         label_smoothing: Smoothing of the one-hot labels.
         penalty: Weight of the sum of Frobenius norms of the predicted tensors (GHN-3: 3e-5).
-        teacher_weight: Share of the teacher's soft labels in the loss; 0 uses none.
-        teacher_temperature: Softening of both distributions for the teacher's part.
     """
 
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     penalty: float = Field(default=3e-5, ge=0)
-    teacher_weight: float = Field(default=0.0, ge=0, le=1)
-    teacher_temperature: float = Field(default=1.0, gt=0)
 
 
 class OptimizerSettings(_Section):

@@ -51,7 +51,6 @@ def accumulate_gradients(
     hypernetwork: GraphHyperNetwork,
     networks: Sequence[tuple[int, TargetNetwork]],
     batches: Batches,
-    teacher_logits: Tensor | None,
     settings: ObjectiveSettings,
     *,
     seeds: tuple[int, ...],
@@ -65,7 +64,6 @@ def accumulate_gradients(
         hypernetwork: Gets the gradients.
         networks: (slot in the whole meta-batch, network) of this process.
         batches: Source of images; a slot's images depend on ``seeds`` and the slot alone.
-        teacher_logits: Logits of the teacher for every image, (I, classes), or ``None``.
         settings: The loss.
         seeds: Seed, attempt and step.
         batches_per_network: Batches per network.
@@ -83,11 +81,7 @@ def accumulate_gradients(
     for (slot, network), predicted in zip(networks, predictions, strict=True):
         torch.manual_seed(slot_generator(*seeds, slot, 1).initial_seed())  # dropout inside target networks
         generator = slot_generator(*seeds, slot)
-        drawn = [batches.draw(generator=generator) for _ in range(batches_per_network)]
-        examples = [
-            (images, labels, None if teacher_logits is None else teacher_logits[indices])
-            for images, labels, indices in drawn
-        ]
+        examples = [batches.draw(generator=generator) for _ in range(batches_per_network)]
         result = _measure(network, predicted, examples, settings, precision, outcome)
         if result is not None:
             outputs.extend(predicted.values())
@@ -100,7 +94,7 @@ def accumulate_gradients(
 def _measure(
     network: TargetNetwork,
     predicted: dict[str, Tensor],
-    examples: list[tuple[Tensor, Tensor, Tensor | None]],
+    examples: list[tuple[Tensor, Tensor]],
     settings: ObjectiveSettings,
     precision: torch.dtype,
     outcome: StepOutcome,

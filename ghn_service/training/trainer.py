@@ -53,7 +53,6 @@ class Trainer:
         folder: Where state and log go.
         workers: This process among its peers.
         validation: Called with the averaged hypernetwork now and then, in the main process.
-        teacher_logits: Logits of a teacher for every training image, (I, classes).
     """
 
     def __init__(
@@ -66,10 +65,9 @@ class Trainer:
         workers: Workers,
         *,
         validation: Validation | None = None,
-        teacher_logits: Tensor | None = None,
     ) -> None:
         self.settings, self.folder, self.workers = settings, folder, workers
-        self.validation, self.teacher_logits = validation, teacher_logits
+        self.validation = validation
         data = settings.data
         self.batches = Batches(images.to(workers.device), normalization, _augmentation(settings), data.batch_size)
         self.config = settings.hypernetwork_config()
@@ -196,7 +194,6 @@ class Trainer:
             self.hypernetwork,
             networks,
             self.batches,
-            self.teacher_logits,
             settings.objective,
             seeds=(settings.seed, self.progress.attempt, self.progress.step),
             batches_per_network=settings.data.batches_per_network,

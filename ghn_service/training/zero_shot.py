@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ghn_service.hypernetwork.config import GHNConfig
 from ghn_service.hypernetwork.features import build_features, collate
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
 from ghn_service.training.data import ImageSet, Normalization
@@ -164,8 +163,3 @@ def make_validation(
         }
 
     return validate
-
-
-def uses_class_count(config: GHNConfig, num_classes: int) -> bool:
-    """Whether the hypernetwork's class layer was made for this number of classes."""
-    return config.num_classes == num_classes

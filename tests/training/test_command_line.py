@@ -50,14 +50,12 @@ def test_gray_idx_files_are_trained_on_and_evaluated(tmp_path):
     assert "| test | 1 |" in (tmp_path / "evaluation.md").read_text()
 
 
-def test_fit_goes_on_with_a_run_and_plot_draws_it(tmp_path):
+def test_fit_goes_on_with_a_run(tmp_path):
     write_image_folder(tmp_path / "data", classes=3)
     command = ("fit", "--data", tmp_path / "data", "--out", tmp_path / "run", *TINY)
     assert run(*command).exit_code == 0
     again = run(*command, "--set=limits.steps=3")
     assert "3 networks in 3 steps" in again.output
-    assert run("plot", tmp_path / "run").exit_code == 0
-    assert (tmp_path / "run" / "curves.svg").is_file()
     assert run(*command, "--resume", "never").exit_code == 1
 
 
@@ -67,8 +65,6 @@ def test_a_run_may_start_from_a_checkpoint(tmp_path):
     assert run(*command, "--out", tmp_path / "one").exit_code == 0
     start = tmp_path / "one" / "ghn.safetensors"
     assert run(*command, "--out", tmp_path / "two", "--start-from", start).exit_code == 0
-    revived = run(*command, "--out", tmp_path / "three", "--start-from", start, "--revive")
-    assert revived.exit_code == 0, revived.output
 
 
 def test_evaluate_writes_its_report(tmp_path):
@@ -86,7 +82,6 @@ def test_evaluate_writes_its_report(tmp_path):
     "arguments",
     [
         ("fit", "--data", "nowhere", "--out", "run"),
-        ("plot", "nowhere"),
         ("evaluate", "--checkpoint", "nowhere.safetensors", "--data", "nowhere"),
         ("fit", "--data", ".", "--out", "run", "--set", "optimizer.learning_rate=-1"),
         ("evaluate", "--checkpoint", "x.safetensors", "--data", ".", "--splits", "training"),

@@ -1,10 +1,9 @@
-"""Tables, JSON and curves."""
+"""Tables, JSON and logs."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import xml.etree.ElementTree
 
 import pytest
 
@@ -12,7 +11,6 @@ from ghn_service.errors import DataError
 from ghn_service.training.evaluate import Evaluation
 from ghn_service.training.evaluation_plan import EvaluationPlan
 from ghn_service.training.fine_tune import Comparison, Curve
-from ghn_service.training.plot import plot_run
 from ghn_service.training.report import fine_tune_summary, json_report, markdown_report
 from ghn_service.training.results import FineTuned, ZeroShot
 from ghn_service.training.run_log import RunLog, read_log
@@ -77,17 +75,6 @@ def test_json_has_null_for_what_was_not_measured():
     assert body["zero_shot"][2]["novelty"] == 0.2
 
 
-def test_a_log_is_drawn_as_one_picture(tmp_path):
-    log = RunLog(tmp_path)
-    for step in (1, 2, 3):
-        log.write("train", step, loss=2.0 / step, accuracy=0.1 * step, networks_per_s=5.0, gradient_norm=1.0)
-    log.write("validation", 3, accuracy=0.4, best=0.5, worst=0.3)
-    log.close()
-    tree = xml.etree.ElementTree.parse(plot_run(tmp_path))
-    lines = [element for element in tree.iter() if element.tag.endswith("polyline")]
-    assert len(lines) == 7
-
-
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     log = RunLog(tmp_path)
     log.write("train", 1, loss=1.0)
@@ -100,4 +87,4 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
 
 def test_a_folder_without_a_log_is_an_error(tmp_path):
     with pytest.raises(DataError):
-        plot_run(tmp_path)
+        read_log(tmp_path)
