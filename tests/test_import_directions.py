@@ -15,7 +15,12 @@ ALLOWED = {
     "ghn_service.errors": set(),
     "ghn_service.graph": {"ghn_service.errors"},
     "ghn_service.parameters": {"ghn_service.graph", "ghn_service.errors"},
-    "ghn_service.hypernetwork": {"ghn_service.parameters", "ghn_service.graph", "ghn_service.errors"},
+    "ghn_service.hypernetwork": {
+        "ghn_client.atomic_file",
+        "ghn_service.parameters",
+        "ghn_service.graph",
+        "ghn_service.errors",
+    },
     "ghn_service.postprocess": {"ghn_service.parameters", "ghn_service.graph", "ghn_service.errors"},
     "ghn_service.predictor": {
         "ghn_service.hypernetwork",
@@ -25,6 +30,7 @@ ALLOWED = {
         "ghn_service.errors",
     },
     "ghn_service.training": {
+        "ghn_client.atomic_file",
         "ghn_service.predictor",
         "ghn_service.hypernetwork",
         "ghn_service.postprocess",
@@ -42,6 +48,7 @@ ALLOWED = {
         "ghn_service.parameters",
         "ghn_service.graph",
         "ghn_service.errors",
+        "ghn_client.atomic_file",
         "ghn_client.wire",
     },
     "ghn_architectures": {"ghn_service.graph", "ghn_service.errors"},

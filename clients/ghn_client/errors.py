@@ -1,7 +1,7 @@
-"""The client's exceptions: one family, one cause each, and the exit code that the command line gives for it.
+"""The client's exceptions: one family, and for each the exit code that the command line gives (``docs/cli.md``).
 
 A message says what was expected, what came and what to do about it; where the server found the fault, it is the
-server's own sentence. Exit codes are documented in ``docs/cli.md``.
+server's own sentence. A class of its own has what a caller may want to handle in its own way.
 """
 
 from __future__ import annotations
@@ -26,6 +26,21 @@ class GhnClientError(Exception):
         self.request_id = request_id
 
 
+# ---- what was asked for --------------------------------------------------------------------------------------------
+
+
+class InvalidOptionError(GhnClientError):
+    """An option has an impossible value, or names something unknown; the message lists what is known."""
+
+    exit_code = 2
+
+
+class UnknownModelError(GhnClientError):
+    """The server has no hypernetwork of that name."""
+
+    exit_code = 2
+
+
 class InvalidArchitectureError(GhnClientError):
     """The model is not a well-formed ONNX file, or not a network that could run."""
 
@@ -44,6 +59,12 @@ class UnsupportedArchitectureError(GhnClientError):
     exit_code = 4
 
 
+class UnsupportedModuleError(GhnClientError):
+    """A way of fine-tuning has no meaning or no proof for this module, or finds nothing in it to tune."""
+
+    exit_code = 4
+
+
 class UnsupportedOptionError(GhnClientError):
     """The option is part of the protocol, but this server does not implement it."""
 
@@ -56,16 +77,13 @@ class LimitExceededError(GhnClientError):
     exit_code = 4
 
 
-class InvalidOptionError(GhnClientError):
-    """An option has an impossible value; ``field`` names it."""
+class InfeasibleError(GhnClientError):
+    """An exact solver has no solution that passes its own check, in this network and precision, for these labels."""
 
-    exit_code = 2
+    exit_code = 4
 
 
-class UnknownModelError(GhnClientError):
-    """The server has no hypernetwork of that name."""
-
-    exit_code = 2
+# ---- the server and the way to it ----------------------------------------------------------------------------------
 
 
 class TemporaryError(GhnClientError):
@@ -107,25 +125,36 @@ class OverloadedError(TemporaryError):
     exit_code = 8
 
 
-class CancelledError(GhnClientError):
-    """The call was cancelled before it ended."""
-
-
 class ServerError(GhnClientError):
-    """The server failed in a way that is not the request's fault."""
+    """The server, or something before it, failed or gave up in a way that is not the request's fault."""
 
 
 class StreamCorruptedError(GhnClientError):
     """The stream broke the protocol: bytes lost, repeated or changed, or a wrong checksum."""
 
 
-class PredictionFileError(GhnClientError):
-    """A file of predicted weights is damaged or was not written by this package."""
+class EmbeddedServerError(GhnClientError):
+    """The server inside the process cannot start (not installed, or no trained checkpoint to serve)."""
+
+
+# ---- this side -----------------------------------------------------------------------------------------------------
+
+
+class FileError(GhnClientError, OSError):
+    """A file cannot be read or written, is damaged, or was not written by this package.
+
+    Attributes:
+        strerror: The system's reason without the path, where it gave one.
+    """
+
+    def __init__(self, message: str, *, strerror: str | None = None) -> None:
+        super().__init__(message)
+        self.strerror = strerror
 
 
 class LoadError(GhnClientError):
-    """Predicted weights do not fit the module or file that they should go into."""
+    """Weights do not fit the module or file that they should go into."""
 
 
-class EmbeddedServerError(GhnClientError):
-    """The server inside the process cannot start (not installed, or no trained checkpoint to serve)."""
+class MissingExtraError(GhnClientError):
+    """An optional library is needed; the message names it."""

@@ -17,9 +17,9 @@ import onnx
 import torch
 from onnx.external_data_helper import load_external_data_for_tensor
 
+from ghn_client.atomic_file import replaced_file, write_file
 from ghn_client.computed import as_stored
 from ghn_client.errors import LoadError
-from ghn_client.files import replaced_file
 from ghn_client.low_rank import FACTOR_IN, FACTOR_OUT, factor_pairs
 from ghn_client.onnx_types import TORCH_DTYPES
 from ghn_client.sources import ModelSource
@@ -47,7 +47,7 @@ def write_filled(prediction: Prediction, source: ModelSource | None, path: Path)
 
     Raises:
         LoadError: There is no model, or the weights do not fit it.
-        PredictionFileError: The file cannot be written.
+        FileError: The file cannot be written.
     """
     if source is None:
         raise LoadError(
@@ -285,12 +285,11 @@ def write_model(model: onnx.ModelProto, path: Path) -> None:
     """Writes a model, above 2 GB with its tensors beside it.
 
     Raises:
-        PredictionFileError: It cannot be written.
+        FileError: It cannot be written.
     """
     size = sum(len(tensor.raw_data) for graph in _graphs(model.graph) for tensor in graph.initializer)
     if size < EXTERNAL_BYTES:
-        with replaced_file(path) as part:
-            part.write_bytes(model.SerializeToString())
+        write_file(path, model.SerializeToString())
         return
     with replaced_file(path) as part, tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         data_name = f"{path.name}.data"

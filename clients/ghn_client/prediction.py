@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ghn_client.errors import GhnClientError, PredictionFileError
-from ghn_client.files import replaced_file
+from ghn_client.atomic_file import write_file
+from ghn_client.errors import FileError, GhnClientError
 from ghn_client.load import LoadReport, load_parameters
 from ghn_client.sources import Architecture, ModelSource, read_source
 from ghn_client.wire.codec import PlacedTensor, ReceivedPrediction, decode_safetensors_header
@@ -57,7 +57,7 @@ class Prediction(Mapping[str, torch.Tensor]):
         """The prediction that a stream brought.
 
         Raises:
-            PredictionFileError: Its metadata is damaged.
+            FileError: Its metadata is damaged.
         """
         return Prediction(
             buffer=received.buffer,
@@ -73,7 +73,7 @@ class Prediction(Mapping[str, torch.Tensor]):
         """Reads what ``save`` wrote.
 
         Raises:
-            PredictionFileError: The file cannot be read, is damaged, or was not written by this service.
+            FileError: The file cannot be read, is damaged, or was not written by this service.
         """
         try:
             with Path(path).open("rb") as file:
@@ -81,9 +81,9 @@ class Prediction(Mapping[str, torch.Tensor]):
                 file.readinto(buffer)
             placed, encoded = decode_safetensors_header(buffer)
         except OSError as error:
-            raise PredictionFileError(f"cannot read {str(path)!r}: {error.strerror}") from error
+            raise FileError(f"cannot read {str(path)!r}: {error.strerror}") from error
         except GhnClientError as error:
-            raise PredictionFileError(f"{str(path)!r} is no whole safetensors file: {error}") from error
+            raise FileError(f"{str(path)!r} is no whole safetensors file: {error}") from error
         return Prediction(buffer, placed, decode_metadata(encoded))
 
     # ---- mapping ----------------------------------------------------------------------------------------------------
@@ -163,10 +163,9 @@ class Prediction(Mapping[str, torch.Tensor]):
         """Writes the safetensors file; it is there whole or not at all.
 
         Raises:
-            PredictionFileError: It cannot be written.
+            FileError: It cannot be written.
         """
-        with replaced_file(path) as part:
-            part.write_bytes(self.buffer)
+        write_file(path, self.buffer)
 
     def to_onnx(self, path: str | Path, *, model: Architecture | None = None, example_inputs: Any = None) -> None:
         """Writes the model with the predicted weights in it.

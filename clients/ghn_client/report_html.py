@@ -8,8 +8,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ghn_client.atomic_file import write_file
 from ghn_client.errors import InvalidOptionError
-from ghn_client.files import replaced_file
 
 _PLACEHOLDER = "__REPORT__"
 
@@ -27,11 +27,10 @@ def write_report(report: Mapping[str, Any], path: Path) -> None:
 
     Raises:
         InvalidOptionError: The name ends neither in ``.json`` nor in ``.html``.
-        PredictionFileError: The file cannot be written.
+        FileError: The file cannot be written.
     """
     if path.suffix.lower() not in (".json", ".html"):
         raise InvalidOptionError(f"expected a report as FILE.json or FILE.html, got {str(path)!r}", field="report")
     is_page = path.suffix.lower() == ".html"
     text = render_report_html(report) if is_page else json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    with replaced_file(path) as part:
-        part.write_text(text, encoding="utf-8")
+    write_file(path, text)

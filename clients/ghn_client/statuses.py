@@ -12,7 +12,6 @@ from grpc_status import rpc_status
 
 from ghn_client.errors import (
     AuthenticationError,
-    CancelledError,
     DeadlineExceededError,
     GhnClientError,
     InvalidArchitectureError,
@@ -51,7 +50,6 @@ _BY_CODE: Mapping[grpc.StatusCode, type[GhnClientError]] = {
     _CODE.DEADLINE_EXCEEDED: DeadlineExceededError,
     _CODE.UNAUTHENTICATED: AuthenticationError,
     _CODE.PERMISSION_DENIED: AuthenticationError,
-    _CODE.CANCELLED: CancelledError,
     _CODE.DATA_LOSS: StreamCorruptedError,
 }
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ghn_client.atomic_file import replaced_file
 from ghn_service.errors import CheckpointError
 from ghn_service.hypernetwork.config import GHNConfig, decode_config, encode_config
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
@@ -86,15 +86,10 @@ def save_checkpoint(ghn: GraphHyperNetwork, path: Path, *, card: ModelCard | Non
     card = card or ModelCard()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in ghn.state_dict().items()}
     description = {"format": FORMAT, "config": encode_config(ghn.config), "card": dataclasses.asdict(card)}
-    partial = path.with_name(f"{path.name}.part")
     try:
-        partial.touch()
-        usual_mode = partial.stat().st_mode
-        save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(description)})
-        partial.chmod(usual_mode)  # safetensors leaves its files to their owner alone; others may serve this one
-        os.replace(partial, path)
+        with replaced_file(path) as part:
+            save_file(tensors, part, metadata={METADATA_KEY: json.dumps(description)})
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write the checkpoint {path.name!r}: {_reason(error)}") from error
     return CheckpointSummary(ghn.config, card, _digest(path), ghn.num_parameters, path.stat().st_size)
 

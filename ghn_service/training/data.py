@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ghn_client.atomic_file import replaced_file
 from ghn_service.errors import DataError
 from ghn_service.training.data_layouts import READERS, SPLIT_NAMES, ImageFormat, RawImages
 
@@ -174,8 +174,7 @@ def _keep(raw: RawImages, cached: Path | None) -> ImageSet:
     images = ImageSet(torch.from_numpy(raw.images.copy()), torch.from_numpy(raw.labels), raw.class_names)
     if cached:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        partial = cached.with_suffix(f".{os.getpid()}.part")
         names = {"class_names": "\n".join(raw.class_names)}
-        save_file({"images": images.images, "labels": images.labels}, partial, metadata=names)
-        partial.replace(cached)
+        with replaced_file(cached) as part:
+            save_file({"images": images.images, "labels": images.labels}, part, metadata=names)
     return images

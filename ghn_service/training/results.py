@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ghn_client.atomic_file import write_file
 from ghn_service.errors import DataError
 from ghn_service.training.fine_tune import Comparison, Curve
 
@@ -157,7 +158,5 @@ def decode_result(body: Mapping[str, Any]) -> Result:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_file(path, text)
     logger.warning("%s ended in the middle of a line, which is measured again", path.name)

@@ -6,13 +6,13 @@ Randomness needs no state: every draw of a run comes from a generator seeded wit
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ghn_client.atomic_file import replaced_file
 from ghn_service.errors import TrainingError
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,6 @@ def save_state(state: TrainingState, folder: Path) -> Path:
     """Writes ``state`` into ``folder`` atomically; the state before it stays as ``state.previous.pt``."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / STATE_FILE
-    partial = folder / f"{STATE_FILE}.{os.getpid()}.part"
     body = {
         "format": _FORMAT,
         "digest": state.digest,
@@ -81,13 +80,10 @@ def save_state(state: TrainingState, folder: Path) -> Path:
         "average": state.average,
         "optimizers": state.optimizers,
     }
-    with partial.open("wb") as file:
-        torch.save(body, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if path.exists():
-        path.replace(folder / PREVIOUS_STATE_FILE)
-    partial.replace(path)
+    with replaced_file(path) as part:
+        torch.save(body, part)
+        if path.exists():
+            path.replace(folder / PREVIOUS_STATE_FILE)
     return path
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ghn_architectures.generator import GENERATOR_VERSION
+from ghn_client.atomic_file import write_file
 from ghn_service.graph.architecture import DIGEST_VERSION
 from ghn_service.training.networks import Pool, Task
 from ghn_service.training.sampling import find_candidate
@@ -83,6 +83,4 @@ def _read(path: Path | None) -> list[str]:
 
 def _write(path: Path, digests: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.part")
-    partial.write_text(json.dumps(digests), encoding="utf-8")
-    partial.replace(path)
+    write_file(path, json.dumps(digests))

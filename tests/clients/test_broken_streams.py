@@ -15,9 +15,8 @@ import pytest
 from ghn_client import GHNClient
 from ghn_client.errors import (
     AuthenticationError,
-    CancelledError,
+    FileError,
     GhnClientError,
-    PredictionFileError,
     ServerError,
     ServerUnavailableError,
     StreamCorruptedError,
@@ -128,7 +127,7 @@ def test_a_pushback_may_forbid_another_attempt(pushback_ms: int | str) -> None:
         (grpc.StatusCode.UNIMPLEMENTED, UnsupportedOptionError),
         (grpc.StatusCode.UNAUTHENTICATED, AuthenticationError),
         (grpc.StatusCode.PERMISSION_DENIED, AuthenticationError),
-        (grpc.StatusCode.CANCELLED, CancelledError),
+        (grpc.StatusCode.CANCELLED, ServerError),
         (grpc.StatusCode.DATA_LOSS, StreamCorruptedError),
     ],
 )
@@ -163,7 +162,7 @@ def test_a_stream_that_lies_is_refused(script: Script) -> None:
 
 
 def test_a_file_of_another_kind_is_refused() -> None:
-    with scripted(lambda context: events(file_bytes({}))) as (client, _), pytest.raises(PredictionFileError):
+    with scripted(lambda context: events(file_bytes({}))) as (client, _), pytest.raises(FileError):
         client.predict(TINY)
 
 

@@ -10,11 +10,7 @@ from pathlib import Path
 import pytest
 
 from ghn_client import GHNClient, connection
-from ghn_client.errors import (
-    AuthenticationError,
-    InvalidOptionError,
-    ServerUnavailableError,
-)
+from ghn_client.errors import AuthenticationError, InvalidOptionError, ServerUnavailableError
 from ghn_service.server.app import RunningServer
 from ghn_service.server.settings import Settings
 from tests.server.fake_predictor import FakePredictor, Gate, fake_server

@@ -11,9 +11,7 @@ import pytest
 import torch
 
 from ghn_client import GHNClient, Prediction
-from ghn_client.errors import (
-    LoadError,
-)
+from ghn_client.errors import LoadError
 from tests.clients.small_modules import EXAMPLES, IMAGE, Attention, ConvNet, randomized
 from tests.clients.test_export import run_onnx
 from tests.clients.test_structure import exported_by_torch

@@ -10,9 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ghn_client import GHNClient, Prediction
-from ghn_client.errors import (
-    PredictionFileError,
-)
+from ghn_client.errors import FileError
 from tests.clients.small_modules import IMAGE, ConvNet
 from tests.server.small_models import TINY
 
@@ -41,9 +39,9 @@ def test_a_failed_write_leaves_the_earlier_file(client: GHNClient, tmp_path: Pat
     target.write_bytes(b"earlier")
     prediction = client.predict(TINY)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(PredictionFileError):
+    with pytest.raises(FileError):
         prediction.save(tmp_path / "missing" / "weights.safetensors")
-    with pytest.raises(PredictionFileError):
+    with pytest.raises(FileError):
         prediction.save(tmp_path / "folder")
     assert target.read_bytes() == b"earlier"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "weights.safetensors"]
@@ -55,5 +53,5 @@ def test_a_failed_write_leaves_the_earlier_file(client: GHNClient, tmp_path: Pat
 def test_a_damaged_file_is_refused(damage: object, client: GHNClient, tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     path.write_bytes(damage(bytes(client.predict(TINY).buffer)))
-    with pytest.raises(PredictionFileError):
+    with pytest.raises(FileError):
         Prediction.load(path)

@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ghn_client.errors import LimitExceededError, PredictionFileError, StreamCorruptedError
+from ghn_client.errors import FileError, LimitExceededError, StreamCorruptedError
 from ghn_client.wire import ghn_pb2
 from ghn_client.wire.codec import (
     DTYPE_BYTES,
@@ -336,11 +336,11 @@ def test_metadata_of_a_newer_version_is_read() -> None:
 def test_metadata_without_a_key_is_no_prediction(key: str) -> None:
     encoded = encode_metadata(METADATA)
     del encoded[key]
-    with pytest.raises(PredictionFileError):
+    with pytest.raises(FileError):
         decode_metadata(encoded)
 
 
 @pytest.mark.parametrize("text", ["{", "1", '[{"odd": 1}]'])
 def test_damaged_metadata_is_told(text: str) -> None:
-    with pytest.raises(PredictionFileError):
+    with pytest.raises(FileError):
         decode_metadata({**encode_metadata(METADATA), "ghn.tensors": text})

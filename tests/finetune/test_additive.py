@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.additive import AdditiveModule, additive
-from ghn_client.finetune.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.handle import combine
 from ghn_client.finetune.merge_onnx import merge_onnx
 from ghn_client.finetune.norm_only import norm_only

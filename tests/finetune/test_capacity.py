@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ghn_client.errors import InvalidOptionError
 from ghn_client.finetune.capacity import (
     express_width,
     hidden_widths,
@@ -18,7 +19,6 @@ from ghn_client.finetune.capacity import (
     two_layer_capacity,
     two_layer_neurons,
 )
-from ghn_client.finetune.errors import InvalidOptionError
 
 COUNTS = st.integers(1, 5000)
 

@@ -22,7 +22,7 @@ def test_no_extra_is_needed_to_import():
         "import ghn_client.finetune as finetune\n"
         "import torch\n"
         "finetune.norm_only(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2)))\n"
-        "from ghn_client.finetune.errors import MissingExtraError\n"
+        "from ghn_client.errors import MissingExtraError\n"
         "try:\n"
         "    finetune.load_delta(torch.nn.Linear(1, 1), 'nothing')\n"
         "except MissingExtraError:\n"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ghn_client.finetune.errors import InvalidOptionError, NothingToTuneError
+from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.factored import FactoredConv2d, FactoredLinear, frobenius_decay
 from ghn_client.finetune.low_rank import low_rank, low_rank_update
 from ghn_client.low_rank import FactorPair, factorize_module
@@ -39,7 +39,7 @@ def test_impossible_ranks_are_refused(rank):
 
 
 def test_low_rank_needs_factors():
-    with pytest.raises(NothingToTuneError):
+    with pytest.raises(UnsupportedModuleError):
         low_rank(mlp(3, 3, 2))
 
 

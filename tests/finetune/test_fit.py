@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ghn_client.errors import FileError, InvalidOptionError
 from ghn_client.finetune.adapters import trainer_optimizers
-from ghn_client.finetune.errors import DeltaFormatError, InvalidOptionError
 from ghn_client.finetune.fit import FitSettings, evaluate, fit
 from ghn_client.finetune.norm_only import norm_only
 from ghn_client.finetune.strategies import STRATEGIES, prepare
@@ -70,7 +70,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     fit(norm_only(ResidualNetwork(8)), data(), settings=FitSettings(epochs=1), checkpoint=tmp_path / "run.pt")
-    with pytest.raises(DeltaFormatError):
+    with pytest.raises(FileError):
         fit(prepare(ResidualNetwork(8), "all"), data(), settings=FitSettings(epochs=1), checkpoint=tmp_path / "run.pt")
 
 

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
+from ghn_client.errors import MissingExtraError
 from ghn_client.finetune.adapters import lightning_module
 from ghn_client.finetune.delta import load_delta
-from ghn_client.finetune.errors import MissingExtraError
 from ghn_client.finetune.norm_only import norm_only
 from tests.finetune.networks import ResidualNetwork
 from tests.finetune.public_libraries import public_library

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from ghn_client.errors import UnsupportedModuleError
 from ghn_client.export import export_structure
 from ghn_client.finetune.additive import additive
 from ghn_client.finetune.delta import load_delta, save_delta
-from ghn_client.finetune.errors import UnsupportedModuleError
 from ghn_client.finetune.norm_layers import find_norm_layers
 from ghn_client.finetune.norm_only import norm_only
 from ghn_client.finetune.onnx_module import input_shape, module_from_onnx, to_onnx

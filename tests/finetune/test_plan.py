@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
+from ghn_client.errors import InvalidOptionError
 from ghn_client.finetune.delta import save_delta
-from ghn_client.finetune.errors import InvalidOptionError
 from ghn_client.finetune.plan import plan
 from ghn_client.finetune.plan_facts import facts_of_module, facts_of_onnx
 from ghn_client.finetune.strategies import prepare

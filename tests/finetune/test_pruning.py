@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ghn_client.finetune.errors import InvalidOptionError, NothingToTuneError, UnsupportedModuleError
+from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.gamma import gamma_report, zeroed_scales
 from ghn_client.finetune.norm_only import norm_only
 from ghn_client.finetune.pruning import prune_disabled_channels
@@ -56,7 +56,7 @@ def test_report_counts_scales_near_zero():
 
 
 def test_report_refuses_networks_without_scales_and_bad_thresholds():
-    with pytest.raises(NothingToTuneError):
+    with pytest.raises(UnsupportedModuleError):
         gamma_report(mlp(3, 3))
     with pytest.raises(InvalidOptionError):
         gamma_report(ResidualNetwork(8), threshold=-1.0)

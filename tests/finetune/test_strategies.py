@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ghn_client.finetune.errors import FineTuneError, UnknownNameError
+from ghn_client.errors import InvalidOptionError
 from ghn_client.finetune.handle import combine
 from ghn_client.finetune.strategies import STRATEGIES, prepare
 from tests.finetune.networks import small_cnn, train_a_little
@@ -107,12 +107,12 @@ def test_parameter_groups_have_no_weight_decay_and_only_trainable_parameters(cas
 def test_closed_handles_refuse_to_act():
     handle = prepare(small_cnn(), "norm_only")
     handle.merge()
-    with pytest.raises(FineTuneError):
+    with pytest.raises(InvalidOptionError):
         handle.restore()
 
 
 def test_unknown_strategy_lists_the_known_ones():
-    with pytest.raises(UnknownNameError, match="norm_only"):
+    with pytest.raises(InvalidOptionError, match="norm_only"):
         prepare(small_cnn(), "everything")
 
 
@@ -133,5 +133,5 @@ def test_combine_tunes_the_union_and_restores_everything():
 
 
 def test_combine_refuses_handles_of_different_modules():
-    with pytest.raises(FineTuneError):
+    with pytest.raises(InvalidOptionError):
         combine(prepare(small_cnn(), "norm_only"), prepare(small_cnn(), "low_rank"))

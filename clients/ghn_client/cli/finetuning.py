@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ghn_client.atomic_file import write_file
 from ghn_client.cli.networks import Start, StartOptions, start_network
 from ghn_client.cli.outcome import messages, refuse
 
@@ -94,7 +95,7 @@ def _is_complete(handle: FineTuneHandle) -> bool:
 
 
 def _save_model(handle: FineTuneHandle, start: Start, path: Path) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     if path.suffix == ".onnx":
         from ghn_client.fill import write_model
@@ -103,7 +104,7 @@ def _save_model(handle: FineTuneHandle, start: Start, path: Path) -> None:
         write_model(start.to_onnx(handle.merge()), path)
         return
     values = {name: value.cpu().contiguous().clone() for name, value in handle.merge().state_dict().items()}
-    save_file(values, str(path))
+    write_file(path, save(values))
 
 
 def _options(pairs: list[str], strategy: str, samples: int) -> dict[str, Any]:

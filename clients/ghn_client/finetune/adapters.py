@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ghn_client.errors import MissingExtraError
 from ghn_client.finetune.delta import save_delta
-from ghn_client.finetune.errors import MissingExtraError
 from ghn_client.finetune.handle import FineTuneHandle
 
 

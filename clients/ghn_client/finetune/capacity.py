@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 
-from ghn_client.finetune.errors import InvalidOptionError
+from ghn_client.errors import InvalidOptionError
 
 #: Where capacities come from, for reports.
 SOURCE = "order: arXiv:2408.00359; constants derived by us from the constructions used here"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ghn_client.batchnorm import UPDATE, travelling_statistics
-from ghn_client.finetune.errors import InvalidOptionError, NothingToTuneError
+from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.handle import FineTuneHandle, Part
 from ghn_client.finetune.layers import matrix_layers, resolve_head
 from ghn_client.finetune.reparametrize import attach_update, update_lifecycle
@@ -40,7 +40,7 @@ def head_only(
         statistics: What happens to running statistics; see ``ghn_client.batchnorm``.
 
     Raises:
-        NothingToTuneError: ``head`` is ``False`` or empty.
+        UnsupportedModuleError: ``head`` is ``False`` or empty.
     """
     names = resolve_head(module, head)
     under = [f"{name}.{local}" for name in names for local, _ in module.get_submodule(name).named_parameters()]
@@ -58,12 +58,12 @@ def bias_only(
         statistics: What happens to running statistics; see ``ghn_client.batchnorm``.
 
     Raises:
-        NothingToTuneError: The network has no bias.
+        UnsupportedModuleError: The network has no bias.
     """
     head_names = resolve_head(module, head)
     biases = [name for name, _ in module.named_parameters() if name.rpartition(".")[2].endswith("bias")]
     if not biases:
-        raise NothingToTuneError(f"{type(module).__name__} has no bias")
+        raise UnsupportedModuleError(f"{type(module).__name__} has no bias")
     config = {"head": list(head_names), "statistics": statistics}
     return _plain("bias_only", module, _with_head(module, "bias", biases, head_names), config, statistics)
 
@@ -112,7 +112,7 @@ def random_per_channel(
 
     Raises:
         InvalidOptionError: ``count`` is below 1.
-        NothingToTuneError: There is no matrix layer.
+        UnsupportedModuleError: There is no matrix layer.
     """
     if count < 1:
         raise InvalidOptionError(f"count must be at least 1, got {count}")
@@ -120,7 +120,7 @@ def random_per_channel(
     classifier = resolve_head(module, True)
     chosen = [name for name in layers if name not in classifier and name not in head_names]
     if not chosen:
-        raise NothingToTuneError(f"{type(module).__name__} has no matrix layer besides its head")
+        raise UnsupportedModuleError(f"{type(module).__name__} has no matrix layer besides its head")
     generator = torch.Generator().manual_seed(seed)
     updates = {name: _attach(layers[name], count, generator) for name in chosen}
     names = [f"{name}.parametrizations.weight.0.values" for name in chosen]

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ghn_client.finetune.errors import DeltaFormatError, MissingExtraError, UnknownNameError, WrongBaseError
+from ghn_client.atomic_file import write_file
+from ghn_client.errors import FileError, InvalidOptionError, LoadError, MissingExtraError
 from ghn_client.finetune.handle import FineTuneHandle, combine
 from ghn_client.finetune.insertion import CHILD
 from ghn_client.finetune.reparametrize import base_name
@@ -102,7 +103,7 @@ def save_delta(handle: FineTuneHandle, path: str | Path, *, request: Mapping[str
         "request": json.dumps(None if request is None else dict(request), sort_keys=True),
     }
     data: bytes = _safetensors().save(tensors, metadata)
-    Path(path).write_bytes(data)
+    write_file(path, data)
     return len(data)
 
 
@@ -110,14 +111,14 @@ def read_delta(path: str | Path) -> tuple[DeltaInfo, dict[str, torch.Tensor]]:
     """What a delta file says, and its tensors named ``<part>/<path>``.
 
     Raises:
-        DeltaFormatError: The file is no delta, or of a newer version.
+        FileError: The file is no delta, or of a newer version.
     """
     library = _safetensors()
     try:
         tensors: dict[str, torch.Tensor] = library.load(Path(path).read_bytes())
         metadata = _metadata(Path(path))
         if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
-            raise DeltaFormatError(
+            raise FileError(
                 f"expected a {FORMAT} file of version {VERSION}, got {metadata.get('format')} {metadata.get('version')}"
             )
         info = DeltaInfo(
@@ -129,7 +130,7 @@ def read_delta(path: str | Path) -> tuple[DeltaInfo, dict[str, torch.Tensor]]:
             num_numbers=sum(tensor.numel() for tensor in tensors.values()),
         )
     except (KeyError, ValueError, TypeError, _safetensor_error()) as error:
-        raise DeltaFormatError(f"{Path(path).name} is no delta file: {error}") from error
+        raise FileError(f"{Path(path).name} is no delta file: {error}") from error
     return info, tensors
 
 
@@ -146,8 +147,8 @@ def load_delta(module: nn.Module, path: str | Path, *, request: Mapping[str, Any
         A handle: ``handle.module`` is the tuned module, ``disabled()`` gives the base, ``merge()`` makes it permanent.
 
     Raises:
-        WrongBaseError: The delta belongs to other weights or to another request.
-        DeltaFormatError: The file is no delta, or its tensors do not fit.
+        LoadError: The delta belongs to other weights or to another request, or its tensors do not fit.
+        FileError: The file is no delta.
     """
     info, tensors = read_delta(path)
     _check_base(module, info, request)
@@ -158,10 +159,10 @@ def load_delta(module: nn.Module, path: str | Path, *, request: Mapping[str, Any
             handles.append(prepare(current, strategy, **config))
             current = handles[-1].module
             _fill(handles[-1], tensors, index)
-    except (UnknownNameError, TypeError, DeltaFormatError) as error:
+    except (InvalidOptionError, TypeError, LoadError) as error:
         for handle in reversed(handles):
             handle.restore()
-        raise DeltaFormatError(f"{Path(path).name} does not fit this module: {error}") from error
+        raise LoadError(f"{Path(path).name} does not fit this module: {error}") from error
     return handles[0] if len(handles) == 1 else combine(*handles)
 
 
@@ -176,16 +177,16 @@ def load_complete_model(
         predict: Turns the request into tensors by state-dict name, usually by asking a server.
 
     Raises:
-        DeltaFormatError: The delta holds no request, or the prediction does not fit the module.
-        WrongBaseError: See :func:`load_delta`.
+        FileError: The delta holds no request.
+        LoadError: The prediction does not fit the module, or see :func:`load_delta`.
     """
     info, _ = read_delta(path)
     if info.request is None:
-        raise DeltaFormatError(f"{Path(path).name} is bound to weights, not to a request; load them and use load_delta")
+        raise FileError(f"{Path(path).name} is bound to weights, not to a request; load them and use load_delta")
     missing, unexpected = module.load_state_dict(dict(predict(info.request)), strict=False)
     learned = {name for name, _ in module.named_parameters()}
     if unexpected or learned & set(missing):
-        raise DeltaFormatError(
+        raise LoadError(
             f"the prediction does not fit the module: missing {sorted(learned & set(missing))[:5]}, unexpected"
             f" {unexpected[:5]}"
         )
@@ -198,14 +199,12 @@ def _check_base(module: nn.Module, info: DeltaInfo, request: Mapping[str, Any] |
         return
     if info.base_kind == REQUEST and request is not None:
         if json.dumps(dict(request), sort_keys=True) != json.dumps(info.request, sort_keys=True):
-            raise WrongBaseError(
-                f"the delta belongs to the request {info.request}, this base came from {dict(request)}"
-            )
+            raise LoadError(f"the delta belongs to the request {info.request}, this base came from {dict(request)}")
         _LOG.warning(
             "the base was regenerated from the same request but differs in rounding from the one that was tuned"
         )
         return
-    raise WrongBaseError(
+    raise LoadError(
         f"the delta belongs to base weights with digest {info.digest[:16]}..., this module has {actual[:16]}...;"
         " load the weights that were tuned"
         + (f", or regenerate them from the request {info.request}" if info.request is not None else "")
@@ -233,12 +232,10 @@ def _fill(handle: FineTuneHandle, tensors: Mapping[str, torch.Tensor], index: in
     state = part.state()
     if set(own) != set(state):
         odd = sorted(set(own) ^ set(state))[:5]
-        raise DeltaFormatError(
-            f"part {index} ({part.strategy}) tunes other tensors than the file holds; differing: {odd}"
-        )
+        raise LoadError(f"part {index} ({part.strategy}) tunes other tensors than the file holds; differing: {odd}")
     for name, value in own.items():
         if value.shape != state[name].shape:
-            raise DeltaFormatError(f"{name!r} has shape {tuple(value.shape)}, expected {tuple(state[name].shape)}")
+            raise LoadError(f"{name!r} has shape {tuple(value.shape)}, expected {tuple(state[name].shape)}")
         state[name].copy_(value)
 
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ghn_client.errors import InfeasibleError, InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.capacity import express_width
 from ghn_client.finetune.certificate import run_in_batches
-from ghn_client.finetune.errors import InfeasibleError, InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.express_bounds import layer_bounds, network_bound
 from ghn_client.finetune.express_domain import Domain, measure_domains, norm_map, watch_inputs, worst_case_domains
 from ghn_client.finetune.express_layer import EXACT, LEAST_SQUARES, ExpressedLayer, matrices, sizes, solve_layer
@@ -97,8 +97,7 @@ def express(
 
     Raises:
         InfeasibleError: A block is too narrow, or its sparse system has no full rank; see :func:`feasibility`.
-        NotAffineError: A norm layer normalises with statistics of its own input.
-        TrainModeError: A BatchNorm is in train mode.
+        UnsupportedModuleError: A norm layer normalises with statistics of its own input or batch.
         UnsupportedModuleError: The networks do not pair up.
         InvalidOptionError: An option is unknown.
     """

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ghn_client.errors import UnsupportedModuleError
 from ghn_client.finetune.certificate import batches_of
-from ghn_client.finetune.errors import UnsupportedModuleError
 from ghn_client.finetune.frozen_network import BlockPair, Matrix
 from ghn_client.finetune.norm_layers import norm_kind
 

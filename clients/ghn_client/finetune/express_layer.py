@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ghn_client.errors import InfeasibleError
 from ghn_client.finetune.capacity import express_width
-from ghn_client.finetune.errors import InfeasibleError
 from ghn_client.finetune.express_domain import Domain, norm_map
 from ghn_client.finetune.express_solve import GainSolution, relative_residual, solve_gains
 from ghn_client.finetune.frozen_network import BlockPair, opposite_channels

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ghn_client.finetune.errors import InvalidOptionError
+from ghn_client.errors import InvalidOptionError
 
 
 class FactoredLinear(nn.Module):

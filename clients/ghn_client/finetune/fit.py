@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ghn_client.finetune.errors import DeltaFormatError, InvalidOptionError
+from ghn_client.atomic_file import replaced_file
+from ghn_client.errors import FileError, InvalidOptionError
 from ghn_client.finetune.handle import FineTuneHandle
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
@@ -124,7 +125,7 @@ def fit(
         on_epoch: Called after every epoch.
 
     Raises:
-        DeltaFormatError: The checkpoint belongs to another run.
+        FileError: The checkpoint belongs to another run.
     """
     settings = settings or FitSettings()
     place = torch.device(device) if device is not None else next(handle.module.parameters()).device
@@ -240,9 +241,8 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
         }
-        temporary = path.with_suffix(path.suffix + ".part")
-        torch.save(document, temporary)
-        temporary.replace(path)
+        with replaced_file(path) as part:
+            torch.save(document, part)
 
     def resume(self, path: Path) -> None:
         """Takes the state of a run of the same strategy and settings."""
@@ -250,7 +250,7 @@ class _Run:
         expected = {"strategy": self.handle.strategy, "settings": asdict(self.settings)}
         given = {key: document.get(key) for key in expected}
         if given != expected:
-            raise DeltaFormatError(f"the checkpoint {path.name} belongs to another run: {given}, expected {expected}")
+            raise FileError(f"the checkpoint {path.name} belongs to another run: {given}, expected {expected}")
         self._write(document["state"])
         self.optimizer.load_state_dict(document["optimizer"])
         self.reports = [EpochReport(**report) for report in document["reports"]]

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.capacity import express_width
-from ghn_client.finetune.errors import InvalidOptionError, NotAffineError, TrainModeError, UnsupportedModuleError
 from ghn_client.finetune.insertion import ChannelNorm
 from ghn_client.finetune.layers import set_submodule
 from ghn_client.finetune.norm_layers import norm_kind
@@ -134,8 +134,7 @@ def check_target(module: nn.Module) -> None:
     """Refuses what norm layers cannot express.
 
     Raises:
-        NotAffineError: A norm layer whose output is not affine in its input.
-        TrainModeError: A BatchNorm in train mode.
+        UnsupportedModuleError: A norm layer whose output is not affine in its input, or a BatchNorm in train mode.
         UnsupportedModuleError: Parameters outside linear, Conv2d and BatchNorm layers.
     """
     for name, child in module.named_modules():
@@ -153,18 +152,18 @@ def check_norm(name: str, layer: nn.Module) -> None:
     """Refuses norm layers that are no affine map.
 
     Raises:
-        NotAffineError: It normalises with statistics of its own input (LayerNorm, GroupNorm, RMSNorm, InstanceNorm).
-        TrainModeError: It is a BatchNorm in train mode.
+        UnsupportedModuleError: It normalises with statistics of its own input (LayerNorm, GroupNorm, RMSNorm,
+            InstanceNorm), or is a BatchNorm in train mode.
     """
     if norm_kind(layer) is None:
         return
     if getattr(layer, "running_mean", None) is None:
-        raise NotAffineError(
+        raise UnsupportedModuleError(
             f"{name!r} is a {type(layer).__name__}: it normalises with statistics of its own input, so that scale and"
             " shift do not make it an affine map; use BatchNorm with running statistics"
         )
     if layer.training:
-        raise TrainModeError(f"{name!r} is in train mode and normalises with batch statistics; call .eval() first")
+        raise UnsupportedModuleError(f"{name!r} normalises with batch statistics (train mode); call .eval() first")
 
 
 def pair_blocks(target: nn.Module, frozen: nn.Module) -> Pairing:
@@ -175,7 +174,7 @@ def pair_blocks(target: nn.Module, frozen: nn.Module) -> Pairing:
 
     Raises:
         UnsupportedModuleError: Neither is the case.
-        NotAffineError, TrainModeError: See :func:`check_norm`.
+        UnsupportedModuleError: See :func:`check_norm`.
     """
     known = dict(frozen.named_modules())
     layers = list(named_matrices(target))

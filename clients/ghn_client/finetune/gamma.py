@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from ghn_client.finetune.errors import InvalidOptionError, NothingToTuneError
+from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.norm_layers import find_norm_layers
 
 DEFAULT_THRESHOLD = 1e-2
@@ -101,7 +101,7 @@ def gamma_report(
         histogram_limit: Upper end of the histograms.
 
     Raises:
-        NothingToTuneError: The network has no norm layer with scales.
+        UnsupportedModuleError: The network has no norm layer with scales.
         InvalidOptionError: The threshold is negative.
     """
     scales = _scales(module)
@@ -151,7 +151,7 @@ def _scales(module: nn.Module) -> dict[str, nn.Parameter]:
         layer.name: layer.parameters["weight"] for layer in find_norm_layers(module) if "weight" in layer.parameters
     }
     if not found:
-        raise NothingToTuneError(f"{type(module).__name__} has no norm layer with scales")
+        raise UnsupportedModuleError(f"{type(module).__name__} has no norm layer with scales")
     return found
 
 

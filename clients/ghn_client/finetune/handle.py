@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ghn_client.batchnorm import UPDATE, hold_statistics
-from ghn_client.finetune.errors import FineTuneError, NothingToTuneError
+from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 
 Action = Callable[[], None]
 
@@ -97,7 +97,7 @@ class FineTuneHandle:
         self.penalty = penalty
         tuned = part.named_parameters()
         if not tuned:
-            raise NothingToTuneError(f"strategy {part.strategy!r} found no parameter to tune in {_kind(self.base)}")
+            raise UnsupportedModuleError(f"strategy {part.strategy!r} found no parameter to tune in {_kind(self.base)}")
         values = {name: tensor.clone() for name, tensor in part.state().items()}
         flags = [(parameter, parameter.requires_grad) for parameter in self.module.parameters()]
         self._snapshots: tuple[_Snapshot, ...] = (_Snapshot(values, flags),)
@@ -224,7 +224,7 @@ class FineTuneHandle:
 
     def _require_open(self) -> None:
         if not self._open:
-            raise FineTuneError("this handle was merged or restored; prepare the module again to tune it further")
+            raise InvalidOptionError("this handle was merged or restored; prepare the module again to tune it further")
 
     def __repr__(self) -> str:
         share = self.num_trainable / max(self.num_total, 1)
@@ -238,15 +238,15 @@ def combine(*handles: FineTuneHandle) -> FineTuneHandle:
         handles: In the order in which they were made; each later one on the module of the earlier ones.
 
     Raises:
-        FineTuneError: The module of a later handle does not contain that of an earlier one.
+        InvalidOptionError: The module of a later handle does not contain that of an earlier one.
     """
     if not handles:
-        raise FineTuneError("combine needs at least one handle")
+        raise InvalidOptionError("combine needs at least one handle")
     outer = handles[-1].module
     inside = {id(module) for module in outer.modules()}
     for handle in handles:
         if id(handle.module) not in inside:
-            raise FineTuneError(
+            raise InvalidOptionError(
                 f"handle {handle.strategy!r} tunes another module than {handles[-1].strategy!r};"
                 " prepare each strategy on the module of the one before"
             )

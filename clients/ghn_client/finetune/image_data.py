@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ghn_client.finetune.errors import InvalidOptionError, MissingExtraError
+from ghn_client.errors import InvalidOptionError, MissingExtraError
 
 TRAINING, VALIDATION = ("train",), ("validation", "val", "test")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ghn_client.batchnorm import recalibrate_batchnorm
-from ghn_client.finetune.errors import NothingToTuneError, UnknownNameError, UnsupportedModuleError
+from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.layers import MatrixLayer, find_head, matrix_layers
 from ghn_client.finetune.norm_layers import find_norm_layers
 
@@ -89,16 +89,16 @@ def insert_norms(
         Dotted paths of the new norm layers.
 
     Raises:
-        NothingToTuneError: There is no layer to follow.
-        UnknownNameError: A path is no linear or convolutional layer.
+        UnsupportedModuleError: There is no layer to follow.
+        InvalidOptionError: A path is no linear or convolutional layer.
     """
     layers = matrix_layers(module)
     names = tuple(layers_without_norm(module) if after is None else after)
     if not names:
-        raise NothingToTuneError("every matrix layer already has a norm layer behind it; nothing to insert")
+        raise UnsupportedModuleError("every matrix layer already has a norm layer behind it; nothing to insert")
     for name in names:
         if name not in layers:
-            raise UnknownNameError(f"cannot insert a norm layer behind {name!r}; matrix layers are {list(layers)[:20]}")
+            raise InvalidOptionError(f"no matrix layer {name!r} to insert behind; known ones are {list(layers)[:20]}")
         _attach(layers[name])
     if calibration is not None:
         _calibrate(module, [getattr(layers[name], CHILD) for name in names], calibration)

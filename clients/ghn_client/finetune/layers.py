@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ghn_client.finetune.errors import NothingToTuneError, UnknownNameError
+from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 
 MatrixLayer = nn.Linear | _ConvNd
 
@@ -21,12 +21,12 @@ def find_head(module: nn.Module) -> str:
     """Dotted path of the classifier: the last linear (failing that, convolutional) layer in the order of definition.
 
     Raises:
-        NothingToTuneError: The module has no such layer.
+        UnsupportedModuleError: The module has no such layer.
     """
     layers = matrix_layers(module)
     linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
     if not layers:
-        raise NothingToTuneError("expected a module with a linear or convolutional layer to serve as head, found none")
+        raise UnsupportedModuleError("the module has no linear or convolutional layer that could serve as head")
     return linear[-1] if linear else list(layers)[-1]
 
 
@@ -38,7 +38,7 @@ def resolve_head(module: nn.Module, head: bool | str | Sequence[str]) -> tuple[s
         head: ``True`` for :func:`find_head`, ``False`` for none, or one or several dotted paths.
 
     Raises:
-        UnknownNameError: A path does not exist.
+        InvalidOptionError: A path does not exist.
     """
     if isinstance(head, bool):
         return (find_head(module),) if head else ()
@@ -46,7 +46,7 @@ def resolve_head(module: nn.Module, head: bool | str | Sequence[str]) -> tuple[s
     known = dict(module.named_modules())
     for name in names:
         if name not in known:
-            raise UnknownNameError(f"head {name!r} is no submodule; the last ones are {list(known)[-8:]}")
+            raise InvalidOptionError(f"head {name!r} is no submodule; the last ones are {list(known)[-8:]}")
     return names
 
 

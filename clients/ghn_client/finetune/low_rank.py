@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ghn_client.batchnorm import UPDATE, travelling_statistics
-from ghn_client.finetune.errors import InvalidOptionError, NothingToTuneError, UnknownNameError
+from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.factored import (
     factor_parameters,
     factored_modules,
@@ -42,14 +42,14 @@ def low_rank(
         statistics: What happens to running statistics; see ``ghn_client.batchnorm``.
 
     Raises:
-        NothingToTuneError: No layer is factored.
+        UnsupportedModuleError: No layer is factored.
         InvalidOptionError: The decay is negative.
     """
     if frobenius_decay < 0:
         raise InvalidOptionError(f"frobenius_decay must not be negative, got {frobenius_decay}")
     pairs = factor_parameters(module)
     if not pairs:
-        raise NothingToTuneError(
+        raise UnsupportedModuleError(
             f"{type(module).__name__} has no factored layer; factorize it first, or use low_rank_update (LoRA)"
         )
     head_names = resolve_head(module, head)
@@ -112,21 +112,21 @@ def low_rank_update(
         statistics: What happens to running statistics; see ``ghn_client.batchnorm``.
 
     Raises:
-        NothingToTuneError: There is no layer to change.
-        UnknownNameError: A path is no matrix layer.
+        UnsupportedModuleError: There is no layer to change.
+        InvalidOptionError: A path is no matrix layer.
         InvalidOptionError: The rank is below 1.
     """
     if min([rank] if isinstance(rank, int) else rank.values(), default=0) < 1:
         raise InvalidOptionError(f"rank must be at least 1, got {rank}")
     known, head_names = matrix_layers(module), resolve_head(module, head)
     if not known:
-        raise NothingToTuneError(f"{type(module).__name__} has no linear or convolutional layer")
+        raise UnsupportedModuleError(f"{type(module).__name__} has no linear or convolutional layer")
     chosen = (
         list(layers) if layers is not None else [n for n in known if n != find_head(module) and n not in head_names]
     )
     for name in chosen:
         if name not in known:
-            raise UnknownNameError(f"{name!r} is no linear or convolutional layer; known ones are {list(known)[:20]}")
+            raise InvalidOptionError(f"{name!r} is no linear or convolutional layer; known ones are {list(known)[:20]}")
     generator = torch.Generator().manual_seed(seed)
     ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(chosen, rank)
     alphas = dict(alpha) if isinstance(alpha, Mapping) else dict.fromkeys(chosen, alpha)

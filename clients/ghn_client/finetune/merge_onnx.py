@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ghn_client.finetune.errors import InvalidOptionError, MissingExtraError, UnsupportedModuleError
+from ghn_client.errors import InvalidOptionError, MissingExtraError, UnsupportedModuleError
 from ghn_client.finetune.side_network import ClosedFormSideNetwork, SideNetwork
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ghn_client.batchnorm import UPDATE, check_statistics, travelling_statistics
-from ghn_client.finetune.errors import InvalidOptionError, NothingToTuneError
+from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.handle import FineTuneHandle, Lifecycle, Part
 from ghn_client.finetune.insertion import (
     add_affine,
@@ -58,7 +58,7 @@ def norm_only(
         The handle; ``handle.parameters()`` are ready optimizer groups without weight decay.
 
     Raises:
-        NothingToTuneError: There is no norm layer, and none was asked to be inserted.
+        UnsupportedModuleError: There is no norm layer, and none was asked to be inserted.
         InvalidOptionError: An option has an unknown value.
     """
     if missing not in MISSING:
@@ -72,7 +72,7 @@ def norm_only(
         inserted, affine = _insert(module, after, calibration)
     layers = [layer for layer in find_norm_layers(module) if layer.parameters]
     if not layers:
-        raise NothingToTuneError(
+        raise UnsupportedModuleError(
             f"{type(module).__name__} has no affine norm layer; pass missing='insert' to add identity norm layers"
         )
     config = {

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from ghn_client.finetune.errors import UnsupportedModuleError
+from ghn_client.errors import UnsupportedModuleError
 
 #: How many times as many samples the second run has.
 FACTOR = 3

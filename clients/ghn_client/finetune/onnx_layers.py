@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ghn_client.finetune.errors import UnsupportedModuleError
+from ghn_client.errors import UnsupportedModuleError
 from ghn_client.finetune.onnx_builder import Builder, Traced, Value, legal_path
 from ghn_client.finetune.onnx_node import OnnxNode, padded, traced
 from ghn_client.finetune.onnx_plain_layers import PLAIN_LAYERS

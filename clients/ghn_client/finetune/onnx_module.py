@@ -19,9 +19,8 @@ import torch
 from onnx.external_data_helper import load_external_data_for_model
 from torch import fx, nn
 
-from ghn_client.errors import InvalidArchitectureError
+from ghn_client.errors import InvalidArchitectureError, UnsupportedModuleError
 from ghn_client.finetune.additive import AdditiveModule
-from ghn_client.finetune.errors import UnsupportedModuleError
 from ghn_client.finetune.merge_onnx import merge_onnx
 from ghn_client.finetune.onnx_builder import Builder, Traced, batch_position
 from ghn_client.finetune.onnx_layers import LAYERS

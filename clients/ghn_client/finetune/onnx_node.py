@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.nn import functional
 
-from ghn_client.finetune.errors import UnsupportedModuleError
+from ghn_client.errors import UnsupportedModuleError
 from ghn_client.finetune.onnx_builder import Builder, Traced
 
 

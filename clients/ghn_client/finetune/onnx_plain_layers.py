@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ghn_client.finetune.errors import UnsupportedModuleError
+from ghn_client.errors import UnsupportedModuleError
 from ghn_client.finetune.onnx_builder import Builder, Traced, Value
 from ghn_client.finetune.onnx_node import OnnxNode, padded, traced
 from ghn_client.finetune.onnx_shapes import rank_of

@@ -14,7 +14,7 @@ import onnx
 import torch
 from torch.nn import functional
 
-from ghn_client.finetune.errors import UnsupportedModuleError
+from ghn_client.errors import UnsupportedModuleError
 from ghn_client.finetune.onnx_builder import Builder, Traced, Value, batch_position
 from ghn_client.onnx_types import TORCH_DTYPES
 

@@ -13,16 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from ghn_client.errors import InfeasibleError, InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.additive import FEATURES, LOGITS, AdditiveModule, base_head, head_features
 from ghn_client.finetune.capacity import three_layer_neurons, two_layer_neurons
 from ghn_client.finetune.certificate import Effect, PatchCertificate, batches_of, effect, label_margins, run_in_batches
-from ghn_client.finetune.errors import (
-    CertificateError,
-    ConflictingLabelsError,
-    InvalidOptionError,
-    PrecisionError,
-    TrainModeError,
-)
 from ghn_client.finetune.projection import best_shared_direction
 from ghn_client.finetune.side_network import ClosedFormSideNetwork
 from ghn_client.finetune.three_layer import three_layer
@@ -121,9 +115,8 @@ def patch(
         The patched module and its certificate.
 
     Raises:
-        ConflictingLabelsError: Two equal samples want different labels, or one is both wrong and to be kept.
-        PrecisionError: No construction holds in the asked precision.
-        TrainModeError: The module is in train mode.
+        InfeasibleError: Two equal samples want different labels, or no construction holds in the asked precision.
+        UnsupportedModuleError: The module is in train mode.
         InvalidOptionError: An option or a shape is impossible.
     """
     _check_options(module, depth, margin, at, directions, precision, reach)
@@ -135,7 +128,7 @@ def patch(
         if isinstance(attempt, Patch):
             return _with_touch_rate(attempt, module, held_out_inputs, batch_size)
         failures.append(attempt)
-    raise PrecisionError(
+    raise InfeasibleError(
         f"no {depth}-layer patch of {len(problem.wanted)} labels holds in {precision}; tried {'; '.join(failures)}."
         " Use precision='float64', depth=2 with directions='own', or at='features'"
     )
@@ -176,7 +169,7 @@ def _check_options(
     if not 0.0 < reach <= 1.0 or margin <= 0.0:
         raise InvalidOptionError(f"expected margin > 0 and reach in (0, 1], got {margin=} and {reach=}")
     if any(child.training for child in module.modules()):
-        raise TrainModeError("patch needs a fixed function: call module.eval() first")
+        raise UnsupportedModuleError("patch needs a fixed function: call module.eval() first")
 
 
 def _prepare(
@@ -218,7 +211,7 @@ def _distinct(features: torch.Tensor, wanted: torch.Tensor, num_wrong: int) -> t
     """Indices of the first of every set of equal samples, in order.
 
     Raises:
-        ConflictingLabelsError: Equal samples want different things.
+        InfeasibleError: Equal samples want different things.
     """
     _, group = torch.unique(features, dim=0, return_inverse=True)
     first: dict[int, int] = {}
@@ -227,11 +220,9 @@ def _distinct(features: torch.Tensor, wanted: torch.Tensor, num_wrong: int) -> t
         if known == index or known >= num_wrong:
             continue
         if index >= num_wrong:
-            raise ConflictingLabelsError(
-                f"wrong input {known} equals keep input {index - num_wrong}; it cannot do both"
-            )
+            raise InfeasibleError(f"wrong input {known} equals keep input {index - num_wrong}; it cannot do both")
         if int(wanted[known]) != int(wanted[index]):
-            raise ConflictingLabelsError(
+            raise InfeasibleError(
                 f"wrong inputs {known} and {index} are equal to the side network but want labels"
                 f" {int(wanted[known])} and {int(wanted[index])}"
             )
@@ -310,7 +301,7 @@ def _with_touch_rate(patched: Patch, module: nn.Module, held_out: torch.Tensor |
     before = run_in_batches(module, held_out, batch_size)
     after = run_in_batches(patched.module, held_out, batch_size)
     if after.shape != before.shape:
-        raise CertificateError(f"patched logits have shape {tuple(after.shape)}, expected {tuple(before.shape)}")
+        raise InfeasibleError(f"patched logits have shape {tuple(after.shape)}, expected {tuple(before.shape)}")
     touched = ((after - before).abs().max(1).values > 1e-3 * (1.0 + before.abs().max())).float().mean()
     relabelled = (after.argmax(1) != before.argmax(1)).float().mean()
     certificate = replace(patched.certificate, touched=float(touched), relabelled=float(relabelled))

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ghn_client.atomic_file import write_file
 from ghn_client.batchnorm import KEEP, UPDATE
+from ghn_client.errors import FileError, LoadError, UnsupportedModuleError
 from ghn_client.finetune.delta import _safetensors
-from ghn_client.finetune.errors import DeltaFormatError, UnsupportedModuleError
 from ghn_client.finetune.handle import FineTuneHandle, Part
 from ghn_client.finetune.low_rank import low_rank_update
 from ghn_client.finetune.norm_only import norm_only
@@ -46,9 +47,9 @@ def export_peft(handle: FineTuneHandle, folder: str | Path) -> Path:
     config, tensors = _ln_tuning(part) if part.strategy == "norm_only" else _lora(part)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    (target / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_file(target / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
     contiguous = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    (target / WEIGHTS_FILE).write_bytes(_safetensors().save(contiguous, {"format": "pt"}))
+    write_file(target / WEIGHTS_FILE, _safetensors().save(contiguous, {"format": "pt"}))
     return target
 
 
@@ -60,20 +61,21 @@ def import_peft(module: nn.Module, folder: str | Path) -> FineTuneHandle:
         folder: An adapter that PEFT or :func:`export_peft` wrote.
 
     Raises:
-        DeltaFormatError: The adapter is of another kind, uses a variant of LoRA, or does not fit the module.
+        FileError: The adapter is of another kind, or uses a variant of LoRA.
+        LoadError: It does not fit the module.
     """
     source = Path(folder)
     config = json.loads((source / CONFIG_FILE).read_text())
     tensors = _safetensors().load((source / WEIGHTS_FILE).read_bytes())
     if not all(name.startswith(_PREFIX) for name in tensors):
-        raise DeltaFormatError(f"expected tensor names that start with {_PREFIX!r}, got {list(tensors)[:3]}")
+        raise FileError(f"expected tensor names that start with {_PREFIX!r}, got {list(tensors)[:3]}")
     own = {name[len(_PREFIX) :]: value for name, value in tensors.items()}
     kind = config.get("peft_type")
     if kind == LN_TUNING:
         return _import_ln_tuning(module, own)
     if kind == LORA:
         return _import_lora(module, own, config)
-    raise DeltaFormatError(f"expected an adapter of kind {LN_TUNING} or {LORA}, got {kind!r}")
+    raise FileError(f"expected an adapter of kind {LN_TUNING} or {LORA}, got {kind!r}")
 
 
 def _ln_tuning(part: Part) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -145,7 +147,7 @@ def _own_factor(layer: nn.Module, local: str, value: torch.Tensor) -> torch.Tens
     """A or B of an adapter as ``low_rank_update`` keeps it.
 
     Raises:
-        DeltaFormatError: A of a grouped convolution mixes groups, or is another one in every group.
+        FileError: A of a grouped convolution mixes groups, or is another one in every group.
     """
     if local == "b":
         return value.reshape(len(value), -1)
@@ -155,7 +157,7 @@ def _own_factor(layer: nn.Module, local: str, value: torch.Tensor) -> torch.Tens
     for group in range(groups):
         expected[group, :, group] = blocks[0, :, 0]
     if not torch.equal(blocks, expected):
-        raise DeltaFormatError(
+        raise FileError(
             f"the adapter's factor A of {layer} mixes the groups of the convolution, or differs between them, which"
             " low_rank_update does not compute"
         )
@@ -194,7 +196,7 @@ def _import_lora(module: nn.Module, own: Mapping[str, torch.Tensor], config: Map
         name for name in ("use_dora", "use_rslora", "use_qalora", "fan_in_fan_out", "lora_bias") if config.get(name)
     ]
     if variants:
-        raise DeltaFormatError(f"this adapter uses {', '.join(variants)}, which low_rank_update does not compute")
+        raise FileError(f"this adapter uses {', '.join(variants)}, which low_rank_update does not compute")
     layers = sorted({name.partition(".lora_")[0] for name in own if ".lora_" in name})
     head = sorted({_split(name)[0] for name in own if ".lora_" not in name})
     groups = {layer: int(getattr(module.get_submodule(layer), "groups", 1)) for layer in layers}
@@ -225,7 +227,7 @@ def _copy(handle: FineTuneHandle, values: Mapping[str, torch.Tensor], layers: se
             continue
         if name not in state or state[name].shape != value.shape:
             handle.restore()
-            raise DeltaFormatError(f"the adapter's tensor {name!r} {tuple(value.shape)} has no place in this module")
+            raise LoadError(f"the adapter's tensor {name!r} {tuple(value.shape)} has no place in this module")
         state[name].copy_(value)
     if not layers:
-        raise DeltaFormatError("the adapter tunes no layer")
+        raise FileError("the adapter tunes no layer")

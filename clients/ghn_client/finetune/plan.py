@@ -12,6 +12,7 @@ from itertools import pairwise
 
 from torch import nn
 
+from ghn_client.errors import InvalidOptionError
 from ghn_client.finetune.capacity import (
     SOURCE,
     check_counts,
@@ -20,7 +21,6 @@ from ghn_client.finetune.capacity import (
     two_layer_capacity,
     two_layer_neurons,
 )
-from ghn_client.finetune.errors import InvalidOptionError
 from ghn_client.finetune.plan_facts import NetworkFacts, facts_of_module
 
 #: Bytes per trained number beyond the weights: gradient, and the moments of the optimizer.

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ghn_client.finetune.errors import InvalidOptionError, MissingExtraError
+from ghn_client.errors import InvalidOptionError, MissingExtraError
 from ghn_client.finetune.factored import factored_modules
 from ghn_client.finetune.layers import find_head, matrix_layers
 from ghn_client.finetune.norm_layers import find_norm_layers
@@ -59,7 +59,7 @@ def facts_of_module(module: nn.Module) -> NetworkFacts:
     """Counts a torch module.
 
     Raises:
-        NothingToTuneError: It has no matrix layer.
+        UnsupportedModuleError: It has no matrix layer.
     """
     head = find_head(module)
     norms = find_norm_layers(module)

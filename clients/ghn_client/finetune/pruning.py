@@ -14,8 +14,8 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from ghn_client.errors import InfeasibleError, UnsupportedModuleError
 from ghn_client.finetune.channel_flow import ChannelFlow, LayerUse
-from ghn_client.finetune.errors import CertificateError, UnsupportedModuleError
 from ghn_client.finetune.gamma import DEFAULT_THRESHOLD, zero_scales
 from ghn_client.finetune.insertion import CHILD
 from ghn_client.finetune.norm_layers import find_norm_layers
@@ -71,7 +71,7 @@ def prune_disabled_channels(
 
     Raises:
         UnsupportedModuleError: The network cannot be traced, or has unmerged updates.
-        CertificateError: The smaller network computes something else; it is not returned.
+        InfeasibleError: The smaller network computes something else; it is not returned.
     """
     _check_merged(module)
     reference = copy.deepcopy(module).eval()
@@ -199,7 +199,7 @@ def _difference(reference: nn.Module, smaller: nn.Module, example: torch.Tensor)
         raise UnsupportedModuleError(f"the forward code of this network depends on channel counts: {error}") from error
     difference = float((given - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
     if not difference < 1e-3:
-        raise CertificateError(f"the pruned network differs by {difference:.1e} on the example; it is not returned")
+        raise InfeasibleError(f"the pruned network differs by {difference:.1e} on the example; it is not returned")
     return difference
 
 

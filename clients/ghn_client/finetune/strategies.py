@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from ghn_client.errors import InvalidOptionError
 from ghn_client.finetune.additive import additive
 from ghn_client.finetune.controls import all_parameters, bias_only, head_only, random_per_channel
-from ghn_client.finetune.errors import UnknownNameError
 from ghn_client.finetune.handle import FineTuneHandle
 from ghn_client.finetune.low_rank import low_rank, low_rank_update
 from ghn_client.finetune.norm_only import norm_only
@@ -33,9 +33,9 @@ def prepare(module: nn.Module, strategy: str, **options: Any) -> FineTuneHandle:
     """Prepares ``module`` by the name of a strategy; hyphens and underscores mean the same.
 
     Raises:
-        UnknownNameError: No strategy has this name.
+        InvalidOptionError: No strategy has this name.
     """
     known = STRATEGIES.get(strategy.replace("-", "_"))
     if known is None:
-        raise UnknownNameError(f"unknown strategy {strategy!r}; known ones are {', '.join(STRATEGIES)}")
+        raise InvalidOptionError(f"unknown strategy {strategy!r}; known ones are {', '.join(STRATEGIES)}")
     return known(module, **options)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ghn_client.errors import PredictionFileError
+from ghn_client.errors import FileError
 
 FORMAT = "ghn-prediction/1"
 PREFIX = "ghn."
@@ -103,10 +103,10 @@ def decode_metadata(encoded: Mapping[str, str]) -> PredictionMetadata:
     """The metadata that ``encode_metadata`` wrote; keys of newer versions are passed over.
 
     Raises:
-        PredictionFileError: The file was not written by this service, or its metadata is damaged.
+        FileError: The file was not written by this service, or its metadata is damaged.
     """
     if encoded.get(FORMAT_KEY) != FORMAT:
-        raise PredictionFileError(
+        raise FileError(
             f"expected a safetensors file with {FORMAT_KEY}={FORMAT!r} in its metadata, got {encoded.get(FORMAT_KEY)!r}"
         )
     try:
@@ -119,7 +119,7 @@ def decode_metadata(encoded: Mapping[str, str]) -> PredictionMetadata:
         values["tensors"] = tuple(_expand(entry) for entry in values["tensors"])
         return PredictionMetadata(**values)
     except (KeyError, TypeError, ValueError) as error:
-        raise PredictionFileError(f"the metadata of the prediction is damaged: {error!r}") from error
+        raise FileError(f"the metadata of the prediction is damaged: {error!r}") from error
 
 
 def _compact(note: TensorNote) -> dict[str, Any]:
