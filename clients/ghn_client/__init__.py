@@ -14,11 +14,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ghn_client.batchnorm import recalibrate_batchnorm
     from ghn_client.client import GHNClient
-    from ghn_client.export import export_architecture
     from ghn_client.load import LoadReport, load_parameters
+    from ghn_client.onnx.export import export_architecture
+    from ghn_client.onnx.strip import strip_weights
     from ghn_client.prediction import Prediction
     from ghn_client.steps import LowRankOptions, Step
-    from ghn_client.structure import strip_weights
 
 _HOMES = {
     "GHNClient": "client",
@@ -26,10 +26,10 @@ _HOMES = {
     "LowRankOptions": "steps",
     "Prediction": "prediction",
     "Step": "steps",
-    "export_architecture": "export",
+    "export_architecture": "onnx.export",
     "load_parameters": "load",
     "recalibrate_batchnorm": "batchnorm",
-    "strip_weights": "structure",
+    "strip_weights": "onnx.strip",
 }
 
 __all__ = [

@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ghn_client.connection import MAX_ATTEMPTS, Connection, TlsFiles
 from ghn_client.errors import GhnClientError, InvalidOptionError, ServerUnavailableError
+from ghn_client.onnx.export import Architecture, ModelSource, read_source
 from ghn_client.prediction import Prediction
 from ghn_client.replies import (
     Analysis,
@@ -24,7 +25,6 @@ from ghn_client.replies import (
     decode_models,
     decode_server_info,
 )
-from ghn_client.sources import Architecture, ModelSource, read_source
 from ghn_client.steps import LowRankOptions, StepLike, encode_low_rank, encode_step
 from ghn_client.wire import ghn_pb2
 from ghn_client.wire.codec import Progress, receive_stream

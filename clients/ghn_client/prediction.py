@@ -14,7 +14,8 @@ import torch
 from ghn_client.atomic_file import write_file
 from ghn_client.errors import FileError, GhnClientError
 from ghn_client.load import LoadReport, load_parameters
-from ghn_client.sources import Architecture, ModelSource, read_source
+from ghn_client.onnx.export import Architecture, ModelSource, read_source
+from ghn_client.onnx.fill import write_filled
 from ghn_client.wire.codec import PlacedTensor, ReceivedPrediction, decode_safetensors_header
 from ghn_client.wire.metadata import PredictionMetadata, TensorNote, decode_metadata
 
@@ -181,7 +182,5 @@ class Prediction(Mapping[str, torch.Tensor]):
         Raises:
             LoadError: The weights do not fit the model, or there is no model.
         """
-        from ghn_client.fill import write_filled
-
         source = self.source if model is None else read_source(model, example_inputs)
         write_filled(self, source, Path(path))

@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from ghn_client.computed import as_stored
-from ghn_client.fill import fill_model
+from ghn_client.onnx.export import read_source
+from ghn_client.onnx.fill import as_stored, fill_model
 from ghn_client.prediction import Prediction
-from ghn_client.sources import read_source
 from ghn_client.wire.metadata import PredictionMetadata, TensorNote, TensorUse
 from ghn_service.graph.onnx.reader import read_onnx
 

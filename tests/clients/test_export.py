@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-import ghn_client.export
+import ghn_client.onnx.export
 from ghn_client import export_architecture
 from ghn_client.errors import ExportError
-from ghn_client.export import ExportedStructure, export_structure
-from ghn_client.functional import NotFunctionalError
+from ghn_client.onnx.export import ExportedStructure, export_structure
+from ghn_client.onnx.functional import NotFunctionalError
 from ghn_service.graph.onnx.reader import read_onnx
 from tests.clients.small_modules import EXAMPLES, IMAGE, Auxiliary, ConvNet, InPlace, Tied, WithConstants, randomized
 from tests.golden_graphs import load_golden
@@ -205,7 +205,7 @@ def test_the_slower_ways_give_the_same_names_and_graph(last_way: str, monkeypatc
 
     for way in ("_by_translation", "_by_decomposition"):
         if way != last_way:
-            monkeypatch.setattr(ghn_client.export, way, refuse)
+            monkeypatch.setattr(ghn_client.onnx.export, way, refuse)
     graph = read_onnx(export_architecture(ConvNet().eval(), IMAGE))
     assert sorted(node.op_type for node in graph.nodes) == sorted(node.op_type for node in expected.nodes)
     assert len(graph.edges) == len(expected.edges)

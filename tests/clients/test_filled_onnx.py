@@ -103,7 +103,7 @@ def test_tensors_beside_the_model_are_read_and_kept(client: GHNClient, tmp_path:
 def test_large_files_keep_their_tensors_beside_them(
     client: GHNClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ghn_client.fill.EXTERNAL_BYTES", 100)
+    monkeypatch.setattr("ghn_client.onnx.edit.EXTERNAL_BYTES", 100)
     prediction = client.predict(ConvNet(), IMAGE)
     prediction.to_onnx(tmp_path / "filled.onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["filled.onnx", "filled.onnx.data"]

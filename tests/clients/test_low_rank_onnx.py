@@ -9,8 +9,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from ghn_client.low_rank import FactorPair
-from ghn_client.low_rank_onnx import factorize_onnx
+from ghn_client.factors import FactorPair
+from ghn_client.onnx.factor import factorize_onnx
 
 RANK = 3
 

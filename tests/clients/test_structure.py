@@ -15,8 +15,8 @@ from onnx import TensorProto, helper
 
 from ghn_client import strip_weights
 from ghn_client.errors import InvalidArchitectureError
-from ghn_client.sources import read_source
-from ghn_client.structure import KEPT_ELEMENTS, strip_tensor
+from ghn_client.onnx.export import read_source
+from ghn_client.onnx.strip import KEPT_ELEMENTS, strip_tensor
 from ghn_service.graph.architecture import encode_graph
 from ghn_service.graph.onnx.reader import read_onnx
 from tests.clients.small_modules import EXAMPLES, IMAGE, ConvNet, randomized

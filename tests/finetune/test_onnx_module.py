@@ -14,14 +14,15 @@ import torch
 from torch import nn
 
 from ghn_client.errors import UnsupportedModuleError
-from ghn_client.export import export_structure
 from ghn_client.finetune.additive import additive
 from ghn_client.finetune.delta import load_delta, save_delta
 from ghn_client.finetune.norm_layers import find_norm_layers
 from ghn_client.finetune.norm_only import norm_only
-from ghn_client.finetune.onnx_module import input_shape, module_from_onnx, to_onnx
 from ghn_client.finetune.pruning import prune_disabled_channels
 from ghn_client.finetune.strategies import prepare
+from ghn_client.onnx.export import export_structure
+from ghn_client.onnx.from_torch import to_onnx
+from ghn_client.onnx.to_torch import input_shape, module_from_onnx
 from tests.finetune.networks import ResidualNetwork, randomize_statistics, train_a_little
 from tests.zoo_support import import_torchvision
 

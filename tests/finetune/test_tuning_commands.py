@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from ghn_client.cli.app import app
 from ghn_client.errors import InvalidOptionError
-from ghn_client.export import export_architecture
 from ghn_client.finetune.delta import load_delta, read_delta
 from ghn_client.finetune.image_data import ImageBatches, load_images
+from ghn_client.onnx.export import export_architecture
 from tests.finetune.networks import ResidualNetwork
 from tests.finetune.test_onnx_module import filled
 from tests.shared_data import shared_path

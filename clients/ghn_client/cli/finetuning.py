@@ -98,7 +98,7 @@ def _save_model(handle: FineTuneHandle, start: Start, path: Path) -> None:
     from safetensors.torch import save
 
     if path.suffix == ".onnx":
-        from ghn_client.fill import write_model
+        from ghn_client.onnx.edit import write_model
 
         assert start.to_onnx is not None
         write_model(start.to_onnx(handle.merge()), path)

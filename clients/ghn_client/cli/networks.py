@@ -111,9 +111,11 @@ def _start_of_factory(model: str, options: StartOptions) -> Start:
 def _start_of_file(path: Path, options: StartOptions) -> Start:
     import torch
 
-    from ghn_client.fill import fill_model
-    from ghn_client.finetune.onnx_module import module_from_onnx, read_model, to_onnx
-    from ghn_client.sources import read_source
+    from ghn_client.onnx.edit import read_model
+    from ghn_client.onnx.export import read_source
+    from ghn_client.onnx.fill import fill_model
+    from ghn_client.onnx.from_torch import to_onnx
+    from ghn_client.onnx.to_torch import module_from_onnx
 
     parameters, prediction = None, None
     if options.own:
@@ -132,7 +134,7 @@ def _start_of_file(path: Path, options: StartOptions) -> Start:
 
 def _image_shape(model: onnx.ModelProto, wanted: int | None) -> tuple[int, ...]:
     """Shape of an example, with the sizes that the file leaves free filled in."""
-    from ghn_client.finetune.onnx_module import input_shape
+    from ghn_client.onnx.to_torch import input_shape
 
     shape = input_shape(model)
     fits = len(shape) == 4 and shape[1] in (0, 3) and shape[2] == shape[3]

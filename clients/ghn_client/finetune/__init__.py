@@ -6,6 +6,9 @@ Works on any torch module and depends on torch alone. ``STRATEGIES`` lists what 
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ghn_client.finetune.additive import AdditiveModule, additive
 from ghn_client.finetune.controls import all_parameters, bias_only, head_only, random_per_channel
 from ghn_client.finetune.delta import load_complete_model, load_delta, save_delta
@@ -16,13 +19,15 @@ from ghn_client.finetune.gamma import gamma_report
 from ghn_client.finetune.handle import FineTuneHandle, combine
 from ghn_client.finetune.insertion import insert_norms
 from ghn_client.finetune.low_rank import low_rank, low_rank_update
-from ghn_client.finetune.merge_onnx import merge_onnx
 from ghn_client.finetune.norm_only import norm_only
 from ghn_client.finetune.patch import patch
 from ghn_client.finetune.peft_format import export_peft, import_peft
 from ghn_client.finetune.plan import plan
 from ghn_client.finetune.pruning import prune_disabled_channels
 from ghn_client.finetune.strategies import STRATEGIES, prepare
+
+if TYPE_CHECKING:
+    from ghn_client.onnx.from_torch import merge_onnx
 
 __all__ = [
     "STRATEGIES",
@@ -56,3 +61,10 @@ __all__ = [
     "random_per_channel",
     "save_delta",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports ``merge_onnx`` when it is first used: who trains a torch module needs no ONNX."""
+    if name == "merge_onnx":
+        return importlib.import_module("ghn_client.onnx.from_torch").merge_onnx
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,8 @@ what they look for; weights with other names stay parameters, which torch's func
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,10 +15,70 @@ from torch import nn
 from torch.nn import functional
 
 from ghn_client.errors import UnsupportedModuleError
-from ghn_client.finetune.onnx_builder import Builder, Traced, Value, legal_path
-from ghn_client.finetune.onnx_node import OnnxNode, padded, traced
-from ghn_client.finetune.onnx_plain_layers import PLAIN_LAYERS
-from ghn_client.finetune.onnx_shapes import rank_of
+from ghn_client.onnx.torch_builder import Builder, Traced, Value, legal_path
+from ghn_client.onnx.torch_operators import rank_of
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxNode:
+    """A node of the file.
+
+    Attributes:
+        op_type: Operator.
+        name: Of the node, may be empty.
+        inputs: Names of its inputs; empty where left out.
+        outputs: Names of its outputs.
+        attributes: By name: numbers, text, lists or tensors.
+        follower: The only node that reads the first output, if there is just one.
+    """
+
+    op_type: str
+    name: str
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    attributes: dict[str, Any] = field(default_factory=dict)
+    follower: OnnxNode | None = None
+
+    def input(self, index: int) -> str:
+        """Name of an input, empty where it is left out."""
+        return self.inputs[index] if index < len(self.inputs) else ""
+
+
+def traced(b: Builder, node: OnnxNode, index: int = 0) -> Traced:
+    """An input that depends on the network's input or on a parameter."""
+    value = b.value(node.inputs[index])
+    if not isinstance(value, Traced):
+        raise UnsupportedModuleError(f"{node.op_type} {node.name!r} of a constant is not supported")
+    return value
+
+
+def padded(b: Builder, source: Traced, node: OnnxNode, spatial: int) -> tuple[Traced, tuple[int, ...]]:
+    """Symmetric padding as numbers; where it is not symmetric the input is padded by a node of its own."""
+    pads = list(node.attributes.get("pads", [0] * 2 * spatial))
+    automatic = node.attributes.get("auto_pad") or "NOTSET"
+    if automatic in ("SAME_UPPER", "SAME_LOWER"):
+        pads = _same_padding(source, node, spatial, automatic)
+    before, after = pads[:spatial], pads[spatial:]
+    if before == after:
+        return source, tuple(before)
+    flat = [size for axis in reversed(range(spatial)) for size in (before[axis], after[axis])]
+    value = float("-inf") if node.op_type == "MaxPool" else 0.0
+    return b.call(functional.pad, source, tuple(flat), value=value), (0,) * spatial
+
+
+def _same_padding(source: Traced, node: OnnxNode, spatial: int, mode: str) -> list[int]:
+    strides = node.attributes.get("strides", [1] * spatial)
+    dilations = node.attributes.get("dilations", [1] * spatial)
+    before, after = [], []
+    for size, kernel, stride, dilation in zip(
+        source.single.shape[2:], node.attributes["kernel_shape"], strides, dilations, strict=True
+    ):
+        total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+        first = total // 2 if mode == "SAME_UPPER" else total - total // 2
+        before.append(first)
+        after.append(total - first)
+    return before + after
+
 
 CONVOLUTIONS: dict[int, Callable[..., nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 BATCH_NORMS: dict[int, Callable[..., nn.Module]] = {
@@ -247,8 +308,123 @@ def _linear(b: Builder, node: OnnxNode, source: Traced, name: str, bias: str, *,
     return _place(b, node, lambda: nn.Linear(inputs, outputs, bias=bool(bias)), source, weights, transposed=transposed)
 
 
+# ---- layers without weights ------------------------------------------------------------------------------------------
+
+MAX_POOLS = {3: functional.max_pool1d, 4: functional.max_pool2d, 5: functional.max_pool3d}
+MEAN_POOLS: dict[int, Callable[..., Any]] = {
+    3: functional.avg_pool1d,
+    4: functional.avg_pool2d,
+    5: functional.avg_pool3d,
+}
+
+
+class Bernoulli(nn.Module):
+    """Ones with a probability, zeros else: dropout and stochastic depth as exporters write them; the mean in eval mode.
+
+    Args:
+        probability: Of a one.
+        shape: Of what is drawn for one sample, or ``None``: that of the input.
+    """
+
+    def __init__(self, probability: float, shape: tuple[int, ...] | None = None) -> None:
+        super().__init__()
+        self.probability, self.shape = probability, shape
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """A tensor like ``inputs``, or (B, *shape) of its type."""
+        shape = inputs.shape if self.shape is None else (len(inputs), *self.shape)
+        means = inputs.new_full(shape, self.probability)
+        return torch.bernoulli(means) if self.training else means
+
+    def extra_repr(self) -> str:
+        """The probability."""
+        return f"{self.probability}"
+
+
+def dropout(b: Builder, node: OnnxNode) -> Value:
+    """Dropout, active in train mode."""
+    ratio: Any = node.attributes.get("ratio", 0.5)
+    if node.input(1):
+        ratio = b.value(node.inputs[1])
+        if not isinstance(ratio, torch.Tensor):
+            raise UnsupportedModuleError(f"the ratio of {node.name!r} depends on the input")
+    return b.module(b.free_path("dropouts.d"), nn.Dropout(float(ratio)), traced(b, node))
+
+
+def random_comparison(b: Builder, node: OnnxNode) -> Value | None:
+    """Less of a random tensor and a number, as dropout is written; ``None`` where it is another comparison."""
+    if node.inputs[0] not in b.random:
+        return None
+    like, bound = b.random[node.inputs[0]], b.value(node.inputs[1])
+    if not isinstance(bound, torch.Tensor) or bound.numel() != 1:
+        raise UnsupportedModuleError(f"{node.name!r} compares random numbers with values of the input")
+    path = b.free_path("dropouts.d")
+    if isinstance(like, Traced):
+        return b.module(path, Bernoulli(float(bound)), like)
+    assert b.entry is not None
+    return b.module(path, Bernoulli(float(bound), tuple(like.shape[1:])), b.entry)
+
+
+def random_uniform(b: Builder, node: OnnxNode) -> Value:
+    """RandomUniformLike from 0 to 1; only what compares it with a number makes sense of it."""
+    if (node.attributes.get("low", 0.0), node.attributes.get("high", 1.0)) != (0.0, 1.0):
+        raise UnsupportedModuleError(f"{node.name!r} draws from another range than 0 to 1")
+    like = b.value(node.inputs[0])
+    b.random[node.outputs[0]] = like
+    return like
+
+
+def max_pool(b: Builder, node: OnnxNode) -> Value:
+    """MaxPool."""
+    source = traced(b, node)
+    spatial = rank_of(source) - 2
+    source, padding = padded(b, source, node, spatial)
+    kernel = tuple(node.attributes["kernel_shape"])
+    strides = tuple(node.attributes.get("strides", [1] * spatial))
+    dilations = tuple(node.attributes.get("dilations", [1] * spatial))
+    ceil = bool(node.attributes.get("ceil_mode", 0))
+    return b.call(MAX_POOLS[spatial + 2], source, kernel, strides, padding, dilations, ceil_mode=ceil)  # type: ignore[no-any-return]
+
+
+def mean_pool(b: Builder, node: OnnxNode) -> Value:
+    """AveragePool."""
+    source = traced(b, node)
+    spatial = rank_of(source) - 2
+    counted = bool(node.attributes.get("count_include_pad", 0))
+    plain = source
+    source, padding = padded(b, source, node, spatial)
+    if source is not plain and not counted:
+        raise UnsupportedModuleError(f"{node.name!r} averages over uneven padding without counting it")
+    kernel, strides = tuple(node.attributes["kernel_shape"]), tuple(node.attributes.get("strides", [1] * spatial))
+    ceil = bool(node.attributes.get("ceil_mode", 0))
+    return b.call(MEAN_POOLS[spatial + 2], source, kernel, strides, padding, ceil, counted)  # type: ignore[no-any-return]
+
+
+def global_mean_pool(b: Builder, node: OnnxNode) -> Value:
+    """GlobalAveragePool."""
+    source = traced(b, node)
+    return b.call(torch.mean, source, dim=tuple(range(2, rank_of(source))), keepdim=True)  # type: ignore[no-any-return]
+
+
+def global_max_pool(b: Builder, node: OnnxNode) -> Value:
+    """GlobalMaxPool."""
+    source = traced(b, node)
+    return b.call(torch.amax, source, dim=tuple(range(2, rank_of(source))), keepdim=True)  # type: ignore[no-any-return]
+
+
+def local_response_norm(b: Builder, node: OnnxNode) -> Value:
+    """LRN."""
+    attributes = node.attributes
+    options = [
+        attributes["size"],
+        attributes.get("alpha", 1e-4),
+        attributes.get("beta", 0.75),
+        attributes.get("bias", 1.0),
+    ]
+    return b.call(functional.local_response_norm, traced(b, node), *options)  # type: ignore[no-any-return]
+
+
 LAYERS: dict[str, Callable[[Builder, OnnxNode], Value | None]] = {
-    **PLAIN_LAYERS,
     "Conv": convolution,
     "BatchNormalization": batch_norm,
     "LayerNormalization": layer_norm,
@@ -257,4 +433,12 @@ LAYERS: dict[str, Callable[[Builder, OnnxNode], Value | None]] = {
     "InstanceNormalization": instance_norm,
     "Gemm": linear,
     "MatMul": matrix_product,
+    "Dropout": dropout,
+    "Less": random_comparison,
+    "RandomUniformLike": random_uniform,
+    "MaxPool": max_pool,
+    "AveragePool": mean_pool,
+    "GlobalAveragePool": global_mean_pool,
+    "GlobalMaxPool": global_max_pool,
+    "LRN": local_response_norm,
 }

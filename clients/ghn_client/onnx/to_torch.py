@@ -9,44 +9,26 @@ shapes that the exporter froze for one image size, and a batch of any size.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from onnx.external_data_helper import load_external_data_for_model
-from torch import fx, nn
+from onnx.inliner import inline_local_functions
+from torch import fx
 
-from ghn_client.errors import InvalidArchitectureError, UnsupportedModuleError
-from ghn_client.finetune.additive import AdditiveModule
-from ghn_client.finetune.merge_onnx import merge_onnx
-from ghn_client.finetune.onnx_builder import Builder, Traced, batch_position
-from ghn_client.finetune.onnx_layers import LAYERS
-from ghn_client.finetune.onnx_node import OnnxNode
-from ghn_client.finetune.onnx_operators import OPERATORS
-from ghn_client.structure import parse_onnx
+from ghn_client.errors import UnsupportedModuleError
+from ghn_client.onnx.edit import with_own_tensors
+from ghn_client.onnx.torch_builder import Builder, Traced, batch_position
+from ghn_client.onnx.torch_layers import LAYERS, OnnxNode
+from ghn_client.onnx.torch_operators import OPERATORS
 
 #: Key in ``meta`` of the module: path of a parameter or buffer -> initializer, and whether it is transposed.
 NAMES = "ghn.onnx_names"
 #: Key in ``meta`` of the module: path of a linear layer -> names of its input and its output in the file.
 TENSORS = "ghn.onnx_tensors"
 _DOMAINS = ("", "ai.onnx")
-
-
-def read_model(path: str | Path) -> onnx.ModelProto:
-    """An ONNX file with the data that lies beside it.
-
-    Raises:
-        InvalidArchitectureError: It cannot be read, or is no ONNX model.
-    """
-    try:
-        model = parse_onnx(Path(path).read_bytes())
-        load_external_data_for_model(model, str(Path(path).parent))
-    except (OSError, ValueError, onnx.checker.ValidationError) as error:
-        raise InvalidArchitectureError(f"cannot read the model {str(path)!r}: {error}") from error
-    return model
 
 
 def input_shape(model: onnx.ModelProto) -> tuple[int, ...]:
@@ -88,7 +70,7 @@ def module_from_onnx(
             weights are missing.
     """
     input_shape(model)
-    graph = _unmerged(_inlined(model)).graph
+    graph = with_own_tensors(inline_local_functions(model)).graph
     builder = Builder({tensor.name: _tensor(tensor) for tensor in graph.initializer}, parameters)
     builder.input(_inputs(model)[0].name, example)
     with torch.no_grad():
@@ -106,79 +88,9 @@ def module_from_onnx(
     return module.eval()
 
 
-def to_onnx(tuned: nn.Module, converted: fx.GraphModule, model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of ``model`` with tuned values, and with the side networks of additive fine-tuning as nodes.
-
-    Args:
-        tuned: ``handle.merge()`` of a handle on ``converted``.
-        converted: From :func:`module_from_onnx`.
-        model: The file that it was made from.
-
-    Raises:
-        UnsupportedModuleError: A side network reads the features of a head that is no linear layer of the file, or
-            layers that share a tensor in the file have become different.
-    """
-    sides: list[AdditiveModule] = []
-    while isinstance(tuned, AdditiveModule):
-        sides.append(tuned)
-        tuned = tuned.base
-    result = _with_values(tuned, converted.meta[NAMES], model)
-    for index, additive in enumerate(reversed(sides)):
-        reads = adds_to = None
-        if additive.head is not None:
-            head = additive.head.rpartition("base.")[2]
-            if head not in converted.meta[TENSORS]:
-                raise UnsupportedModuleError(f"the head {head!r} is no linear layer of the file; use at='logits'")
-            reads, adds_to = converted.meta[TENSORS][head]
-        result = merge_onnx(result, additive.side, reads=reads, adds_to=adds_to, prefix=f"side{index}")  # type: ignore[arg-type]
-    return result
-
-
-def _with_values(module: nn.Module, names: Mapping[str, tuple[str, bool]], model: onnx.ModelProto) -> onnx.ModelProto:
-    result = onnx.ModelProto()
-    result.CopyFrom(_unmerged(model))
-    tensors = {tensor.name: tensor for tensor in result.graph.initializer}
-    state, written = module.state_dict(), dict[str, np.ndarray]()
-    for path, (name, transposed) in names.items():
-        value = state[path].detach().cpu()
-        array = (value.T if transposed else value).contiguous().numpy()
-        if name in written and not np.array_equal(written[name], array):
-            raise UnsupportedModuleError(
-                f"layers that share {name!r} in the file have become different and fit no copy of it"
-            )
-        written[name] = array
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensors[name].data_type)
-        tensors[name].CopyFrom(onnx.numpy_helper.from_array(array.astype(dtype), name))
-    return result
-
-
 def _inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     filled = {tensor.name for tensor in model.graph.initializer}
     return [info for info in model.graph.input if info.name not in filled]
-
-
-def _unmerged(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Gives every layer a tensor of its own where an exporter had merged equal ones behind Identity nodes."""
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    merged = [node for node in model.graph.node if node.op_type == "Identity" and node.input[0] in tensors]
-    if not merged:
-        return model
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    for node in merged:
-        own = result.graph.initializer.add()
-        own.CopyFrom(tensors[node.input[0]])
-        own.name = node.output[0]
-        result.graph.node.remove(node)
-    return result
-
-
-def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
-    if not model.functions:
-        return model
-    from onnx import inliner
-
-    return inliner.inline_local_functions(model)
 
 
 def _needed(graph: onnx.GraphProto) -> list[OnnxNode]:

@@ -12,15 +12,9 @@ import onnx
 import torch
 from onnx import helper
 
-from ghn_client.low_rank import FACTOR_IN, FACTOR_OUT, FactorPair
+from ghn_client.factors import FACTOR_IN, FACTOR_OUT, FactorPair
+from ghn_client.onnx.edit import FIRST_IR_VERSION_WITHOUT_INPUTS, ONNX_TYPES, TORCH_DTYPES
 
-_DATA_TYPES = {
-    torch.float32: onnx.TensorProto.FLOAT,
-    torch.float64: onnx.TensorProto.DOUBLE,
-    torch.float16: onnx.TensorProto.FLOAT16,
-    torch.bfloat16: onnx.TensorProto.BFLOAT16,
-}
-_FIRST_IR_VERSION_WITHOUT_INPUTS = 4
 _FIRST_OPSET_OF_GEMM_WITHOUT_BIAS = 11
 
 
@@ -59,7 +53,7 @@ def _follow_old_rules(model: onnx.ModelProto) -> None:
     if opset < _FIRST_OPSET_OF_GEMM_WITHOUT_BIAS:
         for node in [item for item in model.graph.node if item.op_type == "Gemm" and len(item.input) == 2]:
             _add_zero_bias(model.graph, node)
-    if model.ir_version < _FIRST_IR_VERSION_WITHOUT_INPUTS:
+    if model.ir_version < FIRST_IR_VERSION_WITHOUT_INPUTS:
         known = {item.name for item in model.graph.input}
         for item in model.graph.initializer:
             if item.name not in known:
@@ -68,7 +62,7 @@ def _follow_old_rules(model: onnx.ModelProto) -> None:
 
 def _add_zero_bias(graph: onnx.GraphProto, node: onnx.NodeProto) -> None:
     factor = next(item for item in graph.initializer if item.name == node.input[1])
-    dtype = next(dtype for dtype, code in _DATA_TYPES.items() if code == factor.data_type)
+    dtype = TORCH_DTYPES[factor.data_type]
     node.input.append(f"{factor.name}.bias")
     _add_initializer(graph, f"{factor.name}.bias", torch.zeros(factor.dims[0], dtype=dtype))
 
@@ -170,7 +164,7 @@ def _add_initializer(graph: onnx.GraphProto, name: str, tensor: torch.Tensor) ->
         return
     values = tensor.detach().cpu().contiguous()
     raw = values.flatten().view(torch.uint8).numpy().tobytes()
-    graph.initializer.append(helper.make_tensor(name, _DATA_TYPES[values.dtype], list(values.shape), raw, raw=True))
+    graph.initializer.append(helper.make_tensor(name, ONNX_TYPES[values.dtype], list(values.shape), raw, raw=True))
 
 
 def _set_attributes(node: onnx.NodeProto, values: Mapping[str, object], *, drop: set[str] | None = None) -> None:
@@ -195,7 +189,7 @@ def _is_read_in_subgraph(graph: onnx.GraphProto, name: str) -> bool:
 def _in_dtype_of_file(graph: onnx.GraphProto, name: str, pair: FactorPair) -> FactorPair:
     stored = [item.data_type for item in graph.initializer if item.name == name]
     stored += [item.type.tensor_type.elem_type for item in graph.input if item.name == name]
-    dtype = next((dtype for dtype, code in _DATA_TYPES.items() if code == stored[0]), pair.factor_in.dtype)
+    dtype = TORCH_DTYPES.get(stored[0], pair.factor_in.dtype)
     return FactorPair(pair.factor_in.to(dtype), pair.factor_out.to(dtype))
 
 

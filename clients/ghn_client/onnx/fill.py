@@ -7,9 +7,9 @@ a tensor of its own; where a node produced a weight (ConstantOfShape, Constant),
 from __future__ import annotations
 
 import dataclasses
-import tempfile
+import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,24 +17,25 @@ import onnx
 import torch
 from onnx.external_data_helper import load_external_data_for_tensor
 
-from ghn_client.atomic_file import replaced_file, write_file
-from ghn_client.computed import as_stored
 from ghn_client.errors import LoadError
-from ghn_client.low_rank import FACTOR_IN, FACTOR_OUT, factor_pairs
-from ghn_client.onnx_types import TORCH_DTYPES
-from ghn_client.sources import ModelSource
-from ghn_client.structure import BUFFERS_KEY, PARAMETERS_KEY, parse_onnx
+from ghn_client.factors import FACTOR_IN, FACTOR_OUT, factor_pairs
+from ghn_client.onnx.edit import (
+    FIRST_IR_VERSION_WITHOUT_INPUTS,
+    ONNX_TYPES,
+    TORCH_DTYPES,
+    graphs,
+    parse_onnx,
+    write_model,
+)
+from ghn_client.onnx.export import ModelSource
+from ghn_client.onnx.factor import factorize_onnx
+from ghn_client.onnx.strip import BUFFERS_KEY, PARAMETERS_KEY
 from ghn_client.wire.metadata import TensorNote
 
 if TYPE_CHECKING:
     from ghn_client.prediction import Prediction
 
-EXTERNAL_BYTES = (1 << 31) - (1 << 24)
-"""Bytes of tensors from which a file keeps them beside itself: protobuf ends at 2 GiB."""
-
-_FIRST_IR_VERSION_WITHOUT_INPUTS = 4
 _INITIAL_STATISTICS = {3: 0.0, 4: 1.0}
-_ONNX_TYPES = {dtype: number for number, dtype in TORCH_DTYPES.items()}
 
 
 def write_filled(prediction: Prediction, source: ModelSource | None, path: Path) -> None:
@@ -78,8 +79,6 @@ def fill_model(prediction: Prediction, source: ModelSource) -> onnx.ModelProto:
             filler.put(dataclasses.replace(note, name=name), pair.dense_in_layout(permutations.get(name, ())))
     filler.finish(source.values)
     if pairs:
-        from ghn_client.low_rank_onnx import factorize_onnx
-
         model = factorize_onnx(model, pairs, permutations=permutations)
     _check_complete(model)
     return model
@@ -91,7 +90,7 @@ class _Filler:
     def __init__(self, model: onnx.ModelProto, folder: Path | None) -> None:
         self.model = model
         self.folder = folder
-        self.graphs = list(_graphs(model.graph))
+        self.graphs = list(graphs(model.graph))
         self.initializers = {tensor.name: (graph, tensor) for graph in self.graphs for tensor in graph.initializer}
         self.nodes: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         self.producers: dict[str, tuple[onnx.GraphProto, onnx.NodeProto]] = {}
@@ -177,14 +176,14 @@ class _Filler:
         if len(node.output) != 1:
             raise LoadError(f"the weight {name!r} is one of several outputs of a node and cannot be replaced")
         graph.node.remove(node)
-        self._add(name, tensor, _ONNX_TYPES[tensor.dtype])
+        self._add(name, tensor, ONNX_TYPES[tensor.dtype])
 
     def _add(self, name: str, tensor: torch.Tensor, data_type: int) -> None:
         proto = self.model.graph.initializer.add(name=name, data_type=data_type, dims=tensor.shape)
         _fill(proto, tensor)
         self.initializers[name] = (self.model.graph, proto)
         self.filled.add(name)
-        if self.model.ir_version < _FIRST_IR_VERSION_WITHOUT_INPUTS:
+        if self.model.ir_version < FIRST_IR_VERSION_WITHOUT_INPUTS:
             self.model.graph.input.append(onnx.helper.make_tensor_value_info(name, data_type, tuple(tensor.shape)))
 
     def _is_read(self, name: str) -> bool:
@@ -219,16 +218,6 @@ class _Filler:
         tensor.data_location = onnx.TensorProto.DEFAULT
 
 
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _graphs(attribute.g)
-            for inner in attribute.graphs:
-                yield from _graphs(inner)
-
-
 def _label(node: onnx.NodeProto) -> str:
     return node.name or next((name for name in node.output if name), node.op_type)
 
@@ -256,7 +245,7 @@ def _check_complete(model: onnx.ModelProto) -> None:
     """Says which tensors are without values: those of a stripped file that were not predicted."""
     empty = [
         tensor.name
-        for graph in _graphs(model.graph)
+        for graph in graphs(model.graph)
         for tensor in graph.initializer
         if tensor.ByteSize() < 64 and _num_elements(tensor) > 0 and not _has_data(tensor)
     ]
@@ -281,20 +270,47 @@ def _has_data(tensor: onnx.TensorProto) -> bool:
     )  # fmt: skip
 
 
-def write_model(model: onnx.ModelProto, path: Path) -> None:
-    """Writes a model, above 2 GB with its tensors beside it.
+# ---- what exporters compute from parameters --------------------------------------------------------------------------
 
-    Raises:
-        FileError: It cannot be written.
+
+def as_stored(parameter: torch.Tensor, shape: Sequence[int]) -> torch.Tensor | None:
+    """What the exporter computed from ``parameter``, as a tensor of shape ``shape``; None if that is not known.
+
+    Args:
+        parameter: The parameter in its own shape: ``shape`` itself, one that is repeated along axes to get it, or
+            ((2w - 1)^2, H).
+        shape: The shape in the file; for a table ([1,] H, w^2, w^2), (w^2, w^2, H) or (w^4, H).
     """
-    size = sum(len(tensor.raw_data) for graph in _graphs(model.graph) for tensor in graph.initializer)
-    if size < EXTERNAL_BYTES:
-        write_file(path, model.SerializeToString())
-        return
-    with replaced_file(path) as part, tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        data_name = f"{path.name}.data"
-        written = Path(folder) / path.name
-        onnx.save_model(model, written, save_as_external_data=True, all_tensors_to_one_file=True, location=data_name)
-        if (Path(folder) / data_name).exists():
-            (Path(folder) / data_name).replace(path.parent / data_name)
-        written.replace(part)
+    target = tuple(shape)
+    if tuple(parameter.shape) == target:
+        return parameter
+    pairs = zip(parameter.shape, target, strict=False)
+    if parameter.dim() == len(target) and all(own in (1, stored) for own, stored in pairs):
+        return parameter.expand(target)
+    return _looked_up(parameter, target) if parameter.dim() == 2 else None
+
+
+def _looked_up(table: torch.Tensor, target: tuple[int, ...]) -> torch.Tensor | None:
+    entries, heads = table.shape
+    side = (math.isqrt(entries) + 1) // 2
+    area = side * side
+    if (2 * side - 1) ** 2 != entries or math.prod(target) != heads * area * area:
+        return None
+    flat = table[_relative_positions(side).to(table.device)]
+    square = flat.reshape(area, area, heads)
+    if target == (area * area, heads):
+        return flat
+    if target == (area, area, heads) and area != heads:
+        return square
+    if target in ((heads, area, area), (1, heads, area, area)):
+        return square.permute(2, 0, 1).reshape(target)
+    return None
+
+
+def _relative_positions(side: int) -> torch.Tensor:
+    """Row of the table for every pair of positions of a window, (w^4,): first the row difference, then the column's."""
+    place = torch.arange(side)
+    difference = place[:, None] - place[None, :] + side - 1  # (w, w), from 0 to 2w - 2
+    rows = difference[:, None, :, None] * (2 * side - 1)
+    columns = difference[None, :, None, :]
+    return (rows + columns).reshape(-1)

@@ -7,22 +7,27 @@ first; what it cannot do takes torch's way, and as a last resort the older expor
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree
 
-from ghn_client.errors import ExportError
-from ghn_client.structure import encode_structure, lift_constants
-from ghn_client.tracing import ExampleInputs, as_example_inputs, on_one_device, trace, tracing_mode
-from ghn_client.translation import NotTranslatableError, translate
+from ghn_client.errors import ExportError, InvalidArchitectureError
+from ghn_client.onnx.edit import parse_onnx
+from ghn_client.onnx.strip import encode_structure, lift_constants, strip_model
+from ghn_client.onnx.translate import NotTranslatableError, translate
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -139,7 +144,7 @@ def _give_own_value(model: onnx_ir.Model, node: onnx_ir.Node, alias: onnx_ir.Val
     model.graph.initializers.add(own)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps torch's progress remarks and warnings from the user; what matters is in the error."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._dynamo", "onnxscript")]
@@ -221,3 +226,180 @@ def _root_cause(error: BaseException) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
+
+
+# ---- tracing ---------------------------------------------------------------------------------------------------------
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleInputs:
+    """What a module is called with: positional and keyword arguments; only shapes and types matter."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> ExampleInputs:
+        """The same arguments with every tensor changed."""
+
+        def apply(leaf: Any) -> Any:
+            return change(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+        args, kwargs = _pytree.tree_map(apply, (self.args, dict(self.kwargs)))
+        return ExampleInputs(args, kwargs)
+
+
+def as_example_inputs(module: torch.nn.Module, example_inputs: Any) -> ExampleInputs:
+    """Reads the forms in which users give inputs: one tensor, a tuple of arguments, or a dict of keyword arguments.
+
+    ``None`` is accepted where the module itself declares what it takes: ``example_input_array`` (Lightning),
+    ``pretrained_cfg`` (timm), ``dummy_inputs`` (transformers).
+
+    Raises:
+        ExportError: There are no inputs, and the module declares none.
+    """
+    if example_inputs is None:
+        example_inputs = _declared_inputs(module)
+    if isinstance(example_inputs, Mapping):
+        return ExampleInputs(kwargs=dict(example_inputs))
+    if isinstance(example_inputs, list | tuple):
+        return ExampleInputs(args=tuple(example_inputs))
+    return ExampleInputs(args=(example_inputs,))
+
+
+def _declared_inputs(module: torch.nn.Module) -> Any:
+    declared = getattr(module, "example_input_array", None)
+    if declared is not None:
+        return declared
+    config = getattr(module, "pretrained_cfg", None)
+    if isinstance(config, Mapping) and config.get("input_size"):
+        return torch.zeros(1, *config["input_size"], device=META)
+    dummy = getattr(module, "dummy_inputs", None)
+    if isinstance(dummy, Mapping) and dummy:
+        return dummy
+    raise ExportError(
+        f"{type(module).__name__} does not say what it takes, and its input is not guessed: pass example_inputs, such "
+        "as torch.zeros(1, 3, 224, 224); a tuple holds positional arguments, a dict keyword arguments"
+    )
+
+
+def on_one_device(module: torch.nn.Module, inputs: ExampleInputs) -> tuple[torch.nn.Module, ExampleInputs]:
+    """Module and inputs on one device with values, or as fake tensors of the CPU, which take no memory.
+
+    A module on the meta device often makes or keeps plain tensors on the CPU (a mean, a mask), which real operators
+    refuse to mix; fake tensors say that they are on the CPU too.
+    """
+    devices = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
+    if len(devices) == 1 and META not in devices:
+        device = next(iter(devices))
+        return module, inputs.map(lambda tensor: torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor)
+    if not devices:
+        return module, inputs
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        with mode:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+    copied = _fake_copy(module, fake)
+    return copied, inputs.map(lambda tensor: tensor if tensor.device.type == "cpu" else fake(tensor))
+
+
+def _fake_copy(module: torch.nn.Module, fake: Callable[[torch.Tensor], torch.Tensor]) -> torch.nn.Module:
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = torch.nn.Parameter(fake(parameter), requires_grad=parameter.requires_grad)
+    for buffer in module.buffers():
+        memo[id(buffer)] = fake(buffer) if buffer.is_meta or buffer.device.type != "cpu" else buffer
+    for part in module.modules():
+        plain = [value for value in vars(part).values() if isinstance(value, torch.Tensor)]
+        memo.update({id(tensor): fake(tensor) for tensor in plain if tensor.device.type != "cpu"})
+    return copy.deepcopy(module, memo)
+
+
+@contextlib.contextmanager
+def tracing_mode(module: torch.nn.Module) -> Iterator[None]:
+    """Puts noise and statistics into evaluation mode, and attention on its plain path; restores all of it."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        for part, _ in modes:
+            if _is_noise_or_statistics(part):
+                part.training = False
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _is_noise_or_statistics(part: torch.nn.Module) -> bool:
+    is_leaf = next(part.children(), None) is None
+    is_bare = next(part.parameters(), None) is None
+    return isinstance(part, _BatchNorm) or (is_leaf and is_bare)
+
+
+def trace(module: torch.nn.Module, inputs: ExampleInputs) -> torch.export.ExportedProgram:
+    """The program of ``module`` at the level of torch's own operators, for inputs of exactly these shapes."""
+    module, inputs = on_one_device(module, inputs)
+    with tracing_mode(module), torch.no_grad():
+        return torch.export.export(module, inputs.args, dict(inputs.kwargs), strict=False)
+
+
+# ---- what is sent ----------------------------------------------------------------------------------------------------
+
+Architecture = torch.nn.Module | str | Path | bytes
+"""A torch module, the path of an ONNX file, or the bytes of one."""
+
+
+@dataclass(frozen=True, eq=False)
+class ModelSource:
+    """An architecture as it is sent, and where the model to fill is.
+
+    Attributes:
+        structure: Structure-only ONNX.
+        path: The user's file, whose other tensors are read again when it is filled; None without one.
+        original: The user's bytes; None without.
+        values: Buffers and constants of an exported module.
+    """
+
+    structure: bytes
+    path: Path | None = None
+    original: bytes | None = None
+    values: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def read_source(architecture: Architecture, example_inputs: Any = None) -> ModelSource:
+    """What is sent of ``architecture``, without weights.
+
+    Args:
+        architecture: A module, a path, or bytes.
+        example_inputs: What a module is called with; see ``export_architecture``.
+
+    Raises:
+        ExportError: The module cannot be exported.
+        InvalidArchitectureError: The file cannot be read, or is no ONNX model.
+    """
+    if isinstance(architecture, torch.nn.Module):
+        exported = export_structure(architecture, example_inputs)
+        return ModelSource(exported.onnx_bytes, values=exported.values)
+    if isinstance(architecture, bytes | bytearray | memoryview):
+        original = bytes(architecture)
+        return ModelSource(_stripped(original), original=original)
+    path = Path(architecture)
+    return ModelSource(_stripped(_read_bytes(path)), path=path)
+
+
+def _stripped(onnx_bytes: bytes) -> bytes:
+    proto = parse_onnx(onnx_bytes)
+    strip_model(proto)
+    return proto.SerializeToString()
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidArchitectureError(f"cannot read the model {str(path)!r}: {error.strerror}") from error

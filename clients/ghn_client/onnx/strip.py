@@ -10,13 +10,12 @@ from __future__ import annotations
 import ast
 import json
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 import onnx
 import onnx_ir
-from google.protobuf.message import DecodeError
 
-from ghn_client.errors import InvalidArchitectureError
+from ghn_client.onnx.edit import graphs, parse_onnx
 
 PARAMETERS_KEY = "ghn.parameters"
 """Key of the model's metadata: JSON list of the stripped trainable tensors."""
@@ -160,21 +159,6 @@ def strip_weights(onnx_bytes: bytes) -> bytes:
     return model.SerializeToString()
 
 
-def parse_onnx(onnx_bytes: bytes) -> onnx.ModelProto:
-    """The model message in ``onnx_bytes``.
-
-    Raises:
-        InvalidArchitectureError: The bytes are no ONNX model.
-    """
-    try:
-        model = onnx.ModelProto.FromString(onnx_bytes)
-    except DecodeError as error:
-        raise InvalidArchitectureError(f"the {len(onnx_bytes)} bytes are no ONNX model: {error}") from error
-    if not model.graph.node and not model.graph.output:
-        raise InvalidArchitectureError("expected an ONNX model, got a message without a graph")
-    return model
-
-
 def strip_model(model: onnx.ModelProto) -> None:
     """Takes the weights' values out of ``model``; see ``strip_weights``."""
     model.ClearField("doc_string")
@@ -187,22 +171,10 @@ def strip_model(model: onnx.ModelProto) -> None:
         function.ClearField("doc_string")
         for node in function.node:
             _strip_node(node)
-    for graph in _graphs(model):
-        _strip_graph(graph)
-
-
-def _graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
-    """The main graph and every subgraph, also those of functions."""
-    stack: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
-    while stack:
-        owner = stack.pop()
-        if isinstance(owner, onnx.GraphProto):
-            yield owner
-        for node in owner.node:
-            for attribute in node.attribute:
-                if attribute.type == onnx.AttributeProto.GRAPH:
-                    stack.append(attribute.g)
-                stack.extend(attribute.graphs)
+    owners: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
+    for owner in owners:
+        for graph in graphs(owner):
+            _strip_graph(graph)
 
 
 def _strip_graph(graph: onnx.GraphProto) -> None:

@@ -19,7 +19,7 @@ from onnxscript import opset18 as op
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
-from ghn_client.functional import make_functional
+from ghn_client.onnx.functional import make_functional
 
 _ASSERTIONS = ("_assert_async", "_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range_for_size")
 

@@ -1,30 +1,76 @@
-"""Writes ``f + g`` as one ONNX graph: the nodes of the side network are added to a filled ONNX file of the base.
-
-Needs the ``onnx`` package (an extra of this client).
-"""
+"""Tuned torch modules as ONNX: values into the file that a module was made from, side networks beside its nodes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
+import onnx
 import torch
+from torch import fx, nn
 
-from ghn_client.errors import InvalidOptionError, MissingExtraError, UnsupportedModuleError
+from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
+from ghn_client.finetune.additive import AdditiveModule
 from ghn_client.finetune.side_network import ClosedFormSideNetwork, SideNetwork
+from ghn_client.onnx.edit import with_own_tensors
+from ghn_client.onnx.to_torch import NAMES, TENSORS
 
-if TYPE_CHECKING:
-    import onnx as onnx_types
+
+def to_onnx(tuned: nn.Module, converted: fx.GraphModule, model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of ``model`` with tuned values, and with the side networks of additive fine-tuning as nodes.
+
+    Args:
+        tuned: ``handle.merge()`` of a handle on ``converted``.
+        converted: From :func:`module_from_onnx`.
+        model: The file that it was made from.
+
+    Raises:
+        UnsupportedModuleError: A side network reads the features of a head that is no linear layer of the file, or
+            layers that share a tensor in the file have become different.
+    """
+    sides: list[AdditiveModule] = []
+    while isinstance(tuned, AdditiveModule):
+        sides.append(tuned)
+        tuned = tuned.base
+    result = _with_values(tuned, converted.meta[NAMES], model)
+    for index, additive in enumerate(reversed(sides)):
+        reads = adds_to = None
+        if additive.head is not None:
+            head = additive.head.rpartition("base.")[2]
+            if head not in converted.meta[TENSORS]:
+                raise UnsupportedModuleError(f"the head {head!r} is no linear layer of the file; use at='logits'")
+            reads, adds_to = converted.meta[TENSORS][head]
+        result = merge_onnx(result, additive.side, reads=reads, adds_to=adds_to, prefix=f"side{index}")  # type: ignore[arg-type]
+    return result
+
+
+def _with_values(module: nn.Module, names: Mapping[str, tuple[str, bool]], model: onnx.ModelProto) -> onnx.ModelProto:
+    result = onnx.ModelProto()
+    result.CopyFrom(with_own_tensors(model))
+    tensors = {tensor.name: tensor for tensor in result.graph.initializer}
+    state, written = module.state_dict(), dict[str, np.ndarray]()
+    for path, (name, transposed) in names.items():
+        value = state[path].detach().cpu()
+        array = (value.T if transposed else value).contiguous().numpy()
+        if name in written and not np.array_equal(written[name], array):
+            raise UnsupportedModuleError(
+                f"layers that share {name!r} in the file have become different and fit no copy of it"
+            )
+        written[name] = array
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensors[name].data_type)
+        tensors[name].CopyFrom(onnx.numpy_helper.from_array(array.astype(dtype), name))
+    return result
 
 
 def merge_onnx(
-    base: onnx_types.ModelProto,
+    base: onnx.ModelProto,
     side: SideNetwork | ClosedFormSideNetwork,
     *,
     reads: str | None = None,
     adds_to: str | None = None,
     prefix: str = "side",
-) -> onnx_types.ModelProto:
+) -> onnx.ModelProto:
     """A copy of ``base`` whose output has the side network added.
 
     Args:
@@ -35,12 +81,10 @@ def merge_onnx(
         prefix: Of all new names; choose another one for every stacked network.
 
     Raises:
-        MissingExtraError: ``onnx`` is not installed.
         InvalidOptionError: A tensor name does not exist, or the prefix is taken.
         UnsupportedModuleError: The side network is of another class.
     """
-    onnx = _onnx()
-    model: onnx_types.ModelProto = onnx.ModelProto()
+    model: onnx.ModelProto = onnx.ModelProto()
     model.CopyFrom(base)
     graph = model.graph
     known = {value.name for value in (*graph.input, *graph.output)} | {
@@ -73,14 +117,12 @@ class _Builder:
         self.graph, self.prefix, self.count = graph, prefix, 0
 
     def constant(self, name: str, value: torch.Tensor) -> str:
-        onnx = _onnx()
         full = f"{self.prefix}.{name}"
         array = value.detach().cpu().contiguous().numpy()
         self.graph.initializer.append(onnx.numpy_helper.from_array(array, full))
         return full
 
     def node(self, op_type: str, inputs: Sequence[str], **attributes: Any) -> str:
-        onnx = _onnx()
         self.count += 1
         output = f"{self.prefix}.{op_type.lower()}_{self.count}"
         self.graph.node.append(onnx.helper.make_node(op_type, inputs, [output], name=output, **attributes))
@@ -107,7 +149,6 @@ def _trained_nodes(builder: _Builder, features: str, side: SideNetwork) -> str:
 
 
 def _closed_form_nodes(builder: _Builder, features: str, side: ClosedFormSideNetwork) -> str:
-    onnx = _onnx()
     double = side.center.dtype == torch.float64
     if double:
         features = builder.node("Cast", [features], to=onnx.TensorProto.DOUBLE)
@@ -138,11 +179,3 @@ def _sort_nodes(graph: Any) -> None:
     copies = [type(node).FromString(node.SerializeToString()) for node in ordered]
     del graph.node[:]
     graph.node.extend(copies)
-
-
-def _onnx() -> Any:
-    try:
-        import onnx
-    except ImportError as error:
-        raise MissingExtraError("writing ONNX needs the package onnx: pip install onnx") from error
-    return onnx
