@@ -38,16 +38,15 @@ def _introduction(controls: list[Cell], settings: dict[str, Any]) -> list[str]:
         f"{settings['images']:,} training images of CIFAR-10, {settings['epochs']} epochs, {settings['test']:,} test",
         f"images, seeds {seeds}; mean and standard deviation.{hypernetwork}",
         "A much smaller setting than that of arXiv:2003.00152: the order is what is compared, not the percentages.",
-        "A channel counts as disabled where |gamma| < 0.01; pruning really removes what can go without changing the",
-        "function (docs/finetuning.md).",
+        "A channel counts as disabled where |gamma| < 0.01.",
         "",
     ]
 
 
 def _control_table(controls: list[Cell]) -> list[str]:
     rows = [
-        "| start | tuned | numbers | accuracy before | accuracy | disabled channels | when pruned | parameters left |",
-        "|---|---|---|---|---|---|---|---|",
+        "| start | tuned | numbers | accuracy before | accuracy | disabled channels | with those at zero |",
+        "|---|---|---|---|---|---|---|",
     ]
     for start in _values(controls, "start"):
         for strategy in _values(controls, "strategy"):
@@ -57,15 +56,13 @@ def _control_table(controls: list[Cell]) -> list[str]:
 
 def _control_row(start: str, strategy: str, group: list[Cell]) -> str:
     mean = partial(_mean, group)
-    pruned = left = "-"
-    disabled = "-"
+    disabled = zeroed = "-"
     if "disabled" in group[0]:
-        disabled, pruned = f"{mean('disabled'):.1%}", f"{mean('accuracy_pruned'):.2%}"
-        left = f"{mean('parameters_after') / mean('parameters_before'):.1%}"
+        disabled, zeroed = f"{mean('disabled'):.1%}", f"{mean('accuracy_zeroed'):.2%}"
     spread = statistics.stdev(cell["accuracy"] for cell in group) if len(group) > 1 else 0.0
     return (
         f"| {start} | {strategy} | {group[0]['trainable']:,} | {mean('accuracy_before'):.2%} |"
-        f" {mean('accuracy'):.2%} ± {spread:.2%} | {disabled} | {pruned} | {left} |"
+        f" {mean('accuracy'):.2%} ± {spread:.2%} | {disabled} | {zeroed} |"
     )
 
 

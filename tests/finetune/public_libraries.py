@@ -1,8 +1,10 @@
-"""Imports public libraries whose own import needs torchvision, beside a build of torch without its operators."""
+"""Imports the client's examples, and public libraries whose own import needs torchvision, beside a build without it."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -17,3 +19,12 @@ def public_library(name: str) -> ModuleType:
         return importlib.import_module(name)
     except Exception as error:  # a foreign import may fail in any way
         pytest.skip(f"{name} does not load here: {type(error).__name__}: {error}")
+
+
+def example(name: str) -> ModuleType:
+    """The script ``clients/examples/<name>.py`` as a module."""
+    path = Path(__file__).parents[2] / "clients" / "examples" / f"{name}.py"
+    specification = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module

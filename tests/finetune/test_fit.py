@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from ghn_client.errors import FileError, InvalidOptionError
-from ghn_client.finetune.adapters import trainer_optimizers
 from ghn_client.finetune.fit import FitSettings, evaluate, fit
 from ghn_client.finetune.norm_only import norm_only
 from ghn_client.finetune.strategies import STRATEGIES, prepare
@@ -95,10 +94,3 @@ def test_no_data_is_refused():
         fit(norm_only(ResidualNetwork(8)), [])
     with pytest.raises(InvalidOptionError):
         evaluate(ResidualNetwork(8), [])
-
-
-def test_trainer_optimizer_has_the_tuned_parameters_alone():
-    handle = norm_only(ResidualNetwork(8))
-    optimizer, schedule = trainer_optimizers(handle)
-    assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == handle.num_trainable
-    assert schedule is None

@@ -18,7 +18,6 @@ from ghn_client.finetune.additive import additive
 from ghn_client.finetune.delta import load_delta, save_delta
 from ghn_client.finetune.norm_layers import find_norm_layers
 from ghn_client.finetune.norm_only import norm_only
-from ghn_client.finetune.pruning import prune_disabled_channels
 from ghn_client.finetune.strategies import prepare
 from ghn_client.onnx.export import export_structure
 from ghn_client.onnx.from_torch import to_onnx
@@ -189,7 +188,7 @@ def test_layers_are_torch_layers_at_their_paths():
     ]
 
 
-@pytest.mark.parametrize("strategy", ["norm-only", "low-rank-update", "additive", "random-per-channel"])
+@pytest.mark.parametrize("strategy", ["norm-only", "low-rank-update", "additive"])
 def test_deltas_of_the_converted_module_fit_the_module(tmp_path, strategy, images):
     module = ResidualNetwork()
     options = {"width": 4} if strategy == "additive" else {}
@@ -212,14 +211,6 @@ def test_the_tuned_network_is_written_back_to_onnx(at, images):
     (result,) = session.run(None, {session.get_inputs()[0].name: images[:1].numpy()})
     with torch.no_grad():
         np.testing.assert_allclose(result, tuned(images[:1]).numpy(), atol=1e-4)
-
-
-def test_pruning_understands_the_converted_module(images):
-    module = ResidualNetwork().eval()
-    module.blocks[0].bn1.weight.data[:3] = 0.0
-    module.blocks[0].bn1.bias.data[:3] = 0.0
-    result = prune_disabled_channels(converted(module), images)
-    assert result.module.get_submodule("blocks.0.conv1").out_channels == 5
 
 
 def test_transposed_weights_become_linear_layers_and_go_back():

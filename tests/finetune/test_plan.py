@@ -21,7 +21,7 @@ def rows_of(result):
 
 @pytest.mark.parametrize(
     ("strategy", "options"),
-    [("all", {}), ("norm_only", {}), ("head_only", {}), ("bias_only", {}), ("random_per_channel", {}),
+    [("all", {}), ("norm_only", {}), ("head_only", {}), ("bias_only", {}),
      ("low_rank_update", {"rank": 4}), ("additive", {"samples": 500, "changed": 7})],
 )  # fmt: skip
 def test_counts_agree_with_the_strategies(strategy, options):

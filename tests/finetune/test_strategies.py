@@ -15,7 +15,7 @@ CASES = [(name, {}) for name in STRATEGIES if name != "additive"] + [
     ("norm_only", {"missing": "insert"}),
     ("norm_only", {"missing": "insert", "calibration": [INPUTS]}),
     ("norm_only", {"statistics": "freeze", "head": False}),
-    ("random_per_channel", {"count": 3, "statistics": "keep"}),
+    ("bias_only", {"head": True, "statistics": "keep"}),
 ]
 
 

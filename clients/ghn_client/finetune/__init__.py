@@ -10,7 +10,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ghn_client.finetune.additive import AdditiveModule, additive
-from ghn_client.finetune.controls import all_parameters, bias_only, head_only, random_per_channel
 from ghn_client.finetune.delta import load_complete_model, load_delta, save_delta
 from ghn_client.finetune.express import express, feasibility
 from ghn_client.finetune.fit import FitSettings, evaluate, fit
@@ -23,8 +22,7 @@ from ghn_client.finetune.norm_only import norm_only
 from ghn_client.finetune.patch import patch
 from ghn_client.finetune.peft_format import export_peft, import_peft
 from ghn_client.finetune.plan import plan
-from ghn_client.finetune.pruning import prune_disabled_channels
-from ghn_client.finetune.strategies import STRATEGIES, prepare
+from ghn_client.finetune.strategies import STRATEGIES, all_parameters, bias_only, head_only, prepare
 
 if TYPE_CHECKING:
     from ghn_client.onnx.from_torch import merge_onnx
@@ -56,9 +54,7 @@ __all__ = [
     "patch",
     "plan",
     "prepare",
-    "prune_disabled_channels",
     "random_norm_network",
-    "random_per_channel",
     "save_delta",
 ]
 

@@ -56,7 +56,7 @@ class DeltaInfo:
 def base_digest(module: nn.Module, *, without: Collection[str] = ()) -> str:
     """SHA-256 of the names, types, shapes and values of a module's parameters and buffers.
 
-    What strategies add to a module (inserted norm layers, low-rank and sparse updates) and BatchNorm's batch counters
+    What strategies add to a module (inserted norm layers, low-rank updates) and BatchNorm's batch counters
     are not part of it, so that it is the same before and after preparation.
 
     Args:

@@ -20,13 +20,12 @@ from ghn_client.errors import InfeasibleError, InvalidOptionError, UnsupportedMo
 from ghn_client.finetune.capacity import express_width
 from ghn_client.finetune.certificate import run_in_batches
 from ghn_client.finetune.express_bounds import layer_bounds, network_bound
-from ghn_client.finetune.express_domain import Domain, measure_domains, norm_map, watch_inputs, worst_case_domains
+from ghn_client.finetune.express_domain import Domain, measure_domains, norm_map, watch_inputs
 from ghn_client.finetune.express_layer import EXACT, LEAST_SQUARES, ExpressedLayer, matrices, sizes, solve_layer
 from ghn_client.finetune.express_report import ExpressCertificate, Feasibility, LayerCertificate, LayerFeasibility
 from ghn_client.finetune.express_solve import condition_of
 from ghn_client.finetune.frozen_network import BlockPair, Pairing, check_norm, check_target, pair_blocks
 
-CALIBRATED, WORST_CASE = "calibrated", "worst_case"
 #: Refuse systems whose matrix alone would take more than this.
 MEMORY_LIMIT_BYTES = 16 * 2**30
 
@@ -76,7 +75,6 @@ def express(
     *,
     inputs: torch.Tensor,
     mode: str = EXACT,
-    domain: str = CALIBRATED,
     slack: float = 0.5,
     batch_size: int = 256,
 ) -> Expression:
@@ -87,9 +85,7 @@ def express(
         frozen: Network from :func:`random_norm_network`, or an ``nn.Sequential`` of the same pattern. Not changed.
         inputs: (S, ...) samples: they set the domain, and the certificate is measured on them.
         mode: ``exact``, or ``least_squares`` for the best gains in function space where the network is too narrow.
-        domain: ``calibrated``: balls measured at every layer. ``worst_case``: only the input ball is measured and
-            propagated (fully connected chains); larger, hence less precise in float32.
-        slack: How much larger than measured the balls are made.
+        slack: How much larger than measured the balls round the mean input of every layer are made.
         batch_size: Samples per forward pass of the check.
 
     Returns:
@@ -101,21 +97,15 @@ def express(
         UnsupportedModuleError: The networks do not pair up.
         InvalidOptionError: An option is unknown.
     """
-    if mode not in (EXACT, LEAST_SQUARES) or domain not in (CALIBRATED, WORST_CASE) or slack < 0.0:
-        raise InvalidOptionError(
-            f"expected mode exact|least_squares, domain calibrated|worst_case, slack >= 0; got"
-            f" {mode=}, {domain=}, {slack=}"
-        )
+    if mode not in (EXACT, LEAST_SQUARES) or slack < 0.0:
+        raise InvalidOptionError(f"expected mode exact|least_squares and slack >= 0, got {mode=}, {slack=}")
     check_target(target)
     exact_target = copy.deepcopy(target).double().eval()
     pairing = pair_blocks(exact_target, frozen)
     for pair in pairing.blocks:
         _check_memory(pair)
-    measured = measure_domains(exact_target, pairing.blocks, inputs.double(), slack=slack)
-    domains = measured
-    if domain == WORST_CASE:
-        domains = worst_case_domains(exact_target, pairing.blocks, inputs, slack=slack)
-    layers = [solve_layer(pair, domains[pair.name], measured[pair.name], mode=mode) for pair in pairing.blocks]
+    domains = measure_domains(exact_target, pairing.blocks, inputs.double(), slack=slack)
+    layers = [solve_layer(pair, domains[pair.name], mode=mode) for pair in pairing.blocks]
     values = _norm_parameters(frozen, pairing, layers)
     double = _with_parameters(frozen, values, torch.float64)
     single = _with_parameters(frozen, values, next(frozen.parameters()).dtype)

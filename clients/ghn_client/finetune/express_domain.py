@@ -1,4 +1,4 @@
-"""On which inputs an expressed layer is exact: balls round the mean, measured on samples or propagated from the input.
+"""On which inputs an expressed layer is exact: balls round the mean, measured on samples.
 
 P (S, p) inputs of a layer as rows: samples for linear layers, all patches of all images for convolutions
 """
@@ -12,10 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ghn_client.errors import UnsupportedModuleError
 from ghn_client.finetune.certificate import batches_of
 from ghn_client.finetune.frozen_network import BlockPair, Matrix
-from ghn_client.finetune.norm_layers import norm_kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +23,12 @@ class Domain:
     Attributes:
         center: (groups, p) float64.
         radius: (groups,) float64.
-        covariance: (groups, p, p) of the measured inputs round the center, or ``None`` where nothing was measured.
+        covariance: (groups, p, p) of the measured inputs round the center.
     """
 
     center: torch.Tensor
     radius: torch.Tensor
-    covariance: torch.Tensor | None = None
+    covariance: torch.Tensor
 
     def distance(self, rows: torch.Tensor) -> torch.Tensor:
         """Largest distance from the center over the radius; at most 1 inside.
@@ -122,42 +120,6 @@ def measure_domains(
         )
         for name, mean in means.items()
     }
-
-
-def worst_case_domains(
-    module: nn.Module, pairs: Sequence[BlockPair], inputs: torch.Tensor, *, slack: float
-) -> dict[str, Domain]:
-    """Balls that provably hold every layer input once the network input lies in the first ball.
-
-    A linear layer maps a ball of radius R to one of radius ``R ||W||_2`` round the image of the center; ReLU, being
-    1-Lipschitz, keeps the radius. The first ball is measured on ``inputs``.
-
-    Raises:
-        UnsupportedModuleError: The target is no ``nn.Sequential`` of linear layers, BatchNorm and ReLU.
-    """
-    leaves = [leaf for leaf in module.modules() if not list(leaf.children())]
-    rows = inputs.double().flatten(1)
-    center = rows.mean(0)
-    radius = (1.0 + slack) * (rows - center).norm(dim=1).max()
-    by_layer = {id(pair.layer): pair for pair in pairs}
-    domains: dict[str, Domain] = {}
-    for leaf in leaves:
-        if isinstance(leaf, nn.Linear) and isinstance(module, nn.Sequential):
-            domains[by_layer[id(leaf)].name] = Domain(center[None], radius[None])
-            weight = leaf.weight.detach().double()
-            radius = radius * torch.linalg.matrix_norm(weight, 2)
-            center = weight @ center + (0.0 if leaf.bias is None else leaf.bias.detach().double())
-        elif isinstance(leaf, nn.ReLU):
-            center = center.relu()
-        elif norm_kind(leaf) == "batch_norm":
-            scale, shift = norm_map(leaf)
-            center, radius = scale * center + shift, radius * scale.abs().max()
-        elif not isinstance(leaf, (nn.Identity, nn.Flatten, nn.Dropout)):
-            raise UnsupportedModuleError(
-                f"domain='worst_case' needs an nn.Sequential of Linear, BatchNorm and ReLU, got {type(leaf).__name__};"
-                " use domain='calibrated'"
-            )
-    return domains
 
 
 def norm_map(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

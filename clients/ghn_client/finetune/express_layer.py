@@ -49,13 +49,12 @@ class ExpressedLayer:
     solutions: Sequence[GainSolution]
 
 
-def solve_layer(pair: BlockPair, domain: Domain, measured: Domain, *, mode: str) -> ExpressedLayer:
+def solve_layer(pair: BlockPair, domain: Domain, *, mode: str) -> ExpressedLayer:
     """Gains and shifts of one block.
 
     Args:
         pair: The layer and its block.
-        domain: Where the inner ReLU must stay linear.
-        measured: Mean and covariance of the layer's inputs, for least squares.
+        domain: Where the inner ReLU must stay linear; with mean and covariance of the inputs for least squares.
         mode: ``exact`` or ``least_squares``.
 
     Raises:
@@ -69,9 +68,9 @@ def solve_layer(pair: BlockPair, domain: Domain, measured: Domain, *, mode: str)
         if solution is not None and not solution.full_rank:
             raise InfeasibleError(_why_infeasible(pair))
         if solution is None:
-            solution = _least_squares(outer[group], inner[group], weight[group], measured, group)
+            solution = _least_squares(outer[group], inner[group], weight[group], domain.covariance[group])
             missing = weight[group] - (outer[group] * solution.gains) @ inner[group]
-            shift2[group] += missing @ measured.center[group]
+            shift2[group] += missing @ domain.center[group]
         solutions.append(solution)
     gains = torch.stack([solution.gains for solution in solutions])
     scaled = gains[:, :, None] * inner
@@ -98,11 +97,9 @@ def balanced(outer: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
 
 
 def _least_squares(
-    outer: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor, measured: Domain, group: int
+    outer: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor, covariance: torch.Tensor
 ) -> GainSolution:
     """Gains that minimise the error of the outputs on the measured inputs, ``||(A diag(g) B - W) S^(1/2)||``."""
-    assert measured.covariance is not None
-    covariance = measured.covariance[group]
     level = 1e-9 * covariance.diagonal().mean().clamp_min(1e-12)
     root = torch.linalg.cholesky(
         covariance + level * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)

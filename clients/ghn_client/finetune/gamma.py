@@ -127,23 +127,14 @@ def zeroed_scales(module: nn.Module, *, threshold: float = DEFAULT_THRESHOLD) ->
     _check_threshold(threshold)
     kept = {name: scale.detach().clone() for name, scale in _scales(module).items()}
     try:
-        zero_scales(module, threshold=threshold)
+        with torch.no_grad():
+            for name, scale in _scales(module).items():
+                scale[kept[name].abs() < threshold] = 0.0
         yield module
     finally:
         with torch.no_grad():
             for name, scale in _scales(module).items():
                 scale.copy_(kept[name])
-
-
-@torch.no_grad()
-def zero_scales(module: nn.Module, *, threshold: float = DEFAULT_THRESHOLD) -> int:
-    """Sets all scales below ``threshold`` to exactly zero, in place; returns their number."""
-    count = 0
-    for scale in _scales(module).values():
-        off = scale.abs() < threshold
-        scale[off] = 0.0
-        count += int(off.sum())
-    return count
 
 
 def _scales(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -150,10 +150,6 @@ def _norm_only(facts: NetworkFacts, samples: int, changed: int, outputs: int, ra
     return "norm_only", facts.norm_parameters + facts.head_parameters, None, note, cannot
 
 
-def _random(facts: NetworkFacts, samples: int, changed: int, outputs: int, rank: int) -> _Answer:
-    return "random_per_channel", 2 * facts.channels, None, "control of the size of norm_only", ""
-
-
 def _bias(facts: NetworkFacts, samples: int, changed: int, outputs: int, rank: int) -> _Answer:
     cannot = "" if facts.bias_parameters else "the network has no bias"
     return "bias_only", facts.bias_parameters, None, _NO_THEORY, cannot
@@ -195,7 +191,7 @@ def _patch(facts: NetworkFacts, samples: int, changed: int, outputs: int, rank: 
 
 
 _ROWS: tuple[_Maker, ...] = (
-    _all, _norm_only, _random, _bias, _head, _low_rank, _low_rank_update, _additive(2), _additive(3), _patch,
+    _all, _norm_only, _bias, _head, _low_rank, _low_rank_update, _additive(2), _additive(3), _patch,
 )  # fmt: skip
 
 
