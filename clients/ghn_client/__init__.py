@@ -14,20 +14,20 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ghn_client.batchnorm import recalibrate_batchnorm
     from ghn_client.client import GHNClient
-    from ghn_client.load import LoadReport, load_parameters
+    from ghn_client.loading import LoadReport, load_parameters
     from ghn_client.onnx.export import export_architecture
     from ghn_client.onnx.strip import strip_weights
+    from ghn_client.options import LowRankOptions, Step
     from ghn_client.prediction import Prediction
-    from ghn_client.steps import LowRankOptions, Step
 
 _HOMES = {
     "GHNClient": "client",
-    "LoadReport": "load",
-    "LowRankOptions": "steps",
+    "LoadReport": "loading",
+    "LowRankOptions": "options",
     "Prediction": "prediction",
-    "Step": "steps",
+    "Step": "options",
     "export_architecture": "onnx.export",
-    "load_parameters": "load",
+    "load_parameters": "loading",
     "recalibrate_batchnorm": "batchnorm",
     "strip_weights": "onnx.strip",
 }

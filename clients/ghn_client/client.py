@@ -14,9 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ghn_client.connection import MAX_ATTEMPTS, Connection, TlsFiles
 from ghn_client.errors import GhnClientError, InvalidOptionError, ServerUnavailableError
-from ghn_client.onnx.export import Architecture, ModelSource, read_source
-from ghn_client.prediction import Prediction
-from ghn_client.replies import (
+from ghn_client.info import (
     Analysis,
     Health,
     ModelInfo,
@@ -25,7 +23,9 @@ from ghn_client.replies import (
     decode_models,
     decode_server_info,
 )
-from ghn_client.steps import LowRankOptions, StepLike, encode_low_rank, encode_step
+from ghn_client.onnx.export import Architecture, ModelSource, read_source
+from ghn_client.options import LowRankOptions, StepLike, encode_low_rank, encode_step
+from ghn_client.prediction import Prediction
 from ghn_client.wire import ghn_pb2
 from ghn_client.wire.codec import Progress, receive_stream
 from ghn_client.wire.framing import SERVICE, open_prediction_stream

@@ -27,7 +27,7 @@ from ghn_client.errors import (
     OverloadedError,
     TemporaryError,
 )
-from ghn_client.statuses import error_from_rpc
+from ghn_client.rpc_errors import error_from_rpc
 
 MAX_ATTEMPTS = 4
 FIRST_BACKOFF_S = 0.25

@@ -13,7 +13,7 @@ import torch
 
 from ghn_client.atomic_file import write_file
 from ghn_client.errors import FileError, GhnClientError
-from ghn_client.load import LoadReport, load_parameters
+from ghn_client.loading import LoadReport, load_parameters
 from ghn_client.onnx.export import Architecture, ModelSource, read_source
 from ghn_client.onnx.fill import write_filled
 from ghn_client.wire.codec import PlacedTensor, ReceivedPrediction, decode_safetensors_header

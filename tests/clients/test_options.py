@@ -6,7 +6,7 @@ import pytest
 
 from ghn_client import LowRankOptions, Step
 from ghn_client.errors import InvalidOptionError
-from ghn_client.steps import encode_low_rank, encode_step, parse_step
+from ghn_client.options import encode_low_rank, encode_step, parse_step
 from ghn_client.wire import ghn_pb2
 
 

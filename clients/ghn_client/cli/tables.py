@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ghn_client.info import Analysis, ModelInfo
 from ghn_client.prediction import Prediction
-from ghn_client.replies import Analysis, ModelInfo
 
 MAX_ROWS = 80
 """Layers that are shown unless all are asked for."""
