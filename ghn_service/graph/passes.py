@@ -1,20 +1,25 @@
-"""What turns the raw graph into nodes and edges: tied weights, dead ends, gates, pools, contraction, the head.
+"""From the raw graph to the architecture graph: tied weights, dead ends, gates, pools, contraction, the head.
 
-Each pass does one thing to a ``RawGraph`` and is described by its first sentence; ``simplify`` runs them in order.
-Legend: a raw node is *kept* if it becomes a node of the architecture graph; the others are contracted, which joins
-each of their predecessors to each of their successors.
+Each pass does one thing to a ``RawGraph`` and is described by its first sentence; ``simplify`` runs them in order and
+``build_graph`` makes the result. Legend: a raw node is *live* if an output depends on it, and *kept* if it becomes a
+node of the architecture graph; the others are contracted, which joins each of their predecessors to each of their
+successors.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ghn_service.graph.architecture import ArchitectureGraph
+from ghn_service.graph.architecture import ArchitectureGraph, BufferSpec, LayerAttributes, Node, ParameterSpec
 from ghn_service.graph.raw_graph import GraphLimits, RawGraph, RawNode, exceeded
 
 _MEETINGS = ("sum", "concat")
+_NORMS = ("bn", "ln")
+
+Readers = Mapping[int, list[int]]
+"""For each live raw node, the live raw nodes that read it."""
 
 
 @dataclass(slots=True)
@@ -24,11 +29,13 @@ class Skeleton:
     Attributes:
         order: Indices of raw nodes; the input is first, the head last.
         predecessors: Per raw node, the kept nodes that data comes from.
+        outputs: Per output of the network, the kept nodes that it comes from.
         head: Indices of the classifier's weight and, where it has one, its bias.
     """
 
     order: list[int]
     predecessors: dict[int, set[int]]
+    outputs: list[set[int]]
     head: list[int] = field(default_factory=list)
 
 
@@ -39,15 +46,12 @@ def simplify(graph: RawGraph, limits: GraphLimits) -> Skeleton:
         LimitExceededError: The result has too many nodes or edges.
     """
     merge_tied(graph)
-    live = find_live(graph)
-    successors = _successors(graph, live)
-    dropped = drop_final_softmax(graph, live, successors)
-    dropped |= mark_squeezes(graph, live, successors)
-    classify_average_pools(graph, live, successors)
-    skeleton = contract(graph, live, dropped, limits)
-    outputs = _kept_outputs(graph, skeleton, dropped)
-    move_final_pool(graph, skeleton, outputs)
-    place_head(graph, skeleton, outputs)
+    readers = find_live(graph)
+    classify_average_pools(graph, readers)
+    skeleton = contract(graph, readers, find_final_softmax(graph, readers) | find_squeezes(graph, readers), limits)
+    if skeleton.outputs and len(skeleton.outputs[0]) == 1:
+        move_final_pool(graph, skeleton)
+        place_head(graph, skeleton)
     return skeleton
 
 
@@ -57,9 +61,17 @@ def merge_tied(graph: RawGraph) -> None:
     The node stands at the first use (the lowest level). What reads a later use reads this node instead. What a later
     use reads is read by this node too where it comes before it; otherwise data passes the later use.
     """
-    replaced = _later_uses(graph)
-    if not replaced:
+    uses: dict[tuple[int, str], list[int]] = {}
+    for index, node in enumerate(graph.nodes):
+        if node.weight is not None:
+            uses.setdefault(node.weight.key, []).append(index)
+    if all(len(members) == 1 for members in uses.values()):
         return
+    places = [(node.level, node.rank) for node in graph.nodes]
+    replaced: dict[int, int] = {}
+    for members in uses.values():
+        first = min(members, key=places.__getitem__)
+        replaced.update((index, first) for index in members if index != first)
     passing: dict[int, set[int]] = {}
 
     def resolved(items: Iterable[int]) -> set[int]:
@@ -70,8 +82,7 @@ def merge_tied(graph: RawGraph) -> None:
         graph.spend(len(result))
         return result
 
-    order = sorted(range(len(graph.nodes)), key=lambda index: _place(graph, index))
-    for index in order:
+    for index in sorted(range(len(graph.nodes)), key=places.__getitem__):
         node = graph.nodes[index]
         found = resolved(node.predecessors)
         node.gate, node.feature = frozenset(resolved(node.gate)), frozenset(resolved(node.feature))
@@ -80,64 +91,51 @@ def merge_tied(graph: RawGraph) -> None:
             node.predecessors |= found
             node.predecessors -= replaced.keys()
         else:
-            earlier = {item for item in found if _place(graph, item) < _place(graph, target)}
+            earlier = {item for item in found if places[item] < places[target]}
             graph.nodes[target].predecessors |= earlier
             passing[index] = found - earlier - {target}
     graph.outputs = [frozenset(resolved(flow)) for flow in graph.outputs]
 
 
-def _place(graph: RawGraph, index: int) -> tuple[int, int]:
-    return graph.nodes[index].level, graph.nodes[index].rank
-
-
-def _later_uses(graph: RawGraph) -> dict[int, int]:
-    """First use by later use, for raw nodes that stand for the same weight."""
-    groups: dict[tuple[int, str], list[int]] = {}
-    for index, node in enumerate(graph.nodes):
-        if node.weight is not None:
-            groups.setdefault(node.weight.key, []).append(index)
-    replaced: dict[int, int] = {}
-    for members in groups.values():
-        if len(members) > 1:
-            first = min(members, key=lambda index: _place(graph, index))
-            replaced.update((index, first) for index in members if index != first)
-    return replaced
-
-
-def find_live(graph: RawGraph) -> set[int]:
-    """The raw nodes that an output depends on."""
+def find_live(graph: RawGraph) -> Readers:
+    """The raw nodes that an output depends on, each with those of them that read it."""
     live = set().union(*graph.outputs) | {0}
     waiting = list(live)
     while waiting:
-        for index in graph.nodes[waiting.pop()].predecessors:
-            if index not in live:
-                live.add(index)
-                waiting.append(index)
-    return live
+        fresh = graph.nodes[waiting.pop()].predecessors - live
+        live |= fresh
+        waiting.extend(fresh)
+    readers: dict[int, list[int]] = {index: [] for index in sorted(live)}
+    for index in readers:
+        for item in graph.nodes[index].predecessors:
+            readers[item].append(index)
+    return readers
 
 
-def drop_final_softmax(graph: RawGraph, live: set[int], successors: dict[int, list[int]]) -> set[int]:
-    """A softmax that weighs nothing and that nothing reads is the end of a classifier, not attention."""
+def find_final_softmax(graph: RawGraph, readers: Readers) -> set[int]:
+    """A softmax that weighs nothing and that nothing reads is the end of a classifier, not attention: no node."""
     return {
         index
-        for index in live
-        if graph.nodes[index].op_type == "msa" and not graph.nodes[index].is_attention and not successors.get(index)
+        for index, following in readers.items()
+        if graph.nodes[index].op_type == "msa" and not graph.nodes[index].is_attention and not following
     }
 
 
-def mark_squeezes(graph: RawGraph, live: set[int], successors: dict[int, list[int]]) -> set[int]:
+def find_squeezes(graph: RawGraph, readers: Readers) -> set[int]:
     """Global pools that only feed the gate of a squeeze-and-excitation block have no node.
 
-    From each gate, the pass walks back over nodes all of whose successors lie on the gate's branch, up to the pool.
+    From each gate, the pass walks back over nodes all of whose readers lie on the gate's branch, up to the pool.
     """
     squeezes: set[int] = set()
-    for gate in (index for index in live if graph.nodes[index].op_type == "cse"):
+    for gate in readers:
         raw = graph.nodes[gate]
+        if raw.op_type != "cse":
+            continue
         branch = {gate}
         waiting = sorted(raw.gate - raw.feature)
         while waiting:
             index = waiting.pop()
-            if index in branch or index == 0 or not branch.issuperset(successors.get(index, ())):
+            if index in branch or index == 0 or not branch.issuperset(readers[index]):
                 continue
             branch.add(index)
             if graph.nodes[index].op_type == "glob_avg":
@@ -147,49 +145,53 @@ def mark_squeezes(graph: RawGraph, live: set[int], successors: dict[int, list[in
     return squeezes
 
 
-def classify_average_pools(graph: RawGraph, live: set[int], successors: dict[int, list[int]]) -> None:
+def classify_average_pools(graph: RawGraph, readers: Readers) -> None:
     """Average pools that came from adaptive pooling are ``glob_avg``.
 
     The exporter's module class tells, where the file has it. Otherwise a 1x1 window tells, or windows that tile the
     input (or cover it) right before a fully connected layer or the output.
     """
-    for index in live:
+    for index, following in readers.items():
         node = graph.nodes[index]
         if node.op_type != "avg_pool":
             continue
         adaptive = node.from_adaptive
         if adaptive is None:
-            readers = [graph.nodes[item] for item in successors.get(index, ())]
-            ends_features = all(reader.is_linear for reader in readers)
+            ends_features = all(graph.nodes[reader].is_linear for reader in following)
             adaptive = node.window == (1, 1) or (node.covers_input and ends_features)
         if adaptive:
             node.op_type, node.window = "glob_avg", None
 
 
-def contract(graph: RawGraph, live: set[int], dropped: set[int], limits: GraphLimits) -> Skeleton:
+def contract(graph: RawGraph, readers: Readers, dropped: set[int], limits: GraphLimits) -> Skeleton:
     """Removes the nodes that do not stay; sums and concatenations stay if two or more nodes still meet in them.
 
     Raises:
         LimitExceededError: The result has too many nodes or edges.
     """
-    order = sorted(live, key=lambda index: (graph.nodes[index].level, graph.nodes[index].rank, index))
-    kept: list[int] = []
-    stays: set[int] = set()
+    order: list[int] = list(readers)
+    if not graph.is_ordered:
+        order.sort(key=lambda index: (graph.nodes[index].level, graph.nodes[index].rank))
+    kept: dict[int, None] = {}
     predecessors: dict[int, set[int]] = {}
     num_edges = 0
-    for index in order:
+
+    def behind(items: Iterable[int]) -> set[int]:
         found: set[int] = set()
-        for item in graph.nodes[index].predecessors:
-            if item in stays:
+        for item in items:
+            if item in kept:
                 found.add(item)
             else:
                 found |= predecessors[item]
+        return found
+
+    for index in order:
+        raw = graph.nodes[index]
+        found = predecessors[index] = behind(raw.predecessors)
         graph.spend(len(found))
-        predecessors[index] = found
-        if index in dropped or (graph.nodes[index].op_type in _MEETINGS and len(found) < 2):
+        if index in dropped or (raw.op_type in _MEETINGS and len(found) < 2):
             continue
-        stays.add(index)
-        kept.append(index)
+        kept[index] = None
         num_edges += len(found)
         if len(kept) > limits.max_graph_nodes:
             raise exceeded("graph nodes", f"over {len(kept) - 1}", limits.max_graph_nodes)
@@ -198,56 +200,46 @@ def contract(graph: RawGraph, live: set[int], dropped: set[int], limits: GraphLi
     for index in kept:
         if not predecessors[index] and index and graph.nodes[index].op_type != "pos_enc":
             predecessors[index] = {0}
-    return Skeleton(kept, predecessors)
+    return Skeleton(list(kept), predecessors, [behind(flow) for flow in graph.outputs])
 
 
-def move_final_pool(graph: RawGraph, skeleton: Skeleton, outputs: list[set[int]]) -> None:
+def move_final_pool(graph: RawGraph, skeleton: Skeleton) -> None:
     """A global pool that ends the network moves in front of the 1x1 convolution that is its classifier.
 
     ``... -> weight -> bias -> pool`` becomes ``... -> pool -> weight -> bias``.
     """
-    if not outputs or len(outputs[0]) != 1:
+    (pool,) = skeleton.outputs[0]
+    before = skeleton.predecessors[pool]
+    if graph.nodes[pool].op_type != "glob_avg" or len(before) != 1:
         return
-    pool = next(iter(outputs[0]))
-    if graph.nodes[pool].op_type != "glob_avg":
-        return
-    layer = _layer_before(graph, skeleton, pool)
+    layer = _layer_ending(graph, skeleton, next(iter(before)))
     if not layer or not _is_pointwise(graph.nodes[layer[0]]):
         return
     first, last = layer[0], layer[-1]
-    if any(
-        last in found for index, found in skeleton.predecessors.items() if index != pool and index in skeleton.order
-    ):
+    if any(last in skeleton.predecessors[index] for index in skeleton.order if index != pool):
         return
     skeleton.predecessors[pool] = skeleton.predecessors[first]
     skeleton.predecessors[first] = {pool}
     skeleton.order.remove(pool)
     skeleton.order.insert(skeleton.order.index(first), pool)
-    outputs[0] = {last}
+    skeleton.outputs[0] = {last}
 
 
-def place_head(graph: RawGraph, skeleton: Skeleton, outputs: list[set[int]]) -> None:
+def place_head(graph: RawGraph, skeleton: Skeleton) -> None:
     """Finds the classifier and puts its weight and bias last.
 
     The classifier is the fully connected layer, or 1x1 convolution, whose result is the network's first output; nothing
     else may read it.
     """
-    if not outputs or len(outputs[0]) != 1:
-        return
-    head = _layer_ending(graph, skeleton, next(iter(outputs[0])))
+    (last,) = skeleton.outputs[0]
+    head = _layer_ending(graph, skeleton, last)
     if not head or not (graph.nodes[head[0]].is_linear or _is_pointwise(graph.nodes[head[0]])):
         return
-    members = set(head)
-    for index in skeleton.order:
-        if index not in members and members & skeleton.predecessors[index]:
-            return
+    others = [index for index in skeleton.order if index not in head]
+    if any(not skeleton.predecessors[index].isdisjoint(head) for index in others):
+        return
     skeleton.head = head
-    skeleton.order = [index for index in skeleton.order if index not in members] + head
-
-
-def _layer_before(graph: RawGraph, skeleton: Skeleton, index: int) -> list[int]:
-    found = skeleton.predecessors[index]
-    return _layer_ending(graph, skeleton, next(iter(found))) if len(found) == 1 else []
+    skeleton.order = others + head
 
 
 def _layer_ending(graph: RawGraph, skeleton: Skeleton, index: int) -> list[int]:
@@ -264,27 +256,82 @@ def _is_pointwise(node: RawNode) -> bool:
     return node.op_type == "conv" and (len(shape) == 2 or sum(size > 1 for size in shape) <= 2)
 
 
-def _kept_outputs(graph: RawGraph, skeleton: Skeleton, dropped: set[int]) -> list[set[int]]:
-    kept = set(skeleton.order)
-    outputs = []
-    for flow in graph.outputs:
-        found: set[int] = set()
-        for index in flow:
-            found |= {index} if index in kept else skeleton.predecessors[index]
-        outputs.append(found)
-    return outputs
+def build_graph(
+    graph: RawGraph,
+    skeleton: Skeleton,
+    *,
+    other_parameters: Iterable[ParameterSpec],
+    buffers: Iterable[BufferSpec],
+    warnings: Iterable[str] = (),
+    unknown_operators: Iterable[str] = (),
+) -> ArchitectureGraph:
+    """The architecture graph of the kept nodes, whose tensors have got their specs."""
+    place = {index: position for position, index in enumerate(skeleton.order)}
+    readers: dict[int, list[int]] = {index: [] for index in skeleton.order}
+    for index in skeleton.order:
+        for item in skeleton.predecessors[index]:
+            readers[item].append(index)
+    nodes = []
+    for index in skeleton.order:
+        raw = graph.nodes[index]
+        nodes.append(
+            Node(
+                op_type=raw.op_type,
+                name=raw.name,
+                weight=raw.weight.spec if raw.weight is not None else None,
+                norm_bias=raw.norm_bias.spec if raw.norm_bias is not None else None,
+                kernel_shape=raw.window,
+                is_head=index in skeleton.head,
+                layer=_layer_attributes(graph, index, readers) if raw.attributes else None,
+            )
+        )
+    return ArchitectureGraph(
+        nodes=tuple(nodes),
+        edges=tuple(sorted((place[source], place[target]) for source in place for target in readers[source])),
+        other_parameters=tuple(other_parameters),
+        buffers=tuple(buffers),
+        warnings=tuple(warnings),
+        unknown_operators=tuple(unknown_operators),
+    )
 
 
-def _successors(graph: RawGraph, live: set[int]) -> dict[int, list[int]]:
-    successors: dict[int, list[int]] = {}
-    for index in sorted(live):
-        for item in graph.nodes[index].predecessors:
-            successors.setdefault(item, []).append(index)
-    return successors
+def _layer_attributes(graph: RawGraph, index: int, readers: Readers) -> LayerAttributes:
+    raw = graph.nodes[index]
+    activation, normalized = _what_follows(graph, index, readers)
+    packed = 1
+    end = raw.bias if raw.bias >= 0 else index
+    feeds_attention_alone = any(
+        graph.nodes[reader].op_type == "msa" and graph.nodes[reader].predecessors == {end}
+        for reader in readers.get(end, ())
+    )
+    if feeds_attention_alone and raw.is_linear and raw.weight is not None:  # with queries, keys and values
+        out_axis = raw.weight.permutation[0] if raw.weight.permutation else 0
+        packed = 3 if raw.weight.source.shape[out_axis] % 3 == 0 else 1
+    return LayerAttributes(activation=activation, normalized=normalized, packed=packed, **raw.attributes)
+
+
+def _what_follows(graph: RawGraph, index: int, readers: Readers) -> tuple[str, bool]:
+    """The activation after a layer, looking through its bias, one norm and one sum, and whether a norm is between."""
+    normalized = False
+    sums = 0
+    while True:
+        raw = graph.nodes[index]
+        normalized |= raw.op_type in _NORMS
+        if raw.activation is not None:
+            return raw.activation[1], normalized
+        following = readers.get(index, [])
+        passing = [item for item in following if graph.nodes[item].op_type in ("bias", "sum", *_NORMS)]
+        if not passing or (len(following) > 1 and sums):
+            return "", False
+        index = min(passing, key=lambda item: (graph.nodes[item].level, graph.nodes[item].rank))
+        kind = graph.nodes[index].op_type
+        sums += kind == "sum"
+        if sums > 1 or (kind in _NORMS and normalized):
+            return "", False
 
 
 def restrict_vocabulary(graph: ArchitectureGraph, op_types: Collection[str]) -> ArchitectureGraph:
-    """Contracts every node whose type is not in ``op_types``.
+    """Contracts every node whose type an older checkpoint does not know.
 
     Its predecessors are joined to its successors, and its tensors are initialised by their fallback rules. The graph
     comes back unchanged if there is no such node.
@@ -296,19 +343,11 @@ def restrict_vocabulary(graph: ArchitectureGraph, op_types: Collection[str]) -> 
     unknown = [index for index, node in enumerate(graph.nodes) if node.op_type not in op_types]
     if not unknown:
         return graph
-    predecessors: list[set[int]] = [set() for _ in graph.nodes]
-    successors: list[set[int]] = [set() for _ in graph.nodes]
+    behind: list[set[int]] = [set() for _ in graph.nodes]  # known nodes that data comes from
     for source, target in graph.edges:
-        predecessors[target].add(source)
-        successors[source].add(target)
-    for index in unknown:
-        for source in predecessors[index]:
-            successors[source] = (successors[source] - {index}) | successors[index]
-        for target in successors[index]:
-            predecessors[target] = (predecessors[target] - {index}) | predecessors[index]
-    removed = set(unknown)
-    place = {old: new for new, old in enumerate(index for index in range(graph.num_nodes) if index not in removed)}
-    edges = sorted((place[source], place[target]) for source in place for target in successors[source])
+        behind[target] |= behind[source] if source in set(unknown) else {source}
+    place = {old: new for new, old in enumerate(index for index in range(graph.num_nodes) if index not in set(unknown))}
+    edges = sorted((place[source], place[target]) for target in place for source in behind[target])
     lost = tuple(spec for index in unknown for spec in graph.nodes[index].parameters)
     names = sorted({graph.nodes[index].op_type for index in unknown})
     warning = f"{len(unknown)} nodes of types this checkpoint does not know ({', '.join(names)}) were contracted."

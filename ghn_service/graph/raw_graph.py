@@ -1,15 +1,18 @@
 """The graph while it is being read: every candidate node, before the passes decide which stay.
 
+The reader of ONNX files (``onnx/``) and the tracer of torch modules (``ghn_architectures/tracing``) both build it.
 A raw node is anything that might become a node of the architecture graph. ``level`` is the length of the longest path
-of ONNX nodes before it, which does not depend on the order of nodes in the file; every edge goes to a higher
+of operations before it, which does not depend on the order of nodes in a file; every edge goes to a higher
 ``(level, rank)``, so sorting by it is a topological order that is the same for every valid order of the same file.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from ghn_service.errors import LimitExceededError
+from ghn_service.graph.architecture import ParameterSpec
 
 Flow = frozenset[int]
 NOTHING: Flow = frozenset()
@@ -100,18 +103,20 @@ class TensorUse:
         is_scale: Whether this is a normalisation's weight rather than a bias.
         parameter_shape: Shape of the parameter that the exporter computed the tensor from, where that follows from
             the tensor's own shape and use.
+        spec: The parameter as the architecture graph will have it, once that is settled; None for a buffer.
     """
 
     source: Source
     role: str
     level: int
-    node: str
-    input_index: int
+    node: str = ""
+    input_index: int = 0
     torch_name: str = ""
     token: str = ""
     permutation: tuple[int, ...] = ()
     is_scale: bool = False
     parameter_shape: tuple[int, ...] = ()
+    spec: ParameterSpec | None = None
 
     @property
     def key(self) -> tuple[int, str]:
@@ -140,7 +145,7 @@ class RawNode:
         gate: Predecessors of a cse node on the gate's side.
         feature: Predecessors of a cse node on the other side.
         activation: Name of the activation that the output passes next, with its level.
-        attributes: Keyword arguments of ``LayerAttributes``.
+        attributes: Keyword arguments of ``LayerAttributes``; empty for all but layers.
     """
 
     op_type: str
@@ -159,15 +164,21 @@ class RawNode:
     gate: Flow = NOTHING
     feature: Flow = NOTHING
     activation: tuple[int, str] | None = None
-    attributes: dict[str, int | tuple[int, ...]] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
 
 
 class RawGraph:
-    """Raw nodes by index; index 0 is the input. Counts the work that building them costs."""
+    """Raw nodes by index; index 0 is the input. Counts the work that building them costs.
 
-    def __init__(self, limits: GraphLimits) -> None:
+    Args:
+        limits: The largest graph that is built.
+        is_ordered: Whether nodes come in the order that they shall keep, as in a trace; otherwise levels decide.
+    """
+
+    def __init__(self, limits: GraphLimits, *, is_ordered: bool = False) -> None:
         self.nodes: list[RawNode] = [RawNode("input", 0, name="input")]
         self.outputs: list[Flow] = []
+        self.is_ordered = is_ordered
         self._limits = limits
         self._work = 0
 
@@ -184,6 +195,14 @@ class RawGraph:
             return distinct[0] if distinct else NOTHING
         self.spend(sum(len(flow) for flow in distinct))
         return frozenset().union(*distinct)
+
+    def note_activation(self, flow: Flow, level: int, label: str) -> None:
+        """Records that what comes from ``flow`` passes the activation ``label`` at ``level``; the first one counts."""
+        self.spend(len(flow))
+        for index in flow:
+            node = self.nodes[index]
+            if node.activation is None or (level, label) < node.activation:
+                node.activation = (level, label)
 
     def spend(self, amount: int) -> None:
         """Counts set elements touched.

@@ -90,11 +90,7 @@ class ReadContext:
 
     def note_activation(self, value: Value, label: str) -> None:
         """Records that the output of the nodes behind ``value`` passes the activation ``label`` next."""
-        self.graph.spend(len(value.flow))
-        for index in value.flow:
-            node = self.graph.nodes[index]
-            if node.activation is None or (self._level, label) < node.activation:
-                node.activation = (self._level, label)
+        self.graph.note_activation(value.flow, self._level, label)
 
     def _derived(self, values: list[Value]) -> tuple[View, ...]:
         views: dict[int, View] = {}

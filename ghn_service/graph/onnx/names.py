@@ -196,15 +196,11 @@ class TorchNames:
         return {_mangled(name): name for name in names if not is_anonymous(name)}
 
 
-def sibling_name(name: str, *, of_bias: bool) -> str:
-    """The torch name of a layer's weight, given that of its bias (``of_bias``), or the other way round."""
-    have, want = ("bias", "weight") if of_bias else ("weight", "bias")
-    stem, _, leaf = name.rpartition(".")
-    if leaf == have:
-        return f"{stem}.{want}" if stem else want
-    if leaf == f"in_proj_{have}":
-        return f"{stem}.in_proj_{want}" if stem else f"in_proj_{want}"
-    return ""
+def sibling_name(name: str) -> str:
+    """The torch name of a layer's weight, given that of its bias; "" if it cannot be told."""
+    stem, dot, leaf = name.rpartition(".")
+    want = {"bias": "weight", "in_proj_bias": "in_proj_weight"}.get(leaf, "")
+    return f"{stem}{dot}{want}" if want else ""
 
 
 def _folded_name(source: Source, scopes: list[str]) -> str:

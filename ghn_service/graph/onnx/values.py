@@ -103,10 +103,5 @@ class Value:
     spatial: Shape | None = None
     shifted: bool = False
 
-    @property
-    def has_data(self) -> bool:
-        """Whether the network's data reaches this value."""
-        return bool(self.flow)
-
 
 CONSTANT = Value()
