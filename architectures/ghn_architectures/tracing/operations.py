@@ -1,6 +1,6 @@
 """What torch's functions do to symbols: one rule for each function that the networks here use.
 
-The rules are those by which ``ghn_service.graph`` reads ONNX files, applied to torch's own functions: convolutions,
+The rules are those by which ``ghn_service.graph.onnx`` reads files, applied to torch's own functions: convolutions,
 linear layers, norms, poolings, attention, gates, sums and concatenations leave nodes; everything else only passes
 on where its input came from.
 
@@ -30,24 +30,18 @@ def _windows(size: int, kernel: int, stride: int, padding: int, dilation: int = 
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def _weighted(
-    x: Symbol,
-    op_type: str,
-    weight: Tensor,
-    bias: Tensor | None,
-    shape: tuple[int, ...],
-    attributes: dict[str, int | tuple[int, ...]],
+def _layer(
+    x: Symbol, op_type: str, weight: Tensor, bias: Tensor | None, shape: tuple[int, ...], **attributes: Any
 ) -> Symbol:
-    """The output of a layer with ``weight`` and ``bias``, applied at ``attributes["positions"]`` places."""
+    """The output, of ``shape``, of a layer with ``weight`` and ``bias``."""
     recorder, level = x.recorder, x.level + 1
-    index = end = recorder.add_parameter(op_type, level, weight, x.sources)
-    recorder.records[index].attributes = attributes
+    is_linear = weight.dim() == 2
+    index = end = recorder.parameter(op_type, level, weight, x.flow, is_linear=is_linear, attributes=attributes)
     if bias is not None:
-        end = recorder.add_parameter("bias", level, bias, frozenset((index,)), fallback="zeros")
-        recorder.records[index].bias = end
+        end = recorder.graph.nodes[index].bias = recorder.parameter("bias", level, bias, frozenset({index}))
     recorder.multiply_adds += math.prod(shape) * (weight.numel() // int(weight.shape[0]))
     recorder.activation_elements += math.prod(shape)
-    return Symbol(recorder, shape, frozenset((end,)), level)
+    return x.result(frozenset({end}), shape)
 
 
 @rule(F.conv2d)
@@ -65,30 +59,32 @@ def conv2d(
     kernel = (int(weight.shape[2]), int(weight.shape[3]))
     height, width = (_windows(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
     op_type = "conv" if groups == 1 else ("dil_conv" if min(dilation) > 1 else "sep_conv")
-    attributes: dict[str, int | tuple[int, ...]] = {
-        "groups": groups,
-        "stride": stride,
-        "dilations": dilation,
-        "padding": (*padding, *padding),
-        "positions": height * width,
-    }
-    return _weighted(x, op_type, weight, bias, (x.shape[0], int(weight.shape[0]), height, width), attributes)
+    return _layer(
+        x,
+        op_type,
+        weight,
+        bias,
+        (x.shape[0], int(weight.shape[0]), height, width),
+        groups=groups,
+        stride=stride,
+        dilations=dilation,
+        padding=(*padding, *padding),
+        positions=height * width,
+    )
 
 
 @rule(F.linear)
 def linear(x: Symbol, weight: Tensor, bias: Tensor | None = None) -> Symbol:
     """(..., C) with weight (C', C) -> (..., C')."""
     shape = (*x.shape[:-1], int(weight.shape[0]))
-    return _weighted(x, "conv", weight, bias, shape, {"positions": math.prod(shape[:-1])})
+    return _layer(x, "conv", weight, bias, shape, positions=math.prod(shape[:-1]))
 
 
 def _norm(x: Symbol, op_type: str, weight: Tensor, bias: Tensor | None) -> Symbol:
-    recorder, level = x.recorder, x.level + 1
-    index = recorder.add_parameter(op_type, level, weight, x.sources, fallback="ones")
-    if bias is not None:
-        recorder.records[index].norm_bias = recorder.spec(bias, "zeros")
-    recorder.activation_elements += math.prod(x.shape)
-    return Symbol(recorder, x.shape, frozenset((index,)), level)
+    norm_bias = x.recorder.use(bias, x.level + 1) if bias is not None else None
+    index = x.recorder.parameter(op_type, x.level + 1, weight, x.flow, norm_bias=norm_bias)
+    x.recorder.activation_elements += math.prod(x.shape)
+    return x.result(frozenset({index}))
 
 
 @rule(F.batch_norm)
@@ -122,10 +118,9 @@ def _pool(x: Symbol, op_type: str, kernel_size: Any, stride: Any, padding: Any, 
         starts_outside = (count - 1) * step >= size + pad  # torch drops a last window that holds padding alone
         places.append(count - starts_outside)
     height, width = places
-    index = x.recorder.add_operation(op_type, x.level + 1, x.sources)
-    x.recorder.records[index].kernel_shape = kernel
     x.recorder.activation_elements += x.shape[1] * height * width
-    return Symbol(x.recorder, (x.shape[0], x.shape[1], height, width), frozenset((index,)), x.level + 1)
+    flow = x.recorder.operation(op_type, x.level + 1, x.flow, window=kernel, from_adaptive=False)
+    return x.result(flow, (x.shape[0], x.shape[1], height, width))
 
 
 @rule(F.max_pool2d, torch.max_pool2d)
@@ -161,22 +156,14 @@ def mean(x: Symbol, dim: Any, keepdim: bool = False) -> Symbol:
     """Mean over all positions of (B, C, H, W) or all tokens of (B, T, C)."""
     axes = {axis % len(x.shape) for axis in ((dim,) if isinstance(dim, int) else dim)}
     shape = tuple(1 if axis in axes else size for axis, size in enumerate(x.shape) if keepdim or axis not in axes)
-    index = x.recorder.add_operation("glob_avg", x.level + 1, x.sources)
-    return Symbol(x.recorder, shape, frozenset((index,)), x.level + 1)
-
-
-def _activation(name: str) -> Any:
-    def apply(x: Symbol, *_: Any, **__: Any) -> Symbol:
-        return _activated(x, name)
-
-    return apply
+    return x.result(x.recorder.operation("glob_avg", x.level + 1, x.flow), shape)
 
 
 def _activated(x: Symbol, name: str) -> Symbol:
-    x.recorder.note_activation(x.sources, x.level + 1, name)
+    x.recorder.graph.note_activation(x.flow, x.level + 1, name)
     x.recorder.activation_elements += math.prod(x.shape)
     gate = x.gate or name in ("sigmoid", "hardsigmoid")
-    return Symbol(x.recorder, x.shape, x.sources, x.level + 1, gate=gate, attention=x.attention)
+    return Symbol(x.recorder, x.shape, x.flow, x.level + 1, gate, x.attention)
 
 
 for _name, _functions in {
@@ -189,7 +176,7 @@ for _name, _functions in {
     "sigmoid": (torch.sigmoid,),
     "hardsigmoid": (F.hardsigmoid,),
 }.items():
-    rule(*_functions)(_activation(_name))
+    rule(*_functions)(lambda x, *_, name=_name, **__: _activated(x, name))
 
 
 @rule(F.leaky_relu)
@@ -203,11 +190,10 @@ def add(x: Any, y: Any) -> Any:
     if not isinstance(x, Symbol):
         x, y = y, x
     if isinstance(y, nn.Parameter):
-        embedding = x.recorder.add_parameter("pos_enc", x.level + 1, y, frozenset())
-        total = x.recorder.add_operation("sum", x.level + 1, x.sources | {embedding})
-        return Symbol(x.recorder, x.shape, frozenset((total,)), x.level + 1)
+        embedding = x.recorder.parameter("pos_enc", x.level + 1, y, frozenset())
+        return x.result(x.recorder.operation("sum", x.level + 1, x.flow | {embedding}))
     if not isinstance(y, Symbol):
-        return Symbol(x.recorder, x.shape, x.sources, x.level + 1, gate=x.gate, attention=x.attention)
+        return x.reshaped(x.shape)
     return _meeting("sum", _broadcast(x.shape, y.shape), (x, y))
 
 
@@ -215,10 +201,10 @@ def _meeting(op_type: str, shape: tuple[int, ...], branches: Sequence[Symbol]) -
     recorder = branches[0].recorder
     recorder.activation_elements += math.prod(shape)
     level = 1 + max(branch.level for branch in branches)
-    sources = branches[0].sources.union(*(branch.sources for branch in branches[1:]))
-    if any(branch.sources != sources for branch in branches):
-        sources = frozenset((recorder.add_operation(op_type, level, sources),))
-    return Symbol(recorder, shape, sources, level)
+    flow = frozenset().union(*(branch.flow for branch in branches))
+    if any(branch.flow != flow for branch in branches):
+        flow = recorder.operation(op_type, level, flow)
+    return Symbol(recorder, shape, flow, level)
 
 
 @rule(torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__)
@@ -227,18 +213,16 @@ def mul(x: Any, y: Any) -> Any:
     if not isinstance(x, Symbol):
         x, y = y, x
     if isinstance(y, nn.Parameter):
-        x.recorder.fallbacks[x.recorder.names[id(y)]] = "layer_scale"
+        x.recorder.use(y, x.level + 1, fallback="layer_scale")
     if not isinstance(y, Symbol):
-        return Symbol(x.recorder, x.shape, x.sources, x.level + 1, gate=x.gate, attention=x.attention)
-    level = 1 + max(x.level, y.level)
-    shape, sources = _broadcast(x.shape, y.shape), x.sources | y.sources
+        return x.reshaped(x.shape)
+    level, flow = 1 + max(x.level, y.level), x.flow | y.flow
+    shape = _broadcast(x.shape, y.shape)
     x.recorder.activation_elements += math.prod(shape)
-    if (x.gate or y.gate) and x.sources != y.sources:
+    if (x.gate or y.gate) and x.flow != y.flow:
         gate, feature = (x, y) if x.gate else (y, x)
-        index = x.recorder.add_operation("cse", level, sources)
-        x.recorder.records[index].gate, x.recorder.records[index].feature = gate.sources, feature.sources
-        sources = frozenset((index,))
-    return Symbol(x.recorder, shape, sources, level)
+        flow = x.recorder.operation("cse", level, flow, gate=gate.flow, feature=feature.flow)
+    return Symbol(x.recorder, shape, flow, level)
 
 
 def _broadcast(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...]:
@@ -270,17 +254,18 @@ def matmul(x: Symbol, y: Symbol) -> Symbol:
     x.recorder.activation_elements += math.prod(shape)
     level = 1 + max(x.level, y.level)
     for index in x.attention:
-        x.recorder.records[index].predecessors |= y.sources - x.sources
-    sources = x.sources if x.attention else x.sources | y.sources
-    return Symbol(x.recorder, shape, sources, level)
+        softmax_node = x.recorder.graph.nodes[index]
+        softmax_node.is_attention = True
+        softmax_node.predecessors |= y.flow - x.flow
+    return Symbol(x.recorder, shape, x.flow if x.attention else x.flow | y.flow, level)
 
 
 @rule(torch.softmax, F.softmax, torch.Tensor.softmax)
 def softmax(x: Symbol, dim: int, *_: Any, **__: Any) -> Symbol:
     """The weights of self-attention."""
     x.recorder.activation_elements += math.prod(x.shape)
-    sources = frozenset((x.recorder.add_operation("msa", x.level + 1, x.sources),))
-    return Symbol(x.recorder, x.shape, sources, x.level + 1, attention=sources)
+    flow = x.recorder.operation("msa", x.level + 1, x.flow)
+    return Symbol(x.recorder, x.shape, flow, x.level + 1, attention=flow)
 
 
 @rule(F.scaled_dot_product_attention)
@@ -288,11 +273,11 @@ def attention(query: Symbol, key: Symbol, value: Symbol, attn_mask: Any = None, 
     """softmax(Q K^T / sqrt(D)) V over (..., heads, T, D); its values reach the next layer through the softmax only."""
     recorder = query.recorder
     level = 1 + max(query.level, key.level, value.level)
-    index = recorder.add_operation("msa", level, query.sources | key.sources | value.sources)
+    flow = recorder.operation("msa", level, query.flow | key.flow | value.flow, is_attention=True)
     scores = math.prod(query.shape[:-1]) * key.shape[-2]
     recorder.multiply_adds += scores * (query.shape[-1] + value.shape[-1])
     recorder.activation_elements += 2 * scores + math.prod(query.shape)
-    return Symbol(recorder, (*query.shape[:-1], value.shape[-1]), frozenset((index,)), level)
+    return Symbol(recorder, (*query.shape[:-1], value.shape[-1]), flow, level)
 
 
 @rule(torch.flatten)
@@ -310,9 +295,14 @@ def unflatten(x: Symbol, dim: int, sizes: Sequence[int]) -> Symbol:
 
 
 @rule(torch.reshape)
-def reshape(x: Symbol, shape: Sequence[int]) -> Symbol:
+def reshape(x: Symbol, *shape: Any) -> Symbol:
     """The same elements in another shape; one size may be -1."""
-    return x.reshaped(_resolve(shape, math.prod(x.shape)))
+    return x.reshaped(_resolve(_listed(shape), math.prod(x.shape)))
+
+
+def _listed(sizes: tuple[Any, ...]) -> tuple[int, ...]:
+    """Sizes or axes that a call may give one by one or as one sequence."""
+    return sizes if len(sizes) != 1 or isinstance(sizes[0], int) else tuple(sizes[0])
 
 
 def _resolve(sizes: Sequence[int], total: int) -> tuple[int, ...]:
@@ -321,9 +311,9 @@ def _resolve(sizes: Sequence[int], total: int) -> tuple[int, ...]:
 
 
 @rule(torch.permute)
-def permute(x: Symbol, dims: Sequence[int]) -> Symbol:
+def permute(x: Symbol, *dims: Any) -> Symbol:
     """Axes in another order."""
-    return x.reshaped(tuple(x.shape[axis] for axis in dims))
+    return x.reshaped(tuple(x.shape[axis] for axis in _listed(dims)))
 
 
 @rule(torch.transpose)
