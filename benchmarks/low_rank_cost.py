@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 
-from ghn_service.postprocess.low_rank import factorize
+from ghn_service.postprocess.low_rank.factorize import factorize
 
 Shape = tuple[int, int]
 

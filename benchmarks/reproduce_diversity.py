@@ -29,8 +29,9 @@ from ghn_architectures.interface import Configuration, Interface
 from ghn_architectures.registry import ARCHITECTURES
 from ghn_architectures.resnet import ResNetConfiguration
 from ghn_architectures.vit import VisionTransformerConfiguration
-from ghn_service.postprocess.base import decode_step
-from ghn_service.postprocess.diversity_report import measure_network
+from ghn_client.options import parse_step
+from ghn_service.postprocess.diversity import measure_network
+from ghn_service.postprocess.steps import Step
 from ghn_service.predictor import PredictionOptions, Predictor
 from ghn_service.training.data import measure_normalization, require_images, split_validation
 from ghn_service.training.data_layouts import ImageFormat
@@ -80,8 +81,9 @@ def start_module(start: str, architecture: Architecture, predictor: Predictor, s
 
 def options_of(texts: Sequence[str], seed: int, layer: int) -> PredictionOptions:
     """Options with these steps, which change nothing before ``layer``."""
-    with_layer = [f"{text}{',' if ':' in text else ':'}layer={layer}" if layer else text for text in texts]
-    return PredictionOptions(seed=seed, steps=tuple(decode_step(text) for text in with_layer))
+    steps = [parse_step(text) for text in texts]
+    options = {"layer": str(layer)} if layer else {}
+    return PredictionOptions(seed=seed, steps=tuple(Step(step.name, {**step.options, **options}) for step in steps))
 
 
 class Trainings:

@@ -28,12 +28,12 @@ from ghn_service.hypernetwork.features import Target, build_features, collate, i
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
 from ghn_service.hypernetwork.writing import MAX_ELEMENTS_HELD, OnWritten, ParameterWriter, drawn_generators
 from ghn_service.parameters import PREDICTED, TILED, ParameterSet, allocate_tensors, fallback_origin
-from ghn_service.postprocess.base import Step, apply_steps, parse_steps
 from ghn_service.postprocess.distribution_shift import METADATA_KEY, GraphStatistics, decode_statistics, measure_shift
-from ghn_service.postprocess.diversity_report import build_report, measure_network
-from ghn_service.postprocess.low_rank_output import apply_low_rank
-from ghn_service.postprocess.low_rank_plan import LowRank, LowRankRecord
-from ghn_service.postprocess.records import StepRecord
+from ghn_service.postprocess.diversity import build_report, measure_network
+from ghn_service.postprocess.low_rank.output import LowRankRecord, apply_low_rank
+from ghn_service.postprocess.low_rank.ranks import LowRank
+from ghn_service.postprocess.steps import Step, apply_steps, parse_steps
+from ghn_service.postprocess.weighted_layers import StepRecord
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 READING, ENCODING, DECODING, POST_PROCESSING = "reading", "encoding", "decoding", "post-processing"
@@ -114,6 +114,7 @@ class ArchitectureAnalysis:
         origins: Origin of each tensor by name: ``predicted``, ``tiled`` or ``fallback:<rule>``.
         op_types: Type of the node that stands for each tensor by name; "" if none does.
         warnings: What is not understood, or what the user should know; sentences.
+        low_rank: What low rank would do with each layer, if it was asked for.
     """
 
     graph: ArchitectureGraph
@@ -121,6 +122,7 @@ class ArchitectureAnalysis:
     origins: Mapping[str, str]
     op_types: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    low_rank: LowRankRecord | None = None
 
     @property
     def num_predicted_parameters(self) -> int:

@@ -12,9 +12,8 @@ from ghn_service.hypernetwork.checkpoint import ModelCard, save_checkpoint
 from ghn_service.hypernetwork.fallbacks import FALLBACKS
 from ghn_service.hypernetwork.features import build_features, collate
 from ghn_service.parameters import ParameterSet
-from ghn_service.postprocess.base import Step
-from ghn_service.postprocess.low_rank_plan import LowRank
-from ghn_service.postprocess.rank_allocation import RankRule
+from ghn_service.postprocess.low_rank.ranks import LowRank
+from ghn_service.postprocess.steps import Step
 from ghn_service.predictor import PredictionOptions, Predictor, choose_device
 from tests.hypernetwork.small_graphs import CONFIGS, SMALL, chain, conv, small_ghn, small_network
 
@@ -188,7 +187,7 @@ def test_steps_are_applied_before_selection_and_rounding(ghn3):
 
 
 def test_low_rank_factors_take_the_place_of_weights(ghn3):
-    found = ghn3.run(WIDE, options=PredictionOptions(low_rank=LowRank(RankRule("rank", 2))))
+    found = ghn3.run(WIDE, options=PredictionOptions(low_rank=LowRank("rank", 2)))
     assert found.parameters["row.factor_in"].shape[0] == 2
     assert "row" not in found.parameters
     assert found.low_rank is not None

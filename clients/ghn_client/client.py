@@ -200,9 +200,14 @@ class GHNClient:
         *,
         dtype: str = "float32",
         model: str = "",
+        low_rank: LowRankOptions | Mapping[str, Any] | None = None,
         timeout_s: float | None = None,
     ) -> Analysis:
-        """Says what ``predict`` would do with each tensor, without predicting; arguments as there."""
+        """Says what ``predict`` would do with each tensor; arguments as there.
+
+        Nothing is predicted, unless ``low_rank`` is given: then the answer tells what each layer would become, and
+        what other ranks would cost and save.
+        """
         if dtype not in DTYPES:
             raise InvalidOptionError(f"expected a dtype of {', '.join(DTYPES)}, got {dtype!r}", field="dtype")
         request = ghn_pb2.AnalyzeArchitectureRequest(
@@ -210,7 +215,9 @@ class GHNClient:
             model=model,
             dtype=ghn_pb2.DataType.Value(f"DATA_TYPE_{dtype.upper()}"),
             request_id=uuid.uuid4().hex,
+            low_rank=encode_low_rank(low_rank),
         )
+        timeout_s = timeout_s or self._timeout_s or (PREDICT_TIMEOUT_S if low_rank else SHORT_TIMEOUT_S)
         reply: ghn_pb2.AnalyzeArchitectureResponse = self._unary("AnalyzeArchitecture", request, timeout_s)
         return decode_analysis(reply)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ghn_client.options import decode_method
 from ghn_client.wire import ghn_pb2
 
 
@@ -29,6 +30,41 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class RankCost:
+    """A layer at a rank (0: dense): relative error of its function, values, multiply-adds per example (0: unknown)."""
+
+    rank: int
+    function_error: float
+    parameters: int
+    multiply_adds: int
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankLayer:
+    """What low rank would do with a weighted layer.
+
+    Attributes:
+        parameter: Name of the weight.
+        method: How its factors would be computed: not the method asked for where that cannot help.
+        activation: The activation that factors are fitted to; "" for none.
+        normalized: Whether a normalisation sits between the layer and the activation.
+        note: What to know about this layer, such as why it stays dense; a sentence or "".
+        dense: The layer as it is.
+        chosen: The layer as ``predict`` with these options would return it.
+        curve: The layer at a few ranks, ascending; empty where it always stays dense.
+    """
+
+    parameter: str
+    method: str
+    activation: str
+    normalized: bool
+    note: str
+    dense: RankCost
+    chosen: RankCost
+    curve: tuple[RankCost, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Analysis:
     """What a prediction would do with an architecture.
 
@@ -45,6 +81,7 @@ class Analysis:
         warnings: What the user should know.
         op_type_counts: Nodes per op type.
         unknown_operators: Operators that data passes through as if they were element-wise.
+        low_rank: What low rank would do with each weighted layer, if it was asked for.
     """
 
     model: str
@@ -59,6 +96,7 @@ class Analysis:
     warnings: tuple[str, ...]
     op_type_counts: Mapping[str, int]
     unknown_operators: tuple[str, ...]
+    low_rank: tuple[LowRankLayer, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +150,23 @@ def decode_analysis(reply: ghn_pb2.AnalyzeArchitectureResponse) -> Analysis:
         warnings=tuple(reply.warnings),
         op_type_counts=dict(reply.op_type_counts),
         unknown_operators=tuple(reply.unknown_operators),
+        low_rank=tuple(_decode_layer(layer) for layer in reply.low_rank_layers),
+    )
+
+
+def _decode_layer(layer: ghn_pb2.LowRankLayer) -> LowRankLayer:
+    def decode_cost(cost: ghn_pb2.RankCost) -> RankCost:
+        return RankCost(cost.rank, cost.function_error, cost.parameters, cost.multiply_adds)
+
+    return LowRankLayer(
+        parameter=layer.parameter,
+        method=decode_method(layer.method),
+        activation=layer.activation,
+        normalized=layer.normalized,
+        note=layer.note,
+        dense=decode_cost(layer.dense),
+        chosen=decode_cost(layer.chosen),
+        curve=tuple(decode_cost(cost) for cost in layer.curve),
     )
 
 

@@ -9,8 +9,10 @@ from typing import Any
 from ghn_client.errors import InvalidOptionError
 from ghn_client.wire import ghn_pb2
 
-RANK_RULES = ("rank", "fraction", "energy", "function_error", "parameter_budget", "multiply_add_budget")
-LOW_RANK_METHODS = ("", "spectral", "function", "function_optimized")
+# The rules and methods are those of the protocol, under its names.
+RANK_RULES = tuple(field.name for field in ghn_pb2.LowRankOutput.DESCRIPTOR.oneofs_by_name["rank_rule"].fields)
+METHOD_PREFIX = "LOW_RANK_METHOD_"
+LOW_RANK_METHODS = tuple(name.removeprefix(METHOD_PREFIX).lower() for name in ghn_pb2.LowRankMethod.keys()[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class LowRankOptions:
         function_error: The largest relative error of a layer's function.
         parameter_budget: The most parameters of the whole network.
         multiply_add_budget: The most multiply-adds per example of the whole network.
-        method: ``spectral``, ``function``, ``function_optimized``, or "" for the server's choice.
+        method: ``spectral``, ``scaled``, ``function``, ``function_optimized``, or "" for the server's choice.
 
     Raises:
         InvalidOptionError: None or several rules are given, or the method is unknown.
@@ -56,8 +58,8 @@ class LowRankOptions:
             raise InvalidOptionError(
                 f"expected exactly one of {', '.join(RANK_RULES)}, got {', '.join(given) or 'none'}", field="low_rank"
             )
-        if self.method not in LOW_RANK_METHODS:
-            known = ", ".join(LOW_RANK_METHODS[1:])
+        if self.method not in ("", *LOW_RANK_METHODS):
+            known = ", ".join(LOW_RANK_METHODS)
             raise InvalidOptionError(f"expected a method of {known}, got {self.method!r}", field="low_rank.method")
 
 
@@ -97,6 +99,12 @@ def _option_text(value: Any) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
+def decode_method(number: ghn_pb2.LowRankMethod.ValueType) -> str:
+    """Name of a method of the protocol; text of its number where a newer server has one that is not known here."""
+    known = ghn_pb2.LowRankMethod.values()
+    return ghn_pb2.LowRankMethod.Name(number).removeprefix(METHOD_PREFIX).lower() if number in known else str(number)
+
+
 def encode_low_rank(options: LowRankOptions | Mapping[str, Any] | None) -> ghn_pb2.LowRankOutput | None:
     """The options as a message; None for dense weights.
 
@@ -116,7 +124,7 @@ def encode_low_rank(options: LowRankOptions | Mapping[str, Any] | None) -> ghn_p
     method = options.method.upper() or "UNSPECIFIED"
     try:
         return ghn_pb2.LowRankOutput(
-            method=ghn_pb2.LowRankMethod.Value(f"LOW_RANK_METHOD_{method}"), **{rule: getattr(options, rule)}
+            method=ghn_pb2.LowRankMethod.Value(f"{METHOD_PREFIX}{method}"), **{rule: getattr(options, rule)}
         )
     except (ValueError, TypeError) as error:
         raise InvalidOptionError(f"low_rank.{rule}: {error}", field=f"low_rank.{rule}") from error

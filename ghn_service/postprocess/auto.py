@@ -15,11 +15,16 @@ import torch
 from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.parameters import ParameterSet
 from ghn_service.postprocess.diversity import TensorDiversity, measure_diversity
-from ghn_service.postprocess.layers import WeightedLayer, as_matrices, from_matrices, kept_reason
 from ghn_service.postprocess.options import require_at_least, require_share
 from ghn_service.postprocess.orthogonal import orthogonalize, overlap_with
-from ghn_service.postprocess.records import CHANGED, KEPT, LayerRecord, StepRecord
-from ghn_service.postprocess.replace import change_layers
+from ghn_service.postprocess.weighted_layers import (
+    Change,
+    StepRecord,
+    WeightedLayer,
+    as_matrices,
+    change_layers,
+    from_matrices,
+)
 
 # Copies span too few directions; this little noise picks the missing ones at random instead of leaving them to LAPACK.
 TIE_BREAK = 1e-3
@@ -53,39 +58,35 @@ class Auto:
     ) -> tuple[ParameterSet, StepRecord]:
         """Returns the repaired parameters, and what was found and done in each layer."""
 
-        def change(tensor: torch.Tensor, layer: WeightedLayer) -> tuple[torch.Tensor, LayerRecord]:
+        def change(tensor: torch.Tensor, layer: WeightedLayer) -> Change:
             # Drawn for every layer, so that what one layer gets does not depend on what was found in another.
             noise = torch.randn(layer.spec.torch_shape, generator=generator, device=generator.device)
             return self._change(tensor, layer, noise.to(tensor.device))
 
         return change_layers(parameters, graph, change, name="auto", options=asdict(self))
 
-    def _change(
-        self, tensor: torch.Tensor, layer: WeightedLayer, noise: torch.Tensor
-    ) -> tuple[torch.Tensor, LayerRecord]:
-        if reason := kept_reason(layer, self.layer):
-            return tensor, LayerRecord(layer.name, layer.number, KEPT, reason)
+    def _change(self, tensor: torch.Tensor, layer: WeightedLayer, noise: torch.Tensor) -> Change:
+        if reason := layer.kept_reason(self.layer):
+            return None, reason, {}
         measured = measure_diversity(tensor, layer)
         if measured.rms == 0:
-            return tensor, LayerRecord(layer.name, layer.number, KEPT, "all zero: there is no scale to keep")
+            return None, "all zero: there is no scale to keep", {}
         matrices = as_matrices(tensor, layer)
         jitter = noise.reshape(matrices.shape) * matrices.std(dim=(-2, -1), correction=0, keepdim=True)
-        if found := self._copies_found(measured):
-            if layer.is_depthwise:
-                return self._with_noise(tensor, matrices, jitter, layer, found)
+        copies, cosine = self._copies_found(measured), measured.mean_abs_cosine
+        if copies and not layer.is_depthwise:
             # Equal rows of a tall matrix W are equal in its polar factor W (W^T W)^(-1/2) too: noise must part them.
             is_tall = matrices.shape[-2] > matrices.shape[-1]
             noisy = matrices + (self.beta if is_tall else TIE_BREAK) * jitter
             repaired = orthogonalize(noisy, method="polar", keep_rms=True)
             overlap = overlap_with(matrices, repaired)
-            reason = f"{found}: nearest orthogonal matrix, {overlap:.0%} of the prediction's direction kept"
-            record = LayerRecord(layer.name, layer.number, CHANGED, reason, {"overlap": overlap})
-            return from_matrices(repaired, tensor, layer), record
-        if measured.mean_abs_cosine - measured.random_abs_cosine > self.cosine:
-            found = f"rows are alike (mean |cos| {measured.mean_abs_cosine:.2f})"
-            return self._with_noise(tensor, matrices, jitter, layer, found)
-        reason = f"diverse: rank {measured.rank} of {measured.full_rank}, mean |cos| {measured.mean_abs_cosine:.2f}"
-        return tensor, LayerRecord(layer.name, layer.number, KEPT, reason)
+            reason = f"{copies}: nearest orthogonal matrix, {overlap:.0%} of the prediction's direction kept"
+            return from_matrices(repaired, tensor, layer), reason, {"overlap": overlap}
+        if copies or cosine - measured.random_abs_cosine > self.cosine:
+            found = copies or f"rows are alike (mean |cos| {cosine:.2f})"
+            reason = f"{found}: noise of {self.beta:g} of the layer's standard deviation"
+            return from_matrices(matrices + self.beta * jitter, tensor, layer), reason, {"noise_std": self.beta}
+        return None, f"diverse: rank {measured.rank} of {measured.full_rank}, mean |cos| {cosine:.2f}", {}
 
     def _copies_found(self, measured: TensorDiversity) -> str:
         if measured.tiled_share > self.copies:
@@ -95,11 +96,3 @@ class Auto:
         if measured.rank < (1 - self.copies) * measured.full_rank:
             return f"rank {measured.rank} of {measured.full_rank}"
         return ""
-
-    def _with_noise(
-        self, tensor: torch.Tensor, matrices: torch.Tensor, jitter: torch.Tensor, layer: WeightedLayer, found: str
-    ) -> tuple[torch.Tensor, LayerRecord]:
-        reason = f"{found}: noise of {self.beta:g} of the layer's standard deviation"
-        record = LayerRecord(layer.name, layer.number, CHANGED, reason, {"noise_std": self.beta})
-        noisy = matrices + self.beta * jitter
-        return from_matrices(noisy, tensor, layer), record

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from ghn_service.errors import CheckpointError
 from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.graph.op_types import OP_TYPE_NAMES
-from ghn_service.postprocess.layers import weighted_layers
+from ghn_service.postprocess.weighted_layers import weighted_layers
 
 METADATA_KEY = "graph_statistics"
 NUM_QUANTILES = 101

@@ -2,27 +2,48 @@
 
 A hypernetwork that predicts a block of 64 channels and repeats it gives a 512-channel layer of rank 64 whose rows come
 in groups of identical copies; training keeps the copies identical. These measures show that, and whether a remedy
-helped.
+helped. The report of a prediction holds them before and after post-processing, and what they mean: a JSON document
+(``ghn-diversity-report/1``) that the client writes as it is or as an HTML page.
 
 Reference: the diagnostics of Knyazev 2022 (arXiv:2207.10049); He et al. 2015 (arXiv:1502.01852) for the scale; Roy and
 Vetterli 2007 for the effective rank.
 
-Shapes: matrices are (B, R, C) as in ``layers.py``; a depthwise weight counts as one matrix of filters.
+Shapes: matrices are (B, R, C) as in ``weighted_layers.py``; a depthwise weight counts as one matrix of filters.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from ghn_service.postprocess.layers import WeightedLayer, as_matrices, to_torch_layout
+from ghn_service.graph.architecture import ArchitectureGraph
+from ghn_service.parameters import ParameterSet
+from ghn_service.postprocess.distribution_shift import DistributionShift
+from ghn_service.postprocess.weighted_layers import (
+    CHANGED,
+    StepRecord,
+    WeightedLayer,
+    as_matrices,
+    to_torch_layout,
+    weighted_layers,
+)
 
 DUPLICATE_COSINE = 1.0 - 1e-7
 NEAR_DUPLICATE_COSINE = 0.99
 TILING_TOLERANCE = 1e-6
-MAX_ROWS = 1024
+MAX_ROWS, CURVE_POINTS = 1024, 64
+
+REPORT_FORMAT = "ghn-diversity-report/1"
+TROUBLED = 0.1
+LARGE_NORM, SMALL_NORM = 4.0, 0.25
+# The report travels in one message of at most 4 MiB: curves get coarser with the layers, and only the worst are listed.
+MAX_LAYERS, MAX_POINTS, TOTAL_POINTS = 1500, 48, 24_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,27 +92,37 @@ class TensorDiversity:
 
 def measure_diversity(tensor: torch.Tensor, layer: WeightedLayer) -> TensorDiversity:
     """Measures one weight, given in the file's layout."""
-    matrices = _matrices_to_measure(tensor, layer)
-    rows = matrices.shape[-2]
+    matrices = as_matrices(tensor, layer, 1 if layer.is_depthwise else 0)
+    if matrices.shape[1] > MAX_ROWS:
+        chosen = torch.randperm(matrices.shape[1], generator=torch.Generator().manual_seed(0))[:MAX_ROWS].sort().values
+        matrices = matrices[:, chosen.to(matrices.device)]
+    matrices = matrices.double()
+    rows, columns = matrices.shape[-2:]
     gram = matrices @ matrices.mT
-    cosines = _cosines(gram)
-    values = _singular_values(matrices, gram)
-    tolerance = max(matrices.shape[-2:]) * torch.finfo(torch.float32).eps * values[:, :1]
-    earlier = cosines.tril(-1)
+    # The square root of rounding in float64 (1e-8 of the largest) is far below the tolerance of the numerical rank.
+    energies = torch.linalg.eigvalsh(gram if rows <= columns else matrices.mT @ matrices).flip(-1).clamp_min(0.0)
+    values = energies.sqrt()  # singular values (B, min(R, C)), descending
+    tolerance = max(rows, columns) * torch.finfo(torch.float32).eps * values[:, :1]
+    shares = energies / energies.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(energies.dtype).tiny)
+    entropy = -torch.special.xlogy(shares, shares).sum(dim=-1)
+    earlier = _cosines(gram).tril(-1)
     spectral_norm = float(values.max())
+    mean = values.square().mean(dim=0).sqrt()
+    points = torch.linspace(0, len(mean) - 1, min(CURVE_POINTS, len(mean))).round().long().to(mean.device)
     return TensorDiversity(
         rank=int((values > tolerance).sum()),
         full_rank=values.numel(),
-        effective_rank=_effective_rank(values),
+        effective_rank=float(torch.where(energies.sum(dim=-1) > 0, entropy.exp(), 0.0).sum()),
         duplicate_rows=float((earlier > DUPLICATE_COSINE).any(dim=-1).double().mean()),
         near_duplicate_rows=float((earlier.abs() > NEAR_DUPLICATE_COSINE).any(dim=-1).double().mean()),
         mean_abs_cosine=float(earlier.abs().sum() / max(matrices.shape[0] * rows * (rows - 1) / 2, 1)),
-        random_abs_cosine=math.sqrt(2 / (math.pi * matrices.shape[-1])),
+        random_abs_cosine=math.sqrt(2 / (math.pi * columns)),
         spectral_norm=spectral_norm,
-        spectral_norm_to_he=spectral_norm / _he_spectral_norm(matrices),
+        # Of a He-normal (R, C), sqrt(2 / C) (sqrt R + sqrt C) is to be expected.
+        spectral_norm_to_he=spectral_norm / (math.sqrt(2 / columns) * (math.sqrt(rows) + math.sqrt(columns))),
         tiled_share=tiled_share(to_torch_layout(tensor, layer.spec)),
         rms=float(tensor.double().square().mean().sqrt()),
-        singular_values=_curve(values),
+        singular_values=tuple(round(value / (float(mean[0]) or 1.0), 6) for value in mean[points].tolist()),
         rows_measured=rows,
     )
 
@@ -117,17 +148,6 @@ def _period(weight: torch.Tensor) -> int:
     return size
 
 
-def _matrices_to_measure(tensor: torch.Tensor, layer: WeightedLayer) -> torch.Tensor:
-    matrices = as_matrices(tensor, layer)
-    if layer.is_depthwise:
-        matrices = matrices.reshape(1, matrices.shape[0] * matrices.shape[1], -1)
-    rows = matrices.shape[1]
-    if rows > MAX_ROWS:
-        chosen = torch.randperm(rows, generator=torch.Generator().manual_seed(0))[:MAX_ROWS].sort().values
-        matrices = matrices[:, chosen.to(matrices.device)]
-    return matrices.double()
-
-
 def _cosines(gram: torch.Tensor) -> torch.Tensor:
     """Cosines (B, R, R) between rows; two rows of zeros count as copies of each other."""
     lengths = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
@@ -137,31 +157,150 @@ def _cosines(gram: torch.Tensor) -> torch.Tensor:
     return torch.where(both_zero, 1.0, gram * inverse.unsqueeze(-1) * inverse.unsqueeze(-2))
 
 
-def _singular_values(matrices: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """Singular values (B, min(R, C)), descending, from the smaller Gram matrix in float64.
+Measures = Mapping[str, TensorDiversity]
 
-    The square root of rounding in float64 (1e-8 of the largest) is far below the tolerance of the numerical rank.
+
+def measure_network(parameters: ParameterSet, graph: ArchitectureGraph) -> dict[str, TensorDiversity]:
+    """Measures every weighted layer of a network that is among the parameters."""
+    return {
+        layer.name: measure_diversity(parameters[layer.name], layer)
+        for layer in weighted_layers(graph)
+        if layer.name in parameters
+    }
+
+
+def build_report(
+    graph: ArchitectureGraph,
+    before: Measures,
+    after: Measures,
+    *,
+    origins: Mapping[str, str],
+    records: Sequence[StepRecord],
+    shift: DistributionShift,
+) -> dict[str, Any]:
+    """The report as values that ``json`` writes.
+
+    Args:
+        graph: The architecture.
+        before: Measures of the prediction, by name of the weight.
+        after: Measures after all steps; the same as ``before`` where there were none.
+        origins: Origin of each tensor.
+        records: What the steps did.
+        shift: Distance of the architecture from those of training.
     """
-    smaller = gram if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT @ matrices
-    energies: torch.Tensor = torch.linalg.eigvalsh(smaller)
-    return energies.flip(-1).clamp_min(0.0).sqrt()
+    listed = [layer for layer in weighted_layers(graph) if layer.name in before]
+    actions: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for record in records:
+        for item in record.layers:
+            actions[item.parameter].append({"step": record.name, "outcome": item.outcome, "reason": item.reason})
+    points = max(min(MAX_POINTS, TOTAL_POINTS // max(len(listed), 1)), 8)
+    layers: list[dict[str, Any]] = [
+        {
+            "parameter": layer.name,
+            "number": layer.number,
+            "shape": list(layer.spec.torch_shape),
+            "num_values": layer.spec.num_elements,
+            "groups": layer.attributes.groups,
+            "packed": layer.attributes.packed,
+            "activation": layer.attributes.activation,
+            "normalized": layer.attributes.normalized,
+            "is_head": layer.is_head,
+            "origin": origins[layer.name],
+            "notes": layer_notes(after[layer.name]),
+            "actions": actions[layer.name],
+            "before": _encode_measures(before[layer.name], points),
+            "after": _encode_measures(after[layer.name], points),
+        }
+        for layer in listed
+    ]
+    worst_first = sorted(layers, key=lambda entry: (-entry["after"]["trouble"], -entry["before"]["trouble"]))
+    return {
+        "format": REPORT_FORMAT,
+        "network": {
+            "num_nodes": graph.num_nodes,
+            "num_parameters": graph.num_parameters,
+            "num_layers": len(layers),
+            "num_tensors": len(list(graph.parameters())),
+        },
+        "summary": {"before": summarize(before, layers), "after": summarize(after, layers)},
+        "findings": _findings(layers, records),
+        "distribution_shift": dataclasses.asdict(shift),
+        "steps": [{"name": record.name, "options": dict(record.options)} for record in records],
+        "layers": worst_first[:MAX_LAYERS],
+        "layers_left_out": max(len(layers) - MAX_LAYERS, 0),
+    }
 
 
-def _effective_rank(values: torch.Tensor) -> float:
-    energy = values.square()
-    shares = energy / energy.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(energy.dtype).tiny)
-    entropy = -torch.special.xlogy(shares, shares).sum(dim=-1)
-    return float(torch.where(energy.sum(dim=-1) > 0, entropy.exp(), 0.0).sum())
+def summarize(measures: Measures, layers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Measures of the whole network: sums over layers, and means weighted by the values of each."""
+    sizes = {str(entry["parameter"]): int(entry["num_values"]) for entry in layers}
+    total = sum(sizes.values()) or 1
+
+    def mean(measure: str) -> float:
+        weighted = [float(getattr(item, measure)) * sizes[name] for name, item in measures.items()]
+        return sum(weighted) / total
+
+    return {
+        "rank": sum(item.rank for item in measures.values()),
+        "full_rank": sum(item.full_rank for item in measures.values()),
+        "effective_rank": sum(item.effective_rank for item in measures.values()),
+        "duplicate_rows": mean("duplicate_rows"),
+        "near_duplicate_rows": mean("near_duplicate_rows"),
+        "mean_abs_cosine": mean("mean_abs_cosine"),
+        "tiled_share": mean("tiled_share"),
+        "trouble": mean("trouble"),
+        "troubled_layers": sum(item.trouble > TROUBLED for item in measures.values()),
+        "largest_spectral_norm_to_he": max((item.spectral_norm_to_he for item in measures.values()), default=0.0),
+        "smallest_spectral_norm_to_he": min((item.spectral_norm_to_he for item in measures.values()), default=0.0),
+    }
 
 
-def _he_spectral_norm(matrices: torch.Tensor) -> float:
-    """Largest singular value to expect from He-normal (R, C): sqrt(2 / C) (sqrt R + sqrt C)."""
-    rows, columns = matrices.shape[-2:]
-    return math.sqrt(2 / columns) * (math.sqrt(rows) + math.sqrt(columns))
+def layer_notes(measured: TensorDiversity) -> list[str]:
+    """What is wrong with a weight, in words; empty if nothing is."""
+    notes = []
+    if measured.rms == 0:
+        return ["all values are zero"]
+    if measured.tiled_share > 0:
+        notes.append(f"tiled: {measured.tiled_share:.0%} of the values repeat a block")
+    if measured.rank < measured.full_rank:
+        notes.append(f"rank {measured.rank} of {measured.full_rank}")
+    if measured.duplicate_rows > 0:
+        notes.append(f"{measured.duplicate_rows:.0%} of the rows are exact copies in direction")
+    elif measured.near_duplicate_rows > 0:
+        notes.append(f"{measured.near_duplicate_rows:.0%} of the rows are nearly copies")
+    if measured.mean_abs_cosine - measured.random_abs_cosine > TROUBLED:
+        notes.append(f"rows are alike: mean |cos| {measured.mean_abs_cosine:.2f}")
+    if not SMALL_NORM <= measured.spectral_norm_to_he <= LARGE_NORM:
+        notes.append(f"spectral norm {measured.spectral_norm_to_he:.2g} times that of He initialisation")
+    return notes
 
 
-def _curve(values: torch.Tensor, points: int = 64) -> tuple[float, ...]:
-    mean = values.square().mean(dim=0).sqrt()
-    chosen = torch.linspace(0, mean.numel() - 1, min(points, mean.numel())).round().long()
-    largest = float(mean[0]) or 1.0
-    return tuple(round(float(value) / largest, 6) for value in mean[chosen.to(mean.device)])
+def _findings(layers: Sequence[Mapping[str, Any]], records: Sequence[StepRecord]) -> list[str]:
+    """The report in a few sentences."""
+    if not layers:
+        return ["This network has no weighted layer."]
+    troubled = {when: [e for e in layers if e[when]["trouble"] > TROUBLED] for when in ("before", "after")}
+    findings = [f"{len(troubled['before'])} of {len(layers)} layers lack diversity as predicted."]
+    tiled = [entry for entry in layers if entry["before"]["tiled_share"] > 0]
+    if tiled:
+        worst = min(tiled, key=lambda entry: entry["before"]["rank"] / max(entry["before"]["full_rank"], 1))
+        rank, full = worst["before"]["rank"], worst["before"]["full_rank"]
+        findings.append(f"{len(tiled)} layers are tiled; the worst, {worst['parameter']}, has rank {rank} of {full}.")
+    if records:
+        changed = {item.parameter for record in records for item in record.layers if item.outcome == CHANGED}
+        findings.append(
+            f"Post-processing changed {len(changed)} layers; {len(troubled['after'])} lack diversity afterwards."
+        )
+    elif troubled["before"]:
+        findings.append("No post-processing was asked for; the step `auto` repairs what is found here.")
+    return findings
+
+
+def _encode_measures(measured: TensorDiversity, points: int) -> dict[str, Any]:
+    """Values that ``json`` writes, floats with the seven digits that float32 holds, the curve at so many points."""
+    values = {**dataclasses.asdict(measured), "trouble": measured.trouble}
+    encoded = {name: float(f"{value:.7g}") if isinstance(value, float) else value for name, value in values.items()}
+    curve = measured.singular_values
+    if len(curve) > points:
+        curve = tuple(curve[round(index * (len(curve) - 1) / (points - 1))] for index in range(points))
+    return encoded | {"singular_values": [float(f"{value:.4g}") for value in curve]}

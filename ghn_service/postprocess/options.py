@@ -13,8 +13,7 @@ from ghn_service.errors import InvalidOptionError
 
 OptionsT = TypeVar("OptionsT")
 
-_TRUE = frozenset({"true", "yes", "on", "1"})
-_FALSE = frozenset({"false", "no", "off", "0"})
+_SWITCHES = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 
 
 def parse_options(kind: type[OptionsT], options: Mapping[str, str], *, field: str) -> OptionsT:
@@ -50,22 +49,17 @@ def unknown_name(what: str, name: str, known: Iterable[str], *, field: str) -> I
 
 
 def _parse_value(hint: Any, text: str, *, field: str) -> Any:
-    kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)]
-    (kind,) = kinds
+    (kind,) = (kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None))
+    word = text.strip()
     if kind is bool:
-        return _parse_bool(text, field=field)
+        if word.lower() not in _SWITCHES:
+            raise InvalidOptionError(f"expected true or false, got {text!r}", field=field)
+        return _SWITCHES[word.lower()]
     try:
-        return kind(text.strip())
+        return kind(word)
     except ValueError:
         wanted = {int: "a whole number", float: "a number"}[kind]
         raise InvalidOptionError(f"expected {wanted}, got {text!r}", field=field) from None
-
-
-def _parse_bool(text: str, *, field: str) -> bool:
-    word = text.strip().lower()
-    if word in _TRUE or word in _FALSE:
-        return word in _TRUE
-    raise InvalidOptionError(f"expected true or false, got {text!r}", field=field)
 
 
 def require_at_least(value: float, minimum: float, *, field: str) -> None:

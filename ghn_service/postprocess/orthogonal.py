@@ -3,12 +3,13 @@
 Predicted weights are often one small block repeated, so that whole groups of channels are copies of each other and
 stay so under training. Making the weight (semi-)orthogonal ends that. ``qr`` is the published rule: the orthogonal
 factor of a QR decomposition, which keeps the first columns and bends the later ones away from them. ``polar`` takes
-the semi-orthogonal matrix nearest to the prediction, U V^T, and therefore keeps most of it.
+the semi-orthogonal matrix nearest to the prediction, U V^T, and therefore keeps most of it; groups of a convolution
+are matrices of their own then, whereas the published rule reads the whole weight as one tall matrix.
 
 Reference: Knyazev 2022, "Pretraining a Neural Network before Knowing Its Architecture" (arXiv:2207.10049), for ``qr``;
 Higham 1986, "Computing the Polar Decomposition", theorem on the nearest orthogonal matrix, for ``polar``.
 
-Shapes: matrices are (B, R, C), one for each group of a convolution and each packed attention projection.
+Shapes: matrices are (B, R, C), one for each packed attention projection and, for ``polar``, each group.
 """
 
 from __future__ import annotations
@@ -19,10 +20,15 @@ import torch
 
 from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.parameters import ParameterSet
-from ghn_service.postprocess.layers import WeightedLayer, as_matrices, from_matrices, kept_reason
 from ghn_service.postprocess.options import require_at_least, require_known
-from ghn_service.postprocess.records import CHANGED, KEPT, LayerRecord, StepRecord
-from ghn_service.postprocess.replace import change_layers
+from ghn_service.postprocess.weighted_layers import (
+    Change,
+    StepRecord,
+    WeightedLayer,
+    as_matrices,
+    change_layers,
+    from_matrices,
+)
 
 METHODS = ("qr", "polar")
 
@@ -58,18 +64,16 @@ class Orthogonal:
         options = {**asdict(self), "keep_rms": self.keeps_rms}
         return change_layers(parameters, graph, self._change, name="orthogonal", options=options)
 
-    def _change(self, tensor: torch.Tensor, layer: WeightedLayer) -> tuple[torch.Tensor, LayerRecord]:
-        if reason := kept_reason(layer, self.layer):
-            return tensor, LayerRecord(layer.name, layer.number, KEPT, reason)
-        if layer.is_depthwise and self.keeps_rms:
-            reason = "depthwise: every group has one row, and nothing to be orthogonal to"
-            return tensor, LayerRecord(layer.name, layer.number, KEPT, reason)
-        matrices = as_matrices(tensor, layer)
+    def _change(self, tensor: torch.Tensor, layer: WeightedLayer) -> Change:
+        if reason := layer.kept_reason(self.layer):
+            return None, reason, {}
+        if self.method == "polar" and layer.is_depthwise and self.keeps_rms:
+            return None, "depthwise: every group has one row, and nothing to be orthogonal to", {}
+        matrices = as_matrices(tensor, layer, layer.num_packed if self.method == "qr" else layer.num_matrices)
         orthogonal = orthogonalize(matrices, method=self.method, keep_rms=self.keeps_rms)
         overlap = overlap_with(matrices, orthogonal)
         reason = f"{self.method}: {overlap:.0%} of the prediction's direction kept"
-        record = LayerRecord(layer.name, layer.number, CHANGED, reason, {"overlap": overlap})
-        return from_matrices(orthogonal, tensor, layer), record
+        return from_matrices(orthogonal, tensor, layer), reason, {"overlap": overlap}
 
 
 def orthogonalize(matrices: torch.Tensor, *, method: str, keep_rms: bool) -> torch.Tensor:
@@ -83,24 +87,16 @@ def orthogonalize(matrices: torch.Tensor, *, method: str, keep_rms: bool) -> tor
     """
     is_wide = matrices.shape[-2] < matrices.shape[-1]
     tall = matrices.mT if is_wide else matrices
-    factor = _polar_factor(tall) if method == "polar" else _qr_factor(tall)
+    if method == "polar":
+        u, _, vh = torch.linalg.svd(tall, full_matrices=False)
+        factor: torch.Tensor = u @ vh
+    else:
+        q, r = torch.linalg.qr(tall)
+        factor = q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype).unsqueeze(-2)
     if keep_rms:
         before = matrices.square().mean(dim=(-2, -1), keepdim=True).sqrt()
         factor = factor * before / factor.square().mean(dim=(-2, -1), keepdim=True).sqrt()
     return factor.mT if is_wide else factor
-
-
-def _qr_factor(tall: torch.Tensor) -> torch.Tensor:
-    q, r = torch.linalg.qr(tall)
-    signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
-    factor: torch.Tensor = q * signs.unsqueeze(-2)
-    return factor
-
-
-def _polar_factor(tall: torch.Tensor) -> torch.Tensor:
-    u, _, vh = torch.linalg.svd(tall, full_matrices=False)
-    factor: torch.Tensor = u @ vh
-    return factor
 
 
 def overlap_with(before: torch.Tensor, after: torch.Tensor) -> float:

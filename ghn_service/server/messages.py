@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -11,10 +12,10 @@ import torch
 from ghn_client.wire import ghn_pb2
 from ghn_service.errors import InvalidOptionError
 from ghn_service.graph.architecture import ParameterSpec
-from ghn_service.postprocess.base import POSTPROCESSORS, Step
-from ghn_service.postprocess.low_rank import FUNCTION, FUNCTION_OPTIMIZED, SPECTRAL
-from ghn_service.postprocess.low_rank_plan import LowRank
-from ghn_service.postprocess.rank_allocation import RANK_RULES, RankRule
+from ghn_service.postprocess.low_rank.factorize import FUNCTION
+from ghn_service.postprocess.low_rank.output import FactorRecord, RankCost
+from ghn_service.postprocess.low_rank.ranks import RANK_RULES, LowRank
+from ghn_service.postprocess.steps import POSTPROCESSORS, Step
 from ghn_service.predictor import (
     DECODING,
     ENCODING,
@@ -38,12 +39,6 @@ DTYPE_NAMES: Mapping[int, str] = {
     ghn_pb2.DATA_TYPE_FLOAT16: "float16",
     ghn_pb2.DATA_TYPE_BFLOAT16: "bfloat16",
 }
-LOW_RANK_METHODS: Mapping[int, str] = {
-    ghn_pb2.LOW_RANK_METHOD_UNSPECIFIED: FUNCTION,
-    ghn_pb2.LOW_RANK_METHOD_SPECTRAL: SPECTRAL,
-    ghn_pb2.LOW_RANK_METHOD_FUNCTION: FUNCTION,
-    ghn_pb2.LOW_RANK_METHOD_FUNCTION_OPTIMIZED: FUNCTION_OPTIMIZED,
-}
 STAGES: Mapping[str, ghn_pb2.Stage.ValueType] = {
     "": ghn_pb2.STAGE_QUEUED,
     READING: ghn_pb2.STAGE_ENCODING,
@@ -63,10 +58,27 @@ def decode_options(request: ghn_pb2.PredictWeightsRequest) -> PredictionOptions:
         dtype=decode_dtype(request.dtype),
         seed=request.seed,
         steps=tuple(_decode_step(step, index) for index, step in enumerate(request.steps)),
-        low_rank=_decode_low_rank(request.low_rank) if request.HasField("low_rank") else None,
+        low_rank=decode_low_rank(request.low_rank) if request.HasField("low_rank") else None,
         include=_decode_include(request.include),
         report=request.report,
     )
+
+
+def decode_low_rank(low_rank: ghn_pb2.LowRankOutput, *, with_curves: bool = False) -> LowRank:
+    """What a request asks of low rank; the enum's names are those of the methods.
+
+    Raises:
+        InvalidOptionError: No rule is given, or a value is impossible.
+    """
+    if low_rank.method not in ghn_pb2.LowRankMethod.values():
+        known = ", ".join(ghn_pb2.LowRankMethod.keys())
+        raise InvalidOptionError(f"expected one of {known}, got the number {low_rank.method}", field="low_rank.method")
+    rule = low_rank.WhichOneof("rank_rule")
+    if rule is None:
+        raise InvalidOptionError(f"expected one of {', '.join(RANK_RULES)}, got none", field="low_rank.rank_rule")
+    name = ghn_pb2.LowRankMethod.Name(low_rank.method).removeprefix("LOW_RANK_METHOD_").lower()
+    method = name if low_rank.method else FUNCTION
+    return LowRank(rule, float(getattr(low_rank, rule)), method, with_curves)
 
 
 def decode_dtype(dtype: int) -> str:
@@ -144,6 +156,25 @@ def encode_analysis(
         unknown_operators=graph.unknown_operators,
         graph_digest=graph.digest(),
         model=model.name,
+        low_rank_layers=[_encode_factor_record(layer) for layer in analysis.low_rank.layers]
+        if analysis.low_rank
+        else (),
+    )
+
+
+def _encode_factor_record(layer: FactorRecord) -> ghn_pb2.LowRankLayer:
+    def encode_cost(cost: RankCost) -> ghn_pb2.RankCost:
+        return ghn_pb2.RankCost(**dataclasses.asdict(cost))
+
+    return ghn_pb2.LowRankLayer(
+        parameter=layer.parameter,
+        method=ghn_pb2.LowRankMethod.Value(f"LOW_RANK_METHOD_{layer.method.upper()}"),
+        activation=layer.activation,
+        normalized=layer.normalized,
+        note=layer.note,
+        dense=encode_cost(layer.dense),
+        chosen=encode_cost(layer.chosen),
+        curve=[encode_cost(cost) for cost in layer.curve],
     )
 
 
@@ -190,16 +221,6 @@ def _decode_step(step: ghn_pb2.PostProcessingStep, index: int) -> Step:
                 f"expected at most {MAX_OPTION_CHARACTERS} characters per option", field=f"steps[{index}].options"
             )
     return Step(step.name, dict(sorted(step.options.items())))
-
-
-def _decode_low_rank(low_rank: ghn_pb2.LowRankOutput) -> LowRank:
-    if low_rank.method not in LOW_RANK_METHODS:
-        known = ", ".join(ghn_pb2.LowRankMethod.keys())
-        raise InvalidOptionError(f"expected one of {known}, got the number {low_rank.method}", field="low_rank.method")
-    kind = low_rank.WhichOneof("rank_rule")
-    if kind is None:
-        raise InvalidOptionError(f"expected one of {', '.join(RANK_RULES)}, got none", field="low_rank.rank_rule")
-    return LowRank(RankRule(kind, float(getattr(low_rank, kind))), LOW_RANK_METHODS[low_rank.method])
 
 
 def _decode_include(patterns: Iterable[str]) -> tuple[str, ...]:

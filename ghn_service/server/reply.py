@@ -16,8 +16,8 @@ from ghn_client.wire.metadata import PredictionMetadata, TensorNote, TensorUse, 
 from ghn_service.errors import InvalidArchitectureError
 from ghn_service.graph.architecture import ArchitectureGraph, ParameterSpec
 from ghn_service.parameters import ParameterSet
-from ghn_service.postprocess.low_rank_plan import encode_low_rank_record
-from ghn_service.postprocess.records import encode_record
+from ghn_service.postprocess.low_rank.output import encode_low_rank_record
+from ghn_service.postprocess.steps import encode_record
 from ghn_service.predictor import ArchitectureAnalysis, PredictionOptions, PredictionResult
 from ghn_service.server.messages import encode_dtype, encode_tensors
 from ghn_service.server.models import LoadedModel

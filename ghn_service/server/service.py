@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import grpc
@@ -14,11 +15,14 @@ from ghn_client.wire.framing import SERVICE, OutgoingChunk, encode_event
 from ghn_service.errors import DeadlineExceededError, InvalidOptionError, RequestCancelledError
 from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.graph.onnx.reader import read_onnx
+from ghn_service.postprocess.low_rank.output import LowRankRecord
+from ghn_service.postprocess.low_rank.ranks import LowRank
 from ghn_service.predictor import READING, PredictionOptions, PredictionResult
 from ghn_service.server.logs import current_request_id
 from ghn_service.server.memory import translate_memory_errors
 from ghn_service.server.messages import (
     decode_dtype,
+    decode_low_rank,
     decode_options,
     encode_analysis,
     encode_models,
@@ -29,7 +33,7 @@ from ghn_service.server.models import LoadedModel, ModelRegistry
 from ghn_service.server.reply import VERSION, Reply, ReplyBuilder, expected_bytes
 from ghn_service.server.settings import Settings
 from ghn_service.server.watchdog import Watchdog
-from ghn_service.server.work_queue import Checkpoint, Job, WorkQueue
+from ghn_service.server.work_queue import Admission, Checkpoint, Job, ResultT, WorkQueue
 
 Events = Iterator[ghn_pb2.PredictWeightsResponse | OutgoingChunk]
 
@@ -61,10 +65,8 @@ class GhnService:
             graph = self._read(request.architecture)
             seconds = {READING: time.perf_counter() - start}
             with ReplyBuilder(graph, options, model) as builder:
-                job = Job(partial(_predict, model, graph, options, builder), deadline=deadline)
-                if not context.add_callback(job.cancel):
-                    raise RequestCancelledError("the request was cancelled")
-                admission.submit(job)
+                work = partial(_predict, model, graph, options, builder)
+                job = _submit(admission, work, context, deadline)
                 for progress in job.progress(lambda: self.work_queue.position(job)):
                     yield encode_progress(progress)
                 result = job.result()
@@ -76,11 +78,19 @@ class GhnService:
     def analyze_architecture(
         self, request: ghn_pb2.AnalyzeArchitectureRequest, context: grpc.ServicerContext
     ) -> ghn_pb2.AnalyzeArchitectureResponse:
-        """Reads an architecture and says what a prediction would do, without predicting."""
+        """Reads an architecture and says what a prediction would do; predicts only where ranks are asked for."""
         dtype = decode_dtype(request.dtype)
+        low_rank = decode_low_rank(request.low_rank, with_curves=True) if request.HasField("low_rank") else None
         model = self.models.get(request.model)
         graph = self._read(request.architecture)
         analysis = model.predictors[0].analyze(graph)
+        if low_rank is not None:
+            with self.work_queue.admit() as admission:
+                work = partial(_factor, model, graph, low_rank)
+                job = _submit(admission, work, context, self._deadline(context))
+                for _ in job.progress(lambda: self.work_queue.position(job)):
+                    pass
+                analysis = replace(analysis, low_rank=job.result())
         return encode_analysis(
             analysis, model, total_bytes=expected_bytes(analysis, dtype, model), request_id=current_request_id()
         )
@@ -155,6 +165,25 @@ def method_handlers(service: GhnService) -> grpc.GenericRpcHandler:
             ),
         },
     )
+
+
+def _submit(
+    admission: Admission, work: Callable[[int, Checkpoint], ResultT], context: grpc.ServicerContext, deadline: float
+) -> Job[ResultT]:
+    """Puts work into the queue, to be given up when the client hangs up."""
+    job = Job(work, deadline=deadline)
+    if not context.add_callback(job.cancel):
+        raise RequestCancelledError("the request was cancelled")
+    admission.submit(job)
+    return job
+
+
+def _factor(
+    model: LoadedModel, graph: ArchitectureGraph, low_rank: LowRank, device_index: int, checkpoint: Checkpoint
+) -> LowRankRecord | None:
+    """What low rank would make of a prediction, on a worker's thread."""
+    options, ignore = PredictionOptions(low_rank=low_rank), lambda parameters, count: None
+    return model.predictors[device_index].run(graph, options=options, on_stage=checkpoint, on_written=ignore).low_rank
 
 
 def _predict(

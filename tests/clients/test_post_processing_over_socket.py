@@ -20,6 +20,7 @@ from ghn_client.cli.app import app
 from ghn_client.errors import InvalidOptionError
 from ghn_client.factors import factor_pairs
 from ghn_client.low_rank import defactorize_module, factorize_module
+from ghn_client.options import LOW_RANK_METHODS
 from ghn_service.hypernetwork.checkpoint import save_checkpoint
 from tests.hypernetwork.small_graphs import small_ghn
 
@@ -117,7 +118,7 @@ def test_impossible_options_are_refused_with_the_field_named(
     assert error.value.field == field
 
 
-@pytest.mark.parametrize("method", ["spectral", "function", "function_optimized"])
+@pytest.mark.parametrize("method", LOW_RANK_METHODS)
 def test_factors_load_into_a_factored_module_and_equal_the_filled_onnx(
     client: GHNClient, model: Path, method: str, tmp_path: Path
 ) -> None:
@@ -140,6 +141,34 @@ def test_the_file_says_enough_to_use_its_factors_alone(client: GHNClient, model:
     assert entry["factors"] == ["2.weight.factor_in", "2.weight.factor_out"]
     assert entry["activation"] == "relu"
     assert 0 < entry["function_error"] <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize("low_rank", [{"fraction": 0.25}, {"parameter_budget": 3000, "method": "scaled"}], ids=str)
+def test_an_analysis_tells_what_a_prediction_with_factors_holds(client: GHNClient, model: Path, low_rank: dict) -> None:
+    analysis, prediction = client.analyze(model, low_rank=low_rank), client.predict(model, low_rank=low_rank)
+    told = {layer.parameter: layer for layer in analysis.low_rank}
+    for entry in prediction.metadata.low_rank["layers"]:
+        layer = told.pop(entry["parameter"])
+        assert (layer.chosen.rank, layer.method, layer.note) == (entry["rank"], entry["method"], entry["note"])
+        assert (layer.dense.parameters, layer.chosen.parameters) == (entry["parameters"], entry["factored_parameters"])
+        assert layer.chosen.function_error == pytest.approx(entry["function_error"])
+        errors = [cost.function_error for cost in layer.curve]
+        assert errors == sorted(errors, reverse=True)
+    assert not told
+    assert client.analyze(model).low_rank == ()
+    with pytest.raises(InvalidOptionError) as error:
+        client.analyze(model, low_rank={"parameter_budget": 10})
+    assert error.value.field == "low_rank.parameter_budget"
+
+
+def test_the_command_line_tells_what_ranks_cost_and_save(model: Path, checkpoint: Path) -> None:
+    arguments = ["analyze", str(model), "--checkpoint", str(checkpoint), "--low-rank", "fraction=0.25"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "error at other ranks" in result.stdout
+    assert "a: " in result.stdout
+    document = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert {layer["parameter"] for layer in document["low_rank"]} >= {"0.weight", "2.weight"}
 
 
 def test_the_command_line_writes_reports_and_factors(model: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from ghn_service.errors import PredictionError
 from ghn_service.hypernetwork import writing
 from ghn_service.parameters import ParameterSet
-from ghn_service.postprocess.base import Step
+from ghn_service.postprocess.steps import Step
 from ghn_service.predictor import PredictionOptions, Predictor
 from tests.hypernetwork.small_graphs import small_ghn, small_network
 

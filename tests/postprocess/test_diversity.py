@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ghn_service.graph.architecture import LayerAttributes
-from ghn_service.postprocess.base import Step, apply_steps
 from ghn_service.postprocess.diversity import TensorDiversity, measure_diversity, tiled_share
-from ghn_service.postprocess.layers import weighted_layers
+from ghn_service.postprocess.steps import Step, apply_steps
+from ghn_service.postprocess.weighted_layers import weighted_layers
 from tests.postprocess.layer_examples import (
     ExampleLayer,
     chain_graph,

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from ghn_service.postprocess.base import Step, apply_steps
 from ghn_service.postprocess.distribution_shift import measure_shift
-from ghn_service.postprocess.diversity_report import build_report, measure_network
+from ghn_service.postprocess.diversity import build_report, measure_network
+from ghn_service.postprocess.steps import Step, apply_steps
 from tests.postprocess.layer_examples import ExampleLayer, chain_graph, random_parameters, tiled_weight, with_tensor
 
 LAYERS = (

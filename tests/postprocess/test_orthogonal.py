@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ghn_service.graph.architecture import LayerAttributes
-from ghn_service.postprocess.layers import to_torch_layout
 from ghn_service.postprocess.orthogonal import Orthogonal, orthogonalize, overlap_with
+from ghn_service.postprocess.weighted_layers import to_torch_layout
 from tests.postprocess.layer_examples import (
     ExampleLayer,
     chain_graph,
@@ -63,9 +63,21 @@ def test_polar_is_the_nearest_semi_orthogonal_matrix() -> None:
 
 def test_the_groups_of_a_convolution_are_orthogonal_each_by_itself() -> None:
     layer = ExampleLayer("grouped.weight", (8, 3, 3, 3), attributes=LayerAttributes(groups=2))
-    _, after, _ = apply_to(layer, Orthogonal(keep_rms=False))
+    _, after, _ = apply_to(layer, Orthogonal(method="polar", keep_rms=False))
     for group in after.flatten(1).chunk(2):
         torch.testing.assert_close(group @ group.T, torch.eye(4), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [2, 64])
+def test_qr_reads_the_whole_weight_of_a_grouped_convolution_as_one_tall_matrix(groups: int) -> None:
+    layer = ExampleLayer("grouped.weight", (64, 64 // groups, 3, 3), attributes=LayerAttributes(groups=groups))
+    before, after, outcome = apply_to(layer, Orthogonal(method="qr"))
+    rows = before.flatten(1)
+    is_wide = rows.shape[0] < rows.shape[1]
+    q, r = torch.linalg.qr(rows.T if is_wide else rows)
+    published = q * torch.sign(torch.diag(r))
+    torch.testing.assert_close(after.flatten(1), published.T if is_wide else published)
+    assert outcome == "changed"
 
 
 def test_packed_projections_are_orthogonal_each_by_itself() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ghn_service.postprocess.diversity_noise import DiversityNoise, row_correlation_std
+from ghn_service.postprocess.noise import DiversityNoise, row_correlation_std
 from ghn_service.postprocess.orthogonal import Orthogonal
 from tests.postprocess.layer_examples import PLAIN, chain_graph, random_parameters
 

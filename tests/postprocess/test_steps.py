@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from ghn_service.errors import InvalidOptionError
-from ghn_service.postprocess.base import POSTPROCESSORS, Step, apply_steps, decode_step, encode_step, parse_steps
-from ghn_service.postprocess.records import encode_record
+from ghn_service.postprocess.steps import POSTPROCESSORS, Step, apply_steps, encode_record, parse_steps
 from tests.postprocess.layer_examples import PLAIN, chain_graph, random_parameters
 
 
@@ -45,17 +44,6 @@ def test_too_many_steps_are_refused() -> None:
     with pytest.raises(InvalidOptionError) as error:
         parse_steps([Step("noise")] * 17)
     assert error.value.field == "steps"
-
-
-@pytest.mark.parametrize("text", ["noise", "noise:beta=3e-5", "orthogonal:method=polar,layer=37"])
-def test_step_texts_round_trip(text: str) -> None:
-    assert encode_step(decode_step(text)) == text
-
-
-@pytest.mark.parametrize("text", ["noise:beta", "noise:=1", "noise:beta=1,beta=2"])
-def test_a_malformed_step_text_is_refused(text: str) -> None:
-    with pytest.raises(InvalidOptionError):
-        decode_step(text)
 
 
 def test_the_same_seed_gives_the_same_values_and_another_seed_others() -> None:

@@ -187,6 +187,7 @@ def analyze(
     checkpoint: shared.Checkpoint = None,
     model: shared.Model = "",
     dtype: shared.ElementType = shared.Dtype.FLOAT32,
+    low_rank: shared.LowRank = "",
     show_all: shared.ShowAll = False,
     as_json: shared.Json = False,
     token_file: shared.TokenFile = None,
@@ -196,21 +197,23 @@ def analyze(
     private_key: shared.PrivateKey = None,
     timeout: shared.Timeout = None,
 ) -> None:
-    """Say what a prediction would do with each tensor, without predicting."""
+    """Say what a prediction would do with each tensor; with --low-rank, what ranks cost and save in each layer."""
     with ending_well():
         server = shared.server_options(
             context, address, checkpoint, token_file, tls, root_certificates, certificate, private_key, timeout
         )
         with shared.open_client(server) as client:
-            analysis = client.analyze(model_file, dtype=dtype.value, model=model)
+            analysis = client.analyze(model_file, dtype=dtype.value, model=model, low_rank=_parse_low_rank(low_rank))
         for sentence in analysis.warnings:
             warn(sentence)
         if as_json:
             _print_json(dataclasses.asdict(analysis))
         else:
-            from ghn_client.cli.tables import data_console, print_analysis
+            from ghn_client.cli.tables import data_console, print_analysis, print_low_rank
 
             print_analysis(data_console(), analysis, show_all=show_all)
+            if analysis.low_rank:
+                print_low_rank(data_console(), analysis.low_rank)
 
 
 @app.command()
@@ -272,51 +275,6 @@ def health(
             typer.echo("ready" if state.ready else "alive, but not ready" if state.alive else "not there")
         if not (state.ready or (live and state.alive)):
             raise typer.Exit(1 if state.alive else 5)
-
-
-@app.command("plan-rank")
-def plan_rank(
-    model_file: shared.ModelFile,
-    weights: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Predicted weights of this model; He-normal ones if not given.")
-    ] = None,
-    method: Annotated[str, typer.Option(help="spectral, function or function_optimized.")] = "function",
-    rule: Annotated[
-        str, typer.Option(metavar="RULE=VALUE", help="A rank rule whose choice is to be shown, such as energy=0.9.")
-    ] = "",
-    output_format: Annotated[str, typer.Option("--format", help="table, json or svg.")] = "table",
-) -> None:
-    """Show what low rank would cost and save in each layer, before anything is predicted; needs ghn-service."""
-    with ending_well():
-        from ghn_client import plan_rank as planning
-
-        if output_format not in planning.FORMATS:
-            raise refuse(f"expected --format of {', '.join(planning.FORMATS)}, got {output_format!r}")
-        chosen = _parse_low_rank(rule)
-        if chosen is not None and len(chosen) != 1:
-            raise refuse(f"expected one --rule RULE=VALUE, got {rule!r}")
-        pair = next(iter(chosen.items())) if chosen else None
-        plan = planning.plan_rank(model_file, weights=weights, method=method, rule=pair)
-        if output_format == "json":
-            typer.echo(planning.plan_json(plan))
-        elif output_format == "svg":
-            typer.echo(planning.plan_svg(plan))
-        else:
-            _print_plan(planning.plan_table(plan), planning.plan_summary(plan))
-
-
-def _print_plan(table: tuple[list[str], list[list[str]]], summary: str) -> None:
-    from rich.table import Table
-
-    from ghn_client.cli.tables import data_console
-
-    columns, rows = table
-    drawn = Table(*columns, box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        drawn.add_row(*row)
-    console = data_console()
-    console.print(drawn)
-    console.print(summary)
 
 
 def _print_json(document: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ghn_client.info import Analysis, ModelInfo
+from ghn_client.info import Analysis, LowRankLayer, ModelInfo
 from ghn_client.prediction import Prediction
 
 MAX_ROWS = 80
@@ -80,6 +81,34 @@ def print_analysis(console: Console, analysis: Analysis, *, show_all: bool) -> N
     )
     if analysis.buffers:
         console.print(f"not weights, left to you: {len(analysis.buffers)} buffers, such as {analysis.buffers[0]}")
+
+
+def print_low_rank(console: Console, layers: Sequence[LowRankLayer]) -> None:
+    """One line a layer: what it would become, and its error at other ranks; then the notes, and what is saved."""
+    notes = dict.fromkeys(layer.note for layer in layers if layer.note)
+    marks = dict(zip(notes, string.ascii_lowercase, strict=False))
+    table = _table("layer", "then", "rank", "error", "parameters", "multiply-adds", "error at other ranks", "note")
+    for layer in layers:
+        dense, chosen = layer.dense, layer.chosen
+        then = f"{'norm ' if layer.normalized else ''}{layer.activation}".strip() or "-"
+        found = [str(chosen.rank), f"{chosen.function_error:.3f}"] if chosen.rank else ["dense", ""]
+        costs = [(dense.parameters, chosen.parameters), (dense.multiply_adds, chosen.multiply_adds)]
+        curve = "  ".join(f"{cost.rank}: {cost.function_error:.3f}" for cost in layer.curve)
+        table.add_row(layer.parameter, then, *found, *map(_change_text, costs), curve, marks.get(layer.note, ""))
+    console.print(table)
+    for note, mark in marks.items():
+        console.print(f"{mark}: {note}")
+    parameters = sum(layer.dense.parameters for layer in layers), sum(layer.chosen.parameters for layer in layers)
+    told = f"weighted layers: {_change_text(parameters)} parameters"
+    if all(layer.dense.multiply_adds for layer in layers):
+        work = sum(layer.dense.multiply_adds for layer in layers), sum(layer.chosen.multiply_adds for layer in layers)
+        told += f", {_change_text(work)} multiply-adds per example"
+    console.print(f"{told}; errors are those of the layer's function, relative to its output")
+
+
+def _change_text(costs: tuple[int, int]) -> str:
+    before, after = map(count_text, costs)
+    return before if before == after else f"{before} > {after}"
 
 
 def print_models(console: Console, models: Sequence[ModelInfo]) -> None:

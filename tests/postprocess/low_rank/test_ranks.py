@@ -11,20 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ghn_service.errors import InvalidOptionError
-from ghn_service.postprocess.kernels import activation_kernel
-from ghn_service.postprocess.low_rank import factorize, relative_function_error
-from ghn_service.postprocess.rank_allocation import (
+from ghn_service.postprocess.low_rank.factorize import decompose, factorize, relative_function_error
+from ghn_service.postprocess.low_rank.kernels import activation_kernel
+from ghn_service.postprocess.low_rank.ranks import (
     DENSE,
     RANK_RULES,
-    RankChoice,
-    RankRule,
+    LowRank,
+    RankErrors,
+    RankOption,
     allocate_ranks,
+    candidate_ranks,
     choose_rank,
     lower_hull,
 )
-from ghn_service.postprocess.spectrum import candidate_ranks, error_curve, weight_spectrum
-
-RELU = activation_kernel("relu")
 
 
 def he_normal(width: int, inputs: int, *, seed: int = 0) -> torch.Tensor:
@@ -32,12 +31,26 @@ def he_normal(width: int, inputs: int, *, seed: int = 0) -> torch.Tensor:
 
 
 def chosen(weight: torch.Tensor, kind: str, value: float) -> int:
-    rule = RankRule(kind, value)
-    spectrum = weight_spectrum(weight)
-    return choose_rank(spectrum.full_rank, rule, lambda: spectrum, kernel=RELU, method="function", normalized=False)
+    return choose_rank(min(weight.shape), LowRank(kind, value), lambda: errors_of(weight))
 
 
-@pytest.mark.parametrize("method", ["spectral", "function"])
+def errors_of(weight: torch.Tensor, activation: str = "relu", method: str = "function") -> RankErrors:
+    return RankErrors.of(decompose(weight), activation_kernel(activation), method, normalized=False)
+
+
+def error_curve(
+    weight: torch.Tensor, ranks: list[int], *, activation: str = "relu", method: str = "function"
+) -> list[float]:
+    errors = errors_of(weight, activation, method)
+    return [errors.function_error(rank) for rank in ranks]
+
+
+def options_of(per_rank: int, dense: int, errors: dict[int, float]) -> list[RankOption]:
+    factored = [RankOption(rank * per_rank, error, rank) for rank, error in errors.items()]
+    return [*factored, RankOption(dense, 0.0, DENSE)]
+
+
+@pytest.mark.parametrize("method", ["spectral", "scaled", "function"])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_the_error_curve_is_the_error_of_the_factors(method: str, activation: str) -> None:
     weight, ranks = he_normal(24, 40), [1, 5, 12, 24]
@@ -51,7 +64,7 @@ def test_the_error_curve_is_the_error_of_the_factors(method: str, activation: st
 
 
 def test_the_error_falls_with_rank_and_ends_at_zero() -> None:
-    curve = error_curve(he_normal(16, 20), list(range(1, 17)), activation="relu", method="function")
+    curve = error_curve(he_normal(16, 20), list(range(1, 17)))
     assert curve == sorted(curve, reverse=True)
     assert curve[-1] == pytest.approx(0.0, abs=1e-5)
 
@@ -75,22 +88,21 @@ def test_energy_gives_the_smallest_rank_that_keeps_it() -> None:
 def test_function_error_gives_the_smallest_rank_that_meets_it() -> None:
     weight = he_normal(16, 40)
     rank = chosen(weight, "function_error", 0.3)
-    error, error_below = error_curve(weight, [rank, rank - 1], activation="relu", method="function")
+    error, error_below = error_curve(weight, [rank, rank - 1])
     assert error <= 0.3 < error_below
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_a_budget_is_met_and_shared_out_almost_as_well_as_by_exhaustive_search(data: st.DataObject) -> None:
-    choices = []
+    options = []
     for _ in range(data.draw(st.integers(1, 3))):
         per_rank, count = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 5))
         decay = data.draw(st.floats(0.2, 0.9))
-        choices.append(RankChoice(per_rank, per_rank * (count + 1), {r: decay**r for r in range(1, count + 1)}))
-    options = [choice.options() for choice in choices]
+        options.append(options_of(per_rank, per_rank * (count + 1), {r: decay**r for r in range(1, count + 1)}))
     least = sum(layer[0][0] for layer in options)
     budget = data.draw(st.integers(least, least * 4))
-    ranks = allocate_ranks(choices, budget, field="low_rank.parameter_budget")
+    ranks = allocate_ranks(options, budget, field="low_rank.parameter_budget")
     taken = [next(o for o in layer if o[2] == rank) for layer, rank in zip(options, ranks, strict=True)]
     assert sum(option[0] for option in taken) <= budget
     best = min(
@@ -104,13 +116,13 @@ def test_a_budget_is_met_and_shared_out_almost_as_well_as_by_exhaustive_search(d
 
 
 def test_an_ample_budget_leaves_everything_dense() -> None:
-    choices = [RankChoice(3, 12, {1: 0.5, 2: 0.2}), RankChoice(2, 9, {1: 0.4})]
+    choices = [options_of(3, 12, {1: 0.5, 2: 0.2}), options_of(2, 9, {1: 0.4})]
     assert allocate_ranks(choices, 21, field="low_rank.parameter_budget") == [DENSE, DENSE]
 
 
 def test_an_impossible_budget_is_refused() -> None:
     with pytest.raises(InvalidOptionError) as error:
-        allocate_ranks([RankChoice(3, 12, {1: 0.5})], 2, field="low_rank.parameter_budget")
+        allocate_ranks([options_of(3, 12, {1: 0.5})], 2, field="low_rank.parameter_budget")
     assert error.value.field == "low_rank.parameter_budget"
 
 
@@ -138,13 +150,13 @@ def test_the_lower_hull_of_convex_points_keeps_them_all() -> None:
 )
 def test_an_impossible_rule_is_refused_with_the_field_named(kind: str, value: float) -> None:
     with pytest.raises(InvalidOptionError) as error:
-        RankRule(kind, value)
+        LowRank(kind, value)
     assert error.value.field == f"low_rank.{kind}"
 
 
 def test_an_unknown_rule_lists_the_known_ones() -> None:
     with pytest.raises(InvalidOptionError) as error:
-        RankRule("ranks", 4)
+        LowRank("ranks", 4)
     assert all(kind in str(error.value) for kind in RANK_RULES)
 
 

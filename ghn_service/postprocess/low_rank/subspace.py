@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ghn_service.postprocess.kernels import ActivationKernel
+from ghn_service.postprocess.low_rank.kernels import ActivationKernel
 
 SMALLEST_COSINE = 1e-6
 BACKTRACKING = 0.3

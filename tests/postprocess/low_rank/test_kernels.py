@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from ghn_service.errors import InvalidOptionError
-from ghn_service.postprocess.kernels import (
+from ghn_service.postprocess.low_rank.kernels import (
     ACTIVATION_KERNELS,
     ActivationKernel,
     Quadrature,

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from ghn_service.postprocess.kernels import activation_kernel
-from ghn_service.postprocess.low_rank import relative_function_error
-from ghn_service.postprocess.subspace import improve_subspace, subspace_loss
+from ghn_service.postprocess.low_rank.factorize import relative_function_error
+from ghn_service.postprocess.low_rank.kernels import activation_kernel
+from ghn_service.postprocess.low_rank.subspace import improve_subspace, subspace_loss
 
 
 def random_matrix(rows: int, columns: int, *, seed: int = 0) -> torch.Tensor:

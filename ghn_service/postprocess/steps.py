@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -12,10 +13,10 @@ from ghn_service.errors import InvalidOptionError
 from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.parameters import ParameterSet
 from ghn_service.postprocess.auto import Auto
-from ghn_service.postprocess.diversity_noise import DiversityNoise
+from ghn_service.postprocess.noise import DiversityNoise
 from ghn_service.postprocess.options import parse_options, unknown_name
 from ghn_service.postprocess.orthogonal import Orthogonal
-from ghn_service.postprocess.records import StepRecord
+from ghn_service.postprocess.weighted_layers import StepRecord
 
 MAX_STEPS = 16
 
@@ -51,28 +52,6 @@ class Step:
     options: Mapping[str, str] = field(default_factory=dict)
 
 
-def decode_step(text: str) -> Step:
-    """Reads a step as it is written on the command line: ``name`` or ``name:option=value,option=value``.
-
-    Raises:
-        InvalidOptionError: The text is not of this form.
-    """
-    name, _, rest = text.partition(":")
-    options: dict[str, str] = {}
-    for part in filter(None, rest.split(",")):
-        key, separator, value = part.partition("=")
-        if not separator or not key.strip() or key.strip() in options:
-            raise InvalidOptionError(f"expected option=value once per option in step {text!r}, got {part!r}")
-        options[key.strip()] = value.strip()
-    return Step(name.strip(), options)
-
-
-def encode_step(step: Step) -> str:
-    """The inverse of ``decode_step``."""
-    options = ",".join(f"{name}={value}" for name, value in step.options.items())
-    return f"{step.name}:{options}" if options else step.name
-
-
 def parse_steps(steps: Sequence[Step]) -> tuple[PostProcessor, ...]:
     """Looks up every step and validates its options.
 
@@ -100,16 +79,13 @@ def apply_steps(
     Raises:
         InvalidOptionError: As ``parse_steps``.
     """
+    device = next((tensor.device for tensor in parameters.values()), torch.device("cpu"))
     records = []
     for index, step in enumerate(parse_steps(steps)):
-        generator = torch.Generator(_device_of(parameters)).manual_seed(_step_seed(seed, index))
+        generator = torch.Generator(device).manual_seed(_step_seed(seed, index))
         parameters, record = step.apply(parameters, graph, generator=generator)
         records.append(record)
     return parameters, tuple(records)
-
-
-def _device_of(parameters: ParameterSet) -> torch.device:
-    return next((tensor.device for tensor in parameters.values()), torch.device("cpu"))
 
 
 def _step_seed(seed: int, index: int) -> int:
@@ -118,3 +94,12 @@ def _step_seed(seed: int, index: int) -> int:
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
     state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
     return (state ^ (state >> 31)) >> 1
+
+
+def encode_record(record: StepRecord) -> dict[str, Any]:
+    """The record as values that ``json`` writes."""
+    return {
+        "name": record.name,
+        "options": dict(record.options),
+        "layers": [{**dataclasses.asdict(layer), "values": dict(layer.values)} for layer in record.layers],
+    }

@@ -10,9 +10,10 @@ from torch.nn import functional
 
 from ghn_service.errors import InvalidOptionError
 from ghn_service.graph.architecture import LayerAttributes
-from ghn_service.postprocess.low_rank_output import apply_low_rank
-from ghn_service.postprocess.low_rank_plan import FactorRecord, LowRank, encode_low_rank_record
-from ghn_service.postprocess.rank_allocation import RankRule
+from ghn_service.postprocess.low_rank import output
+from ghn_service.postprocess.low_rank.factorize import decompose
+from ghn_service.postprocess.low_rank.output import FactorRecord, apply_low_rank, encode_low_rank_record
+from ghn_service.postprocess.low_rank.ranks import RANK_RULES, LowRank
 from tests.postprocess.layer_examples import ExampleLayer, chain_graph, random_parameters
 
 RELU = LayerAttributes(activation="relu", positions=4)
@@ -34,7 +35,7 @@ LAYERS = (
 def factored(kind: str = "rank", value: float = 3, method: str = "function", layers: tuple = LAYERS):
     graph = chain_graph(layers)
     parameters = random_parameters(graph)
-    result, record = apply_low_rank(parameters, graph, LowRank(RankRule(kind, value), method))
+    result, record = apply_low_rank(parameters, graph, LowRank(kind, value, method, with_curves=True))
     return parameters, result, {layer.parameter: layer for layer in record.layers}, record
 
 
@@ -68,7 +69,7 @@ def test_full_energy_gives_the_weight_back_where_factors_are_made() -> None:
     low_rank = torch.randn(200, 5) @ torch.randn(5, 30)
     tensors = {**parameters, "thin.weight": low_rank}
     parameters = type(parameters)(parameters.specs, tensors, parameters.origins)
-    result, _ = apply_low_rank(parameters, graph, LowRank(RankRule("energy", 0.999999), "spectral"))
+    result, _ = apply_low_rank(parameters, graph, LowRank("energy", 0.999999, "spectral"))
     product = result["thin.weight.factor_out"] @ result["thin.weight.factor_in"]
     torch.testing.assert_close(product, low_rank, rtol=1e-2, atol=2e-2)
 
@@ -83,7 +84,7 @@ def test_a_transposed_weight_has_factors_in_torchs_layout() -> None:
 def test_layers_that_would_not_gain_stay_dense_and_say_why(name: str) -> None:
     parameters, result, records, _ = factored()
     assert torch.equal(result[name], parameters[name])
-    assert records[name].rank == 0
+    assert records[name].chosen.rank == 0
     assert records[name].note
 
 
@@ -106,17 +107,18 @@ def test_the_method_is_the_one_that_can_matter(name: str, method: str) -> None:
 def test_the_function_method_has_less_error_than_spectral() -> None:
     _, _, function, _ = factored(method="function")
     _, _, spectral, _ = factored(method="spectral")
-    assert function["linear.weight"].function_error < spectral["linear.weight"].function_error
-    assert function["normed.weight"].function_error == pytest.approx(spectral["normed.weight"].function_error)
+    assert function["linear.weight"].chosen.function_error < spectral["linear.weight"].chosen.function_error
+    normed = [records["normed.weight"].chosen.function_error for records in (function, spectral)]
+    assert normed[0] == pytest.approx(normed[1])
 
 
 def test_costs_are_counted() -> None:
     _, result, records, _ = factored()
     record = records["linear.weight"]
-    assert (record.parameters, record.factored_parameters) == (40 * 32, 3 * (40 + 32))
-    assert (record.multiply_adds, record.factored_multiply_adds) == (40 * 32 * 4, 3 * (40 + 32) * 4)
+    assert (record.dense.parameters, record.chosen.parameters) == (40 * 32, 3 * (40 + 32))
+    assert (record.dense.multiply_adds, record.chosen.multiply_adds) == (40 * 32 * 4, 3 * (40 + 32) * 4)
     weights = sum(tensor.numel() for name, tensor in result.items() if "weight" in name)
-    assert sum(item.factored_parameters for item in records.values()) == weights
+    assert sum(item.chosen.parameters for item in records.values()) == weights
 
 
 @pytest.mark.parametrize("budget", [4000, 6000, 9000])
@@ -128,7 +130,7 @@ def test_a_parameter_budget_is_met_by_the_whole_network(budget: int) -> None:
 
 def test_a_multiply_add_budget_is_met_by_the_whole_network() -> None:
     _, _, records, _ = factored("multiply_add_budget", 20_000)
-    assert 18_000 <= sum(record.factored_multiply_adds for record in records.values()) <= 20_000
+    assert 18_000 <= sum(record.chosen.multiply_adds for record in records.values()) <= 20_000
 
 
 def test_a_multiply_add_budget_needs_known_positions() -> None:
@@ -147,7 +149,7 @@ def test_what_no_layer_can_meet_is_refused(kind: str, value: float) -> None:
 
 def test_an_unknown_method_is_refused() -> None:
     with pytest.raises(InvalidOptionError) as error:
-        LowRank(RankRule("rank", 1), "magic")
+        LowRank("rank", 1, "magic")
     assert error.value.field == "low_rank.method"
 
 
@@ -156,3 +158,36 @@ def test_the_record_survives_json() -> None:
     body = json.loads(json.dumps(encode_low_rank_record(record)))
     assert body["layers"][0]["factors"] == ["conv.weight.factor_in", "conv.weight.factor_out"]
     assert body["layers"][0]["shape"] == [16, 8, 3, 3]
+
+
+def test_the_scaled_method_is_used_where_no_normalisation_cancels_it() -> None:
+    parameters, result, records, _ = factored(method="scaled")
+    methods = {name: record.method for name, record in records.items() if record.chosen.rank}
+    assert {name for name, method in methods.items() if method == "spectral"} == {"normed.weight"}
+    product = result["last.weight.factor_out"] @ result["last.weight.factor_in"]
+    assert float(product.norm()) == pytest.approx(float(parameters["last.weight"].norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["spectral", "scaled", "function"])
+def test_the_curve_tells_what_other_ranks_would_give(method: str) -> None:
+    _, _, records, _ = factored("fraction", 0.25, method)
+    record = records["linear.weight"]
+    at_quarter = next(cost for cost in record.curve if cost.rank == record.chosen.rank == 8)
+    assert at_quarter.function_error == pytest.approx(record.chosen.function_error, abs=1e-5)
+    assert (at_quarter.parameters, at_quarter.multiply_adds) == (8 * 72, 8 * 72 * 4)
+    assert all(cost.parameters < record.dense.parameters for cost in record.curve)
+    assert records["head.weight"].curve == records["narrow.weight"].curve == ()
+
+
+@pytest.mark.parametrize("rule", RANK_RULES)
+def test_each_weight_is_decomposed_once(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    decomposed: list[tuple[int, ...]] = []
+
+    def counting(weight: torch.Tensor) -> output.Decomposition:
+        decomposed.append(tuple(weight.shape))
+        return decompose(weight)
+
+    monkeypatch.setattr(output, "decompose", counting)
+    values = {"rank": 3, "parameter_budget": 6000, "multiply_add_budget": 20_000}
+    factored(rule, values.get(rule, 0.5))
+    assert sorted(decomposed) == [(16, 72), *[(40, 32)] * 5]

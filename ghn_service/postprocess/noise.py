@@ -9,21 +9,20 @@ Shapes: a matrix of a layer is tall (R, C) with R >= C, transposed where needed,
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import torch
 
 from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.parameters import ParameterSet
-from ghn_service.postprocess.layers import (
-    WeightedLayer,
-    kept_reason,
-    to_file_layout,
-    to_torch_layout,
-)
 from ghn_service.postprocess.options import require_at_least, require_known
-from ghn_service.postprocess.records import CHANGED, KEPT, LayerRecord, StepRecord
-from ghn_service.postprocess.replace import change_layers
+from ghn_service.postprocess.weighted_layers import (
+    Change,
+    StepRecord,
+    WeightedLayer,
+    as_matrices,
+    change_layers,
+    from_matrices,
+)
 
 SCALES = ("correlation", "relative")
 
@@ -54,31 +53,24 @@ class DiversityNoise:
         self, parameters: ParameterSet, graph: ArchitectureGraph, *, generator: torch.Generator
     ) -> tuple[ParameterSet, StepRecord]:
         """Returns the noisy parameters, and what was added to each layer."""
-        change = partial(self._change, generator=generator)
+
+        def change(tensor: torch.Tensor, layer: WeightedLayer) -> Change:
+            if reason := layer.kept_reason(self.layer):
+                return None, reason, {}
+            parts = as_matrices(tensor.float(), layer, layer.num_packed)  # (B, R, C)
+            noise = torch.randn(layer.spec.torch_shape, generator=generator, device=generator.device)
+            measure = row_correlation_std if self.scale == "correlation" else _std
+            stds = [self.beta * measure(part) for part in parts]
+            noisy = parts + parts.new_tensor(stds)[:, None, None] * noise.to(parts.device).reshape(parts.shape)
+            std = sum(stds) / len(stds)
+            reason = f"noise of standard deviation {std:.3g} on weights of {_std(parts):.3g}"
+            return from_matrices(noisy, tensor, layer), reason, {"noise_std": std}
+
         return change_layers(parameters, graph, change, name="noise", options=asdict(self))
 
-    def _change(
-        self, tensor: torch.Tensor, layer: WeightedLayer, *, generator: torch.Generator
-    ) -> tuple[torch.Tensor, LayerRecord]:
-        if reason := kept_reason(layer, self.layer):
-            return tensor, LayerRecord(layer.name, layer.number, KEPT, reason)
-        weight = to_torch_layout(tensor, layer.spec).float()
-        noise = torch.randn(weight.shape, generator=generator, device=generator.device).to(weight.device)
-        parts = max(layer.attributes.packed, 1)
-        parts = parts if weight.shape[0] % parts == 0 else 1
-        scales = [self._noise_scale(part) for part in weight.chunk(parts)]
-        noisy = torch.cat(
-            [w + self.beta * s * n for w, n, s in zip(weight.chunk(parts), noise.chunk(parts), scales, strict=True)]
-        )
-        std = self.beta * sum(scales) / len(scales)
-        reason = f"noise of standard deviation {std:.3g} on weights of {float(weight.std(correction=0)):.3g}"
-        record = LayerRecord(layer.name, layer.number, CHANGED, reason, {"noise_std": std})
-        return to_file_layout(noisy.to(tensor.dtype), layer.spec), record
 
-    def _noise_scale(self, weight: torch.Tensor) -> float:
-        if self.scale == "relative":
-            return float(weight.std(correction=0))
-        return row_correlation_std(weight.reshape(weight.shape[0], -1))
+def _std(weight: torch.Tensor) -> float:
+    return float(weight.std(correction=0))
 
 
 def row_correlation_std(matrix: torch.Tensor) -> float:

@@ -1,0 +1,1 @@
+"""Low-rank factors in the place of dense weights."""
