@@ -66,3 +66,8 @@ DEEP_FAMILIES: dict[str, Family] = {
 DENSE_FAMILIES: dict[str, Family] = {
     "cells": Family(partial(plans.plan_cells, steps=(4, 8), norm="batch"), 1.0),
 }
+_DEEPER_SHARES = {"bottleneck": 0.14, "mobilenet": 0.12, "densenet": 0.08, "convnext": 0.06, "vit": 0.05}
+DEEPER_FAMILIES: dict[str, Family] = {
+    "resnet": Family(plans.plan_deep_resnet, 0.55),
+    **{name: Family(FAMILIES[name].plan, share) for name, share in _DEEPER_SHARES.items()},
+}

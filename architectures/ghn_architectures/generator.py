@@ -2,7 +2,8 @@
 
 The splits are those of DeepNets-1M (Knyazev et al. 2021, arXiv:2110.13100): ``train``, ``val`` and ``test`` share one
 distribution and no stream of random choices; ``wide``, ``deep``, ``dense`` and ``bnfree`` leave it on purpose;
-``reference`` is the registry. Unlike there, networks are drawn on the fly, many are small, and more families take part.
+``reference`` is the registry; ``broad`` is ``train`` with deeper and wider networks among it. Unlike there, networks
+are drawn on the fly, many are small, and more families take part.
 
 A draw goes: family, range of costs, everything about the network except its width, a usual width; if the cost is out of
 range, the width is scaled once, and if that fails, all but family and range is drawn again. Costs are those of the
@@ -16,7 +17,14 @@ from dataclasses import dataclass
 
 from ghn_architectures.architecture import CANONICAL, Architecture
 from ghn_architectures.draw import Draw
-from ghn_architectures.families import DEEP_FAMILIES, DENSE_FAMILIES, FAMILIES, NORM_FREE_FAMILIES, Family
+from ghn_architectures.families import (
+    DEEP_FAMILIES,
+    DEEPER_FAMILIES,
+    DENSE_FAMILIES,
+    FAMILIES,
+    NORM_FREE_FAMILIES,
+    Family,
+)
 from ghn_architectures.interface import Configuration, Interface
 from ghn_architectures.plans import Plan
 from ghn_architectures.registry import ARCHITECTURES, reference_architecture
@@ -98,6 +106,7 @@ class Split:
         widths: Base widths that occur.
         usual_widths: Base widths tried first, for scales 1, 2, and 3 or more.
         scale: Scale given to plans; 0 for that of the budget.
+        parts: Other splits by name and share, for a mixture of them; then nothing else of this counts.
     """
 
     description: str
@@ -106,6 +115,7 @@ class Split:
     widths: tuple[int, ...] = _WIDTHS
     usual_widths: tuple[tuple[int, ...], ...] = _USUAL_WIDTHS
     scale: int = 0
+    parts: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def _outside(least: int, most: int, *, least_nodes: int = 0, most_nodes: int = 600) -> Budget:
@@ -138,6 +148,26 @@ SPLITS: dict[str, Split] = {
     ),
     "bnfree": Split("networks of convolutional families, none with batch normalisation", NORM_FREE_FAMILIES),
     "reference": Split("the networks of the registry, in its order", {}),
+    "train_deep": Split(
+        "deeper networks to train on: 5 to 18 blocks per stage, where train has 1 to 4",
+        DEEPER_FAMILIES,
+        Budget(3_000_000, 110_000_000, most_parameters=4_000_000, most_nodes=400, most_elements=4_000_000),
+        usual_widths=((8, 8, 8, 16, 16, 24),),
+        scale=5,
+    ),
+    "train_wide": Split(
+        "wider networks to train on: 64 to 256 channels in the first stage, where train has 8 to 64",
+        FAMILIES,
+        Budget(6_000_000, 110_000_000, most_parameters=10_000_000, most_nodes=200, most_elements=3_000_000),
+        widths=tuple(range(64, 272, 16)),
+        usual_widths=((64, 80, 96, 128, 192, 256),),
+        scale=1,
+    ),
+    "broad": Split(
+        "networks to train on: those of train, deeper and wider ones",
+        {},
+        parts={"train": 0.57, "train_deep": 0.28, "train_wide": 0.15},
+    ),
 }
 
 
@@ -177,6 +207,9 @@ def sample_architecture(
     population = SPLITS[split]
     if split == "reference":
         return _reference(index, interface)
+    if population.parts:
+        split = Draw(f"ghn-architectures/{GENERATOR_VERSION}/{split}/{index}").weighted(population.parts)
+        population = SPLITS[split]
     limit = _budget(population, size, budget)
     shares = _shares(population, families)
     key = ("ghn-architectures", str(GENERATOR_VERSION), split, str(index), _key(limit), ",".join(families or ()))

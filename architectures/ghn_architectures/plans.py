@@ -72,6 +72,22 @@ def plan_resnet(draw: Draw, scale: int) -> Plan:
     return lambda base: _replaced(template, widths=_widths(base, growths))
 
 
+def plan_deep_resnet(draw: Draw, scale: int) -> Plan:
+    """Residual networks of 5 to 9 blocks per stage, some of 10 to 18, some uneven; half of them strided at once."""
+    stages = draw.choice((2, 3, 3, 3, 4))
+    kind = draw.weighted({"many": 0.6, "uneven": 0.2, "most": 0.2})
+    equal = draw.integer(10, 18) if kind == "most" else draw.integer(5, 9)
+    depths = tuple(draw.integer(2, 9) if kind == "uneven" else equal for _ in range(stages))
+    shallow, stem_stride = plan_resnet(draw, scale), 2 if draw.chance(0.5) else 1
+
+    def plan(base: int) -> Configuration:
+        drawn = shallow(base)
+        widths = _widths(base, tuple(2.0 for _ in range(stages - 1)))
+        return _replaced(drawn, widths=widths, depths=depths, stem_stride=stem_stride)
+
+    return plan
+
+
 def plan_bottleneck(draw: Draw, scale: int) -> Plan:
     """Residual networks of bottleneck blocks, some with grouped convolutions."""
     stages = draw.choice((2, 3, 3, 4))

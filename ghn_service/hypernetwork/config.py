@@ -55,6 +55,7 @@ class GHNConfig:
         decoder_activation: ``relu`` (GHN-2 and GHN-3), or ``leaky_relu``, whose units cannot stop learning for good
             (``docs/training.md``, *What paid*).
         rank: Rank of the factors of the low-rank decoder; without meaning for the tiled one.
+        places: Whether a node's features say where in the network it is (``places.py``); no published checkpoint's do.
         op_types: Vocabulary of node types; the position is the row of the type embedding.
 
     Raises:
@@ -74,6 +75,7 @@ class GHNConfig:
     kernel_crop: str = "center"
     decoder_activation: str = "relu"
     rank: int = 32
+    places: bool = False
     op_types: tuple[str, ...] = OP_TYPE_NAMES
 
     def __post_init__(self) -> None:
@@ -82,6 +84,8 @@ class GHNConfig:
                 raise CheckpointError(f"{field} must be one of {', '.join(known)}; got {getattr(self, field)!r}")
         for field, largest in _LARGEST.items():
             _check_size(field, getattr(self, field), largest)
+        if not isinstance(self.places, bool):
+            raise CheckpointError(f"places must be true or false; got {self.places!r}")
         if len(self.max_shape) != 4:
             raise CheckpointError(f"max_shape must have 4 sizes; got {self.max_shape}")
         for size in self.max_shape[:2]:

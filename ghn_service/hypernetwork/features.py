@@ -23,6 +23,7 @@ from ghn_service.errors import UnsupportedArchitectureError
 from ghn_service.graph.architecture import ArchitectureGraph, Node, ParameterSpec
 from ghn_service.graph.distances import shortest_distances
 from ghn_service.hypernetwork.config import GHNConfig
+from ghn_service.hypernetwork.places import find_places
 
 UNKNOWN_POOL_WINDOW = (3, 3)
 MAX_PREFIX_TOKENS = 5
@@ -84,6 +85,7 @@ class GraphFeatures:
         type_row: Row of the type embedding per node, (N,) int64.
         shape_rows: Rows of the channel embedding (out, in) and of the spatial embedding (height, width), (N, 4) int64.
         generation: Length of the longest path from a node without predecessors, (N,) int64.
+        places: Where each node is (``places.py``), (N, 7) float32; (N, 0) where the configuration has no places.
         edge_index: Direct edges, (2, E) int64.
         distances: Shortest path lengths; 0 where there is no path within the cutoff, (N, N) uint8.
         targets: The tensors to decode, in the order of ``ArchitectureGraph.parameters``.
@@ -92,6 +94,7 @@ class GraphFeatures:
     type_row: Tensor
     shape_rows: Tensor
     generation: Tensor
+    places: Tensor
     edge_index: Tensor
     distances: Tensor
     targets: tuple[Target, ...]
@@ -107,8 +110,8 @@ class GraphBatch:
     """Several architectures side by side.
 
     Attributes:
-        data: Node tensors of all graphs joined (``type_row``, ``shape_rows``, ``generation``, ``edge_index``,
-            ``batch``, ``ptr``), as ``torch_geometric`` does it.
+        data: Node tensors of all graphs joined (``type_row``, ``shape_rows``, ``generation``, ``places``,
+            ``edge_index``, ``batch``, ``ptr``), as ``torch_geometric`` does it.
         distances: Shortest path lengths, padded with 0, (B, S, S) uint8.
         targets: The tensors to decode, per graph.
     """
@@ -147,10 +150,12 @@ def build_features(graph: ArchitectureGraph, config: GHNConfig) -> GraphFeatures
             "contract these nodes first"
         )
     vocabulary = shape_vocabulary(config.num_classes, config.max_shape[3])
+    generation = _generations(graph)
     return GraphFeatures(
         type_row=torch.tensor([type_rows[node.op_type] for node in graph.nodes]),
         shape_rows=torch.tensor([vocabulary.rows(node) for node in graph.nodes]),
-        generation=torch.tensor(_generations(graph)),
+        generation=torch.tensor(generation),
+        places=find_places(graph, generation) if config.places else torch.empty(graph.num_nodes, 0),
         edge_index=torch.tensor(graph.edges, dtype=torch.int64).reshape(-1, 2).t().contiguous(),
         distances=torch.from_numpy(shortest_distances(graph, cutoff=config.distance_cutoff)),
         targets=tuple(_targets(graph)),
@@ -177,6 +182,7 @@ def collate(features: Sequence[GraphFeatures]) -> GraphBatch:
                 type_row=item.type_row,
                 shape_rows=item.shape_rows,
                 generation=item.generation,
+                places=item.places,
                 edge_index=item.edge_index,
             )
             for item in features

@@ -67,7 +67,7 @@ class GraphHyperNetwork(nn.Module):
         Returns:
             Node embeddings, (T, C).
         """
-        features = self.node_encoder(batch.data.type_row, batch.data.shape_rows)
+        features = self.node_encoder(batch.data.type_row, batch.data.shape_rows, batch.data.places)
         embeddings: Tensor = self.output_norm(self.encoder(features, batch))
         return embeddings
 

@@ -23,7 +23,7 @@ from ghn_service.training.evaluation_jobs import (
 from ghn_service.training.evaluation_plan import EvaluationPlan, Job, fine_tune_jobs, zero_shot_jobs
 from ghn_service.training.fine_tune import Comparison, Curve
 from ghn_service.training.results import FineTuned, Result, ResultsFile, ZeroShot
-from ghn_service.training.training_pool import pool_size, training_pool
+from ghn_service.training.training_pool import pool_size, pool_split, training_pool
 from ghn_service.training.worker_pool import WorkerPool, interrupted_by_sigterm
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,8 @@ def evaluate(
     setup = Setup(checkpoint, data_folder, plan, cache)
     context = make_context(setup)
     known = ResultsFile(results)
-    pool = training_pool(pool_size(context.summary.card.details), context.task, cache)
+    details = context.summary.card.details
+    pool = training_pool(pool_size(details), context.task, cache, pool_split(details))
     selection = select_networks(context, pool)
     names = selection.names.get("test", ())
     jobs = [] if plan.is_baseline_only else zero_shot_jobs(selection.names)

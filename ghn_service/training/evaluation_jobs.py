@@ -29,7 +29,7 @@ from ghn_service.training.passes import target_passes
 from ghn_service.training.results import Result, ZeroShot, result_key
 from ghn_service.training.sampling import TargetArchitecture
 from ghn_service.training.trainer import choose_precision
-from ghn_service.training.training_pool import TRAINING_SPLIT, TrainingPool
+from ghn_service.training.training_pool import TrainingPool, pool_split
 from ghn_service.training.zero_shot import (
     batch_accuracy,
     he_module,
@@ -82,7 +82,8 @@ class Context:
         """Predictions for training networks."""
         if not self.plan.novelty_networks:
             return None
-        trained_on = (self.network(TRAINING_SPLIT, str(index)) for index in range(self.plan.novelty_networks))
+        split = pool_split(self.summary.card.details)
+        trained_on = (self.network(split, str(index)) for index in range(self.plan.novelty_networks))
         return KnownPredictions(self.hypernetwork, trained_on)
 
     @property

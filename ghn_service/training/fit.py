@@ -95,7 +95,7 @@ def fit(
         resume: ``auto`` goes on from the folder's state if there is one; ``never`` needs a folder without.
         start_from: Checkpoint or state whose weights a new run begins with; random ones where omitted.
         cache: Folder for decoded images; ``cache`` beside the run where omitted.
-        source: Training networks by number; split ``train`` of the generator where omitted.
+        source: Training networks by number; those of ``sampling.split`` where omitted.
 
     Raises:
         TrainingError: The run cannot start, be resumed, or keeps diverging.
@@ -135,7 +135,7 @@ def _make_trainer(
         settings,
         data.training,
         data.normalization,
-        source or Pool("train", task, settings.sampling.pool),
+        source or Pool(settings.sampling.split, task, settings.sampling.pool),
         out,
         workers,
         validation=validation,
@@ -171,7 +171,8 @@ def export_checkpoint(trainer: Trainer, path: Path, data: TrainingData, dataset:
     card = ModelCard(
         dataset=dataset,
         class_names=data.training.class_names,
-        trained_on=f"{trainer.progress.networks} random networks of the generator's split train",
+        trained_on=f"{trainer.progress.networks} random networks of the generator's split "
+        f"{trainer.settings.sampling.split}",
         protocol="images scaled to 0..1, then normalised with mean and std per channel (details.normalization)",
         details={
             "normalization": {"mean": data.normalization.mean, "std": data.normalization.std},

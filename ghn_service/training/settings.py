@@ -64,6 +64,7 @@ class SamplingSettings(_Section):
         start_macs: ``largest_macs`` at the start; it grows to ``largest_macs`` over ``growth`` of the run.
         growth: Fraction of the run over which the largest network grows.
         largest_nodes: Networks with more graph nodes than this are left out.
+        split: Where they are drawn: ``train``, or ``broad``, which has deeper and wider ones too.
         pool: Different networks; after that many they come again.
         keep: Share of the networks of a family that is trained on in one round of the pool, by the family's name; all
             of them for families that are not named. So rare or hard families get more of the compute.
@@ -75,6 +76,7 @@ class SamplingSettings(_Section):
     start_macs: float = Field(default=3e6, gt=0)
     growth: float = Field(default=0.6, ge=0, le=1)
     largest_nodes: int = Field(default=250, ge=4)
+    split: Literal["train", "broad"] = "train"
     pool: int = Field(default=2500, ge=1)
     keep: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
 

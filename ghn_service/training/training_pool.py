@@ -21,7 +21,6 @@ from ghn_service.training.sampling import find_candidate
 
 logger = logging.getLogger(__name__)
 SAVE_EVERY = 250
-TRAINING_SPLIT = "train"
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class TrainingPool:
     """The training networks of a checkpoint.
 
     Attributes:
-        size: Networks of split ``train`` in the pool; 0 where the checkpoint does not say.
+        size: Networks in the pool; 0 where the checkpoint does not say.
         digests: Digests of their graphs.
     """
 
@@ -42,7 +41,12 @@ def pool_size(details: Mapping[str, Any]) -> int:
     return int(details.get("settings", {}).get("sampling", {}).get("pool", 0))
 
 
-def training_pool(size: int, task: Task, cache: Path | None) -> TrainingPool:
+def pool_split(details: Mapping[str, Any]) -> str:
+    """The split that this pool was drawn from."""
+    return str(details.get("settings", {}).get("sampling", {}).get("split", "train"))
+
+
+def training_pool(size: int, task: Task, cache: Path | None, split: str = "train") -> TrainingPool:
     """The digests of the first ``size`` training networks, from the cache as far as it has them.
 
     About 20 ms of processor time per network; progress is kept, so an interruption costs a few seconds.
@@ -51,10 +55,11 @@ def training_pool(size: int, task: Task, cache: Path | None) -> TrainingPool:
         size: Networks in the pool.
         task: Sizes of input and output, which are part of a graph.
         cache: Folder for digests; nothing is kept where omitted.
+        split: Split of the generator that they come from.
     """
-    path = _cache_path(cache, task) if cache else None
+    path = _cache_path(cache, task, split) if cache else None
     digests = _read(path)
-    source = Pool(TRAINING_SPLIT, task, max(size, 1))
+    source = Pool(split, task, max(size, 1))
     if len(digests) < size:
         logger.info("digests of the training networks: %d of %d are known", len(digests), size)
     for index in range(len(digests), size):
@@ -65,9 +70,9 @@ def training_pool(size: int, task: Task, cache: Path | None) -> TrainingPool:
     return TrainingPool(size, frozenset(digests[:size]) - {""})
 
 
-def _cache_path(cache: Path, task: Task) -> Path:
+def _cache_path(cache: Path, task: Task, split: str) -> Path:
     sizes = f"{task.num_classes}-{task.in_channels}-{task.image_size}"
-    return cache / f"graphs-{TRAINING_SPLIT}-v{GENERATOR_VERSION}.{DIGEST_VERSION}-{sizes}.json"
+    return cache / f"graphs-{split}-v{GENERATOR_VERSION}.{DIGEST_VERSION}-{sizes}.json"
 
 
 def _read(path: Path | None) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,11 +13,12 @@ from hypothesis import strategies as st
 
 from ghn_architectures.cell_network import CellNetworkConfiguration
 from ghn_architectures.families import FAMILIES
-from ghn_architectures.generator import SIZES, SPLITS, Budget, sample_architecture
+from ghn_architectures.generator import SIZES, Budget, sample_architecture
 from ghn_architectures.registry import ARCHITECTURES
+from ghn_architectures.resnet import ResNetConfiguration
 from ghn_service.errors import InvalidOptionError
 
-DRAWN = [name for name in SPLITS if name != "reference"]
+DRAWN = ["train", "val", "test", "wide", "deep", "dense", "bnfree"]
 GOLDEN = "20bbb7ed2c64d929b0b9028be089c84f2844b7140f1f393a4c21fec0cce91845"
 
 # sha256 of the digests of the first 50 graphs of each split (of all reference networks), for 3 x 32 x 32 images.
@@ -48,7 +50,7 @@ def test_a_version_of_the_generator_draws_the_same_networks_forever() -> None:
     assert fingerprint(4) == GOLDEN
 
 
-@pytest.mark.parametrize("split", [name for name in SPLITS if name != "deep"])
+@pytest.mark.parametrize("split", [name for name in GOLDEN_GRAPHS if name != "deep"])
 def test_graphs_of_fifty_networks_stay_as_they_are(split: str) -> None:
     """Checkpoints were trained on these graphs; a change here needs a new version of the generator,
     or of the digest where the networks stay the same."""
@@ -127,6 +129,28 @@ def test_wide_networks_are_wider_than_those_of_train() -> None:
 def test_deep_networks_have_more_nodes_than_those_of_train() -> None:
     most = max(budget.most_nodes for budget in SIZES.values())
     assert all(sample_architecture("deep", index).num_nodes > most for index in range(3))
+
+
+def test_broad_is_train_with_deeper_and_wider_networks_among_it() -> None:
+    networks = [sample_architecture("broad", index) for index in range(40)]
+    parts = Counter(network.name.split("/")[0] for network in networks)
+    assert set(parts) == {"train", "train_deep", "train_wide"}
+    assert all(network == sample_architecture(network.name.split("/")[0], i) for i, network in enumerate(networks))
+
+
+def test_deep_networks_to_train_on_have_up_to_18_blocks_in_a_stage() -> None:
+    drawn = [sample_architecture("train_deep", index, families=("resnet",)).configuration for index in range(30)]
+    depths = [max(item.depths) for item in drawn if isinstance(item, ResNetConfiguration)]
+    assert sum(depth >= 5 for depth in depths) >= 25
+    assert max(depths) >= 15
+
+
+def test_wide_networks_to_train_on_are_as_wide_as_those_of_wide() -> None:
+    widths = [
+        sample_architecture("train_wide", index, families=("convnet",)).configuration.widths[0] for index in range(12)
+    ]
+    assert min(widths) >= 64
+    assert max(widths) >= 128
 
 
 def test_dense_cells_have_more_steps_than_those_of_train() -> None:

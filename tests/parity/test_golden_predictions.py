@@ -69,7 +69,7 @@ def test_node_features_and_embeddings_are_the_reference_s(model, name):
     ghn = golden_ghn(name)
     batch = batch_of(model, ghn)
     expected = load_golden(model)["predictions"][name]["node_embeddings"]
-    features = ghn.node_encoder(batch.data.type_row, batch.data.shape_rows)
+    features = ghn.node_encoder(batch.data.type_row, batch.data.shape_rows, batch.data.places)
     assert deviation(features, expected["x0"]) < 1e-6
     assert deviation(ghn.encode(batch), expected["x_ln"]) < TOLERANCE
 

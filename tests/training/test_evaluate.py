@@ -153,7 +153,7 @@ def test_graphs_of_the_training_pool_are_passed_over(tmp_path, files, monkeypatc
     task = Task(4, 3, 16)
     seen = find_network("test", "0", task).graph().digest()
     monkeypatch.setattr(
-        evaluate_module, "training_pool", lambda size, task, cache: TrainingPool(size, frozenset({seen}))
+        evaluate_module, "training_pool", lambda size, task, cache, split: TrainingPool(size, frozenset({seen}))
     )
     evaluation = evaluate(tmp_path / "ghn.safetensors", files[1], quick())
     assert [item.name for item in evaluation.zero_shot] == ["1", "2"]

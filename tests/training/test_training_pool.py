@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ghn_service.training import training_pool as module
 from ghn_service.training.networks import Task, find_network
-from ghn_service.training.training_pool import pool_size, training_pool
+from ghn_service.training.training_pool import pool_size, pool_split, training_pool
 
 TASK = Task(4, 3, 16)
 
@@ -46,3 +46,9 @@ def test_a_network_that_cannot_be_made_is_no_member(monkeypatch):
 def test_an_imported_checkpoint_names_no_pool():
     assert pool_size({}) == 0
     assert pool_size({"settings": {"sampling": {"pool": 7}}}) == 7
+
+
+def test_digests_are_those_of_the_split_that_the_checkpoint_names():
+    assert pool_split({"settings": {"sampling": {"pool": 7}}}) == "train"
+    pool = training_pool(3, TASK, None, pool_split({"settings": {"sampling": {"split": "broad"}}}))
+    assert pool.digests == {find_network("broad", str(index), TASK).graph().digest() for index in range(3)}
