@@ -123,7 +123,9 @@ def measure_speed(options: argparse.Namespace) -> dict[str, Any]:
     """Networks per processor second of training and of the plain loop, over the same networks."""
     settings = load_settings(options.config, options.changes)
     images = require_images(options.data, "train", cache=options.cache)
-    source = Pool("train", Task(images.num_classes, images.channels, images.image_size), settings.sampling.pool)
+    source = Pool(
+        settings.sampling.split, Task(images.num_classes, images.channels, images.image_size), settings.sampling.pool
+    )
     generator = torch.Generator().manual_seed(0)
     training_s = plain_s = 0.0
     with tempfile.TemporaryDirectory() as folder:

@@ -17,7 +17,7 @@ from ghn_architectures.generator import sample_architecture
 from ghn_architectures.registry import reference_architecture
 from ghn_architectures.resnet import ResNetConfiguration
 from ghn_service.graph import ArchitectureGraph
-from ghn_service.graph.onnx_reader import read_onnx
+from ghn_service.graph.onnx.reader import read_onnx
 from ghn_service.hypernetwork.features import build_features, collate
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
 from ghn_service.hypernetwork.places import NUM_PLACES, PLACE_CHANNELS, encode_places
