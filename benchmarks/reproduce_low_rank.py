@@ -28,8 +28,8 @@ from torch.nn import functional
 from benchmarks.bar_chart import bar_chart
 from benchmarks.cells import Cell, run_cells
 from ghn_client.factors import FACTOR_IN, FACTOR_OUT
+from ghn_client.finetune import factorize_module
 from ghn_client.finetune.factored import frobenius_decay
-from ghn_client.low_rank import factorize_module
 from ghn_service.postprocess.low_rank.factorize import factorize, relative_function_error
 from ghn_service.training.augmentation import Augmentation, Batches
 from ghn_service.training.data import ImageSet, Normalization, measure_normalization, require_images, split_validation

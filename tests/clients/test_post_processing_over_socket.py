@@ -19,7 +19,7 @@ from ghn_client import GHNClient
 from ghn_client.cli.app import app
 from ghn_client.errors import InvalidOptionError
 from ghn_client.factors import factor_pairs
-from ghn_client.low_rank import defactorize_module, factorize_module
+from ghn_client.finetune import defactorize_module, factorize_module
 from ghn_client.options import LOW_RANK_METHODS
 from ghn_service.hypernetwork.checkpoint import save_checkpoint
 from tests.hypernetwork.small_graphs import small_ghn

@@ -8,9 +8,9 @@ from torch import nn
 
 from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.factors import FactorPair
-from ghn_client.finetune.factored import FactoredConv2d, FactoredLinear, frobenius_decay
-from ghn_client.finetune.low_rank import low_rank, low_rank_update
-from ghn_client.low_rank import factorize_module
+from ghn_client.finetune import factorize_module
+from ghn_client.finetune.factored import FactoredConv2d, FactoredLinear, frobenius_decay, low_rank
+from ghn_client.finetune.lora import low_rank_update
 from tests.finetune.networks import ResidualNetwork, mlp, train_a_little
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ghn_client.errors import FileError, LoadError, UnsupportedModuleError
 from ghn_client.finetune.additive import additive
-from ghn_client.finetune.low_rank import low_rank_update
+from ghn_client.finetune.lora import low_rank_update
 from ghn_client.finetune.norm_only import norm_only
 from ghn_client.finetune.peft_format import export_peft, import_peft
 from tests.finetune.networks import ResidualNetwork, train_a_little

@@ -24,7 +24,7 @@ from ghn_client.atomic_file import write_file
 from ghn_client.errors import FileError, InvalidOptionError, LoadError, MissingExtraError
 from ghn_client.finetune.handle import FineTuneHandle, combine
 from ghn_client.finetune.insertion import CHILD
-from ghn_client.finetune.reparametrize import base_name
+from ghn_client.finetune.lora import base_name
 from ghn_client.finetune.strategies import prepare
 
 FORMAT, VERSION = "ghn-delta", "1"

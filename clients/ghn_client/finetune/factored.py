@@ -1,7 +1,12 @@
-"""Layers whose weight is a product of two thin matrices, ``W = U V``, and the Frobenius decay that trains them well.
+"""Networks whose weights are products of two thin matrices: made from a low-rank prediction, trained, made dense again.
 
-    FactoredLinear   x -> U (V x) + b           V: (R, in)            U: (out, R)
+    FactoredLinear   x -> U (V x) + b             V: (R, in)                U: (out, R)
     FactoredConv2d   x -> 1x1 conv of k x k conv  V: (R, in / groups, k, k)  U: (out, R, 1, 1)
+
+A prediction with low-rank output holds ``<name>.factor_in`` (V) and ``<name>.factor_out`` (U) in the place of a weight
+``<name>``. Linear layers and plain convolutions become the pairs above. Where the dense weight is read by other code
+(packed attention projections, subclasses with a forward of their own), the weight becomes a product through torch's
+parametrizations: the same parameters are saved, the same interface is kept, but no arithmetic is saved.
 
 Frobenius decay penalises ``||U V||_F^2``, the norm of the product, instead of those of the factors
 (Khodak, Tenenholtz, Mackey and Fusi, "Initialization and Regularization of Factorized Neural Layers", ICLR 2021).
@@ -9,13 +14,20 @@ Frobenius decay penalises ``||U V||_F^2``, the norm of the product, instead of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils import parametrize
 
-from ghn_client.errors import InvalidOptionError
+from ghn_client.batchnorm import UPDATE, travelling_statistics
+from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
+from ghn_client.factors import FACTOR_IN, FACTOR_OUT, FactorPair, factor_pairs
+from ghn_client.finetune.handle import FineTuneHandle, Part
+from ghn_client.finetune.layers import resolve_head
+from ghn_client.prediction import Prediction
 
 
 class FactoredLinear(nn.Module):
@@ -87,6 +99,210 @@ class FactoredConv2d(nn.Module):
         return torch.einsum("or,rikl->oikl", self.u.weight[:, :, 0, 0], self.v.weight)
 
 
+def _check_rank(rank: int, full: int) -> None:
+    if not 1 <= rank <= full:
+        raise InvalidOptionError(f"rank must be from 1 to {full} (full rank), got {rank}")
+
+
+def factorize_module(
+    module: nn.Module,
+    prediction: Prediction | Mapping[str, torch.Tensor],
+    *,
+    inplace: bool = False,
+) -> nn.Module:
+    """A module of the same interface with factored layers, and the prediction loaded into it.
+
+    Args:
+        module: The network that the prediction is for. It is left as it is unless ``inplace``.
+        prediction: A ``Prediction`` with low-rank factors, or tensors by the module's own names with factor pairs in
+            the place of weights. Every other tensor is loaded as it is.
+        inplace: Change and return ``module`` itself.
+
+    Returns:
+        The factored network. ``low_rank`` trains it with Frobenius decay; ``defactorize_module`` undoes it.
+
+    Raises:
+        InvalidOptionError: A name or shape does not fit the module; nothing has been changed then.
+    """
+    state = prediction.state_dict() if isinstance(prediction, Prediction) else prediction
+    pairs = factor_pairs(state)
+    dense = {name: tensor for name, tensor in state.items() if not name.endswith((FACTOR_IN, FACTOR_OUT))}
+    _check_fits(module, pairs, dense)
+    result = module if inplace else copy.deepcopy(module)
+    shared = _shared_parameters(result)
+    result.load_state_dict(dense, strict=False)
+    for name, pair in pairs.items():
+        path, _, leaf = name.rpartition(".")
+        owner = result.get_submodule(path)
+        if name in shared:
+            with torch.no_grad():
+                weight = owner.get_parameter(leaf)
+                weight.copy_(pair.dense().mT if _keeps_transposed(owner) else pair.dense())
+        elif (replacement := _factored_layer(owner, leaf, pair)) is None:
+            product = LowRankProduct(pair, is_transposed=_keeps_transposed(owner))
+            # Unsafe skips torch's check that the product equals the weight that was there, which it must not.
+            parametrize.register_parametrization(owner, leaf, product, unsafe=True)
+        elif not path:
+            return replacement
+        else:
+            _replace(result, path, replacement)
+    return result
+
+
+def defactorize_module(module: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """The dense network that a factored one is equal to: every pair becomes one layer with the product as its weight.
+
+    Args:
+        module: A network from ``factorize_module``, trained or not. It is left as it is unless ``inplace``.
+        inplace: Change and return ``module`` itself.
+    """
+    result = module if inplace else copy.deepcopy(module)
+    if isinstance(result, FactoredLinear | FactoredConv2d):
+        return _dense_layer(result)
+    for path, child in list(result.named_modules()):
+        if isinstance(child, FactoredLinear | FactoredConv2d):
+            _replace(result, path, _dense_layer(child))
+    for _, owner, leaf in list(_products(result)):
+        # A class of its own: copies of a parametrized module share theirs, and torch would take the weight off all.
+        shared = type(owner)
+        owner.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
+        parametrize.remove_parametrizations(owner, leaf, leave_parametrized=True)
+    return result
+
+
+class LowRankProduct(nn.Module):
+    """The parametrization of a weight as ``factor_out @ factor_in``.
+
+    Args:
+        pair: The factors to start from.
+        is_transposed: Whether the owner keeps its weight as (in, out).
+    """
+
+    def __init__(self, pair: FactorPair, *, is_transposed: bool) -> None:
+        super().__init__()
+        self._start: FactorPair | None = pair
+        self.is_transposed = is_transposed
+        self.kernel_shape = tuple(pair.factor_in.shape[1:])
+
+    def forward(self, factor_out: torch.Tensor, factor_in: torch.Tensor) -> torch.Tensor:
+        """The weight of (out, r) and (r, in * kernel)."""
+        product = (factor_out @ factor_in).reshape(factor_out.shape[0], *self.kernel_shape)
+        return product.mT if self.is_transposed else product
+
+    def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors: those given at construction the first time, a balanced truncation of ``weight`` later."""
+        if self._start is not None:
+            pair, self._start = self._start, None
+            factor_out, factor_in = pair.factor_out.flatten(1).to(weight), pair.factor_in.flatten(1).to(weight)
+            self.rank = pair.rank
+            return factor_out.clone(), factor_in.clone()
+        matrix = (weight.mT if self.is_transposed else weight).flatten(1)
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        roots = values[: self.rank].sqrt()
+        return left[:, : self.rank] * roots, roots[:, None] * right[: self.rank]
+
+
+def _check_fits(module: nn.Module, pairs: Mapping[str, FactorPair], dense: Mapping[str, torch.Tensor]) -> None:
+    """Raises ``InvalidOptionError`` unless every pair and every dense tensor has its place in the module."""
+    own = module.state_dict()
+    for name, pair in pairs.items():
+        path, _, leaf = name.rpartition(".")
+        try:
+            owner = module.get_submodule(path)
+            expected = tuple(owner.get_parameter(leaf).shape)
+        except AttributeError:
+            raise InvalidOptionError(
+                f"the prediction has factors of {name!r}, but {type(module).__name__} has no such parameter; is this "
+                "the module that the prediction was made for?"
+            ) from None
+        product = (pair.factor_out.shape[0], *pair.factor_in.shape[1:])
+        product = product[::-1] if _keeps_transposed(owner) else product
+        if product != expected:
+            raise InvalidOptionError(
+                f"the factors of {name!r} multiply to {product}, but the module's weight is {expected}"
+            )
+    for name, tensor in dense.items():
+        if name not in own:
+            raise InvalidOptionError(f"{type(module).__name__} has no tensor {name!r} to load the prediction into")
+        if own[name].shape != tensor.shape:
+            raise InvalidOptionError(f"{name!r} has shape {tuple(own[name].shape)}, predicted is {tuple(tensor.shape)}")
+
+
+def _shared_parameters(module: nn.Module) -> set[str]:
+    """Names of parameters that more than one place of the module holds; factoring one place would untie them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name for group in names.values() if len(group) > 1 for name in group}
+
+
+def _factored_layer(owner: nn.Module, leaf: str, pair: FactorPair) -> nn.Module | None:
+    """The factored layer that can take the place of a whole module, or None if only its weight can be replaced."""
+    # With a hook, other code than the module's own forward may be reading its weight.
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    if leaf != "weight" or parametrize.is_parametrized(owner) or any(getattr(owner, hook, None) for hook in hooks):
+        return None
+    weight = owner.get_parameter(leaf)
+    layer: FactoredLinear | FactoredConv2d
+    if type(owner) is nn.Linear:
+        layer = FactoredLinear(owner.in_features, owner.out_features, pair.rank, bias=owner.bias is not None)
+    elif type(owner) is nn.Conv2d and owner.groups == 1 and owner.padding_mode == "zeros":
+        layer = FactoredConv2d(
+            owner.in_channels,
+            owner.out_channels,
+            (owner.kernel_size[0], owner.kernel_size[1]),
+            pair.rank,
+            stride=(owner.stride[0], owner.stride[1]),
+            padding=owner.padding if isinstance(owner.padding, str) else (owner.padding[0], owner.padding[1]),
+            dilation=(owner.dilation[0], owner.dilation[1]),
+            bias=owner.bias is not None,
+        )
+    else:
+        return None
+    layer = layer.to(device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        layer.v.weight.copy_(pair.factor_in)
+        layer.u.weight.copy_(pair.factor_out)
+    if owner.bias is not None:
+        layer.u.bias = owner.bias
+    for factor in (layer.u.weight, layer.v.weight):
+        factor.requires_grad_(weight.requires_grad)
+    return layer.train(owner.training)
+
+
+def _dense_layer(pair: FactoredLinear | FactoredConv2d) -> nn.Module:
+    layer: nn.Linear | nn.Conv2d
+    if isinstance(pair, FactoredLinear):
+        layer = nn.Linear(pair.in_features, pair.out_features, bias=False)
+    else:
+        v = pair.v
+        layer = nn.Conv2d(
+            v.in_channels,
+            pair.out_channels,
+            (v.kernel_size[0], v.kernel_size[1]),
+            (v.stride[0], v.stride[1]),
+            v.padding if isinstance(v.padding, str) else (v.padding[0], v.padding[1]),
+            (v.dilation[0], v.dilation[1]),
+            bias=False,
+        )
+    with torch.no_grad():
+        layer = layer.to(device=pair.u.weight.device, dtype=pair.u.weight.dtype)
+        layer.weight.copy_(pair.dense_weight())
+    layer.bias = pair.u.bias
+    layer.weight.requires_grad_(pair.u.weight.requires_grad)
+    return layer.train(pair.training)
+
+
+def _keeps_transposed(owner: nn.Module) -> bool:
+    """Whether a module keeps a linear weight as (in, out), as the Conv1D of the transformers library does."""
+    return type(owner).__name__ == "Conv1D" and hasattr(owner, "nf")
+
+
+def _replace(module: nn.Module, path: str, replacement: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, replacement)
+
+
 def is_factored(module: nn.Module) -> bool:
     """True for a pair of bias-free inner ``v`` and outer ``u`` matrix layers, of this library or another."""
     u, v = getattr(module, "u", None), getattr(module, "v", None)
@@ -98,19 +314,21 @@ def factored_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, child) for name, child in module.named_modules() if is_factored(child))
 
 
-def factored_weights(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Dotted paths of the factors U and V of weights that are products through torch's parametrizations."""
-    for name, child in module.named_modules():
-        factors = dict(child.named_parameters(recurse=False)) if isinstance(child, ParametrizationList) else {}
-        u, v = factors.get("original0"), factors.get("original1")
-        if u is not None and v is not None and u.dim() == v.dim() == 2 and u.shape[1] == v.shape[0]:
-            yield f"{name}.original0", f"{name}.original1"
+def _products(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Dotted path, module and name there of every weight that is a ``LowRankProduct``."""
+    for path, child in module.named_modules():
+        if parametrize.is_parametrized(child) and isinstance(child.parametrizations, nn.ModuleDict):
+            for leaf, chain in child.parametrizations.items():
+                if isinstance(chain, nn.ModuleList) and any(isinstance(link, LowRankProduct) for link in chain):
+                    yield path, child, leaf
 
 
-def factor_parameters(module: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
-    """U and V of every factored layer and weight of ``module``."""
-    pairs = [(pair.get_parameter("u.weight"), pair.get_parameter("v.weight")) for _, pair in factored_modules(module)]
-    return pairs + [(module.get_parameter(u), module.get_parameter(v)) for u, v in factored_weights(module)]
+def _factor_names(module: nn.Module) -> list[tuple[str, str]]:
+    """Dotted paths of U and V of every factored layer and weight of ``module``."""
+    layers = [(f"{path}.u.weight", f"{path}.v.weight") for path, _ in factored_modules(module)]
+    weights = [f"{path}.parametrizations.{leaf}" for path, _, leaf in _products(module)]
+    pairs = [*layers, *((f"{weight}.original0", f"{weight}.original1") for weight in weights)]
+    return [(u.removeprefix("."), v.removeprefix(".")) for u, v in pairs]
 
 
 def frobenius_norm_squared(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -126,10 +344,49 @@ def frobenius_norm_squared(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 def frobenius_decay(module: nn.Module) -> torch.Tensor:
     """Half the sum of ``||U V||_F^2`` over all factored layers and weights of ``module``."""
-    terms = [frobenius_norm_squared(u, v) for u, v in factor_parameters(module)]
-    return 0.5 * torch.stack(terms).sum() if terms else torch.zeros(())
+    pairs = [(module.get_parameter(u), module.get_parameter(v)) for u, v in _factor_names(module)]
+    return _decay(pairs, 1.0)
 
 
-def _check_rank(rank: int, full: int) -> None:
-    if not 1 <= rank <= full:
-        raise InvalidOptionError(f"rank must be from 1 to {full} (full rank), got {rank}")
+def _decay(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]], factor: float) -> torch.Tensor:
+    terms = [frobenius_norm_squared(u, v) for u, v in pairs]
+    return 0.5 * factor * torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+def low_rank(
+    module: nn.Module,
+    *,
+    head: bool | str | Sequence[str] = True,
+    frobenius_decay: float = 1e-4,
+    statistics: str = UPDATE,
+) -> FineTuneHandle:
+    """Trains the factors (and their biases) of every factored layer and freezes the rest.
+
+    Args:
+        module: Network with factored layers, for example from ``factorize_module``.
+        head: As in ``norm_only``.
+        frobenius_decay: Weight of ``1/2 ||U V||_F^2``, added to the loss by ``handle.loss_penalty()``; 0 for none.
+        statistics: What happens to running statistics; see ``ghn_client.batchnorm``.
+
+    Raises:
+        UnsupportedModuleError: No layer is factored.
+        InvalidOptionError: The decay is negative.
+    """
+    if frobenius_decay < 0:
+        raise InvalidOptionError(f"frobenius_decay must not be negative, got {frobenius_decay}")
+    pairs = _factor_names(module)
+    if not pairs:
+        raise UnsupportedModuleError(
+            f"{type(module).__name__} has no factored layer; factorize it first, or use low_rank_update (LoRA)"
+        )
+    head_names = resolve_head(module, head)
+    factors = [f"{name}.{local}" for name, pair in factored_modules(module) for local, _ in pair.named_parameters()]
+    factors += [name for names in pairs for name in names if name not in factors]
+    heads = [f"{name}.{local}" for name in head_names for local, _ in module.get_submodule(name).named_parameters()]
+    heads = [name for name in heads if name not in factors]
+    groups = {"factors": factors, **({"head": heads} if heads else {})}
+    config = {"head": list(head_names), "frobenius_decay": frobenius_decay, "statistics": statistics}
+    products = [(module.get_parameter(u), module.get_parameter(v)) for u, v in pairs]
+    penalty = partial(_decay, products, frobenius_decay) if frobenius_decay else None
+    part = Part("low_rank", config, module, groups, travelling_statistics(module, statistics))
+    return FineTuneHandle(part, penalty=penalty, statistics=statistics)

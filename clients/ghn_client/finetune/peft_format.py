@@ -19,7 +19,7 @@ from ghn_client.batchnorm import KEEP, UPDATE
 from ghn_client.errors import FileError, LoadError, UnsupportedModuleError
 from ghn_client.finetune.delta import _safetensors
 from ghn_client.finetune.handle import FineTuneHandle, Part
-from ghn_client.finetune.low_rank import low_rank_update
+from ghn_client.finetune.lora import low_rank_update
 from ghn_client.finetune.norm_only import norm_only
 
 LN_TUNING, LORA = "LN_TUNING", "LORA"

@@ -13,9 +13,10 @@ from torch import nn
 from ghn_client.batchnorm import UPDATE, travelling_statistics
 from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.additive import additive
+from ghn_client.finetune.factored import low_rank
 from ghn_client.finetune.handle import FineTuneHandle, Part
 from ghn_client.finetune.layers import resolve_head
-from ghn_client.finetune.low_rank import low_rank, low_rank_update
+from ghn_client.finetune.lora import low_rank_update
 from ghn_client.finetune.norm_only import norm_only
 
 

@@ -1,67 +1,22 @@
-"""``low_rank``: train the factors of factored layers with Frobenius decay; ``low_rank_update``: train a rank-r change.
+"""``low_rank_update``: trains a rank-r change of matrix layers, as LoRA does (arXiv:2106.09685).
 
-The first tunes networks whose layers are already products (see ``factored.py``). The second leaves every base weight
-where it is and adds ``B A`` to it, as LoRA does (arXiv:2106.09685), through torch's own parametrizations: no wrapper
-modules.
+Every base weight stays where it is and ``B A`` is added to it through torch's own parametrizations: no wrapper modules.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ghn_client.batchnorm import UPDATE, travelling_statistics
 from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
-from ghn_client.finetune.factored import (
-    factor_parameters,
-    factored_modules,
-    factored_weights,
-    frobenius_norm_squared,
-)
-from ghn_client.finetune.handle import FineTuneHandle, Part
+from ghn_client.finetune.handle import FineTuneHandle, Lifecycle, Part
 from ghn_client.finetune.layers import find_head, matrix_layers, resolve_head
-from ghn_client.finetune.reparametrize import attach_update, update_lifecycle
-
-
-def low_rank(
-    module: nn.Module,
-    *,
-    head: bool | str | Sequence[str] = True,
-    frobenius_decay: float = 1e-4,
-    statistics: str = UPDATE,
-) -> FineTuneHandle:
-    """Trains the factors (and their biases) of every factored layer and freezes the rest.
-
-    Args:
-        module: Network with factored layers, for example from ``ghn_client.low_rank.factorize_module``.
-        head: As in ``norm_only``.
-        frobenius_decay: Weight of ``1/2 ||U V||_F^2``, added to the loss by ``handle.loss_penalty()``; 0 for none.
-        statistics: What happens to running statistics; see ``ghn_client.batchnorm``.
-
-    Raises:
-        UnsupportedModuleError: No layer is factored.
-        InvalidOptionError: The decay is negative.
-    """
-    if frobenius_decay < 0:
-        raise InvalidOptionError(f"frobenius_decay must not be negative, got {frobenius_decay}")
-    pairs = factor_parameters(module)
-    if not pairs:
-        raise UnsupportedModuleError(
-            f"{type(module).__name__} has no factored layer; factorize it first, or use low_rank_update (LoRA)"
-        )
-    head_names = resolve_head(module, head)
-    factors = [f"{name}.{local}" for name, pair in factored_modules(module) for local, _ in pair.named_parameters()]
-    factors += [name for names in factored_weights(module) for name in names]
-    heads = [f"{name}.{local}" for name in head_names for local, _ in module.get_submodule(name).named_parameters()]
-    heads = [name for name in heads if name not in factors]
-    groups = {"factors": factors, **({"head": heads} if heads else {})}
-    config = {"head": list(head_names), "frobenius_decay": frobenius_decay, "statistics": statistics}
-    penalty = partial(_decay, pairs, frobenius_decay) if frobenius_decay else None
-    part = Part("low_rank", config, module, groups, travelling_statistics(module, statistics))
-    return FineTuneHandle(part, penalty=penalty, statistics=statistics)
 
 
 class LowRankUpdate(nn.Module):
@@ -113,8 +68,7 @@ def low_rank_update(
 
     Raises:
         UnsupportedModuleError: There is no layer to change.
-        InvalidOptionError: A path is no matrix layer.
-        InvalidOptionError: The rank is below 1.
+        InvalidOptionError: A path is no matrix layer, or a rank is below 1.
     """
     if min([rank] if isinstance(rank, int) else rank.values(), default=0) < 1:
         raise InvalidOptionError(f"rank must be at least 1, got {rank}")
@@ -134,7 +88,14 @@ def low_rank_update(
         raise InvalidOptionError(
             f"rank and alpha by layer must name all of {chosen}, got {list(ranks)}, {list(alphas)}"
         )
-    updates = {name: _attach(known[name], ranks[name], alphas[name], generator) for name in chosen}
+    updates = {}
+    for name in chosen:
+        weight = known[name].get_parameter("weight")
+        fitting, wanted = min(ranks[name], weight.shape[0], weight[0].numel()), alphas[name]
+        updates[name] = LowRankUpdate(
+            weight, fitting, float(fitting) if wanted is None else wanted, generator=generator
+        )
+        parametrize.register_parametrization(known[name], "weight", updates[name], unsafe=True)
     names = [f"{name}.parametrizations.weight.0.{local}" for name in chosen for local in ("a", "b")]
     heads = [f"{name}.{local}" for name in head_names for local, _ in module.get_submodule(name).named_parameters()]
     groups = {"low_rank": names, **({"head": heads} if heads else {})}
@@ -147,16 +108,28 @@ def low_rank_update(
         "statistics": statistics,
     }
     part = Part("low_rank_update", config, module, groups, travelling_statistics(module, statistics))
-    return FineTuneHandle(part, statistics=statistics, lifecycle=update_lifecycle(module, updates))
+    lifecycle = Lifecycle(
+        enable=(partial(_set_active, updates, True),),
+        disable=(partial(_set_active, updates, False),),
+        restore=(partial(_detach, module, tuple(updates), False),),
+        merge=(partial(_detach, module, tuple(updates), True),),
+    )
+    return FineTuneHandle(part, statistics=statistics, lifecycle=lifecycle)
 
 
-def _attach(layer: nn.Module, rank: int, alpha: float | None, generator: torch.Generator) -> LowRankUpdate:
-    weight = layer.get_parameter("weight")
-    fitting = min(rank, weight.shape[0], weight[0].numel())
-    update = LowRankUpdate(weight, fitting, float(fitting) if alpha is None else alpha, generator=generator)
-    attach_update(layer, update)
-    return update
+def base_name(name: str) -> str:
+    """The name that a parameter had before its layer was changed."""
+    return name.replace(".parametrizations.weight.original", ".weight")
 
 
-def _decay(pairs: list[tuple[nn.Parameter, nn.Parameter]], factor: float) -> torch.Tensor:
-    return 0.5 * factor * torch.stack([frobenius_norm_squared(u, v) for u, v in pairs]).sum()
+def _set_active(updates: Mapping[str, LowRankUpdate], active: bool) -> None:
+    for update in updates.values():
+        update.active = active
+
+
+@torch.no_grad()
+def _detach(module: nn.Module, names: Sequence[str], keep: bool) -> None:
+    for name in names:
+        layer: Any = module.get_submodule(name)
+        layer.parametrizations.weight[0].active = keep
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=keep)

@@ -10,8 +10,8 @@ from torch import nn
 
 from ghn_client.errors import InvalidOptionError
 from ghn_client.factors import FactorPair, factor_pairs
+from ghn_client.finetune import defactorize_module, factorize_module
 from ghn_client.finetune.factored import FactoredConv2d, FactoredLinear, frobenius_decay
-from ghn_client.low_rank import defactorize_module, factorize_module
 
 
 class Attention(nn.Module):
