@@ -12,7 +12,7 @@ Reproduced:
   (``passes.classify_average_pools``).
 * A global pool that ends the network moves in front of the 1x1 convolution that is its classifier, so that classifier
   weight and bias are the last two nodes (``passes.move_final_pool``).
-* The values of an attention reach the next layer through the softmax node only (``onnx.norms_and_attention.attended``).
+* The values of an attention reach the next layer through the softmax node only (``onnx.attention.attended``).
 * Normalisation biases, class tokens, layer scales and relative position tables are no nodes.
 * Distances are cut off at 50 (``MAX_DISTANCE``).
 

@@ -1,4 +1,4 @@
-"""Hostile and broken models: each fault gives its own typed error, before anything is expanded or allocated."""
+"""Hostile and broken models: each fault gives its own typed error, before anything large is expanded or allocated."""
 
 from __future__ import annotations
 
@@ -189,9 +189,18 @@ def test_a_small_function_tree_is_expanded() -> None:
     assert read_onnx(with_function_calls(6)).num_nodes == 2
 
 
-def test_a_wide_function_call_graph_is_counted_not_expanded() -> None:
-    with pytest.raises(LimitExceededError):
+def test_expansion_stops_at_the_limit_of_nodes() -> None:
+    with pytest.raises(LimitExceededError, match="nodes"):
         read_onnx(with_function_calls(2000))
+
+
+def test_expansion_stops_at_the_limit_of_operands() -> None:
+    model = Model()
+    value = model.conv("x", "layer", 4, 3)
+    model.node("F", [value], "y", domain="custom")
+    model.functions.append(_function("F", [helper.make_node("Sum", ["a"] * 1000, ["c"])]))
+    with pytest.raises(LimitExceededError, match="operands"):
+        read_onnx(model.proto().SerializeToString(), limits=GraphLimits(max_edges=100))
 
 
 @pytest.mark.parametrize("location", ["weights.bin", "../secret", "/etc/passwd", "file:///etc/passwd"])

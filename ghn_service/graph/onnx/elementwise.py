@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from ghn_service.graph.onnx.context import ReadContext
+from ghn_service.graph.onnx.file import OnnxNode
 from ghn_service.graph.onnx.folded import TABLE_LEAF, is_table, table_shape
 from ghn_service.graph.onnx.layers import add_bias, out_features
-from ghn_service.graph.onnx.node import OnnxNode
 from ghn_service.graph.onnx.patterns import is_constant
-from ghn_service.graph.onnx.values import Value, View
+from ghn_service.graph.onnx.values import ReadContext, Value, View
 from ghn_service.graph.raw_graph import INPUT, RawNode
 from ghn_service.graph.reference_quirks import has_position_grid
 

@@ -1,22 +1,24 @@
-"""An ONNX model as a flat list of nodes over named values: functions expanded, order and names checked.
+"""An ONNX model as a flat list of nodes over named values: parsed, checked, functions expanded.
 
-Values keep their names; inside an expanded function they get a prefix. Tensor data is never touched, except that
-``OnnxFile.integers`` reads up to 64 inline integers (axes and target shapes). External data is never opened.
+Everything here runs on bytes of strangers. It walks the protobuf message once, allocates nothing in proportion to a
+number that the message merely claims, opens no file, and raises typed errors. Values keep their names; inside an
+expanded function they get a prefix. Tensor data is never touched, except that ``OnnxFile.integers`` reads up to 64
+inline integers (axes and target shapes). External data is never opened.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy
 import onnx
+from google.protobuf.message import DecodeError
 
+from ghn_service.errors import InvalidArchitectureError, UnsupportedArchitectureError
 from ghn_service.graph.onnx.folded import FOLDED_KEY, folded_parameters, string_list
-from ghn_service.graph.onnx.limits import check_name, invalid, is_text, parse_model
-from ghn_service.graph.onnx.node import OnnxNode, flat_nodes
-from ghn_service.graph.raw_graph import GraphLimits
+from ghn_service.graph.raw_graph import GraphLimits, exceeded
 
 PARAMETERS_KEY = "ghn.parameters"
 BUFFERS_KEY = "ghn.buffers"
@@ -25,8 +27,49 @@ FLOAT_TYPES = frozenset(
 )
 _INTEGER_DTYPES: dict[int, str] = {onnx.TensorProto.INT64: "<i8", onnx.TensorProto.INT32: "<i4"}
 _MAX_INTEGERS = 64
+_MAX_PREFIX = 200
 _TRACED_KEY = "pkg.torch.onnx.original_node_name"
 _KIND_KEY = "pkg.torch.export.graph_signature.InputSpec.kind"
+_DOMAINS = ("", "ai.onnx")
+_GRAPH_TYPES = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+
+
+@dataclass(slots=True)
+class OnnxNode:
+    """One node: its operator, the names of its values, and its attributes.
+
+    Attributes:
+        attributes: Attributes by name, those of a function's node resolved through the call that it came from.
+    """
+
+    op_type: str
+    domain: str
+    inputs: list[str]
+    outputs: list[str]
+    name: str
+    proto: onnx.NodeProto
+    attributes: dict[str, onnx.AttributeProto]
+
+    @property
+    def label(self) -> str:
+        """The node's name, or that of its first output where it has none."""
+        return self.name or next((name for name in self.outputs if name), self.op_type)
+
+    def integer(self, name: str, default: int) -> int:
+        """An integer attribute, or ``default`` where it is absent."""
+        return self.attributes[name].i if name in self.attributes else default
+
+    def real(self, name: str, default: float) -> float:
+        """A floating-point attribute, or ``default`` where it is absent."""
+        return self.attributes[name].f if name in self.attributes else default
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        """A list-of-integers attribute; empty if it is absent."""
+        return tuple(self.attributes[name].ints) if name in self.attributes else ()
+
+    def text(self, name: str) -> str:
+        """A string attribute; "" if it is absent."""
+        return self.attributes[name].s.decode("utf-8", "replace") if name in self.attributes else ""
 
 
 @dataclass(slots=True)
@@ -52,6 +95,8 @@ class OnnxFile:
         folded: Parameters that the exporter computed an initializer from; empty for what it computed from none.
         is_torch: Whether one of torch's exporters wrote the file.
         value_shapes: Protos with the shapes of intermediate values and outputs, where the file has them.
+        tensors: Protos of the initializers.
+        producers: The node that writes each value.
     """
 
     nodes: list[OnnxNode]
@@ -71,125 +116,118 @@ class OnnxFile:
         tensor = self.tensors.get(name)
         if tensor is None:
             producer = self.producers.get(name)
-            if producer is None or producer.op_type != "Constant":
+            attributes = producer.attributes if producer is not None and producer.op_type == "Constant" else {}
+            if "value_int" in attributes:
+                return (attributes["value_int"].i,)
+            if "value_ints" in attributes:
+                return tuple(attributes["value_ints"].ints[:_MAX_INTEGERS])
+            if "value" not in attributes:
                 return None
-            for attribute in producer.proto.attribute:
-                if attribute.name == "value_int":
-                    return (attribute.i,)
-                if attribute.name == "value_ints":
-                    return tuple(attribute.ints[:_MAX_INTEGERS])
-                if attribute.name == "value":
-                    tensor = attribute.t
-        return None if tensor is None else _inline_integers(tensor)
+            tensor = attributes["value"].t
+        dtype = _INTEGER_DTYPES.get(tensor.data_type)
+        if dtype is None or tensor.data_location == onnx.TensorProto.EXTERNAL:
+            return None
+        count = 1
+        for size in tensor.dims:
+            count *= size
+        if not 0 <= count <= _MAX_INTEGERS:
+            return None
+        if tensor.raw_data:
+            if len(tensor.raw_data) != count * numpy.dtype(dtype).itemsize:
+                return None
+            return tuple(numpy.frombuffer(tensor.raw_data, dtype=dtype).tolist())
+        values = tensor.int64_data if tensor.data_type == onnx.TensorProto.INT64 else tensor.int32_data
+        return tuple(values) if len(values) == count else None
 
     def value_shape(self, name: str) -> tuple[int, ...] | None:
         """The shape that the file states for a value, if it states a fixed one."""
         info = self.value_shapes.get(name)
         return None if info is None else _static_shape(info)
 
-    @property
-    def num_examples(self) -> int:
-        """First axis of the first data input that states one; 0 where none does."""
-        stated = (header.shape for header in self.inputs if header.name not in self.kinds)
-        return next((shape[0] for shape in stated if shape is not None and len(shape) >= 2), 0)
-
 
 def load_file(data: bytes, limits: GraphLimits) -> OnnxFile:
     """Parses and checks a model.
 
     Raises:
-        InvalidArchitectureError: The bytes are no well-formed model.
-        UnsupportedArchitectureError: The model needs a newer reader.
+        InvalidArchitectureError: The bytes are no well-formed model, or a function calls itself.
+        UnsupportedArchitectureError: The IR or operator set is newer than the installed onnx package.
         LimitExceededError: The model is over a limit.
     """
-    model = parse_model(data, limits)
+    model = _parse(data, limits)
     graph = model.graph
     initializers: dict[str, TensorHeader] = {}
     for tensor in graph.initializer:
         if not tensor.name:
-            raise invalid("an initializer has no name")
+            raise InvalidArchitectureError("an initializer has no name")
         if tensor.name in initializers:
-            raise invalid(f"the initializer {tensor.name!r} is defined twice")
-        check_name(tensor.name, limits)
+            raise InvalidArchitectureError(f"the initializer {tensor.name!r} is defined twice")
         initializers[tensor.name] = TensorHeader(tensor.name, tensor.data_type, tuple(tensor.dims))
-    inputs = _read_inputs(graph, initializers, limits)
-    kinds, traced_names = _read_kinds(model, initializers, inputs)
-    nodes = list(flat_nodes(model))
+    inputs: dict[str, TensorHeader] = {}
+    for info in graph.input:
+        if not info.name:
+            raise InvalidArchitectureError("a graph input has no name")
+        if info.name in inputs:
+            raise InvalidArchitectureError(f"the graph input {info.name!r} is defined twice")
+        inputs[info.name] = TensorHeader(info.name, info.type.tensor_type.elem_type, _static_shape(info))
+    inputs = {name: header for name, header in inputs.items() if name not in initializers}
+    kinds, traced_names, folded = _read_declarations(model, {*initializers, *inputs})
+    nodes = list(_flat_nodes(model, limits))
     outputs = [output.name for output in graph.output]
-    producers = _check_names(nodes, [header.name for header in inputs], initializers, outputs, limits)
     return OnnxFile(
         nodes=nodes,
-        inputs=inputs,
+        inputs=list(inputs.values()),
         outputs=outputs,
         initializers=initializers,
         kinds=kinds,
         traced_names=traced_names,
-        folded=_read_folded(graph, initializers),
+        folded={name: origins for name, origins in folded.items() if name in initializers},
         is_torch=model.producer_name == "pytorch",
         value_shapes={info.name: info for info in (*graph.value_info, *graph.output)},
         tensors={tensor.name: tensor for tensor in graph.initializer},
-        producers=producers,
+        producers=_find_producers(nodes, {*initializers, *inputs, ""}, outputs),
     )
 
 
-def _read_inputs(
-    graph: onnx.GraphProto, initializers: Mapping[str, TensorHeader], limits: GraphLimits
-) -> list[TensorHeader]:
-    inputs: list[TensorHeader] = []
-    seen: set[str] = set()
-    for info in graph.input:
-        if not info.name:
-            raise invalid("a graph input has no name")
-        if info.name in seen:
-            raise invalid(f"the graph input {info.name!r} is defined twice")
-        seen.add(info.name)
-        if info.name in initializers:
-            continue
-        check_name(info.name, limits)
-        inputs.append(TensorHeader(info.name, info.type.tensor_type.elem_type, _static_shape(info)))
-    return inputs
-
-
-def _read_kinds(
-    model: onnx.ModelProto, initializers: Mapping[str, TensorHeader], inputs: list[TensorHeader]
-) -> tuple[dict[str, str], dict[str, str]]:
-    kinds: dict[str, str] = {}
-    traced_names: dict[str, str] = {}
-    names = {header.name for header in inputs}
-    for infos in (model.graph.input, model.graph.value_info):
-        for info in infos:
-            if info.metadata_props and (info.name in initializers or info.name in names):
-                for entry in info.metadata_props:
-                    if entry.key == _KIND_KEY and entry.value in ("PARAMETER", "BUFFER"):
-                        kinds[info.name] = entry.value
-                    elif entry.key == _TRACED_KEY and is_text(entry.value):
-                        traced_names[entry.value] = info.name
-    for entry in model.metadata_props:
-        if entry.key in (PARAMETERS_KEY, BUFFERS_KEY):
-            kind = "PARAMETER" if entry.key == PARAMETERS_KEY else "BUFFER"
-            for name in _json_names(entry.key, entry.value):
-                kinds[name] = kind
-    return kinds, traced_names
-
-
-def _read_folded(graph: onnx.GraphProto, initializers: Mapping[str, TensorHeader]) -> dict[str, tuple[str, ...]]:
-    return {
-        info.name: folded_parameters(string_list(entry.value))
-        for info in graph.value_info
-        if info.metadata_props and info.name in initializers
-        for entry in info.metadata_props
-        if entry.key == FOLDED_KEY and is_text(entry.value)
-    }
-
-
-def _json_names(key: str, text: str) -> list[str]:
+def _parse(data: bytes, limits: GraphLimits) -> onnx.ModelProto:
+    """The model message, checked for size, versions and counts."""
+    if not data:
+        raise InvalidArchitectureError("expected a serialised onnx.ModelProto, got no bytes")
+    if len(data) > limits.max_bytes:
+        raise exceeded("bytes", len(data), limits.max_bytes)
     try:
-        names = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise invalid(f"the model's metadata {key!r} must be a JSON list of names") from error
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise invalid(f"the model's metadata {key!r} must be a JSON list of names")
-    return names
+        model = onnx.ModelProto.FromString(bytes(data))
+    except DecodeError as error:
+        raise InvalidArchitectureError(
+            "expected a serialised onnx.ModelProto; the bytes are damaged, cut short, nested too deeply, or no model"
+        ) from error
+    graph = model.graph
+    if model.ir_version < 1:
+        raise InvalidArchitectureError("the model has no ir_version, so it is not a complete onnx.ModelProto")
+    if model.ir_version > onnx.IR_VERSION:
+        raise UnsupportedArchitectureError(
+            f"the model has ir_version {model.ir_version}; this server reads up to {onnx.IR_VERSION}:"
+            " export it with an older one"
+        )
+    if not graph.node:
+        raise InvalidArchitectureError("the model's graph has no nodes")
+    newest = onnx.defs.onnx_opset_version()
+    versions = [entry.version for entry in model.opset_import if entry.domain in _DOMAINS]
+    if not versions or min(versions) < 1:
+        raise InvalidArchitectureError("the model imports no version of the standard operator set")
+    if max(versions) > newest:
+        raise UnsupportedArchitectureError(
+            f"the model uses operator set {max(versions)}; this server reads up to {newest}: export with an older one"
+        )
+    if len(graph.node) > limits.max_nodes:
+        raise exceeded("nodes", len(graph.node), limits.max_nodes)
+    tensors = len(graph.initializer) + len(graph.input)
+    if tensors > 2 * limits.max_tensors or len(graph.initializer) > limits.max_tensors:
+        raise exceeded("tensors", tensors, limits.max_tensors)
+    if not graph.output:
+        raise InvalidArchitectureError("the model's graph has no outputs")
+    if graph.sparse_initializer:
+        raise UnsupportedArchitectureError("the model has sparse initializers; export it with dense ones")
+    return model
 
 
 def _static_shape(info: onnx.ValueInfoProto) -> tuple[int, ...] | None:
@@ -204,54 +242,170 @@ def _static_shape(info: onnx.ValueInfoProto) -> tuple[int, ...] | None:
     return tuple(sizes)
 
 
-def _check_names(
-    nodes: list[OnnxNode],
-    inputs: list[str],
-    initializers: Mapping[str, TensorHeader],
-    outputs: list[str],
-    limits: GraphLimits,
-) -> dict[str, OnnxNode]:
-    defined = {*inputs, *initializers, ""}
+def _read_declarations(
+    model: onnx.ModelProto, tensors: set[str]
+) -> tuple[dict[str, str], dict[str, str], dict[str, tuple[str, ...]]]:
+    """What exporters and the client say about the initializers and inputs: ``kinds``, ``traced_names``, ``folded``."""
+    kinds: dict[str, str] = {}
+    traced_names: dict[str, str] = {}
+    folded: dict[str, tuple[str, ...]] = {}
+    for info in (*model.graph.input, *model.graph.value_info):
+        if not info.metadata_props or info.name not in tensors:
+            continue
+        for entry in info.metadata_props:
+            if entry.key == _KIND_KEY and entry.value in ("PARAMETER", "BUFFER"):
+                kinds[info.name] = entry.value
+            elif entry.key == _TRACED_KEY and isinstance(entry.value, str):
+                traced_names[entry.value] = info.name
+            elif entry.key == FOLDED_KEY and isinstance(entry.value, str):
+                folded[info.name] = folded_parameters(string_list(entry.value))
+    for entry in model.metadata_props:
+        if entry.key not in (PARAMETERS_KEY, BUFFERS_KEY):
+            continue
+        try:
+            names = json.loads(entry.value)
+        except (ValueError, RecursionError):
+            names = None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InvalidArchitectureError(f"the model's metadata {entry.key!r} must be a JSON list of names")
+        kinds.update(dict.fromkeys(names, "PARAMETER" if entry.key == PARAMETERS_KEY else "BUFFER"))
+    return kinds, traced_names, folded
+
+
+@dataclass(slots=True)
+class _Frame:
+    """A body that is being expanded: its nodes still to come, and how its names read outside."""
+
+    key: tuple[str, str, str]
+    nodes: Iterator[onnx.NodeProto]
+    names: Mapping[str, str]
+    prefix: str
+    bindings: Mapping[str, onnx.AttributeProto]
+
+
+def _flat_nodes(model: onnx.ModelProto, limits: GraphLimits) -> Iterator[OnnxNode]:
+    """The nodes of the main graph in order, each call of a local function replaced by the function's nodes."""
+    functions = {(item.domain, item.name, item.overload): item for item in model.functions}
+    if len(functions) < len(model.functions):
+        raise InvalidArchitectureError("a model-local function is defined more than once")
+    stack = [_Frame(("", "", ""), iter(model.graph.node), {}, "", {})]
+    calling: set[tuple[str, str, str]] = set()
+    num_nodes = num_operands = expansions = 0
+    while stack:
+        frame = stack[-1]
+        proto = next(frame.nodes, None)
+        if proto is None:
+            calling.discard(stack.pop().key)
+            continue
+        node, num_inner = _read_node(proto, frame, limits)
+        num_nodes += 1 + num_inner
+        num_operands += len(node.inputs) + len(node.outputs)
+        key = (proto.domain, proto.op_type, proto.overload)
+        function = functions.get(key) if functions else None
+        if function is None:
+            yield node
+        else:
+            if key in calling:
+                raise InvalidArchitectureError(f"the model-local function {key[1]!r} calls itself, maybe indirectly")
+            calling.add(key)
+            expansions += 1
+            num_operands += len(function.input)
+            prefix = f"{node.label}#{expansions}/"
+            stack.append(_enter(function, node, prefix if len(prefix) < _MAX_PREFIX else f"#{expansions}/"))
+        if num_nodes > limits.max_nodes:
+            raise exceeded("nodes", f"over {limits.max_nodes}", limits.max_nodes)
+        if num_operands > 8 * limits.max_edges:
+            raise exceeded("operands", f"over {8 * limits.max_edges}", 8 * limits.max_edges)
+
+
+def _read_node(proto: onnx.NodeProto, frame: _Frame, limits: GraphLimits) -> tuple[OnnxNode, int]:
+    """A node, which reads what its subgraphs read, and the number of nodes in its subgraphs."""
+    inputs, outputs, name, num_inner = list(proto.input), list(proto.output), proto.name, 0
+    op_type, domain = proto.op_type, proto.domain
+    if not (isinstance(name, str) and isinstance(op_type, str) and isinstance(domain, str)):
+        raise InvalidArchitectureError(f"the name or operator of node {name!r} ({op_type!r}) is not valid UTF-8")
+    attributes: dict[str, onnx.AttributeProto] = {}
+    for attribute in proto.attribute:
+        if attribute.type in _GRAPH_TYPES:
+            for graph in (attribute.g,) if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs:
+                captured, count = _captured(graph, limits.max_subgraph_depth)
+                inputs.extend(captured)
+                num_inner += count
+        if not attribute.ref_attr_name:
+            attributes.setdefault(attribute.name, attribute)
+        elif attribute.ref_attr_name in frame.bindings:
+            attributes.setdefault(attribute.name, frame.bindings[attribute.ref_attr_name])
+    if frame.prefix:
+        inputs = [frame.names.get(item, frame.prefix + item) if item else "" for item in inputs]
+        outputs = [frame.names.get(item, frame.prefix + item) if item else "" for item in outputs]
+        name = frame.prefix + name
+    return OnnxNode(op_type, "" if domain in _DOMAINS else domain, inputs, outputs, name, proto, attributes), num_inner
+
+
+def _enter(function: onnx.FunctionProto, call: OnnxNode, prefix: str) -> _Frame:
+    if len(call.inputs) > len(function.input) or len(call.outputs) > len(function.output):
+        raise InvalidArchitectureError(
+            f"node {call.label!r} passes more values than the function {function.name!r} has"
+        )
+    names = dict(zip(function.input, call.inputs + [""] * len(function.input), strict=False))
+    names.update((inner, outer) for inner, outer in zip(function.output, call.outputs, strict=False) if outer)
+    bindings = {item.name: item for item in function.attribute_proto} | call.attributes
+    key = (function.domain, function.name, function.overload)
+    return _Frame(key, iter(function.node), names, prefix, bindings)
+
+
+def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The graphs in the attributes of a node."""
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield attribute.g
+        elif attribute.type == onnx.AttributeProto.GRAPHS:
+            yield from attribute.graphs
+
+
+def _captured(graph: onnx.GraphProto, depth: int) -> tuple[list[str], int]:
+    """Names that a subgraph reads from outside, and the number of its nodes; it may nest ``depth`` more graphs."""
+    if depth < 1:
+        raise InvalidArchitectureError("subgraphs nest too deeply")
+    defined = {tensor.name for tensor in graph.initializer} | {info.name for info in graph.input}
+    found: dict[str, None] = {}
+    num_nodes = len(graph.node)
+    for node in graph.node:
+        names = list(node.input)
+        for inner in subgraphs(node):
+            captured, count = _captured(inner, depth - 1)
+            names.extend(captured)
+            num_nodes += count
+        found.update((name, None) for name in names if name and name not in defined)
+        defined.update(node.output)
+    found.update((info.name, None) for info in graph.output if info.name and info.name not in defined)
+    return list(found), num_nodes
+
+
+def _find_producers(nodes: list[OnnxNode], defined: set[str], outputs: list[str]) -> dict[str, OnnxNode]:
+    """The node that writes each value; every value is written once, before it is read."""
     producers: dict[str, OnnxNode] = {}
     for node in nodes:
         for name in node.inputs:
             if name not in defined:
-                raise invalid(_why_undefined(name, node, nodes))
+                if any(name in other.outputs for other in nodes):
+                    raise InvalidArchitectureError(
+                        f"node {node.label!r} reads {name!r} before it is written: the nodes are in a cycle or not in"
+                        " topological order"
+                    )
+                raise InvalidArchitectureError(f"node {node.label!r} reads {name!r}, which nothing writes")
         for name in node.outputs:
-            if name:
-                if not is_text(name):
-                    raise invalid(f"node {node.label!r} writes the value {name!r}, whose name is not valid UTF-8")
-                if name in defined:
-                    raise invalid(f"the value {name!r}, written by node {node.label!r}, is defined twice")
-                defined.add(name)
-                producers[name] = node
+            if not name:
+                continue
+            if not isinstance(name, str):
+                raise InvalidArchitectureError(
+                    f"node {node.label!r} writes the value {name!r}, whose name is not valid UTF-8"
+                )
+            if name in defined:
+                raise InvalidArchitectureError(f"the value {name!r}, written by node {node.label!r}, is defined twice")
+            defined.add(name)
+            producers[name] = node
     for name in outputs:
         if not name or name not in defined:
-            raise invalid(f"the graph output {name!r} is written by no node")
+            raise InvalidArchitectureError(f"the graph output {name!r} is written by no node")
     return producers
-
-
-def _why_undefined(name: str, node: OnnxNode, nodes: list[OnnxNode]) -> str:
-    if any(name in other.outputs for other in nodes):
-        return (
-            f"node {node.label!r} reads {name!r} before it is written: the nodes are in a cycle or not in"
-            " topological order"
-        )
-    return f"node {node.label!r} reads {name!r}, which nothing writes"
-
-
-def _inline_integers(tensor: onnx.TensorProto) -> tuple[int, ...] | None:
-    dtype = _INTEGER_DTYPES.get(tensor.data_type)
-    if dtype is None or tensor.data_location == onnx.TensorProto.EXTERNAL:
-        return None
-    count = 1
-    for size in tensor.dims:
-        count *= size
-    if not 0 <= count <= _MAX_INTEGERS:
-        return None
-    if tensor.raw_data:
-        if len(tensor.raw_data) != count * numpy.dtype(dtype).itemsize:
-            return None
-        return tuple(numpy.frombuffer(tensor.raw_data, dtype=dtype).tolist())
-    values = tensor.int64_data if tensor.data_type == onnx.TensorProto.INT64 else tensor.int32_data
-    return tuple(values) if len(values) == count else None

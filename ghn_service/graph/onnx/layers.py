@@ -1,4 +1,4 @@
-"""Handlers of the operators of convolutions and linear layers, with their biases.
+"""Handlers of the operators of convolutions, linear layers and normalisations, with their biases.
 
 Shape legend: convolution weight (out, in / groups, kernel height, kernel width); linear weight (out, in) in torch,
 (in, out) as the right operand of MatMul.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 
-from ghn_service.graph.onnx.context import ReadContext
-from ghn_service.graph.onnx.node import OnnxNode
-from ghn_service.graph.onnx.norms_and_attention import attended
-from ghn_service.graph.onnx.values import Value, View
+from ghn_service.graph.onnx.attention import attended
+from ghn_service.graph.onnx.file import OnnxNode
+from ghn_service.graph.onnx.values import ReadContext, Value, View
 from ghn_service.graph.raw_graph import INPUT, Flow, RawNode, TensorUse
+
+_BUFFER_SLOTS = {3: "running_mean", 4: "running_var"}
 
 
 def read_convolution(context: ReadContext, node: OnnxNode) -> None:
@@ -244,7 +245,7 @@ def _rows(context: ReadContext, node: OnnxNode) -> int:
     shape = next((shape for shape in shapes if shape is not None and len(shape) >= 2), None)
     if shape is None:
         return 0
-    rows, examples = math.prod(shape[:-1]), context.file.num_examples
+    rows, examples = math.prod(shape[:-1]), context.num_examples
     if examples and rows % examples == 0:
         return _count((rows // examples,))
     return _count(shape[1:-1])
@@ -269,3 +270,67 @@ def _einsum_axes(equation: str, index: int) -> tuple[int, int] | None:
     if second in result and second not in data and first in data and first not in result:
         return (1, 0)
     return None
+
+
+def read_batch_norm(context: ReadContext, node: OnnxNode) -> None:
+    """BatchNormalization: one node for weight and bias; the statistics are buffers."""
+    data = context.start(node)
+    for index, slot in _BUFFER_SLOTS.items():
+        for view in data[index].views if index < len(data) else ():
+            context.use(node, index, view, "buffer", slot=slot)
+    if not data[0].flow and data[0].views:  # a weight that is standardised before it is used
+        context.fall_back(node, 1, "ones")
+        context.fall_back(node, 2, "zeros")
+        context.emit(node, context.joined(data[:1]))
+    else:
+        _read_norm(context, node, "bn", data[0], literal=True)
+
+
+def read_layer_norm(context: ReadContext, node: OnnxNode) -> None:
+    """LayerNormalization: one node for weight and bias; without weights, nothing."""
+    data = context.start(node)
+    _read_norm(context, node, "ln", data[0], literal=False)
+
+
+def read_other_norm(context: ReadContext, node: OnnxNode) -> None:
+    """Group, instance and RMS normalisation: outside the vocabulary, so ones and zeros."""
+    data = context.start(node)
+    context.fall_back(node, 1, "ones")
+    context.fall_back(node, 2, "zeros")
+    context.emit(node, Value(flow=data[0].flow, normalized="other", spatial=data[0].spatial))
+
+
+def _read_norm(context: ReadContext, node: OnnxNode, op_type: str, data: Value, *, literal: bool) -> None:
+    view = context.weight(node, 1, literal=literal)
+    if view is None or not view.source.is_vector:
+        context.fall_back(node, 1, "ones", literal=literal)
+        context.fall_back(node, 2, "zeros", literal=literal)
+        context.emit(node, Value(flow=data.flow, normalized="layer" if op_type == "ln" else "other"))
+        return
+    weight = context.use(node, 1, view, "node", slot="weight", is_scale=True)
+    bias_view = context.weight(node, 2, literal=literal)
+    bias = context.use(node, 2, bias_view, "node", slot="bias") if bias_view is not None else None
+    name = weight.torch_name or view.source.name
+    raw = RawNode(op_type, 0, 0, name, set(data.flow), weight, bias)
+    context.emit(node, Value(flow=frozenset({context.add(raw)}), spatial=data.spatial))
+
+
+def read_skip_norm(context: ReadContext, node: OnnxNode) -> None:
+    """SkipLayerNormalization of ONNX Runtime: two branches meet, then a layer normalisation."""
+    data = context.start(node)
+    flow = context.graph.union([value.flow for value in data[:2]])
+    index = context.add(RawNode("sum", 0, 0, node.label, set(flow)))
+    context.fall_back(node, 4, "zeros")
+    total = frozenset({index})
+    view = context.weight(node, 2, literal=False)
+    if view is None or node.op_type != "SkipLayerNormalization":
+        context.fall_back(node, 2, "ones")
+        context.emit(node, Value(flow=total))
+        return
+    weight = context.use(node, 2, view, "node", slot="operand", is_scale=True)
+    bias_view = context.weight(node, 3, literal=False)
+    bias = context.use(node, 3, bias_view, "node", slot="operand") if bias_view is not None else None
+    norm = context.add(RawNode("ln", 0, 1, view.source.name, set(total), weight, bias))
+    context.emit(node, Value(flow=frozenset({norm})))
+    if len(node.outputs) > 3 and node.outputs[3]:
+        context.values[node.outputs[3]] = Value(flow=total)

@@ -10,11 +10,11 @@ path into the node's name (``/layer1/layer1.0/conv1/Conv``).
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from functools import cached_property
 
-from ghn_service.graph.onnx.file import OnnxFile
+from ghn_service.graph.onnx.file import OnnxFile, OnnxNode
 from ghn_service.graph.onnx.folded import string_list
-from ghn_service.graph.onnx.node import OnnxNode
 from ghn_service.graph.raw_graph import Source
 
 _FX_KEY = "pkg.torch.onnx.fx_node"
@@ -52,13 +52,50 @@ def is_anonymous(name: str) -> bool:
     return _ANONYMOUS.match(name) is not None
 
 
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """What the exporter wrote on a node about the program that it traced.
+
+    Attributes:
+        line: The line that the node came from; "" where the file does not say.
+        operator: The operator of that line.
+        tokens: Its arguments that are parameters (``p_...``) or buffers (``b_...``).
+        parameters: Those that are parameters, where the operator is known.
+        scopes_text: Paths of the modules around the node, outermost first, and the node itself.
+        classes_text: Their classes.
+    """
+
+    line: str = ""
+    operator: str = ""
+    tokens: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+    scopes_text: str = ""
+    classes_text: str = ""
+
+    def scopes(self) -> list[str]:
+        """Paths of the modules around the node, outermost first."""
+        return string_list(self.scopes_text)[:-1]
+
+
 class TorchNames:
     """Names of the parameters behind the operands of nodes."""
 
     def __init__(self, file: OnnxFile) -> None:
         self._file = file
-        self._read: OnnxNode | None = None
-        self._metadata: dict[str, str] = {}
+        self._last: tuple[OnnxNode | None, _Origin] = (None, _Origin())
+
+    def _origin(self, node: OnnxNode) -> _Origin:
+        if self._last[0] is not node:
+            origin = _Origin()
+            if node.proto.metadata_props:
+                entries = {entry.key: entry.value for entry in node.proto.metadata_props}
+                texts = [entries.get(key, "") for key in (_FX_KEY, _SCOPES_KEY, _CLASSES_KEY)]
+                line, scopes, classes = (text if isinstance(text, str) else "" for text in texts)
+                target, tokens = _TARGET.search(line), tuple(_TOKEN.findall(line))
+                parameters = tuple(token for token in tokens if token.startswith("p_") and target)
+                origin = _Origin(line, target.group(1) if target else "", tokens, parameters, scopes, classes)
+            self._last = (node, origin)
+        return self._last[1]
 
     def identify(self, source: Source, node: OnnxNode, slot: str, *, is_direct: bool = True) -> tuple[str, str]:
         """The torch name of ``source`` as ``node`` uses it in ``slot``, and a token that tells uses apart.
@@ -75,104 +112,63 @@ class TorchNames:
         """
         if not self._file.is_torch:
             return "", ""
-        metadata = self._metadata_of(node)
+        origin = self._origin(node)
         if source.folded and slot == "operand":
-            name = _folded_name(source, _scopes(metadata))
+            name = _folded_name(source, origin.scopes())
             return name, name
-        token = self._token(source, node, metadata.get(_FX_KEY, ""), slot, is_direct=is_direct)
+        token = _token(source, node, origin, slot, is_direct=is_direct) if origin.tokens else ""
         if token:
-            return self._demangled(token, _scopes(metadata)), token
+            return self._demangled(token, origin), token
         if source.folded:
-            return _folded_name(source, _scopes(metadata)), ""
+            return _folded_name(source, origin.scopes()), ""
         if source.kind == "CONSTANT" or is_anonymous(source.name):
-            if metadata.get(_FX_KEY) and self._traced(node, metadata[_FX_KEY]) not in _TRACED_OPS.get(node.op_type, ()):
-                return "", ""
-            return self._from_path(node, metadata, slot), ""
+            is_foreign = origin.line and origin.operator not in _TRACED_OPS.get(node.op_type, ())
+            return ("" if is_foreign or slot not in _WEIGHT_BIAS else self.name_in_module(node, slot)), ""
         # With a norm folded in, a convolution's weight keeps its name, but not the declaration that it is a parameter.
-        is_fused = (
-            slot == "weight" and "." in source.name and self._traced(node, metadata.get(_FX_KEY, "")) in _NORM_OPS
-        )
-        known = source.kind or not self._file.kinds or is_fused
-        return (source.name if known else ""), ""
-
-    def _metadata_of(self, node: OnnxNode) -> dict[str, str]:
-        if self._read is not node:
-            self._read, self._metadata = node, node.metadata() if node.proto.metadata_props else {}
-        return self._metadata
+        is_fused = slot == "weight" and "." in source.name and origin.operator in _NORM_OPS
+        return (source.name if source.kind or not self._file.kinds or is_fused else ""), ""
 
     def name_in_module(self, node: OnnxNode, leaf: str) -> str:
         """``leaf`` after the path of the module that ``node`` is in; "" if the file does not say which that is."""
-        scopes = _scopes(self._metadata_of(node))
+        scopes = self._origin(node).scopes()
         path = scopes[-1] if scopes else _path_of(node.name)
         return f"{path}.{leaf}" if path else ""
 
     def dropped_bias(self, node: OnnxNode) -> tuple[str, str]:
         """Torch name and token of a bias that the exporter left out of ``node`` because it was zero."""
-        operator, tokens = self._call(node)
-        if operator not in _TRACED_OPS.get(node.op_type, ()) or len(tokens) != 2:
+        origin = self._origin(node)
+        if origin.operator not in _TRACED_OPS.get(node.op_type, ()) or len(origin.parameters) != 2:
             return "", ""
-        token = tokens[0 if operator == "addmm" else 1]
-        return self._demangled(token, _scopes(node.metadata())), token
+        token = origin.parameters[0 if origin.operator == "addmm" else 1]
+        return self._demangled(token, origin), token
 
     def has_folded_norm(self, node: OnnxNode, bias: Source | None) -> bool:
         """Whether a batch normalization was folded into a convolution; ``bias`` is what it has for a bias now."""
         if not self._file.is_torch:
             return False
-        operator, tokens = self._call(node)
-        if operator:
-            is_own = bias is None or bias.kind == "PARAMETER" or f"p_{_mangled(bias.name)}" in tokens
-            is_foreign = not is_own and len(tokens) == 1
-            return operator in _NORM_OPS or (is_foreign and operator in _CONV_OPS)
+        origin = self._origin(node)
+        if origin.operator:
+            is_own = bias is None or bias.kind == "PARAMETER" or f"p_{_mangled(bias.name)}" in origin.parameters
+            is_foreign = not is_own and len(origin.parameters) == 1
+            return origin.operator in _NORM_OPS or (is_foreign and origin.operator in _CONV_OPS)
         return bias is not None and is_anonymous(bias.name) and not bias.is_literal
 
     def module_class(self, node: OnnxNode) -> str:
         """Class of the innermost module around ``node``, without its package; "" if it is not known."""
-        text = node.metadata().get(_CLASSES_KEY, "")
-        classes = string_list(text)
+        classes = string_list(self._origin(node).classes_text)
         return classes[-2].rpartition(".")[2] if len(classes) > 1 else ""
 
     def is_alias(self, node: OnnxNode) -> bool:
         """Whether ``node`` is an Identity with which the older exporter gives a merged tensor its own name back."""
         return self._file.is_torch and node.op_type == "Identity" and _ALIAS_NODE.match(node.name) is not None
 
-    def _call(self, node: OnnxNode) -> tuple[str, list[str]]:
-        text = self._metadata_of(node).get(_FX_KEY, "")
-        target = _TARGET.search(text)
-        if target is None:
-            return "", []
-        return target.group(1), [token for token in _TOKEN.findall(text) if token.startswith("p_")]
-
-    def _traced(self, node: OnnxNode, text: str) -> str:
-        target = _TARGET.search(text)
-        return target.group(1) if target else ""
-
-    def _token(self, source: Source, node: OnnxNode, text: str, slot: str, *, is_direct: bool) -> str:
-        tokens: list[str] = _TOKEN.findall(text)
-        if not tokens:
-            return ""
-        own = _mangled(source.name)
-        operator = self._traced(node, text)
-        if slot in ("running_mean", "running_var"):
-            return next((token for token in tokens if token.startswith("b_") and token.endswith(slot)), "")
-        parameters = [token for token in tokens if token.startswith("p_")]
-        exact = [token for token in tokens if token[2:] == own]
-        if not is_direct:
-            return exact[0] if exact else ""
-        if slot in _WEIGHT_BIAS and operator in _TRACED_OPS.get(node.op_type, ()) and len(parameters) <= 2:
-            place = _WEIGHT_BIAS.index(slot)
-            place = len(parameters) - 1 - place if operator == "addmm" else place
-            if 0 <= place < len(parameters):
-                return parameters[place]
-        if exact:
-            return exact[0]
-        return tokens[0] if slot == "operand" and len(tokens) == 1 else ""
-
-    def _demangled(self, token: str, scopes: list[str]) -> str:
+    def _demangled(self, token: str, origin: _Origin) -> str:
+        """The name of the parameter that the traced program calls ``token``."""
         known = self._file.traced_names.get(token) or self._known.get(token[2:])
         if known is not None:
             return known
         text = token[2:]
-        for scope in reversed(scopes):
+        for scope in reversed(origin.scopes()):
             prefix = _mangled(scope) + "_" if scope else ""
             if not text.startswith(prefix):
                 continue
@@ -183,17 +179,29 @@ class TorchNames:
             return f"{scope}.{rest}" if scope else rest
         return ""
 
-    def _from_path(self, node: OnnxNode, metadata: dict[str, str], slot: str) -> str:
-        if slot not in _WEIGHT_BIAS:
-            return ""
-        scopes = _scopes(metadata)
-        path = scopes[-1] if scopes else _path_of(node.name)
-        return f"{path}.{slot}" if path else ""
-
     @cached_property
     def _known(self) -> dict[str, str]:
         names = [*self._file.initializers, *(header.name for header in self._file.inputs)]
         return {_mangled(name): name for name in names if not is_anonymous(name)}
+
+
+def _token(source: Source, node: OnnxNode, origin: _Origin, slot: str, *, is_direct: bool) -> str:
+    """Which argument of the traced operator ``source`` is; "" if that cannot be told."""
+    if slot in ("running_mean", "running_var"):
+        return next((token for token in origin.tokens if token.startswith("b_") and token.endswith(slot)), "")
+    own = _mangled(source.name)
+    exact = next((token for token in origin.tokens if token[2:] == own), "")
+    if not is_direct:
+        return exact
+    count = len(origin.parameters)
+    if slot in _WEIGHT_BIAS and origin.operator in _TRACED_OPS.get(node.op_type, ()) and count <= 2:
+        place = _WEIGHT_BIAS.index(slot)
+        place = count - 1 - place if origin.operator == "addmm" else place
+        if 0 <= place < count:
+            return origin.parameters[place]
+    if exact:
+        return exact
+    return origin.tokens[0] if slot == "operand" and len(origin.tokens) == 1 else ""
 
 
 def sibling_name(name: str) -> str:
@@ -223,11 +231,6 @@ def _folded_name(source: Source, scopes: list[str]) -> str:
 def _mangled(name: str) -> str:
     """A parameter's name as torch.export writes it into the traced program."""
     return _NOT_IDENTIFIER.sub("_", name).lower()
-
-
-def _scopes(metadata: dict[str, str]) -> list[str]:
-    """Paths of the modules around a node, outermost first."""
-    return string_list(metadata.get(_SCOPES_KEY, ""))[:-1]
 
 
 def _path_of(node_name: str) -> str:

@@ -10,13 +10,11 @@ from collections.abc import Callable
 
 import onnx
 
-from ghn_service.graph.onnx import elementwise, layers, plain
-from ghn_service.graph.onnx import norms_and_attention as norms
-from ghn_service.graph.onnx.context import ReadContext
-from ghn_service.graph.onnx.file import FLOAT_TYPES
-from ghn_service.graph.onnx.limits import invalid, subgraphs, unsupported
-from ghn_service.graph.onnx.node import OnnxNode
+from ghn_service.errors import UnsupportedArchitectureError
+from ghn_service.graph.onnx import attention, elementwise, layers, plain
+from ghn_service.graph.onnx.file import FLOAT_TYPES, OnnxNode, subgraphs
 from ghn_service.graph.onnx.patterns import WEIGHT_SLOTS
+from ghn_service.graph.onnx.values import ReadContext
 
 Handler = Callable[[ReadContext, OnnxNode], None]
 
@@ -46,7 +44,7 @@ def read_control_flow(context: ReadContext, node: OnnxNode) -> None:
             heavy = next((item.op_type for item in body.node if item.op_type in WEIGHT_SLOTS), "")
             if heavy or any(item.data_type in FLOAT_TYPES and len(item.dims) > 1 for item in body.initializer):
                 what = f"a {heavy} layer" if heavy else "weights"
-                raise unsupported(
+                raise UnsupportedArchitectureError(
                     f"node {node.label!r} ({node.op_type}) has {what} inside a subgraph; export the network without"
                     " data-dependent control flow"
                 )
@@ -69,7 +67,7 @@ def refuse_quantised(context: ReadContext, node: OnnxNode) -> None:
     Raises:
         UnsupportedArchitectureError: Always.
     """
-    raise unsupported(
+    raise UnsupportedArchitectureError(
         f"node {node.label!r} ({node.op_type}) computes with integer weights; export the network before quantising it"
     )
 
@@ -97,13 +95,13 @@ OPERATORS: dict[tuple[str, str], Handler] = {
     **_rows(layers.read_gemm, "Gemm"),
     **_rows(layers.read_matmul, "MatMul"),
     **_rows(layers.read_einsum, "Einsum"),
-    **_rows(norms.read_softmax, "Softmax"),
-    **_rows(norms.read_fused_attention, "Attention"),
-    **_rows(norms.read_batch_norm, "BatchNormalization"),
-    **_rows(norms.read_layer_norm, "LayerNormalization"),
-    **_rows(norms.read_other_norm, "GroupNormalization InstanceNormalization RMSNormalization"),
-    **_rows(norms.read_gather, "Gather"),
-    **_rows(norms.read_recurrent, "LSTM GRU RNN"),
+    **_rows(attention.read_softmax, "Softmax"),
+    **_rows(attention.read_fused_attention, "Attention"),
+    **_rows(layers.read_batch_norm, "BatchNormalization"),
+    **_rows(layers.read_layer_norm, "LayerNormalization"),
+    **_rows(layers.read_other_norm, "GroupNormalization InstanceNormalization RMSNormalization"),
+    **_rows(attention.read_gather, "Gather"),
+    **_rows(attention.read_recurrent, "LSTM GRU RNN"),
     **_rows(plain.read_prelu, "PRelu"),
     **_rows(elementwise.read_add, "Add Sum Mean"),
     **_rows(elementwise.read_concat, "Concat ConcatFromSequence SequenceConstruct"),
@@ -149,17 +147,16 @@ OPERATORS: dict[tuple[str, str], Handler] = {
     **_rows(layers.read_convolution, "FusedConv", "com.microsoft"),
     **_rows(layers.read_gemm, "FusedGemm", "com.microsoft"),
     **_rows(layers.read_matmul, "FusedMatMul", "com.microsoft"),
-    **_rows(norms.read_fused_attention, "MultiHeadAttention", "com.microsoft"),
+    **_rows(attention.read_fused_attention, "MultiHeadAttention", "com.microsoft"),
     **_rows(plain.read_activation, "Gelu FastGelu QuickGelu", "com.microsoft"),
     **_rows(read_bias_gelu, "BiasGelu", "com.microsoft"),
-    **_rows(norms.read_skip_norm, "SkipLayerNormalization SkipSimplifiedLayerNormalization", "com.microsoft"),
-    **_rows(norms.read_other_norm, "GroupNorm SimplifiedLayerNormalization", "com.microsoft"),
+    **_rows(layers.read_skip_norm, "SkipLayerNormalization SkipSimplifiedLayerNormalization", "com.microsoft"),
+    **_rows(layers.read_other_norm, "GroupNorm SimplifiedLayerNormalization", "com.microsoft"),
     **_rows(refuse_quantised, "QGemm QAttention MatMulNBits DynamicQuantizeMatMul", "com.microsoft"),
 }
 
 
 def _minimum_inputs() -> dict[tuple[str, str], int]:
-    """Operands that every version of a standard operator needs."""
     counts: dict[tuple[str, str], int] = {}
     for schema in onnx.defs.get_all_schemas_with_history():
         if schema.domain == "":
@@ -168,20 +165,5 @@ def _minimum_inputs() -> dict[tuple[str, str], int]:
     return {**counts, **contrib}
 
 
-_MINIMUM_INPUTS = _minimum_inputs()
-
-
-def read_node(context: ReadContext, node: OnnxNode) -> None:
-    """Reads one node with its handler.
-
-    Raises:
-        InvalidArchitectureError: The node lacks an operand or output.
-        UnsupportedArchitectureError: The node computes with something that has no meaning here.
-    """
-    key = (node.domain, node.op_type)
-    if len(node.inputs) < _MINIMUM_INPUTS.get(key, 0) or not node.outputs:
-        raise invalid(
-            f"node {node.label!r} ({node.op_type}) has {len(node.inputs)} inputs and {len(node.outputs)} outputs;"
-            f" expected at least {_MINIMUM_INPUTS.get(key, 0)} and 1"
-        )
-    OPERATORS.get(key, read_unknown)(context, node)
+MINIMUM_INPUTS = _minimum_inputs()
+"""Operands that every version of an operator needs."""

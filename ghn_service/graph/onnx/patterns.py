@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ghn_service.graph.onnx.file import FLOAT_TYPES, OnnxFile
-from ghn_service.graph.onnx.node import OnnxNode
+from ghn_service.graph.onnx.file import FLOAT_TYPES, OnnxFile, OnnxNode
 
 # Weight operands by operator: input index -> whether it is a buffer.
 WEIGHT_SLOTS: dict[str, dict[int, bool]] = {

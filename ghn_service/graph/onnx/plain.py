@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from ghn_service.graph.architecture import leaky_relu_name
-from ghn_service.graph.onnx.context import ReadContext
-from ghn_service.graph.onnx.file import FLOAT_TYPES
+from ghn_service.graph.onnx.file import FLOAT_TYPES, OnnxNode
 from ghn_service.graph.onnx.layers import convolved
-from ghn_service.graph.onnx.node import OnnxNode
-from ghn_service.graph.onnx.values import CONSTANT, Value, View
+from ghn_service.graph.onnx.values import CONSTANT, ReadContext, Value, View
 from ghn_service.graph.raw_graph import RawNode
 
 _ADAPTIVE_CLASSES = {"AdaptiveAvgPool2d": True, "AvgPool2d": False}
@@ -110,7 +108,7 @@ def read_activation(context: ReadContext, node: OnnxNode) -> None:
 def read_constant(context: ReadContext, node: OnnxNode) -> None:
     """Constant: integers are read where they are needed; a float tensor may be a weight written as a literal."""
     context.start(node)
-    attribute = node.attribute("value")
+    attribute = node.attributes.get("value")
     context.emit(node, CONSTANT)
     if attribute is not None and attribute.t.data_type in FLOAT_TYPES:
         shape = tuple(attribute.t.dims)
@@ -123,7 +121,7 @@ def read_filled(context: ReadContext, node: OnnxNode) -> None:
     """ConstantOfShape: shape arithmetic in torch's exports, a weight without values elsewhere."""
     context.start(node)
     context.emit(node, CONSTANT)
-    attribute = node.attribute("value")
+    attribute = node.attributes.get("value")
     is_float = attribute is None or attribute.t.data_type in FLOAT_TYPES
     shape = context.file.integers(node.inputs[0]) if is_float and not context.file.is_torch else None
     if shape:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from ghn_service.errors import GhnServiceError
+from ghn_service.errors import GhnServiceError, InvalidArchitectureError
 from ghn_service.graph.architecture import ArchitectureGraph
-from ghn_service.graph.onnx.context import ReadContext
 from ghn_service.graph.onnx.file import load_file
-from ghn_service.graph.onnx.limits import FIELD, invalid
-from ghn_service.graph.onnx.operators import read_node
-from ghn_service.graph.onnx.parameters import settle_tensors
-from ghn_service.graph.onnx.warnings import reading_warnings
+from ghn_service.graph.onnx.operators import MINIMUM_INPUTS, OPERATORS, read_unknown
+from ghn_service.graph.onnx.parameters import reading_warnings, settle_tensors
+from ghn_service.graph.onnx.values import ReadContext
 from ghn_service.graph.passes import build_graph, simplify
 from ghn_service.graph.raw_graph import GraphLimits
 
+FIELD = "architecture.onnx_model"
 DEFAULT_LIMITS = GraphLimits()
 
 
@@ -37,7 +36,13 @@ def read_onnx(data: bytes, *, limits: GraphLimits = DEFAULT_LIMITS) -> Architect
     try:
         context = ReadContext(load_file(data, limits), limits)
         for node in context.file.nodes:
-            read_node(context, node)
+            key = (node.domain, node.op_type)
+            if len(node.inputs) < MINIMUM_INPUTS.get(key, 0) or not node.outputs:
+                raise InvalidArchitectureError(
+                    f"node {node.label!r} ({node.op_type}) has {len(node.inputs)} inputs and {len(node.outputs)}"
+                    f" outputs; expected at least {MINIMUM_INPUTS.get(key, 0)} and 1"
+                )
+            OPERATORS.get(key, read_unknown)(context, node)
         context.graph.outputs = [context.values[name].flow for name in context.file.outputs]
         skeleton = simplify(context.graph, limits)
         others, buffers = settle_tensors(context, skeleton)
@@ -49,11 +54,11 @@ def read_onnx(data: bytes, *, limits: GraphLimits = DEFAULT_LIMITS) -> Architect
             warnings=reading_warnings(context),
             unknown_operators=sorted(context.unknown_operators),
         )
+        if next(graph.parameters(), None) is None:
+            raise InvalidArchitectureError("the model has no trainable parameter, so there is nothing to predict")
     except GhnServiceError as error:
         error.field = error.field or FIELD
         raise
     except UnicodeDecodeError as error:
-        raise invalid("the model holds text that is not UTF-8") from error
-    if next(graph.parameters(), None) is None:
-        raise invalid("the model has no trainable parameter, so there is nothing to predict")
+        raise InvalidArchitectureError("the model holds text that is not UTF-8", field=FIELD) from error
     return graph
