@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import nn
 
+from ghn_architectures.interface import Interface
+from ghn_architectures.registry import ARCHITECTURES
 from ghn_client.errors import UnsupportedModuleError
 from ghn_client.finetune.additive import additive
 from ghn_client.finetune.delta import load_delta, save_delta
@@ -22,6 +24,7 @@ from ghn_client.finetune.strategies import prepare
 from ghn_client.onnx.export import export_structure
 from ghn_client.onnx.from_torch import to_onnx
 from ghn_client.onnx.to_torch import input_shape, module_from_onnx
+from tests.clients.test_export import filled as with_own_values
 from tests.finetune.networks import ResidualNetwork, randomize_statistics, train_a_little
 from tests.zoo_support import import_torchvision
 
@@ -78,6 +81,11 @@ class Mixture(nn.Module):
         return self.head(torch.flatten(nn.functional.adaptive_avg_pool2d(features, 1), 1))
 
 
+#: Reference networks that take seconds, and of which smaller ones of the same family are here.
+LARGE = {
+    "resnet32", "resnet56", "resnet110", "resnet18", "resnet50", "wide_resnet28_10", "vgg11_bn", "vgg16_bn",
+    "densenet100", "mobilenet_v2", "efficientnet_b0", "convnext_tiny", "swin_tiny",
+}  # fmt: skip
 NETWORKS = {"residual": ResidualNetwork, "transformer": Transformer, "mixture": Mixture}
 
 
@@ -234,17 +242,19 @@ def test_transposed_weights_become_linear_layers_and_go_back():
     np.testing.assert_allclose(onnx.numpy_helper.to_array(first), weight + 1.0)
 
 
-def test_files_of_our_own_export_once_they_are_filled(images):
-    module = ResidualNetwork().eval()
-    exported = export_structure(module, images[:1])
-    model = onnx.ModelProto.FromString(exported.onnx_bytes)
-    state = module.state_dict()
-    weights = [info for info in model.graph.input if info.name in state]
-    for info in weights:
-        model.graph.input.remove(info)
-        model.graph.initializer.append(onnx.numpy_helper.from_array(state[info.name].numpy(), info.name))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in ARCHITECTURES]
+)
+def test_reference_networks_in_our_own_export(name):
+    torch.manual_seed(0)
+    module = ARCHITECTURES[name].build(Interface()).eval()
+    images = torch.randn(3, 3, 32, 32)
+    model = with_own_values(module, export_structure(module, images[:1]))
+    result = module_from_onnx(model, images[:1], parameters=dict(module.named_parameters()))
+    assert set(dict(result.named_parameters())) == set(dict(module.named_parameters()))
     with torch.no_grad():
-        torch.testing.assert_close(module_from_onnx(model, images[:1])(images), module(images), atol=1e-5, rtol=1e-4)
+        expected = module(images)
+        torch.testing.assert_close(result(images), expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-4)
 
 
 def test_what_cannot_be_trained_is_refused():

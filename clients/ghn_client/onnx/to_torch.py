@@ -8,14 +8,15 @@ shapes that the exporter froze for one image size, and a batch of any size.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import torch
-from onnx.inliner import inline_local_functions
+from onnx.reference import ReferenceEvaluator
+from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
 from torch import fx
 
 from ghn_client.errors import UnsupportedModuleError
@@ -28,7 +29,7 @@ from ghn_client.onnx.torch_operators import OPERATORS
 NAMES = "ghn.onnx_names"
 #: Key in ``meta`` of the module: path of a linear layer -> names of its input and its output in the file.
 TENSORS = "ghn.onnx_tensors"
-_DOMAINS = ("", "ai.onnx")
+_RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
 
 
 def input_shape(model: onnx.ModelProto) -> tuple[int, ...]:
@@ -70,13 +71,17 @@ def module_from_onnx(
             weights are missing.
     """
     input_shape(model)
-    graph = with_own_tensors(inline_local_functions(model)).graph
-    builder = Builder({tensor.name: _tensor(tensor) for tensor in graph.initializer}, parameters)
+    read = onnx_ir.from_proto(with_own_tensors(model))
+    InlinePass()(read)
+    del read.graph.outputs[1:]
+    RemoveUnusedNodesPass()(read)
+    initializers = read.graph.initializers.values()
+    builder = Builder({str(value.name): _tensor(value.const_value) for value in initializers}, parameters)
     builder.input(_inputs(model)[0].name, example)
     with torch.no_grad():
-        for node in _needed(graph):
+        for node in read.graph:
             _build(builder, node)
-        output = builder.value(graph.output[0].name)
+        output = builder.value(str(read.graph.outputs[0].name))
     if not isinstance(output, Traced) or output.single.dim() < 1 or batch_position(output) != 1:
         raise UnsupportedModuleError("the first output of the model does not depend on its input sample by sample")
     builder.graph.output(output.node)
@@ -93,69 +98,64 @@ def _inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     return [info for info in model.graph.input if info.name not in filled]
 
 
-def _needed(graph: onnx.GraphProto) -> list[OnnxNode]:
-    """The nodes that the first output needs, in order, each with the only reader of its first output."""
-    wanted, needed = {graph.output[0].name}, []
-    for node in reversed(graph.node):
-        if wanted & set(node.output):
-            wanted.update(node.input)
-            needed.append(node)
-    reads = Counter(name for node in needed for name in node.input)
-    readers = {name: node for node in needed for name in node.input}
-    views: dict[int, OnnxNode] = {}
-    for node in needed:  # from the end, so that readers are there before what they read
-        alone = readers.get(node.output[0]) if reads[node.output[0]] == 1 else None
-        views[id(node)] = OnnxNode(
-            node.op_type if node.domain in _DOMAINS else f"{node.domain}::{node.op_type}",
-            node.name,
-            tuple(node.input),
-            tuple(node.output),
-            {attribute.name: _attribute(attribute) for attribute in node.attribute if attribute.name != "stash_type"},
-            views.get(id(alone)),
-        )
-    return [views[id(node)] for node in reversed(needed)]
-
-
-def _build(builder: Builder, node: OnnxNode) -> None:
+def _build(builder: Builder, source: onnx_ir.Node) -> None:
+    """Gives the outputs of a node their values."""
+    node = _read(source)
     if node.outputs[0] in builder.absorbed:
         builder.values[node.outputs[0]] = builder.absorbed[node.outputs[0]]
         return
     try:
-        outputs = _run(builder, node)
+        outputs = LAYERS[node.op_type](builder, node) if node.op_type in LAYERS else None
+        if outputs is None:
+            inputs = [builder.value(name) if name else None for name in node.inputs]
+            outputs = _computed(builder, source, node, inputs)
     except (RuntimeError, IndexError) as error:
         raise UnsupportedModuleError(
             f"{node.op_type} {node.name!r} fails with a batch of another size than that of the file ({error});"
             " export the network with a batch size of 1 or with a dynamic batch axis"
         ) from error
-    several: Sequence[Any] = outputs if isinstance(outputs, tuple) else (outputs,)
-    builder.values.update(zip(node.outputs, several, strict=False))
+    builder.values.update(zip(node.outputs, outputs if isinstance(outputs, tuple) else (outputs,), strict=False))
 
 
-def _run(builder: Builder, node: OnnxNode) -> Any:
-    outputs: Any = LAYERS[node.op_type](builder, node) if node.op_type in LAYERS else None
-    if outputs is not None:
-        return outputs
+def _read(source: onnx_ir.Node, *, alone: bool = False) -> OnnxNode:
+    readers = source.outputs[0].consumers()
+    attributes = {
+        name: _tensor(item.as_tensor()) if item.type == onnx_ir.AttributeType.TENSOR else item.value
+        for name, item in source.attributes.items()
+    }
+    return OnnxNode(
+        f"{source.domain}::{source.op_type}" if source.domain else source.op_type,
+        source.name or "",
+        tuple(value.name or "" if value is not None else "" for value in source.inputs),
+        tuple(value.name or "" for value in source.outputs),
+        attributes,
+        None if alone or len(source.outputs[0].uses()) != 1 else _read(readers[0], alone=True),
+    )
+
+
+def _computed(builder: Builder, source: onnx_ir.Node, node: OnnxNode, inputs: list[Any]) -> Any:
+    """What a node without weights makes of its inputs: a constant of constants, else a call in the graph."""
+    depends = any(value is not None and not isinstance(value, torch.Tensor) for value in inputs)
+    if not depends and not source.domain and source.op_type not in _RANDOM:
+        assert source.graph is not None
+        feeds = {name: value.numpy() for name, value in zip(node.inputs, inputs, strict=True) if value is not None}
+        opset = onnx.helper.make_opsetid("", source.graph.opset_imports.get("", 1))
+        proto = onnx_ir.to_proto(source)
+        function = onnx.helper.make_function("ghn", "constant", list(feeds), list(node.outputs), [proto], [opset])
+        results = ReferenceEvaluator(function).run(None, feeds, {})
+        return tuple([_tensor(item) for item in one] if isinstance(one, list) else _tensor(one) for one in results)
     if node.op_type not in OPERATORS:
-        known = sorted({*LAYERS, *OPERATORS})
         raise UnsupportedModuleError(
-            f"the operator {node.op_type!r} of node {node.name!r} cannot be trained here; known are {known}. Give"
-            " SCRIPT:FACTORY, a function that returns the torch module, instead of the file"
+            f"the operator {node.op_type!r} of node {node.name!r} cannot be trained here; known are"
+            f" {sorted({*LAYERS, *OPERATORS})}. Give SCRIPT:FACTORY, a function that returns the torch module, instead"
+            " of the file"
         )
-    inputs = [builder.value(name) if name else None for name in node.inputs]
     return OPERATORS[node.op_type](builder, inputs, node.attributes)
 
 
-def _attribute(attribute: onnx.AttributeProto) -> Any:
-    value = onnx.helper.get_attribute_value(attribute)
-    if isinstance(value, onnx.TensorProto):
-        return _tensor(value)
-    if isinstance(value, bytes):
-        return value.decode()
-    return list(value) if attribute.type in (onnx.AttributeProto.INTS, onnx.AttributeProto.FLOATS) else value
-
-
-def _tensor(proto: onnx.TensorProto) -> torch.Tensor:
-    array = onnx.numpy_helper.to_array(proto)
+def _tensor(value: Any) -> torch.Tensor:
+    """A tensor of the file or an array, in float32 where torch lacks the type."""
+    array = np.array(value.numpy() if hasattr(value, "numpy") else value)
     if array.dtype not in (np.float64, np.float32, np.float16, np.int64, np.int32, np.int8, np.uint8, np.bool_):
         array = array.astype(np.float32)
-    return torch.from_numpy(array.copy())
+    return torch.from_numpy(array)

@@ -10,7 +10,7 @@ B example batch      P number of elements of a tensor, in memory order, before i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ghn_client.errors import UnsupportedModuleError
 
@@ -49,12 +50,13 @@ class Traced:
 Value = Traced | torch.Tensor
 
 
-class Constant(nn.Module):
-    """A tensor that is no parameter and in no ``state_dict``.
+def example_of(value: Value) -> torch.Tensor:
+    """The value on the example batch."""
+    return value.single if isinstance(value, Traced) else value
 
-    Args:
-        value: The tensor.
-    """
+
+class Constant(nn.Module):
+    """A tensor that is no parameter and in no ``state_dict``."""
 
     value: torch.Tensor
 
@@ -98,8 +100,8 @@ class Builder:
 
     # ---- values -----------------------------------------------------------------------------------------------------
 
-    def value(self, name: str) -> Value:
-        """What a name in the file stands for."""
+    def value(self, name: str) -> Any:
+        """What a name in the file stands for: a ``Traced``, or a tensor that is constant."""
         if name not in self.values:
             if name not in self.initializers:
                 raise UnsupportedModuleError(f"the file has no value {name!r}; its weights may be missing")
@@ -110,19 +112,14 @@ class Builder:
             self.values[name] = self.parameter(name) if is_weight else tensor
         return self.values[name]
 
-    def parameter(self, name: str, path: str = "") -> Traced:
-        """An initializer as a parameter of its own, at its name or at ``path``."""
-        owned = {initializer: place for place, initializer in self.names.items()}
-        if (name, False) in owned:
-            return self._attribute(owned[name, False], name)
-        path = path or legal_path(name)
-        tensor = nn.Parameter(self.initializers[name].clone())
-        parent, _, leaf = path.rpartition(".")
-        _container(self.root, parent).register_parameter(leaf, tensor)
-        self.names[path] = (name, False)
-        return self._attribute(path, name)
-
-    def _attribute(self, path: str, name: str) -> Traced:
+    def parameter(self, name: str) -> Traced:
+        """An initializer as a parameter of its own, at its name."""
+        path = next((place for place, owned in self.names.items() if owned == (name, False)), "")
+        if not path:
+            path = legal_path(name)
+            parent, _, leaf = path.rpartition(".")
+            _container(self.root, parent).register_parameter(leaf, nn.Parameter(self.initializers[name].clone()))
+            self.names[path] = (name, False)
         tensor = self.root.get_parameter(path).detach()
         return Traced(self.graph.get_attr(path), tensor, tensor, parameter=name)
 
@@ -157,22 +154,18 @@ class Builder:
     def call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Calls a function: in the graph if an argument is traced, right away otherwise."""
         everything = (arguments, options)
-        if not any(isinstance(value, Traced) for value in _leaves(everything)):
+        if not any(isinstance(leaf, Traced) for leaf in tree_leaves(everything)):
             return function(*arguments, **options)
-        positional, named = _mapped(everything, self._argument)
+        positional, named = tree_map(self._argument, everything)
         node = self.graph.call_function(function, positional, named)
-        first, other = (_mapped(everything, partial(_run, run)) for run in ("single", "several"))
+        first, other = (tree_map(partial(_run, run), everything) for run in ("single", "several"))
         return Traced(node, function(*first[0], **first[1]), function(*other[0], **other[1]))
 
-    def put(self, path: str, module: nn.Module) -> None:
-        """Puts a module at a dotted path, in eval mode."""
-        parent, _, leaf = path.rpartition(".")
-        _container(self.root, parent).add_module(leaf, module.eval())
-
     def module(self, path: str, module: nn.Module, *arguments: Traced) -> Traced:
-        """Calls a module, which is put at a dotted path unless it is there."""
-        if not self.has_path(path):
-            self.put(path, module)
+        """Calls a module, which is put at a dotted path in eval mode unless it is there."""
+        if not self.has_path(path) or self.root.get_submodule(path) is not module:
+            parent, _, leaf = path.rpartition(".")
+            _container(self.root, parent).add_module(leaf, module.eval())
         node = self.graph.call_module(path, tuple(argument.node for argument in arguments))
         single = module(*(argument.single for argument in arguments))
         return Traced(node, single, module(*(argument.several for argument in arguments)))
@@ -192,24 +185,22 @@ class Builder:
 
     # ---- shapes -----------------------------------------------------------------------------------------------------
 
-    def reshape(self, value: Value, shape: Sequence[int]) -> Value:
+    def reshape(self, value: Traced, shape: Sequence[int]) -> Any:
         """``value`` in a shape that holds for the example, with a free size where the batch is."""
-        if not isinstance(value, Traced) or value.single.numel() == value.several.numel():
-            return self.call(torch.reshape, value, tuple(shape))  # type: ignore[no-any-return]
+        if value.single.numel() == value.several.numel():
+            return self.call(torch.reshape, value, tuple(shape))
         resolved = list(value.single.reshape(tuple(shape)).shape)
         resolved[batch_axis(resolved, batch_position(value))] = -1
-        return self.call(torch.reshape, value, tuple(resolved))  # type: ignore[no-any-return]
+        return self.call(torch.reshape, value, tuple(resolved))
 
-    def expand(self, value: Value, shape: Sequence[int]) -> Value:
+    def expand(self, value: Traced, shape: Sequence[int]) -> Any:
         """``value`` broadcast to a shape that holds for the example."""
-        if not isinstance(value, Traced):
-            return torch.broadcast_to(value, np.broadcast_shapes(value.shape, tuple(shape)))
         target = list(np.broadcast_shapes(value.single.shape, tuple(shape)))
         offset = len(target) - value.single.dim()
         for axis, (one, more) in enumerate(zip(value.single.shape, value.several.shape, strict=True)):
             if one != more:
                 target[offset + axis] = -1
-        return self.call(torch.Tensor.expand, value, tuple(target))  # type: ignore[no-any-return]
+        return self.call(torch.Tensor.expand, value, tuple(target))
 
 
 def batch_position(value: Traced) -> int:
@@ -270,21 +261,3 @@ def _run(run: str, value: Any) -> Any:
     if isinstance(value, Traced):
         return getattr(value, run)
     return value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
-
-
-def _leaves(value: Any) -> Iterable[Any]:
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, dict):
-        yield from _leaves(tuple(value.values()))
-    else:
-        yield value
-
-
-def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
-    if isinstance(value, (list, tuple)):
-        return type(value)(_mapped(item, function) for item in value)
-    if isinstance(value, dict):
-        return {key: _mapped(item, function) for key, item in value.items()}
-    return function(value)

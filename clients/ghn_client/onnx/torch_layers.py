@@ -1,4 +1,4 @@
-"""ONNX operators with weights, as torch's own layers at the paths that the names of the weights give.
+"""ONNX layers as torch modules: those with weights at the paths that the names of the weights give, dropout, pooling.
 
 A weight ``features.0.weight`` makes ``features.0`` a ``Conv2d``, ``BatchNorm2d`` or ``Linear``, so that strategies find
 what they look for; weights with other names stay parameters, which torch's functions read.
@@ -6,8 +6,8 @@ what they look for; weights with other names stay parameters, which torch's func
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +15,15 @@ from torch import nn
 from torch.nn import functional
 
 from ghn_client.errors import UnsupportedModuleError
-from ghn_client.onnx.torch_builder import Builder, Traced, Value, legal_path
-from ghn_client.onnx.torch_operators import rank_of
+from ghn_client.onnx.torch_builder import Builder, Traced, legal_path
+
+# By the number of dimensions of the input, (B, C, ...).
+CONVOLUTIONS: dict[int, Callable[..., nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+CONVOLUTION_FUNCTIONS = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}
+BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+INSTANCE_NORMS = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}
+MAX_POOLS = {3: functional.max_pool1d, 4: functional.max_pool2d, 5: functional.max_pool3d}
+MEAN_POOLS = {3: functional.avg_pool1d, 4: functional.avg_pool2d, 5: functional.avg_pool3d}
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +41,9 @@ class OnnxNode:
 
     op_type: str
     name: str
-    inputs: Sequence[str]
-    outputs: Sequence[str]
-    attributes: dict[str, Any] = field(default_factory=dict)
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Any]
     follower: OnnxNode | None = None
 
     def input(self, index: int) -> str:
@@ -44,66 +51,15 @@ class OnnxNode:
         return self.inputs[index] if index < len(self.inputs) else ""
 
 
-def traced(b: Builder, node: OnnxNode, index: int = 0) -> Traced:
-    """An input that depends on the network's input or on a parameter."""
-    value = b.value(node.inputs[index])
+def _traced(b: Builder, node: OnnxNode) -> Traced:
+    """The first input, which must depend on the network's input or on a parameter."""
+    value = b.value(node.inputs[0])
     if not isinstance(value, Traced):
         raise UnsupportedModuleError(f"{node.op_type} {node.name!r} of a constant is not supported")
     return value
 
 
-def padded(b: Builder, source: Traced, node: OnnxNode, spatial: int) -> tuple[Traced, tuple[int, ...]]:
-    """Symmetric padding as numbers; where it is not symmetric the input is padded by a node of its own."""
-    pads = list(node.attributes.get("pads", [0] * 2 * spatial))
-    automatic = node.attributes.get("auto_pad") or "NOTSET"
-    if automatic in ("SAME_UPPER", "SAME_LOWER"):
-        pads = _same_padding(source, node, spatial, automatic)
-    before, after = pads[:spatial], pads[spatial:]
-    if before == after:
-        return source, tuple(before)
-    flat = [size for axis in reversed(range(spatial)) for size in (before[axis], after[axis])]
-    value = float("-inf") if node.op_type == "MaxPool" else 0.0
-    return b.call(functional.pad, source, tuple(flat), value=value), (0,) * spatial
-
-
-def _same_padding(source: Traced, node: OnnxNode, spatial: int, mode: str) -> list[int]:
-    strides = node.attributes.get("strides", [1] * spatial)
-    dilations = node.attributes.get("dilations", [1] * spatial)
-    before, after = [], []
-    for size, kernel, stride, dilation in zip(
-        source.single.shape[2:], node.attributes["kernel_shape"], strides, dilations, strict=True
-    ):
-        total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
-        first = total // 2 if mode == "SAME_UPPER" else total - total // 2
-        before.append(first)
-        after.append(total - first)
-    return before + after
-
-
-CONVOLUTIONS: dict[int, Callable[..., nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
-BATCH_NORMS: dict[int, Callable[..., nn.Module]] = {
-    2: nn.BatchNorm1d,
-    3: nn.BatchNorm1d,
-    4: nn.BatchNorm2d,
-    5: nn.BatchNorm3d,
-}
-INSTANCE_NORMS: dict[int, Callable[..., nn.Module]] = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}
-
-
-def _path(node: OnnxNode, **weights: str) -> str:
-    """Where a layer goes: ``X`` for weights ``X.weight`` and ``X.bias``, else the name of the node."""
-    prefixes = {name.removesuffix(f".{role}") for role, name in weights.items() if name.endswith(f".{role}")}
-    if len(prefixes) == 1:
-        return legal_path(prefixes.pop())
-    return legal_path(node.name or node.outputs[0]).replace(".", "_")
-
-
-def _named_like_layer(weight: str, bias: str) -> bool:
-    """Whether names are ``X.weight`` and ``X.bias``, or no names of torch at all."""
-    if "." not in weight.strip("."):
-        return True
-    prefix = weight.removesuffix(".weight")
-    return prefix != weight and bias in ("", f"{prefix}.bias")
+# ---- layers with weights ---------------------------------------------------------------------------------------------
 
 
 def _bias(b: Builder, name: str) -> tuple[str, torch.Tensor | None]:
@@ -119,18 +75,24 @@ def _bias(b: Builder, name: str) -> tuple[str, torch.Tensor | None]:
 def _place(
     b: Builder,
     node: OnnxNode,
-    build: Callable[[], nn.Module],
     source: Traced,
+    build: Callable[[], nn.Module],
     weights: Mapping[str, str],
     *,
     transposed: bool = False,
 ) -> Traced:
-    """A layer with the named weights in it, called on ``source``; the same weights again are the same layer."""
+    """A layer with the named weights in it, called on ``source``; the same weights again are the same layer.
+
+    It goes to ``X`` for weights ``X.weight`` and ``X.bias``, else to the name of the node.
+    """
     present = {role: name for role, name in weights.items() if name}
     known = b.layers.get((node.op_type, *present.values()))
     if known is not None:
         return b.module(known, b.root.get_submodule(known), source)
-    path = _path(node, **present)
+    prefixes = {name.removesuffix(f".{role}") for role, name in present.items() if name.endswith(f".{role}")}
+    path = legal_path(node.name or node.outputs[0]).replace(".", "_")
+    if len(prefixes) == 1:
+        path = legal_path(prefixes.pop())
     while b.has_path(path) and not b.holds_only(path, present):
         path += "_"
     layer = build()
@@ -142,45 +104,36 @@ def _place(
             setattr(layer, role, b.root.get_parameter(f"{path}.{role}"))
         b.names[f"{path}.{role}"] = name, is_matrix
     b.layers[(node.op_type, *present.values())] = path
-    b.put(path, layer)
     return b.module(path, layer, source)
 
 
-# ---- layers ---------------------------------------------------------------------------------------------------------
-
-
-def convolution(b: Builder, node: OnnxNode) -> Value:
-    """Conv."""
-    source, name = traced(b, node), node.inputs[1]
+def _convolution(b: Builder, node: OnnxNode) -> Any:
+    source, name = _traced(b, node), node.inputs[1]
     bias, constant = _bias(b, node.input(2))
-    weight = b.initializers.get(name)
-    spatial = rank_of(source) - 2
-    source, padding = padded(b, source, node, spatial)
+    weight, rank = b.initializers.get(name), source.single.dim()
+    source, padding = _padded(b, source, node)
     options: dict[str, Any] = {
-        "stride": tuple(node.attributes.get("strides", [1] * spatial)),
+        "stride": tuple(node.attributes.get("strides", [1] * (rank - 2))),
         "padding": padding,
-        "dilation": tuple(node.attributes.get("dilations", [1] * spatial)),
+        "dilation": tuple(node.attributes.get("dilations", [1] * (rank - 2))),
         "groups": node.attributes.get("group", 1),
     }
     if weight is None:
-        function = (functional.conv1d, functional.conv2d, functional.conv3d)[spatial - 1]
         operands = [source, b.value(name), b.value(node.inputs[2]) if node.input(2) else None]
-        return b.call(function, *operands, **options)  # type: ignore[no-any-return]
+        return b.call(CONVOLUTION_FUNCTIONS[rank], *operands, **options)
+    outputs, fan_in, *kernel = weight.shape
+    channels = fan_in * options["groups"]
 
     def build() -> nn.Module:
-        outputs, fan_in, *kernel = weight.shape
-        channels = fan_in * options["groups"]
-        return CONVOLUTIONS[spatial + 2](channels, outputs, tuple(kernel), bias=bool(bias), **options)
+        return CONVOLUTIONS[rank](channels, outputs, tuple(kernel), bias=bool(bias), **options)
 
-    result = _place(b, node, build, source, {"weight": name, "bias": bias})
-    if constant is not None:
-        return b.call(torch.add, result, constant.reshape(-1, *[1] * spatial))  # type: ignore[no-any-return]
-    return result
+    result = _place(b, node, source, build, {"weight": name, "bias": bias})
+    return result if constant is None else b.call(torch.add, result, constant.reshape(-1, *[1] * (rank - 2)))
 
 
-def batch_norm(b: Builder, node: OnnxNode) -> Value:
-    """BatchNormalization; statistics of the batch in train mode, whatever mode the file was exported in."""
-    source = traced(b, node)
+def _batch_norm(b: Builder, node: OnnxNode) -> Any:
+    """Statistics are those of the batch in train mode, whatever mode the file was exported in."""
+    source = _traced(b, node)
     names = dict(zip(("weight", "bias", "running_mean", "running_var"), node.inputs[1:5], strict=True))
     if not all(names[role] in b.initializers for role in ("running_mean", "running_var")):
         raise UnsupportedModuleError(f"the running statistics of {node.name!r} are no tensors of the file")
@@ -190,70 +143,49 @@ def batch_norm(b: Builder, node: OnnxNode) -> Value:
         plain = isinstance(scale, torch.Tensor) and bool((scale == 1).all())
         if not plain or not isinstance(shift, torch.Tensor) or bool(shift.any()):
             raise UnsupportedModuleError(f"scale and shift of {node.name!r} are no tensors of the file")
-
-    def build() -> nn.Module:
-        return BATCH_NORMS[rank_of(source)](
-            len(b.initializers[names["running_mean"]]),
-            eps=node.attributes.get("epsilon", 1e-5),
-            momentum=1.0 - node.attributes.get("momentum", 0.9),
-            affine=affine,
-        )
-
-    return _place(b, node, build, source, names)
+    channels, epsilon = len(b.initializers[names["running_mean"]]), node.attributes.get("epsilon", 1e-5)
+    momentum = 1.0 - node.attributes.get("momentum", 0.9)
+    layer = BATCH_NORMS[source.single.dim()]
+    return _place(b, node, source, lambda: layer(channels, eps=epsilon, momentum=momentum, affine=affine), names)
 
 
-def layer_norm(b: Builder, node: OnnxNode) -> Value:
-    """LayerNormalization."""
-    source, name = traced(b, node), node.inputs[1]
-    axis, epsilon = node.attributes.get("axis", -1), node.attributes.get("epsilon", 1e-5)
-    shape = tuple(source.single.shape[axis:])
-    bias, constant = _bias(b, node.input(2))
-    if name not in b.initializers or constant is not None:
-        operands = [b.value(name), b.value(node.inputs[2]) if node.input(2) else None]
-        return b.call(functional.layer_norm, source, shape, *operands, epsilon)  # type: ignore[no-any-return]
-    return _place(
-        b, node, lambda: nn.LayerNorm(shape, epsilon, bias=bool(bias)), source, {"weight": name, "bias": bias}
-    )
+def _norm(
+    b: Builder, node: OnnxNode, layer: Callable[..., nn.Module], function: Callable[..., Any], **options: Any
+) -> Any:
+    """A norm as ``layer(**options)``, or as ``function`` where its weights are no tensors of the file."""
+    source, weight, bias = _traced(b, node), node.inputs[1], node.input(2)
+    options["eps"] = node.attributes.get("epsilon", 1e-5)
+    if layer is nn.LayerNorm and not _bias(b, bias)[0] and _bias(b, bias)[1] is None:
+        bias, options["bias"] = "", False
+    if all(name in b.initializers for name in (weight, bias) if name):
+        return _place(b, node, source, lambda: layer(**options), {"weight": weight, "bias": bias})
+    for unknown_to_functions in ("bias", "affine", "num_channels", "num_features"):
+        options.pop(unknown_to_functions, None)
+    for role, name in {"weight": weight, "bias": bias}.items():
+        if name:
+            options[role] = b.value(name)
+    return b.call(function, source, **options)
 
 
-def rms_norm(b: Builder, node: OnnxNode) -> Value:
-    """RMSNormalization."""
-    source, name = traced(b, node), node.inputs[1]
-    shape = tuple(source.single.shape[node.attributes.get("axis", -1) :])
-    epsilon = node.attributes.get("epsilon", 1e-5)
-    if name not in b.initializers:
-        return b.call(functional.rms_norm, source, shape, b.value(name), epsilon)  # type: ignore[no-any-return]
-    return _place(b, node, lambda: nn.RMSNorm(shape, epsilon), source, {"weight": name})
+def _layer_norm(b: Builder, node: OnnxNode) -> Any:
+    shape = tuple(_traced(b, node).single.shape[node.attributes.get("axis", -1) :])
+    if node.op_type == "RMSNormalization":
+        return _norm(b, node, nn.RMSNorm, functional.rms_norm, normalized_shape=shape)
+    return _norm(b, node, nn.LayerNorm, functional.layer_norm, normalized_shape=shape)
 
 
-def group_norm(b: Builder, node: OnnxNode) -> Value:
-    """GroupNormalization."""
-    source, groups = traced(b, node), node.attributes["num_groups"]
-    epsilon = node.attributes.get("epsilon", 1e-5)
-    if not all(name in b.initializers for name in node.inputs[1:3]):
-        operands = [b.value(name) for name in node.inputs[1:3]]
-        return b.call(functional.group_norm, source, groups, *operands, epsilon)  # type: ignore[no-any-return]
-    channels = source.single.shape[1]
-    weights = {"weight": node.inputs[1], "bias": node.inputs[2]}
-    return _place(b, node, lambda: nn.GroupNorm(groups, channels, epsilon), source, weights)
+def _group_norm(b: Builder, node: OnnxNode) -> Any:
+    channels, groups = _traced(b, node).single.shape[1], node.attributes["num_groups"]
+    return _norm(b, node, nn.GroupNorm, functional.group_norm, num_groups=groups, num_channels=channels)
 
 
-def instance_norm(b: Builder, node: OnnxNode) -> Value:
-    """InstanceNormalization."""
-    source, epsilon = traced(b, node), node.attributes.get("epsilon", 1e-5)
-    if not all(name in b.initializers for name in node.inputs[1:3]):
-        operands = [b.value(name) for name in node.inputs[1:3]]
-        return b.call(functional.instance_norm, source, None, None, *operands, eps=epsilon)  # type: ignore[no-any-return]
-    layer = INSTANCE_NORMS[rank_of(source)]
-    channels = source.single.shape[1]
-    weights = {"weight": node.inputs[1], "bias": node.inputs[2]}
-    return _place(b, node, lambda: layer(channels, epsilon, affine=True), source, weights)
+def _instance_norm(b: Builder, node: OnnxNode) -> Any:
+    shape = _traced(b, node).single.shape
+    return _norm(b, node, INSTANCE_NORMS[len(shape)], functional.instance_norm, num_features=shape[1], affine=True)
 
 
-def linear(b: Builder, node: OnnxNode) -> Value:
-    """Gemm."""
-    source, name = traced(b, node), node.inputs[1]
-    attributes = node.attributes
+def _gemm(b: Builder, node: OnnxNode) -> Any:
+    source, name, attributes = _traced(b, node), node.inputs[1], node.attributes
     plain = not attributes.get("transA") and attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1.0
     bias, constant = _bias(b, node.input(2))
     if plain and name in b.initializers and name not in b.values and constant is None:
@@ -265,11 +197,11 @@ def linear(b: Builder, node: OnnxNode) -> Value:
     result = b.call(torch.matmul, first, b.call(torch.t, weight) if attributes.get("transB") else weight)
     result = b.call(torch.mul, result, attributes.get("alpha", 1.0))
     if not node.input(2):
-        return result  # type: ignore[no-any-return]
-    return b.call(torch.add, result, b.call(torch.mul, b.value(node.inputs[2]), attributes.get("beta", 1.0)))  # type: ignore[no-any-return]
+        return result
+    return b.call(torch.add, result, b.call(torch.mul, b.value(node.inputs[2]), attributes.get("beta", 1.0)))
 
 
-def matrix_product(b: Builder, node: OnnxNode) -> Value:
+def _matrix_product(b: Builder, node: OnnxNode) -> Any:
     """MatMul; with a matrix of the file, and a bias that is added next, a linear layer."""
     first, name = b.value(node.inputs[0]), node.inputs[1]
     known = b.values.get(name)
@@ -277,18 +209,20 @@ def matrix_product(b: Builder, node: OnnxNode) -> Value:
     weight = turned or name
     is_layer = isinstance(first, Traced) and weight in b.initializers and b.initializers[weight].dim() == 2
     if not is_layer or (known is not None and not turned):
-        return b.call(torch.matmul, first, b.value(name))  # type: ignore[no-any-return]
-    assert isinstance(first, Traced)
+        return b.call(torch.matmul, first, b.value(name))
     bias = _bias_that_follows(b, node, b.initializers[weight].shape[0 if turned else 1])
     path = weight.removesuffix(".weight")
-    is_shared = b.has_path(path) and not b.holds_only(path, {"weight": weight, "bias": bias})
-    if turned and (is_shared or not _named_like_layer(weight, bias)):
-        return b.call(functional.linear, first, b.parameter(weight))  # type: ignore[no-any-return]
+    if turned:
+        is_shared = b.has_path(path) and not b.holds_only(path, {"weight": weight, "bias": bias})
+        is_named_like_layer = "." not in weight.strip(".") or (path != weight and bias in ("", f"{path}.bias"))
+        if is_shared or not is_named_like_layer:
+            return b.call(functional.linear, first, b.parameter(weight))
     result = _linear(b, node, first, weight, bias, transposed=not turned)
-    if bias:
-        assert node.follower is not None
-        b.absorbed[node.follower.outputs[0]] = result
-    b.tensors[str(result.node.target)] = node.inputs[0], (node.follower if bias else node).outputs[0]  # type: ignore[union-attr]
+    output = node.outputs[0]
+    if bias and node.follower is not None:
+        output = node.follower.outputs[0]
+        b.absorbed[output] = result
+    b.tensors[str(result.node.target)] = node.inputs[0], output
     return result
 
 
@@ -302,20 +236,12 @@ def _bias_that_follows(b: Builder, node: OnnxNode, outputs: int) -> str:
 
 
 def _linear(b: Builder, node: OnnxNode, source: Traced, name: str, bias: str, *, transposed: bool) -> Traced:
-    rows, columns = b.initializers[name].shape
-    outputs, inputs = (columns, rows) if transposed else (rows, columns)
+    outputs, inputs = b.initializers[name].shape[:: -1 if transposed else 1]
     weights = {"weight": name, "bias": bias}
-    return _place(b, node, lambda: nn.Linear(inputs, outputs, bias=bool(bias)), source, weights, transposed=transposed)
+    return _place(b, node, source, lambda: nn.Linear(inputs, outputs, bias=bool(bias)), weights, transposed=transposed)
 
 
-# ---- layers without weights ------------------------------------------------------------------------------------------
-
-MAX_POOLS = {3: functional.max_pool1d, 4: functional.max_pool2d, 5: functional.max_pool3d}
-MEAN_POOLS: dict[int, Callable[..., Any]] = {
-    3: functional.avg_pool1d,
-    4: functional.avg_pool2d,
-    5: functional.avg_pool3d,
-}
+# ---- dropout, in the ways that exporters write it --------------------------------------------------------------------
 
 
 class Bernoulli(nn.Module):
@@ -341,17 +267,23 @@ class Bernoulli(nn.Module):
         return f"{self.probability}"
 
 
-def dropout(b: Builder, node: OnnxNode) -> Value:
-    """Dropout, active in train mode."""
-    ratio: Any = node.attributes.get("ratio", 0.5)
-    if node.input(1):
-        ratio = b.value(node.inputs[1])
-        if not isinstance(ratio, torch.Tensor):
-            raise UnsupportedModuleError(f"the ratio of {node.name!r} depends on the input")
-    return b.module(b.free_path("dropouts.d"), nn.Dropout(float(ratio)), traced(b, node))
+def _dropout(b: Builder, node: OnnxNode) -> Any:
+    ratio: Any = b.value(node.inputs[1]) if node.input(1) else node.attributes.get("ratio", 0.5)
+    if isinstance(ratio, Traced):
+        raise UnsupportedModuleError(f"the ratio of {node.name!r} depends on the input")
+    return b.module(b.free_path("dropouts.d"), nn.Dropout(float(ratio)), _traced(b, node))
 
 
-def random_comparison(b: Builder, node: OnnxNode) -> Value | None:
+def _random_uniform(b: Builder, node: OnnxNode) -> Any:
+    """From 0 to 1; only what compares it with a number makes sense of it."""
+    if (node.attributes.get("low", 0.0), node.attributes.get("high", 1.0)) != (0.0, 1.0):
+        raise UnsupportedModuleError(f"{node.name!r} draws from another range than 0 to 1")
+    like = b.value(node.inputs[0])
+    b.random[node.outputs[0]] = like
+    return like
+
+
+def _random_comparison(b: Builder, node: OnnxNode) -> Any:
     """Less of a random tensor and a number, as dropout is written; ``None`` where it is another comparison."""
     if node.inputs[0] not in b.random:
         return None
@@ -365,80 +297,74 @@ def random_comparison(b: Builder, node: OnnxNode) -> Value | None:
     return b.module(path, Bernoulli(float(bound), tuple(like.shape[1:])), b.entry)
 
 
-def random_uniform(b: Builder, node: OnnxNode) -> Value:
-    """RandomUniformLike from 0 to 1; only what compares it with a number makes sense of it."""
-    if (node.attributes.get("low", 0.0), node.attributes.get("high", 1.0)) != (0.0, 1.0):
-        raise UnsupportedModuleError(f"{node.name!r} draws from another range than 0 to 1")
-    like = b.value(node.inputs[0])
-    b.random[node.outputs[0]] = like
-    return like
+# ---- pooling ---------------------------------------------------------------------------------------------------------
 
 
-def max_pool(b: Builder, node: OnnxNode) -> Value:
-    """MaxPool."""
-    source = traced(b, node)
-    spatial = rank_of(source) - 2
-    source, padding = padded(b, source, node, spatial)
-    kernel = tuple(node.attributes["kernel_shape"])
-    strides = tuple(node.attributes.get("strides", [1] * spatial))
-    dilations = tuple(node.attributes.get("dilations", [1] * spatial))
-    ceil = bool(node.attributes.get("ceil_mode", 0))
-    return b.call(MAX_POOLS[spatial + 2], source, kernel, strides, padding, dilations, ceil_mode=ceil)  # type: ignore[no-any-return]
+def _padded(b: Builder, source: Traced, node: OnnxNode) -> tuple[Traced, tuple[int, ...]]:
+    """Symmetric padding as numbers; where it is not symmetric the input is padded by a node of its own."""
+    sizes = source.single.shape[2:]
+    before, after = [0] * len(sizes), [0] * len(sizes)
+    mode = node.attributes.get("auto_pad") or "NOTSET"
+    if mode in ("SAME_UPPER", "SAME_LOWER"):
+        ones = [1] * len(sizes)
+        strides, dilations = node.attributes.get("strides", ones), node.attributes.get("dilations", ones)
+        windows = zip(sizes, node.attributes["kernel_shape"], strides, dilations, strict=True)
+        for axis, (size, kernel, stride, dilation) in enumerate(windows):
+            total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+            before[axis] = total // 2 if mode == "SAME_UPPER" else total - total // 2
+            after[axis] = total - before[axis]
+    elif "pads" in node.attributes:
+        before, after = node.attributes["pads"][: len(sizes)], node.attributes["pads"][len(sizes) :]
+    if before == after:
+        return source, tuple(before)
+    flat = [size for axis in reversed(range(len(sizes))) for size in (before[axis], after[axis])]
+    value = float("-inf") if node.op_type == "MaxPool" else 0.0
+    return b.call(functional.pad, source, tuple(flat), value=value), (0,) * len(sizes)
 
 
-def mean_pool(b: Builder, node: OnnxNode) -> Value:
-    """AveragePool."""
-    source = traced(b, node)
-    spatial = rank_of(source) - 2
-    counted = bool(node.attributes.get("count_include_pad", 0))
-    plain = source
-    source, padding = padded(b, source, node, spatial)
+def _pool(b: Builder, node: OnnxNode) -> Any:
+    plain, attributes = _traced(b, node), node.attributes
+    rank = plain.single.dim()
+    source, padding = _padded(b, plain, node)
+    ones = [1] * (rank - 2)
+    window = (tuple(attributes["kernel_shape"]), tuple(attributes.get("strides", ones)), padding)
+    ceil = bool(attributes.get("ceil_mode", 0))
+    if node.op_type == "MaxPool":
+        return b.call(MAX_POOLS[rank], source, *window, tuple(attributes.get("dilations", ones)), ceil_mode=ceil)
+    counted = bool(attributes.get("count_include_pad", 0))
     if source is not plain and not counted:
         raise UnsupportedModuleError(f"{node.name!r} averages over uneven padding without counting it")
-    kernel, strides = tuple(node.attributes["kernel_shape"]), tuple(node.attributes.get("strides", [1] * spatial))
-    ceil = bool(node.attributes.get("ceil_mode", 0))
-    return b.call(MEAN_POOLS[spatial + 2], source, kernel, strides, padding, ceil, counted)  # type: ignore[no-any-return]
+    return b.call(MEAN_POOLS[rank], source, *window, ceil, counted)
 
 
-def global_mean_pool(b: Builder, node: OnnxNode) -> Value:
-    """GlobalAveragePool."""
-    source = traced(b, node)
-    return b.call(torch.mean, source, dim=tuple(range(2, rank_of(source))), keepdim=True)  # type: ignore[no-any-return]
+def _global_pool(b: Builder, node: OnnxNode) -> Any:
+    source = _traced(b, node)
+    function = torch.mean if node.op_type == "GlobalAveragePool" else torch.amax
+    return b.call(function, source, dim=tuple(range(2, source.single.dim())), keepdim=True)
 
 
-def global_max_pool(b: Builder, node: OnnxNode) -> Value:
-    """GlobalMaxPool."""
-    source = traced(b, node)
-    return b.call(torch.amax, source, dim=tuple(range(2, rank_of(source))), keepdim=True)  # type: ignore[no-any-return]
+def _local_response_norm(b: Builder, node: OnnxNode) -> Any:
+    names = {"alpha": 1e-4, "beta": 0.75, "bias": 1.0}
+    options = [node.attributes.get(name, default) for name, default in names.items()]
+    return b.call(functional.local_response_norm, _traced(b, node), node.attributes["size"], *options)
 
 
-def local_response_norm(b: Builder, node: OnnxNode) -> Value:
-    """LRN."""
-    attributes = node.attributes
-    options = [
-        attributes["size"],
-        attributes.get("alpha", 1e-4),
-        attributes.get("beta", 0.75),
-        attributes.get("bias", 1.0),
-    ]
-    return b.call(functional.local_response_norm, traced(b, node), *options)  # type: ignore[no-any-return]
-
-
-LAYERS: dict[str, Callable[[Builder, OnnxNode], Value | None]] = {
-    "Conv": convolution,
-    "BatchNormalization": batch_norm,
-    "LayerNormalization": layer_norm,
-    "RMSNormalization": rms_norm,
-    "GroupNormalization": group_norm,
-    "InstanceNormalization": instance_norm,
-    "Gemm": linear,
-    "MatMul": matrix_product,
-    "Dropout": dropout,
-    "Less": random_comparison,
-    "RandomUniformLike": random_uniform,
-    "MaxPool": max_pool,
-    "AveragePool": mean_pool,
-    "GlobalAveragePool": global_mean_pool,
-    "GlobalMaxPool": global_max_pool,
-    "LRN": local_response_norm,
+#: What makes modules of nodes; ``None`` of one that leaves a node to ``OPERATORS``.
+LAYERS: dict[str, Callable[[Builder, OnnxNode], Any]] = {
+    "Conv": _convolution,
+    "BatchNormalization": _batch_norm,
+    "LayerNormalization": _layer_norm,
+    "RMSNormalization": _layer_norm,
+    "GroupNormalization": _group_norm,
+    "InstanceNormalization": _instance_norm,
+    "Gemm": _gemm,
+    "MatMul": _matrix_product,
+    "Dropout": _dropout,
+    "RandomUniformLike": _random_uniform,
+    "Less": _random_comparison,
+    "MaxPool": _pool,
+    "AveragePool": _pool,
+    "GlobalAveragePool": _global_pool,
+    "GlobalMaxPool": _global_pool,
+    "LRN": _local_response_norm,
 }
