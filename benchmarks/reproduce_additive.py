@@ -20,9 +20,9 @@ from torch import nn
 from benchmarks.cells import Cell, run_cells
 from benchmarks.charts import line_chart
 from ghn_client.finetune.additive import additive
-from ghn_client.finetune.capacity import three_layer_neurons
 from ghn_client.finetune.image_data import ImageBatches, load_images
-from ghn_client.finetune.patch import patch
+from ghn_client.finetune.patch.capacity import three_layer_neurons
+from ghn_client.finetune.patch.solver import patch
 
 FULL = {
     "samples": (1000, 5000, 20000),
@@ -151,7 +151,7 @@ def report(results: list[Cell]) -> tuple[str, str]:
         "# Additive fine-tuning: neurons against labels",
         "",
         "Written by `make reproduce-additive`. Real CIFAR-10 thumbnails (192 numbers), a fixed random classifier,",
-        "labels changed to one class; the bound is ours (`clients/ghn_client/finetune/capacity.py`).",
+        "labels changed to one class; the bound is ours (`clients/ghn_client/finetune/patch/capacity.py`).",
         "",
         "| samples K | labels N | layers | directions | neurons | bound | certificate | precision | unseen touched |",
         "|---|---|---|---|---|---|---|---|---|",

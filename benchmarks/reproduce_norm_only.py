@@ -35,11 +35,10 @@ from ghn_architectures.resnet import ResNetConfiguration
 from ghn_client import GHNClient
 from ghn_client.batchnorm import UPDATE, recalibrate_batchnorm, travelling_statistics
 from ghn_client.finetune.fit import FitSettings, evaluate, fit
-from ghn_client.finetune.gamma import gamma_report
 from ghn_client.finetune.handle import FineTuneHandle, Part
 from ghn_client.finetune.image_data import ImageBatches, load_images
-from ghn_client.finetune.layers import find_head, matrix_layers
-from ghn_client.finetune.norm_layers import find_norm_layers
+from ghn_client.finetune.matrix_layers import find_head, matrix_layers, norm_layers
+from ghn_client.finetune.norm_only import gamma_report
 from ghn_client.finetune.strategies import prepare
 from ghn_service.server.settings import BUNDLED_CHECKPOINTS
 
@@ -100,8 +99,8 @@ def start(cell: Cell, batches: ImageBatches, checkpoint: Path) -> nn.Module:
     network = build(cell["network"], cell["seed"])
     if cell["start"] == UNIFORM:
         generator = torch.Generator().manual_seed(cell["seed"])
-        for layer in find_norm_layers(network):
-            scale = layer.parameters["weight"]
+        for layer in norm_layers(network).values():
+            scale = layer.get_parameter("weight")
             scale.data = torch.rand(scale.shape, generator=generator)
     elif cell["start"] == PREDICTED:
         with GHNClient.embedded(checkpoint) as client:

@@ -10,7 +10,7 @@ from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.additive import AdditiveModule, additive
 from ghn_client.finetune.handle import combine
 from ghn_client.finetune.norm_only import norm_only
-from ghn_client.finetune.patch import patch
+from ghn_client.finetune.patch.solver import patch
 from ghn_client.finetune.side_network import SideNetwork
 from ghn_client.onnx.from_torch import merge_onnx
 from tests.finetune.networks import ResidualNetwork, mlp, train_a_little

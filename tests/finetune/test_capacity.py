@@ -9,11 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ghn_client.errors import InvalidOptionError
-from ghn_client.finetune.capacity import (
-    express_width,
+from ghn_client.finetune.express.pairing import express_width
+from ghn_client.finetune.patch.capacity import (
     hidden_widths,
-    three_layer_bound,
-    three_layer_capacity,
     three_layer_layout,
     three_layer_neurons,
     two_layer_capacity,
@@ -30,7 +28,7 @@ def test_three_layer_counts_of_the_notes(changed, neurons):
 
 @given(COUNTS)
 def test_three_layer_needs_about_four_root_two_n(changed):
-    assert three_layer_neurons(changed) <= three_layer_bound(changed)
+    assert three_layer_neurons(changed) <= 4 * math.sqrt(2 * changed) + 5  # what rounding G and J up can cost
     assert three_layer_neurons(changed) >= 4 * math.sqrt(2 * changed) - 1 - 1e-9
 
 
@@ -44,13 +42,6 @@ def test_layout_has_room_for_every_point(changed):
 def test_two_layer_capacity_inverts_the_neuron_count(changed, more):
     samples = changed + more
     assert two_layer_capacity(two_layer_neurons(changed, samples), samples) >= changed
-
-
-@given(COUNTS, COUNTS)
-def test_three_layer_capacity_inverts_the_neuron_count(changed, more):
-    capacity = three_layer_capacity(three_layer_neurons(changed), changed + more)
-    assert capacity >= changed
-    assert three_layer_neurons(capacity) <= three_layer_neurons(changed)
 
 
 def test_special_cases():

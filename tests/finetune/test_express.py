@@ -11,10 +11,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ghn_client.errors import InfeasibleError, InvalidOptionError, UnsupportedModuleError
-from ghn_client.finetune.express import express, feasibility
-from ghn_client.finetune.express_solve import condition_of, khatri_rao, solve_gains, triangular_condition, unit_rows
-from ghn_client.finetune.frozen_network import random_norm_network
-from ghn_client.finetune.norm_layers import find_norm_layers
+from ghn_client.finetune.express import linear_system
+from ghn_client.finetune.express.linear_system import (
+    condition_of,
+    khatri_rao,
+    solve_gains,
+    triangular_condition,
+    unit_rows,
+)
+from ghn_client.finetune.express.pairing import random_norm_network
+from ghn_client.finetune.express.solver import express, feasibility
+from ghn_client.finetune.matrix_layers import norm_layers
 from tests.finetune.networks import ResidualNetwork, mlp
 from tests.finetune.real_images import cifar10, principal_components, train
 
@@ -131,7 +138,7 @@ def test_only_norm_parameters_differ_and_the_frozen_network_is_untouched():
     result = express(target, frozen, inputs=torch.randn(20, 4))
     assert all(torch.equal(before[name], value) for name, value in frozen.state_dict().items())
     changed = {name for name, value in result.module.state_dict().items() if not torch.equal(value, before[name])}
-    norms = {f"{n.name}.{p}" for n in find_norm_layers(frozen) for p in ("weight", "bias")}
+    norms = {f"{name}.{p}" for name in norm_layers(frozen) for p in ("weight", "bias")}
     assert changed <= norms
     assert set(result.parameters) == norms
 
@@ -294,7 +301,7 @@ def test_channels_that_reach_nothing_get_no_gain():
 def test_condition_by_iteration_agrees_with_singular_values(monkeypatch):
     a, b = torch.randn(5, 60, dtype=torch.float64), torch.randn(60, 8, dtype=torch.float64)
     exact = condition_of(a, b)
-    monkeypatch.setattr("ghn_client.finetune.express_solve.EXACT_CONDITION_SIZE", 0)
+    monkeypatch.setattr(linear_system, "EXACT_CONDITION_SIZE", 0)
     triangle = torch.linalg.qr(unit_rows(a, b)[0], mode="r").R
     assert triangular_condition(triangle, iterations=300) == pytest.approx(exact, rel=0.02)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
-from ghn_client.finetune.gamma import gamma_report
+from ghn_client.finetune.norm_only import gamma_report
 from tests.finetune.networks import ResidualNetwork, mlp
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from ghn_client.errors import GhnClientError, InvalidOptionError, UnsupportedModuleError
-from ghn_client.finetune.insertion import insert_norms, layers_without_norm
-from ghn_client.finetune.norm_layers import norm_kind
+from ghn_client.finetune.inserted_norms import insert_norms, layers_without_norm
+from ghn_client.finetune.matrix_layers import norm_kind
 from ghn_client.finetune.norm_only import norm_only
 from tests.finetune.networks import ResidualNetwork, mlp, small_cnn, train_a_little
 from tests.finetune.public_libraries import public_library

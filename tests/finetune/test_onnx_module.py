@@ -18,7 +18,7 @@ from ghn_architectures.registry import ARCHITECTURES
 from ghn_client.errors import UnsupportedModuleError
 from ghn_client.finetune.additive import additive
 from ghn_client.finetune.delta import load_delta, save_delta
-from ghn_client.finetune.norm_layers import find_norm_layers
+from ghn_client.finetune.matrix_layers import norm_layers
 from ghn_client.finetune.norm_only import norm_only
 from ghn_client.finetune.strategies import prepare
 from ghn_client.onnx.export import export_structure
@@ -191,9 +191,7 @@ def test_layers_are_torch_layers_at_their_paths():
     result = converted(ResidualNetwork().train())
     assert isinstance(result.get_submodule("blocks.0.conv1"), nn.Conv2d)
     assert isinstance(result.get_submodule("head"), nn.Linear)
-    assert [layer.name for layer in find_norm_layers(result)] == [
-        layer.name for layer in find_norm_layers(ResidualNetwork())
-    ]
+    assert list(norm_layers(result)) == list(norm_layers(ResidualNetwork()))
 
 
 @pytest.mark.parametrize("strategy", ["norm-only", "low-rank-update", "additive"])

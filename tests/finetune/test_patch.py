@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ghn_client.errors import InfeasibleError, InvalidOptionError, UnsupportedModuleError
-from ghn_client.finetune.capacity import three_layer_neurons, two_layer_neurons
-from ghn_client.finetune.patch import patch
-from ghn_client.finetune.projection import neighbour_gaps
-from ghn_client.finetune.two_layer import bump_knots
+from ghn_client.finetune.patch.capacity import three_layer_neurons, two_layer_neurons
+from ghn_client.finetune.patch.interpolants import bump_knots, neighbour_gaps
+from ghn_client.finetune.patch.solver import patch
 from tests.finetune.networks import ResidualNetwork, mlp
 
 

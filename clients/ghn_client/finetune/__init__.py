@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from ghn_client.finetune.additive import AdditiveModule, additive
 from ghn_client.finetune.delta import load_complete_model, load_delta, save_delta
-from ghn_client.finetune.express import express, feasibility
+from ghn_client.finetune.express.pairing import random_norm_network
+from ghn_client.finetune.express.solver import express, feasibility
 from ghn_client.finetune.factored import defactorize_module, factorize_module, low_rank
 from ghn_client.finetune.fit import FitSettings, evaluate, fit
-from ghn_client.finetune.frozen_network import random_norm_network
-from ghn_client.finetune.gamma import gamma_report
 from ghn_client.finetune.handle import FineTuneHandle, combine
-from ghn_client.finetune.insertion import insert_norms
+from ghn_client.finetune.inserted_norms import insert_norms
 from ghn_client.finetune.lora import low_rank_update
-from ghn_client.finetune.norm_only import norm_only
-from ghn_client.finetune.patch import patch
+from ghn_client.finetune.norm_only import gamma_report, norm_only
+from ghn_client.finetune.patch.solver import patch
 from ghn_client.finetune.peft_format import export_peft, import_peft
 from ghn_client.finetune.plan import plan
 from ghn_client.finetune.strategies import STRATEGIES, all_parameters, bias_only, head_only, prepare

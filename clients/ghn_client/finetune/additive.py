@@ -16,9 +16,9 @@ from torch import nn
 
 from ghn_client.batchnorm import FREEZE, travelling_statistics
 from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
-from ghn_client.finetune.capacity import hidden_widths
 from ghn_client.finetune.handle import FineTuneHandle, Lifecycle, Part
-from ghn_client.finetune.layers import find_head
+from ghn_client.finetune.matrix_layers import find_head
+from ghn_client.finetune.patch.capacity import hidden_widths
 from ghn_client.finetune.side_network import SideNetwork
 
 LOGITS, FEATURES = "logits", "features"

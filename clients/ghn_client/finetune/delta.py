@@ -23,7 +23,7 @@ from torch import nn
 from ghn_client.atomic_file import write_file
 from ghn_client.errors import FileError, InvalidOptionError, LoadError, MissingExtraError
 from ghn_client.finetune.handle import FineTuneHandle, combine
-from ghn_client.finetune.insertion import CHILD
+from ghn_client.finetune.inserted_norms import CHILD
 from ghn_client.finetune.lora import base_name
 from ghn_client.finetune.strategies import prepare
 

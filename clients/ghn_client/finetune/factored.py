@@ -26,7 +26,7 @@ from ghn_client.batchnorm import UPDATE, travelling_statistics
 from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.factors import FACTOR_IN, FACTOR_OUT, FactorPair, factor_pairs
 from ghn_client.finetune.handle import FineTuneHandle, Part
-from ghn_client.finetune.layers import resolve_head
+from ghn_client.finetune.matrix_layers import resolve_head
 from ghn_client.prediction import Prediction
 
 

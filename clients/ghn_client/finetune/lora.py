@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from ghn_client.batchnorm import UPDATE, travelling_statistics
 from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.handle import FineTuneHandle, Lifecycle, Part
-from ghn_client.finetune.layers import find_head, matrix_layers, resolve_head
+from ghn_client.finetune.matrix_layers import find_head, matrix_layers, resolve_head
 
 
 class LowRankUpdate(nn.Module):

@@ -1,12 +1,15 @@
-"""``norm_only``: tune the affine parameters of the normalization layers and nothing else.
+"""``norm_only``: tune the affine parameters of the normalization layers and nothing else; and what the scales say.
 
-What it can express: Giannou, Rajput and Papailiopoulos, arXiv:2302.07937 (see ``express.py``); what it reaches when
-trained: Frankle, Schwab and Morcos, arXiv:2003.00152; for transformers LN-tuning, arXiv:2312.11420.
+What it can express: Giannou, Rajput and Papailiopoulos, arXiv:2302.07937 (see ``express/``); what it reaches when
+trained: Frankle, Schwab and Morcos, arXiv:2003.00152, who report that it switches off about a third of random features
+(a gamma with ``|gamma| < 0.01`` counts as off); for transformers LN-tuning, arXiv:2312.11420.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +19,7 @@ from torch import nn
 from ghn_client.batchnorm import UPDATE, check_statistics, travelling_statistics
 from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.handle import FineTuneHandle, Lifecycle, Part
-from ghn_client.finetune.insertion import (
+from ghn_client.finetune.inserted_norms import (
     add_affine,
     fold_inserted_norms,
     insert_norms,
@@ -24,11 +27,11 @@ from ghn_client.finetune.insertion import (
     remove_affine,
     remove_inserted_norms,
 )
-from ghn_client.finetune.layers import resolve_head
-from ghn_client.finetune.norm_layers import NormLayer, find_norm_layers
+from ghn_client.finetune.matrix_layers import norm_layers, parameter_groups, parameters_under, resolve_head
 
 #: What to do about layers without a norm layer, and norm layers without affine parameters.
 MISSING = ("ignore", "insert")
+DEFAULT_THRESHOLD = 1e-2
 
 
 def norm_only(
@@ -65,13 +68,14 @@ def norm_only(
         raise InvalidOptionError(f"missing must be one of {', '.join(MISSING)}, got {missing!r}")
     check_statistics(statistics)
     head_names = resolve_head(module, head)
-    base_names = tuple(name for name, _ in module.named_parameters())
     inserted: tuple[str, ...] = ()
     affine: tuple[str, ...] = ()
     if missing == "insert":
-        inserted, affine = _insert(module, after, calibration)
-    layers = [layer for layer in find_norm_layers(module) if layer.parameters]
-    if not layers:
+        affine = add_affine(module)
+        wanted = layers_without_norm(module) if after is None else tuple(after)
+        inserted = insert_norms(module, after=wanted, calibration=calibration) if wanted else ()
+    tuned = parameters_under(module, norm_layers(module))
+    if not tuned:
         raise UnsupportedModuleError(
             f"{type(module).__name__} has no affine norm layer; pass missing='insert' to add identity norm layers"
         )
@@ -79,43 +83,119 @@ def norm_only(
         "head": list(head_names),
         "statistics": statistics,
         "missing": missing,
-        "after": [name.rpartition(".")[0] for name in inserted] if inserted else None,
+        "after": [name.rpartition(".")[0] for name in inserted] or None,
     }
-    buffers = set(travelling_statistics(module, statistics))
-    buffers |= {f"{name}.{buffer}" for name in inserted for buffer in ("running_mean", "running_var")}
-    part = Part("norm_only", config, module, _groups(layers, head_names, module), sorted(buffers))
-    handle = FineTuneHandle(part, statistics=statistics, lifecycle=_lifecycle(module, inserted, affine))
-    assert inserted or affine or base_names == tuple(name for name, _ in module.named_parameters())
-    return handle
+    buffers = {f"{name}.{buffer}" for name in inserted for buffer in ("running_mean", "running_var")}
+    buffers |= set(travelling_statistics(module, statistics))
+    part = Part("norm_only", config, module, parameter_groups(module, "norm", tuned, head_names), sorted(buffers))
+    undo = [partial(remove_inserted_norms, module)] if inserted else []
+    undo += [partial(remove_affine, module, affine)] if affine else []
+    fold = [partial(fold_inserted_norms, module)] if inserted else []
+    return FineTuneHandle(part, statistics=statistics, lifecycle=Lifecycle(restore=undo, merge=fold))
 
 
-def _insert(
-    module: nn.Module, after: Sequence[str] | None, calibration: Iterable[Any] | None
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    affine = add_affine(module)
-    wanted = layers_without_norm(module) if after is None else tuple(after)
-    return (insert_norms(module, after=wanted, calibration=calibration) if wanted else ()), affine
+@dataclass(frozen=True)
+class LayerGammas:
+    """Scales of one norm layer.
+
+    Attributes:
+        name: Dotted path.
+        channels: Number of scales.
+        disabled: How many are below the threshold in absolute value.
+        mean_absolute: Mean of their absolute values.
+        histogram: Counts in equal bins of |gamma| from 0 to ``histogram_limit``; larger ones are in the last bin.
+    """
+
+    name: str
+    channels: int
+    disabled: int
+    mean_absolute: float
+    histogram: tuple[int, ...]
 
 
-def _groups(layers: Sequence[NormLayer], head: Sequence[str], module: nn.Module) -> dict[str, list[str]]:
-    norm = [f"{layer.name}.{local}" if layer.name else local for layer in layers for local in layer.parameters]
-    under_head = [
-        f"{name}.{local}" for name in head for local, _ in module.get_submodule(name).named_parameters() if name
-    ]
-    groups = {"norm": norm, "head": [name for name in under_head if name not in norm]}
-    return {group: names for group, names in groups.items() if names}
+@dataclass(frozen=True)
+class GammaReport:
+    """What :func:`gamma_report` found.
+
+    Attributes:
+        layers: One entry per norm layer with scales.
+        threshold: Below it a scale counts as off.
+        histogram_limit: Upper end of the histograms.
+        score: Of ``evaluate`` as the module is, ``None`` without it.
+        score_zeroed: With all disabled scales set to exactly zero.
+    """
+
+    layers: tuple[LayerGammas, ...]
+    threshold: float
+    histogram_limit: float
+    score: float | None = None
+    score_zeroed: float | None = None
+
+    @property
+    def share(self) -> float:
+        """Disabled channels over all channels of the network."""
+        return sum(layer.disabled for layer in self.layers) / sum(layer.channels for layer in self.layers)
+
+    def to_json(self) -> str:
+        """All fields and the share."""
+        return json.dumps({**asdict(self), "share": self.share})
+
+    def __str__(self) -> str:
+        rows = [f"{'layer':<40}{'channels':>10}{'off':>8}{'share':>9}{'mean':>9}"]
+        rows += [
+            f"{layer.name:<40}{layer.channels:>10,}{layer.disabled:>8,}{layer.disabled / layer.channels:>9.1%}"
+            f"{layer.mean_absolute:>9.3f}"
+            for layer in self.layers
+        ]
+        rows.append(f"{self.share:.1%} of all channels have |gamma| < {self.threshold:g}")
+        if self.score is not None and self.score_zeroed is not None:
+            rows.append(f"score {self.score:.4f} as it is, {self.score_zeroed:.4f} with those set to zero")
+        return "\n".join(rows)
 
 
-def _lifecycle(module: nn.Module, inserted: Sequence[str], affine: Sequence[str]) -> Lifecycle:
-    restore, merge = [], []
-    if inserted:
-        restore.append(partial(_discard, remove_inserted_norms, module))
-        merge.append(partial(_discard, fold_inserted_norms, module))
-    if affine:
-        restore.append(partial(remove_affine, module, affine))
-    return Lifecycle(restore=tuple(restore), merge=tuple(merge))
+@torch.no_grad()
+def gamma_report(
+    module: nn.Module,
+    *,
+    threshold: float = DEFAULT_THRESHOLD,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    bins: int = 20,
+    histogram_limit: float = 2.0,
+) -> GammaReport:
+    """Counts scales near zero; leaves the module as it is.
 
+    Args:
+        module: Network with norm layers.
+        threshold: Scales below it in absolute value count as off.
+        evaluate: Gives a score such as accuracy; is called twice, the second time with those scales at exactly zero.
+        bins: Of the histograms.
+        histogram_limit: Upper end of the histograms.
 
-def _discard(function: Any, module: nn.Module) -> None:
-    with torch.no_grad():
-        function(module)
+    Raises:
+        UnsupportedModuleError: The network has no norm layer with scales.
+        InvalidOptionError: The threshold is negative.
+    """
+    found = {name: getattr(layer, "weight", None) for name, layer in norm_layers(module).items()}
+    scales = {name: scale for name, scale in found.items() if isinstance(scale, nn.Parameter)}
+    if not scales:
+        raise UnsupportedModuleError(f"{type(module).__name__} has no norm layer with scales")
+    if not threshold >= 0.0:
+        raise InvalidOptionError(f"threshold must not be negative, got {threshold}")
+    layers = []
+    for name, scale in scales.items():
+        size = scale.abs().float()
+        counts = torch.histc(size.clamp_max(histogram_limit), bins=bins, min=0.0, max=histogram_limit)
+        histogram = tuple(int(count) for count in counts.tolist())
+        layers.append(LayerGammas(name, len(size), int((size < threshold).sum()), float(size.mean()), histogram))
+    score = score_zeroed = None
+    if evaluate is not None:
+        score = float(evaluate(module))
+        kept = {name: scale.clone() for name, scale in scales.items()}
+        try:
+            for scale in scales.values():
+                scale[scale.abs() < threshold] = 0.0
+            score_zeroed = float(evaluate(module))
+        finally:
+            for name, scale in scales.items():
+                scale.copy_(kept[name])
+    return GammaReport(tuple(layers), threshold, histogram_limit, score, score_zeroed)

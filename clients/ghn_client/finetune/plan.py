@@ -13,7 +13,7 @@ from itertools import pairwise
 from torch import nn
 
 from ghn_client.errors import InvalidOptionError
-from ghn_client.finetune.capacity import (
+from ghn_client.finetune.patch.capacity import (
     SOURCE,
     check_counts,
     hidden_widths,

@@ -11,8 +11,7 @@ from torch import nn
 
 from ghn_client.errors import InvalidOptionError, MissingExtraError
 from ghn_client.finetune.factored import factored_modules
-from ghn_client.finetune.layers import find_head, matrix_layers
-from ghn_client.finetune.norm_layers import find_norm_layers
+from ghn_client.finetune.matrix_layers import find_head, matrix_layers, norm_kind, norm_layers
 
 #: ONNX operators of norm layers; scale and shift are inputs 1 and 2.
 ONNX_NORMS = {
@@ -62,14 +61,14 @@ def facts_of_module(module: nn.Module) -> NetworkFacts:
         UnsupportedModuleError: It has no matrix layer.
     """
     head = find_head(module)
-    norms = find_norm_layers(module)
+    norms = norm_layers(module)
     layers = matrix_layers(module)
     sizes = {name: (layer.weight.shape[0], layer.weight[0].numel()) for name, layer in layers.items()}
     last = sizes.pop(head)
     return NetworkFacts(
         parameters=sum(parameter.numel() for parameter in module.parameters()),
-        norm_parameters=sum(parameter.numel() for layer in norms for parameter in layer.parameters.values()),
-        norm_kinds=tuple(sorted({layer.kind for layer in norms})),
+        norm_parameters=sum(p.numel() for layer in norms.values() for p in layer.parameters(recurse=False)),
+        norm_kinds=tuple(sorted({kind for layer in norms.values() if (kind := norm_kind(layer))})),
         bias_parameters=sum(value.numel() for name, value in module.named_parameters() if name.endswith("bias")),
         channels=sum(rows for rows, _ in sizes.values()),
         matrices=(*sizes.values(), last),

@@ -1,6 +1,8 @@
 """``STRATEGIES``: every way to tune a module, by the name that the command line and delta files use.
 
-Here are also the plain ones that the others are measured against: everything, the biases, the classifier.
+Here are also the plain ones that the others are measured against: everything, the biases, the classifier. Their
+``statistics`` says what happens to running statistics, see ``ghn_client.batchnorm``; ``head`` is ``True`` for the last
+linear layer, ``False``, or dotted paths.
 """
 
 from __future__ import annotations
@@ -15,20 +17,17 @@ from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.additive import additive
 from ghn_client.finetune.factored import low_rank
 from ghn_client.finetune.handle import FineTuneHandle, Part
-from ghn_client.finetune.layers import resolve_head
 from ghn_client.finetune.lora import low_rank_update
+from ghn_client.finetune.matrix_layers import parameter_groups, resolve_head
 from ghn_client.finetune.norm_only import norm_only
+
+#: Makes a module ready for tuning under the options of the strategy; the base values are never changed.
+Strategy = Callable[..., FineTuneHandle]
 
 
 def all_parameters(module: nn.Module, *, statistics: str = UPDATE) -> FineTuneHandle:
-    """Tunes every parameter: the ceiling.
-
-    Args:
-        module: Any network.
-        statistics: What happens to running statistics; see ``ghn_client.batchnorm``.
-    """
-    names = [name for name, _ in module.named_parameters()]
-    return _plain("all", module, {"all": names}, {"statistics": statistics}, statistics)
+    """Tunes every parameter: the ceiling."""
+    return _plain("all", module, [name for name, _ in module.named_parameters()], (), {}, statistics)
 
 
 def head_only(
@@ -36,17 +35,11 @@ def head_only(
 ) -> FineTuneHandle:
     """Tunes the classifier alone: the floor.
 
-    Args:
-        module: Any network.
-        head: ``True`` for the last linear layer, or dotted paths.
-        statistics: What happens to running statistics; see ``ghn_client.batchnorm``.
-
     Raises:
         UnsupportedModuleError: ``head`` is ``False`` or empty.
     """
     names = resolve_head(module, head)
-    under = [f"{name}.{local}" for name in names for local, _ in module.get_submodule(name).named_parameters()]
-    return _plain("head_only", module, {"head": under}, {"head": list(names), "statistics": statistics}, statistics)
+    return _plain("head_only", module, [], names, {"head": list(names)}, statistics)
 
 
 def bias_only(
@@ -54,37 +47,25 @@ def bias_only(
 ) -> FineTuneHandle:
     """Tunes all biases, those of norm layers included (BitFit, arXiv:2106.10199).
 
-    Args:
-        module: Any network.
-        head: Also tune the whole classifier.
-        statistics: What happens to running statistics; see ``ghn_client.batchnorm``.
-
     Raises:
         UnsupportedModuleError: The network has no bias.
     """
-    head_names = resolve_head(module, head)
-    biases = [name for name, _ in module.named_parameters() if name.rpartition(".")[2].endswith("bias")]
+    names = resolve_head(module, head)
+    biases = [name for name, _ in module.named_parameters() if name.endswith("bias")]
     if not biases:
         raise UnsupportedModuleError(f"{type(module).__name__} has no bias")
-    config = {"head": list(head_names), "statistics": statistics}
-    return _plain("bias_only", module, _with_head(module, "bias", biases, head_names), config, statistics)
+    return _plain("bias_only", module, biases, names, {"head": list(names)}, statistics)
 
 
 def _plain(
-    strategy: str, module: nn.Module, groups: dict[str, list[str]], config: dict[str, Any], statistics: str
+    strategy: str, module: nn.Module, tuned: list[str], head: Sequence[str], config: dict[str, Any], statistics: str
 ) -> FineTuneHandle:
+    """A handle for parameters that are there already."""
+    groups = parameter_groups(module, strategy.removesuffix("_only"), tuned, head)
+    config = {**config, "statistics": statistics}
     part = Part(strategy, config, module, groups, travelling_statistics(module, statistics))
     return FineTuneHandle(part, statistics=statistics)
 
-
-def _with_head(module: nn.Module, group: str, names: list[str], head: Sequence[str]) -> dict[str, list[str]]:
-    under = [f"{name}.{local}" for name in head for local, _ in module.get_submodule(name).named_parameters()]
-    under = [name for name in under if name not in names]
-    return {group: names, **({"head": under} if under else {})}
-
-
-#: Makes a module ready for tuning under the options of the strategy; the base values are never changed.
-Strategy = Callable[..., FineTuneHandle]
 
 STRATEGIES: dict[str, Strategy] = {
     "all": all_parameters,

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
+from ghn_client.finetune.patch.capacity import three_layer_neurons, two_layer_neurons
+from ghn_client.finetune.side_network import ClosedFormSideNetwork
+
 
 @dataclass(frozen=True)
 class PatchCertificate:
@@ -46,11 +49,8 @@ class PatchCertificate:
     @property
     def holds(self) -> bool:
         """All N changed, all others kept, within the bound."""
-        return (
-            self.changed_right == self.num_changed
-            and self.kept_same == self.num_kept
-            and self.neurons <= self.neuron_bound
-        )
+        right = self.changed_right == self.num_changed and self.kept_same == self.num_kept
+        return right and self.neurons <= self.neuron_bound
 
     def to_json(self) -> str:
         """All fields and ``holds``."""
@@ -67,52 +67,46 @@ class PatchCertificate:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Effect:
-    """What adding side outputs does to logits; see :class:`PatchCertificate` for the fields."""
-
-    changed_right: int
-    kept_same: int
-    smallest_margin: float
-    kept_largest_change: float
-
-
-def label_margins(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Logit of the label minus the largest other logit, (B,).
-
-    Args:
-        logits: (B, C), at least two classes.
-        labels: (B,).
-    """
-    others = logits.scatter(1, labels[:, None], -torch.inf)
-    return logits.gather(1, labels[:, None])[:, 0] - others.max(dim=1).values
-
-
-def effect(
-    logits: torch.Tensor, added: torch.Tensor, changed: torch.Tensor, wanted: torch.Tensor, kept: torch.Tensor
-) -> Effect:
-    """Counts what ``logits + added`` gets right.
+def certify(
+    logits: torch.Tensor, added: torch.Tensor, wanted: torch.Tensor, side: ClosedFormSideNetwork, construction: str
+) -> PatchCertificate:
+    """Counts what ``logits + added`` gets right; the samples to change come first.
 
     Args:
         logits: (K, C) of the frozen network.
         added: (K, C) of the side network.
-        changed: (N,) indices of the samples to change.
-        wanted: (N,) labels.
-        kept: (K - N,) indices of the others.
+        wanted: (N,) labels of the samples to change.
+        side: The side network.
+        construction: ``shared`` or ``own``.
     """
-    total = logits + added
-    margins = label_margins(total[changed], wanted)
-    same = total[kept].argmax(1) == logits[kept].argmax(1)
-    largest = (total[kept] - logits[kept]).abs().max() if len(kept) else total.new_zeros(())
-    return Effect(int((margins > 0).sum()), int(same.sum()), float(margins.min()), float(largest))
+    count, total = len(wanted), logits + added
+    kept, before = total[count:], logits[count:]
+    if side.depth == 2:
+        bound = two_layer_neurons(count, len(logits))
+    else:
+        bound = sum(three_layer_neurons(number) for number in torch.bincount(wanted).tolist())
+    return PatchCertificate(
+        num_changed=count,
+        num_kept=len(kept),
+        changed_right=int((label_margins(total[:count], wanted) > 0).sum()),
+        kept_same=int((kept.argmax(1) == before.argmax(1)).sum()),
+        smallest_margin=float(label_margins(total[:count], wanted).min()),
+        kept_largest_change=float((kept - before).abs().max()) if len(kept) else 0.0,
+        neurons=side.neurons,
+        neuron_bound=bound,
+        depth=side.depth,
+        precision=str(side.center.dtype).removeprefix("torch."),
+        construction=construction,
+    )
 
 
-def batches_of(inputs: torch.Tensor, batch_size: int) -> list[torch.Tensor]:
-    """``inputs`` cut into pieces of ``batch_size`` rows."""
-    return [inputs[start : start + batch_size] for start in range(0, len(inputs), batch_size)]
+def label_margins(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Logit of the label minus the largest other logit, (B,), of logits (B, C) with at least two classes."""
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return logits.gather(1, labels[:, None])[:, 0] - others.max(dim=1).values
 
 
 @torch.no_grad()
 def run_in_batches(module: nn.Module, inputs: torch.Tensor, batch_size: int) -> torch.Tensor:
     """Outputs of ``module`` for all ``inputs``, ``batch_size`` at a time."""
-    return torch.cat([module(chunk) for chunk in batches_of(inputs, batch_size)])
+    return torch.cat([module(chunk) for chunk in inputs.split(batch_size)])

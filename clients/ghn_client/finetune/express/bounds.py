@@ -16,35 +16,20 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ghn_client.finetune.express_domain import Domain, norm_map
-from ghn_client.finetune.express_layer import ExpressedLayer
-from ghn_client.finetune.norm_layers import norm_kind
+from ghn_client.finetune.express.domain import Domain
+from ghn_client.finetune.express.linear_system import ExpressedLayer
+from ghn_client.finetune.express.pairing import norm_map
+from ghn_client.finetune.matrix_layers import BATCH_NORM, norm_kind
 
 #: Layers that do not enlarge an error measured in the largest absolute entry.
 NON_EXPANSIVE = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.Hardtanh,
-    nn.LeakyReLU,
-    nn.Tanh,
-    nn.Sigmoid,
-    nn.Flatten,
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout2d,
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
-)
+    nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.Flatten, nn.Identity, nn.Dropout,
+    nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
+)  # fmt: skip
 
 
-def layer_bounds(layer: ExpressedLayer, domain: Domain) -> tuple[float, float]:
-    """Bounds on any output of the layer, in float64 and after rounding to float32."""
-    return _bound(layer, domain, torch.float64), _bound(layer, domain, torch.float32)
-
-
-def _bound(layer: ExpressedLayer, domain: Domain, dtype: torch.dtype) -> float:
+def layer_bound(layer: ExpressedLayer, domain: Domain, dtype: torch.dtype) -> float:
+    """Bound on any output of the layer, with norm parameters and arithmetic in ``dtype``."""
     gains, shift1, shift2 = (value.to(dtype).double() for value in (layer.gains, layer.shift1, layer.shift2))
     error = (layer.outer * gains[:, None, :]) @ layer.inner - layer.weight
     effective = (layer.outer @ shift1[:, :, None])[:, :, 0] + shift2 - layer.bias
@@ -68,17 +53,17 @@ def network_bound(target: nn.Module, layers: Sequence[ExpressedLayer], bounds: S
     """
     if not isinstance(target, nn.Sequential):
         return None
-    by_name = {layer.pair.name: (layer, bound) for layer, bound in zip(layers, bounds, strict=True)}
-    error, folded = 0.0, {layer.pair.folded_name for layer in layers}
-    for name, leaf in target.named_modules():
+    solved = {id(layer.pair.layer): (layer, bound) for layer, bound in zip(layers, bounds, strict=True)}
+    error, folded = 0.0, {id(layer.pair.folded) for layer in layers}
+    for leaf in target.modules():
         if list(leaf.children()):
             if not isinstance(leaf, nn.Sequential):
                 return None
-        elif name in by_name:
-            layer, own = by_name[name]
+        elif id(leaf) in solved:
+            layer, own = solved[id(leaf)]
             error = error * float(layer.weight.abs().sum(2).max()) + own
-        elif norm_kind(leaf) == "batch_norm":
-            error = error if name in folded else error * float(norm_map(leaf)[0].abs().max())
+        elif norm_kind(leaf) == BATCH_NORM:
+            error = error if id(leaf) in folded else error * float(norm_map(leaf)[0].abs().max())
         elif not isinstance(leaf, NON_EXPANSIVE):
             return None
     return error

@@ -16,7 +16,6 @@ class LayerFeasibility:
         recommended: The same with a quarter more, which conditions the system well (measured by us).
         channels: Channels per group that the block has.
         condition: Of the system that would be solved; infinity without full rank, ``None`` where it was not computed.
-        predicted_float32_error: Rough relative error after rounding to float32, ``None`` without a condition.
         system_bytes: Memory for the system in float64.
         short_of: What is missing, in words; empty if nothing is.
     """
@@ -26,7 +25,6 @@ class LayerFeasibility:
     recommended: int
     channels: int
     condition: float | None
-    predicted_float32_error: float | None
     system_bytes: int
     short_of: str
 

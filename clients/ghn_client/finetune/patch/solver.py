@@ -1,13 +1,12 @@
 """``patch``: a side network in closed form that changes exactly the given labels and leaves all others as they are.
 
 After Sohn, Kwon, An and Lee, "Memorization Capacity for Additive Fine-Tuning with Small ReLU Networks", UAI 2024,
-arXiv:2408.00359; the constructions and constants used here are derived by us (``two_layer.py``, ``three_layer.py``).
+arXiv:2408.00359; the constructions and constants used here are derived by us (``interpolants.py``).
 A patch memorises; it does not generalise. ``touched`` in its certificate says how far it reaches beyond the samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,12 +14,10 @@ from torch import nn
 
 from ghn_client.errors import InfeasibleError, InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.additive import FEATURES, LOGITS, AdditiveModule, base_head, head_features
-from ghn_client.finetune.capacity import three_layer_neurons, two_layer_neurons
-from ghn_client.finetune.certificate import Effect, PatchCertificate, batches_of, effect, label_margins, run_in_batches
-from ghn_client.finetune.projection import best_shared_direction
+from ghn_client.finetune.patch.capacity import two_layer_neurons
+from ghn_client.finetune.patch.certificate import PatchCertificate, certify, label_margins, run_in_batches
+from ghn_client.finetune.patch.interpolants import best_line, own_directions, shared_line, three_layers
 from ghn_client.finetune.side_network import ClosedFormSideNetwork
-from ghn_client.finetune.three_layer import three_layer
-from ghn_client.finetune.two_layer import own_direction, shared_direction
 
 AUTO, SHARED, OWN = "auto", "shared", "own"
 #: Logits of kept samples may move by so much of the margin through rounding; more needs a higher precision.
@@ -53,7 +50,6 @@ class _Problem:
         logits: (K, C) of the frozen network.
         wanted: (N,) labels.
         values: (N, C) float64, what g must add.
-        reach: How far bumps go.
     """
 
     inputs: torch.Tensor
@@ -61,15 +57,6 @@ class _Problem:
     logits: torch.Tensor
     wanted: torch.Tensor
     values: torch.Tensor
-    reach: float
-
-    @property
-    def changed(self) -> torch.Tensor:
-        return torch.arange(len(self.wanted), device=self.features.device)
-
-    @property
-    def kept(self) -> torch.Tensor:
-        return torch.arange(len(self.wanted), len(self.features), device=self.features.device)
 
 
 def patch(
@@ -121,42 +108,46 @@ def patch(
     """
     _check_options(module, depth, margin, at, directions, precision, reach)
     path = base_head(module, head) if at == FEATURES else None
-    problem = _prepare(module, wrong_inputs, wanted, keep_inputs, path, margin, reach, batch_size)
-    failures, generator = [], generator or torch.Generator().manual_seed(0)
-    for construction, side in _candidates(problem, depth, directions, draws, generator, precision):
-        attempt = _attempt(module, problem, side, construction, path, margin, depth, batch_size)
-        if isinstance(attempt, Patch):
-            return _with_touch_rate(attempt, module, held_out_inputs, batch_size)
-        failures.append(attempt)
+    problem = _prepare(module, wrong_inputs, wanted, keep_inputs, path, margin, batch_size)
+    center = problem.features.double().mean(0)
+    centred = problem.features.double() - center
+    active = (problem.values != 0).any(dim=1).nonzero()[:, 0]
+    changed = active if len(active) else active.new_zeros(1)
+    values = problem.values[changed]
+    sides: list[tuple[str, ClosedFormSideNetwork]] = []  # from the most to the least robust
+    if depth == 2 and directions in (AUTO, OWN):
+        side = own_directions(center, centred, changed, values, reach=reach)
+        if side.neurons <= two_layer_neurons(len(problem.wanted), len(centred)) or directions == OWN:
+            sides.append((OWN, side))
+    if directions in (AUTO, SHARED):
+        generator = generator or torch.Generator().manual_seed(0)
+        line = best_line(center, centred, changed, draws=draws, generator=generator)
+        construct = three_layers if depth == 3 and len(active) else shared_line
+        sides.append((SHARED, construct(line, changed, values, reach=reach)))
+    failures = []
+    for name in PRECISIONS if precision == AUTO else (precision,):
+        for construction, exact in sides:
+            side = exact.to_precision(PRECISIONS[name])
+            added = run_in_batches(side, problem.features, batch_size)
+            certificate = certify(problem.logits, added, problem.wanted, side, construction)
+            patched = AdditiveModule(module, side, head=path).eval()
+            moved = certificate.kept_largest_change
+            precise = certificate.smallest_margin > 0.5 * margin and moved < KEPT_TOLERANCE * margin
+            if certificate.holds and precise and _holds_inside(patched, problem, batch_size):
+                if held_out_inputs is not None and len(held_out_inputs):
+                    certificate = replace(certificate, **_effect_on(module, patched, held_out_inputs, batch_size))
+                return Patch(patched, side, certificate)
+            failures.append(f"{construction}/{name}: {str(certificate).replace(chr(10), '; ')}")
     raise InfeasibleError(
-        f"no {depth}-layer patch of {len(problem.wanted)} labels holds in {precision}; tried {'; '.join(failures)}."
+        f"no {depth}-layer patch of {len(problem.wanted)} labels holds in {precision}; tried {' | '.join(failures)}."
         " Use precision='float64', depth=2 with directions='own', or at='features'"
     )
-
-
-def _attempt(
-    module: nn.Module,
-    problem: _Problem,
-    side: ClosedFormSideNetwork,
-    construction: str,
-    head: str | None,
-    margin: float,
-    depth: int,
-    batch_size: int,
-) -> Patch | str:
-    """The patched module if the side network does what it shall, by half the margin; otherwise what was measured."""
-    precision = "float32" if side.center.dtype == torch.float32 else "float64"
-    measured = _measure(problem, side, batch_size)
-    certificate = _certificate(problem, side, construction, precision, measured, depth)
-    precise = measured.smallest_margin > 0.5 * margin and measured.kept_largest_change < KEPT_TOLERANCE * margin
-    if certificate.holds and precise and _holds_inside(module, problem, side, head, batch_size):
-        return Patch(AdditiveModule(module, side, head=head).eval(), side, certificate)
-    return f"{construction}/{precision}: {measured}"
 
 
 def _check_options(
     module: nn.Module, depth: int, margin: float, at: str, directions: str, precision: str, reach: float
 ) -> None:
+    """Refuses unknown options, and modules in train mode."""
     allowed = {
         "depth": (depth, (2, 3)),
         "at": (at, (LOGITS, FEATURES)),
@@ -179,16 +170,19 @@ def _prepare(
     keep: torch.Tensor,
     head: str | None,
     margin: float,
-    reach: float,
     batch_size: int,
 ) -> _Problem:
+    """Runs the network on all samples, once for each of equal ones, and says what has to be added."""
     if len(wrong) != len(wanted) or not len(wrong):
         raise InvalidOptionError(
             f"expected one wanted label per wrong input and at least one, got {len(wrong)} inputs"
             f" and {len(wanted)} labels"
         )
     inputs = torch.cat([wrong, keep])
-    features = _features(module, inputs, head, batch_size)
+    if head is None:
+        features = inputs.flatten(1)
+    else:
+        features = torch.cat([head_features(module, head, chunk) for chunk in inputs.split(batch_size)])
     first = _distinct(features, wanted, len(wrong))
     inputs, features = inputs[first], features[first]
     labels = wanted.to(features.device)[first[first < len(wrong)]].long()
@@ -198,21 +192,11 @@ def _prepare(
     values = torch.zeros(len(labels), logits.shape[1], dtype=torch.float64, device=logits.device)
     missing = margin - label_margins(logits[: len(labels)].double(), labels)
     values.scatter_(1, labels[:, None], missing.clamp_min(0.0)[:, None])
-    return _Problem(inputs, features, logits, labels, values, reach)
-
-
-def _features(module: nn.Module, inputs: torch.Tensor, head: str | None, batch_size: int) -> torch.Tensor:
-    if head is None:
-        return inputs.flatten(1)
-    return torch.cat([head_features(module, head, chunk) for chunk in batches_of(inputs, batch_size)])
+    return _Problem(inputs, features, logits, labels, values)
 
 
 def _distinct(features: torch.Tensor, wanted: torch.Tensor, num_wrong: int) -> torch.Tensor:
-    """Indices of the first of every set of equal samples, in order.
-
-    Raises:
-        InfeasibleError: Equal samples want different things.
-    """
+    """Indices of the first of every set of equal samples, in order; refuses equal samples that want different things."""
     _, group = torch.unique(features, dim=0, return_inverse=True)
     first: dict[int, int] = {}
     for index, key in enumerate(group.tolist()):
@@ -229,80 +213,17 @@ def _distinct(features: torch.Tensor, wanted: torch.Tensor, num_wrong: int) -> t
     return torch.tensor(sorted(first.values()), device=features.device)
 
 
-def _candidates(
-    problem: _Problem, depth: int, directions: str, draws: int, generator: torch.Generator, precision: str
-) -> Iterator[tuple[str, ClosedFormSideNetwork]]:
-    """Constructions from the most to the least robust, each in the asked precisions, lower first."""
-    samples = problem.features.double()
-    center = samples.mean(0)
-    centred = samples - center
-    active = (problem.values != 0).any(dim=1)
-    changed, values = problem.changed[active], problem.values[active]
-    if not len(changed):
-        changed, values = problem.changed[:1], problem.values[:1] + 0.0
-    built: list[tuple[str, ClosedFormSideNetwork]] = []
-    bound = two_layer_neurons(len(problem.wanted), len(samples))
-    if depth == 2 and directions in (AUTO, OWN):
-        side = own_direction(center, centred, changed, values, reach=problem.reach)
-        if side.neurons <= bound or directions == OWN:
-            built.append((OWN, side))
-    if directions in (AUTO, SHARED):
-        line = best_shared_direction(centred, changed, draws=draws, generator=generator)
-        construct = shared_direction if depth == 2 else three_layer
-        built.append((SHARED, construct(center, line, changed, values, reach=problem.reach)))
-    for name in PRECISIONS if precision == AUTO else (precision,):
-        for construction, side in built:
-            yield construction, side.to_precision(PRECISIONS[name])
-
-
-def _measure(problem: _Problem, side: ClosedFormSideNetwork, batch_size: int) -> Effect:
-    added = run_in_batches(side, problem.features, batch_size)
-    return effect(problem.logits, added, problem.changed, problem.wanted, problem.kept)
-
-
-def _holds_inside(
-    module: nn.Module, problem: _Problem, side: ClosedFormSideNetwork, head: str | None, batch_size: int
-) -> bool:
+def _holds_inside(patched: nn.Module, problem: _Problem, batch_size: int) -> bool:
     """Runs the whole patched network again in other batches: bumps must survive another order of summation."""
-    patched = AdditiveModule(module, side, head=head).eval()
     together = run_in_batches(patched, problem.inputs, max(batch_size // 2, 1)).argmax(1)
     alone = run_in_batches(patched, problem.inputs[: min(len(problem.wanted), 256)], 1).argmax(1)
-    expected = torch.cat([problem.wanted, problem.logits[problem.kept].argmax(1)])
+    expected = torch.cat([problem.wanted, problem.logits[len(problem.wanted) :].argmax(1)])
     return torch.equal(together, expected) and torch.equal(alone, expected[: len(alone)])
 
 
-def _certificate(
-    problem: _Problem, side: ClosedFormSideNetwork, construction: str, precision: str, measured: Effect, depth: int
-) -> PatchCertificate:
-    if depth == 2:
-        bound = two_layer_neurons(len(problem.wanted), len(problem.features))
-    else:
-        per_class = torch.bincount(problem.wanted).tolist()
-        bound = sum(three_layer_neurons(count) for count in per_class)
-    return PatchCertificate(
-        num_changed=len(problem.wanted),
-        num_kept=len(problem.kept),
-        changed_right=measured.changed_right,
-        kept_same=measured.kept_same,
-        smallest_margin=measured.smallest_margin,
-        kept_largest_change=measured.kept_largest_change,
-        neurons=side.neurons,
-        neuron_bound=bound,
-        depth=depth,
-        precision=precision,
-        construction=construction,
-    )
-
-
-@torch.no_grad()
-def _with_touch_rate(patched: Patch, module: nn.Module, held_out: torch.Tensor | None, batch_size: int) -> Patch:
-    if held_out is None or not len(held_out):
-        return patched
-    before = run_in_batches(module, held_out, batch_size)
-    after = run_in_batches(patched.module, held_out, batch_size)
-    if after.shape != before.shape:
-        raise InfeasibleError(f"patched logits have shape {tuple(after.shape)}, expected {tuple(before.shape)}")
-    touched = ((after - before).abs().max(1).values > 1e-3 * (1.0 + before.abs().max())).float().mean()
-    relabelled = (after.argmax(1) != before.argmax(1)).float().mean()
-    certificate = replace(patched.certificate, touched=float(touched), relabelled=float(relabelled))
-    return replace(patched, certificate=certificate)
+def _effect_on(module: nn.Module, patched: nn.Module, inputs: torch.Tensor, batch_size: int) -> dict[str, float]:
+    """Shares of unseen inputs whose logits and whose labels change."""
+    before, after = (run_in_batches(network, inputs, batch_size) for network in (module, patched))
+    touched = (after - before).abs().max(1).values > 1e-3 * (1.0 + before.abs().max())
+    relabelled = after.argmax(1) != before.argmax(1)
+    return {"touched": float(touched.float().mean()), "relabelled": float(relabelled.float().mean())}

@@ -12,17 +12,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ghn_client.finetune.certificate import batches_of
-from ghn_client.finetune.frozen_network import BlockPair, Matrix
+from ghn_client.finetune.express.pairing import BlockPair, Matrix
 
 
 @dataclass(frozen=True, eq=False)
 class Domain:
-    """A ball in the input space of one layer, per group of its channels.
+    """A ball in the input space of one layer, per group of its channels; all float64.
 
     Attributes:
-        center: (groups, p) float64.
-        radius: (groups,) float64.
+        center: (groups, p).
+        radius: (groups,).
         covariance: (groups, p, p) of the measured inputs round the center.
     """
 
@@ -31,34 +30,26 @@ class Domain:
     covariance: torch.Tensor
 
     def distance(self, rows: torch.Tensor) -> torch.Tensor:
-        """Largest distance from the center over the radius; at most 1 inside.
-
-        Args:
-            rows: (groups, S, p).
-        """
+        """Largest distance of rows (groups, S, p) from the center over the radius; at most 1 inside."""
         ratios: torch.Tensor = (rows - self.center[:, None]).norm(dim=2) / self.radius[:, None]
         return ratios.max()
 
 
 def layer_rows(layer: Matrix, inputs: torch.Tensor) -> torch.Tensor:
     """What each output of ``layer`` is a linear function of, as float64 rows (groups, S, p)."""
-    if isinstance(layer, nn.Linear):
-        return inputs.double().reshape(1, -1, layer.in_features)
     double = inputs.double()
-    if layer.padding_mode != "zeros":
-        mode = {"reflect": "reflect", "replicate": "replicate", "circular": "circular"}[layer.padding_mode]
-        double = functional.pad(double, layer._reversed_padding_repeated_twice, mode=mode)
-        padding: tuple[int, ...] = (0, 0)
-    elif isinstance(layer.padding, str):
-        double = functional.pad(double, layer._reversed_padding_repeated_twice)
-        padding = (0, 0)
-    else:
-        padding = layer.padding
+    if isinstance(layer, nn.Linear):
+        return double.reshape(1, -1, layer.in_features)
+    padding = layer.padding
+    if layer.padding_mode != "zeros" or isinstance(padding, str):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        double, padding = functional.pad(double, layer._reversed_padding_repeated_twice, mode=mode), (0, 0)
     patches = functional.unfold(double, layer.kernel_size, layer.dilation, padding, layer.stride)
     rows = patches.movedim(1, 2).reshape(-1, layer.groups, layer.weight[0].numel())
     return rows.movedim(1, 0)
 
 
+@torch.no_grad()
 def watch_inputs(
     module: nn.Module,
     pairs: Sequence[BlockPair],
@@ -73,9 +64,8 @@ def watch_inputs(
 
     hooks = [pair.layer.register_forward_pre_hook(hook_of(pair)) for pair in pairs]
     try:
-        with torch.no_grad():
-            for chunk in batches_of(inputs, batch):
-                module(chunk)
+        for chunk in inputs.split(batch):
+            module(chunk)
     finally:
         for hook in hooks:
             hook.remove()
@@ -96,21 +86,19 @@ def measure_domains(
     counts: dict[str, int] = {}
     sums: dict[str, torch.Tensor] = {}
     squares: dict[str, torch.Tensor] = {}
+    largest: dict[str, torch.Tensor] = {}
 
     def moments(name: str, rows: torch.Tensor) -> None:
-        product = torch.einsum("gsp,gsq->gpq", rows, rows)
         counts[name] = counts.get(name, 0) + rows.shape[1]
-        sums[name] = sums[name] + rows.sum(1) if name in sums else rows.sum(1)
-        squares[name] = squares[name] + product if name in squares else product
-
-    watch_inputs(module, pairs, inputs, moments, batch)
-    means = {name: total / counts[name] for name, total in sums.items()}
-    largest = {name: torch.zeros(len(mean), dtype=mean.dtype, device=mean.device) for name, mean in means.items()}
+        sums[name] = sums.get(name, 0.0) + rows.sum(1)
+        squares[name] = squares.get(name, 0.0) + torch.einsum("gsp,gsq->gpq", rows, rows)
 
     def radii(name: str, rows: torch.Tensor) -> None:
         distances = (rows - means[name][:, None]).norm(dim=2).max(dim=1).values
-        largest[name] = torch.maximum(largest[name], distances)
+        largest[name] = torch.maximum(largest.get(name, torch.zeros_like(distances)), distances)
 
+    watch_inputs(module, pairs, inputs, moments, batch)
+    means = {name: total / counts[name] for name, total in sums.items()}
     watch_inputs(module, pairs, inputs, radii, batch)
     return {
         name: Domain(
@@ -120,12 +108,3 @@ def measure_domains(
         )
         for name, mean in means.items()
     }
-
-
-def norm_map(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and shift (C,) of a BatchNorm in eval mode, in float64."""
-    mean, variance = norm.get_buffer("running_mean").double(), norm.get_buffer("running_var").double()
-    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    scale = torch.rsqrt(variance + float(norm.eps))  # type: ignore[arg-type]
-    scale = scale if weight is None else scale * weight.detach().double()
-    return scale, (0.0 if bias is None else bias.detach().double()) - scale * mean

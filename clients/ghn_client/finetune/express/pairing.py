@@ -10,17 +10,15 @@ CNNs", ICLR 2024.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
-from ghn_client.finetune.capacity import express_width
-from ghn_client.finetune.insertion import ChannelNorm
-from ghn_client.finetune.layers import set_submodule
-from ghn_client.finetune.norm_layers import norm_kind
+from ghn_client.finetune.inserted_norms import ChannelNorm
+from ghn_client.finetune.matrix_layers import BATCH_NORM, norm_kind
 
 Matrix = nn.Linear | nn.Conv2d
 #: Between the two channels of a pair with opposite columns of A.
@@ -55,7 +53,6 @@ class BlockPair:
         name: Dotted path of the target's layer.
         layer: The target's layer.
         folded: BatchNorm of the target that the block has to include, or ``None``.
-        folded_name: Its dotted path, empty without one.
         inner: B.
         norm1: Behind B.
         outer: A.
@@ -69,7 +66,29 @@ class BlockPair:
     norm1: nn.Module
     outer: Matrix
     norm2: nn.Module
-    folded_name: str = ""
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Groups, outputs per group o, fan-in p, channels per group n."""
+        groups = self.layer.groups if isinstance(self.layer, nn.Conv2d) else 1
+        outputs, channels = self.layer.weight.shape[0], self.inner.weight.shape[0]
+        return groups, outputs // groups, self.layer.weight[0].numel(), channels // groups
+
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """B (groups, n, p) and A (groups, o, n) in float64."""
+        groups, outputs, fan_in, channels = self.sizes
+        inner = self.inner.weight.detach().double().reshape(groups, channels, fan_in)
+        return inner, self.outer.weight.detach().double().reshape(groups, outputs, channels)
+
+    def target_map(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """W (groups, o, p) and b (groups, o) in float64, with the folded BatchNorm."""
+        groups, outputs, fan_in, _ = self.sizes
+        weight = self.layer.weight.detach().double().reshape(groups * outputs, fan_in)
+        bias = weight.new_zeros(len(weight)) if self.layer.bias is None else self.layer.bias.detach().double()
+        if self.folded is not None:
+            scale, shift = norm_map(self.folded)
+            weight, bias = scale[:, None] * weight, scale * bias + shift
+        return weight.reshape(groups, outputs, fan_in), bias.reshape(groups, outputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +102,24 @@ class Pairing:
 
     blocks: list[BlockPair]
     norms: list[tuple[nn.Module, nn.Module]]
+
+
+def norm_map(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift (C,) of a BatchNorm in eval mode, in float64."""
+    mean, variance = norm.get_buffer("running_mean").double(), norm.get_buffer("running_var").double()
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    scale = torch.rsqrt(variance + float(norm.eps))  # type: ignore[arg-type]
+    scale = scale if weight is None else scale * weight.detach().double()
+    return scale, (0.0 if bias is None else bias.detach().double()) - scale * mean
+
+
+def express_width(fan_in: int, fan_out: int, *, slack: float = 1.25) -> int:
+    """Frozen channels that express a dense layer exactly: ``slack * fan_in * fan_out``.
+
+    One channel per weight is the theorem's width (arXiv:2302.07937); the slack of 1.25 keeps the system well
+    conditioned and is measured by us.
+    """
+    return math.ceil(slack * fan_in * fan_out)
 
 
 def random_norm_network(
@@ -115,95 +152,19 @@ def random_norm_network(
     generator = generator or torch.Generator().manual_seed(0)
     check_target(target)
     frozen = copy.deepcopy(target)
-    for name, layer in list(named_matrices(frozen)):
-        set_submodule(frozen, name, _block(layer, slack, sparsity, generator))
+    for name, layer in _matrices(frozen).items():
+        if name:
+            frozen.set_submodule(name, _block(layer, slack, sparsity, generator))
+        else:
+            frozen = _block(layer, slack, sparsity, generator)
     for child in frozen.modules():
-        if norm_kind(child) == "batch_norm":
+        if norm_kind(child) == BATCH_NORM:
             child.reset_parameters()  # type: ignore[operator]
-    for parameter in frozen.parameters():
-        parameter.requires_grad_(False)
-    return frozen.eval()
-
-
-def named_matrices(module: nn.Module) -> Iterator[tuple[str, Matrix]]:
-    """Linear and Conv2d layers with their dotted paths."""
-    return ((name, child) for name, child in module.named_modules() if isinstance(child, (nn.Linear, nn.Conv2d)))
-
-
-def check_target(module: nn.Module) -> None:
-    """Refuses what norm layers cannot express.
-
-    Raises:
-        UnsupportedModuleError: A norm layer whose output is not affine in its input, or a BatchNorm in train mode.
-        UnsupportedModuleError: Parameters outside linear, Conv2d and BatchNorm layers.
-    """
-    for name, child in module.named_modules():
-        check_norm(name, child)
-        own = list(child.parameters(recurse=False))
-        known = isinstance(child, (nn.Linear, nn.Conv2d)) or norm_kind(child) is not None
-        if own and not known:
-            raise UnsupportedModuleError(
-                f"expected parameters in Linear, Conv2d and BatchNorm layers only, {name or 'the module'!r} is a"
-                f" {type(child).__name__}"
-            )
-
-
-def check_norm(name: str, layer: nn.Module) -> None:
-    """Refuses norm layers that are no affine map.
-
-    Raises:
-        UnsupportedModuleError: It normalises with statistics of its own input (LayerNorm, GroupNorm, RMSNorm,
-            InstanceNorm), or is a BatchNorm in train mode.
-    """
-    if norm_kind(layer) is None:
-        return
-    if getattr(layer, "running_mean", None) is None:
-        raise UnsupportedModuleError(
-            f"{name!r} is a {type(layer).__name__}: it normalises with statistics of its own input, so that scale and"
-            " shift do not make it an affine map; use BatchNorm with running statistics"
-        )
-    if layer.training:
-        raise UnsupportedModuleError(f"{name!r} normalises with batch statistics (train mode); call .eval() first")
-
-
-def pair_blocks(target: nn.Module, frozen: nn.Module) -> Pairing:
-    """Which block of ``frozen`` stands for which layer of ``target``.
-
-    Either the frozen network has a :class:`FrozenBlock` at the path of every layer of the target, or both are
-    ``nn.Sequential`` and the frozen one repeats (matrix, norm, ReLU, matrix, norm) for every matrix of the target.
-
-    Raises:
-        UnsupportedModuleError: Neither is the case.
-        UnsupportedModuleError: See :func:`check_norm`.
-    """
-    known = dict(frozen.named_modules())
-    layers = list(named_matrices(target))
-    if not layers:
-        raise UnsupportedModuleError("the target has no linear or Conv2d layer")
-    if all(isinstance(known.get(name), FrozenBlock) for name, _ in layers):
-        pairing = _named_pairs(target, known)
-    else:
-        pairing = _sequential_pairs(target, frozen)
-    for pair in pairing.blocks:
-        check_norm(f"{pair.name} norm1", pair.norm1)
-        check_norm(f"{pair.name} norm2", pair.norm2)
-        _check_shapes(pair)
-    for _, norm in pairing.norms:
-        check_norm("a norm layer of the frozen network", norm)
-    return pairing
-
-
-def _named_pairs(target: nn.Module, known: dict[str, nn.Module]) -> Pairing:
-    blocks = []
-    for name, layer in named_matrices(target):
-        block = known[name]
-        assert isinstance(block, FrozenBlock)
-        blocks.append(BlockPair(name, layer, None, block.inner, block.norm1, block.outer, block.norm2))
-    norms = [(child, known[name]) for name, child in target.named_modules() if norm_kind(child) == "batch_norm"]
-    return Pairing(blocks, norms)
+    return frozen.requires_grad_(False).eval()
 
 
 def _block(layer: Matrix, slack: float, sparsity: float, generator: torch.Generator) -> FrozenBlock:
+    """A random block in place of ``layer``: Gaussian of variance 1 / (fan-in times density), zero at random places."""
     inner: Matrix
     outer: Matrix
     if isinstance(layer, nn.Linear):
@@ -227,20 +188,16 @@ def _block(layer: Matrix, slack: float, sparsity: float, generator: torch.Genera
         )
         outer = nn.Conv2d(width, layer.out_channels, 1, groups=groups, bias=False)
         norms = [nn.BatchNorm2d(width), nn.BatchNorm2d(layer.out_channels)]
-    for matrix in (inner, outer):
-        _randomize(matrix.weight, sparsity, generator)
-    if layer.weight[0].numel() > 1:
-        _make_opposite(outer.weight)
+    with torch.no_grad():
+        for weight in (inner.weight, outer.weight):
+            values = torch.randn(weight.shape, generator=generator)
+            kept = torch.rand(weight.shape, generator=generator) >= sparsity
+            weight.copy_(values * kept / (weight[0].numel() * (1.0 - sparsity)) ** 0.5)
+        if layer.weight[0].numel() > 1:  # A has its groups one below the other: the columns are those of each group
+            first, second = opposite_channels(outer.weight.shape[1])
+            outer.weight[:, second] = -outer.weight[:, first]
     block = FrozenBlock(inner, norms[0], outer, norms[1])
     return block.to(device=layer.weight.device, dtype=layer.weight.dtype)
-
-
-@torch.no_grad()
-def _randomize(weight: torch.Tensor, sparsity: float, generator: torch.Generator) -> None:
-    """Gaussian of variance 1 / (fan-in times density), zero at random places."""
-    values = torch.randn(weight.shape, generator=generator)
-    kept = torch.rand(weight.shape, generator=generator) >= sparsity
-    weight.copy_(values * kept / (weight[0].numel() * (1.0 - sparsity)) ** 0.5)
 
 
 def opposite_channels(width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -252,11 +209,74 @@ def opposite_channels(width: int) -> tuple[torch.Tensor, torch.Tensor]:
     return runs[:, 0].flatten(), runs[:, 1].flatten()
 
 
-@torch.no_grad()
-def _make_opposite(outer: torch.Tensor) -> None:
-    """Gives the pairs of channels of every group opposite columns; A has its groups one below the other."""
-    first, second = opposite_channels(outer.shape[1])
-    outer[:, second] = -outer[:, first]
+def _matrices(module: nn.Module) -> dict[str, Matrix]:
+    """Linear and Conv2d layers by dotted path."""
+    return {name: child for name, child in module.named_modules() if isinstance(child, (nn.Linear, nn.Conv2d))}
+
+
+def check_target(module: nn.Module) -> None:
+    """Refuses what norm layers cannot express.
+
+    Raises:
+        UnsupportedModuleError: Parameters outside linear, Conv2d and BatchNorm layers, or see :func:`check_norm`.
+    """
+    for name, child in module.named_modules():
+        check_norm(name, child)
+        known = isinstance(child, (nn.Linear, nn.Conv2d)) or norm_kind(child) is not None
+        if not known and list(child.parameters(recurse=False)):
+            raise UnsupportedModuleError(
+                f"expected parameters in Linear, Conv2d and BatchNorm layers only, {name or 'the module'!r} is a"
+                f" {type(child).__name__}"
+            )
+
+
+def check_norm(name: str, layer: nn.Module) -> None:
+    """Refuses norm layers that are no affine map; other modules pass.
+
+    Raises:
+        UnsupportedModuleError: It normalises with statistics of its own input (LayerNorm, GroupNorm, RMSNorm,
+            InstanceNorm), or is a BatchNorm in train mode.
+    """
+    if norm_kind(layer) is None:
+        return
+    if getattr(layer, "running_mean", None) is None:
+        raise UnsupportedModuleError(
+            f"{name!r} is a {type(layer).__name__}: it normalises with statistics of its own input, so that scale and"
+            " shift do not make it an affine map; use BatchNorm with running statistics"
+        )
+    if layer.training:
+        raise UnsupportedModuleError(f"{name!r} normalises with batch statistics (train mode); call .eval() first")
+
+
+def pair_blocks(target: nn.Module, frozen: nn.Module) -> Pairing:
+    """Which block of ``frozen`` stands for which layer of ``target``.
+
+    Either the frozen network has a :class:`FrozenBlock` at the path of every layer of the target, or both are
+    ``nn.Sequential`` and the frozen one repeats (matrix, norm, ReLU, matrix, norm) for every matrix of the target.
+
+    Raises:
+        UnsupportedModuleError: Neither is the case, or see :func:`check_norm`.
+    """
+    known, layers = dict(frozen.named_modules()), _matrices(target)
+    if not layers:
+        raise UnsupportedModuleError("the target has no linear or Conv2d layer")
+    blocks = {name: block for name in layers if isinstance(block := known.get(name), FrozenBlock)}
+    if len(blocks) == len(layers):
+        pairs = [
+            BlockPair(name, layers[name], None, block.inner, block.norm1, block.outer, block.norm2)
+            for name, block in blocks.items()
+        ]
+        norms = [(child, known[name]) for name, child in target.named_modules() if norm_kind(child) == BATCH_NORM]
+        pairing = Pairing(pairs, norms)
+    else:
+        pairing = _sequential_pairs(_leaves(target), _leaves(frozen))
+    for pair in pairing.blocks:
+        check_norm(f"{pair.name} norm1", pair.norm1)
+        check_norm(f"{pair.name} norm2", pair.norm2)
+        _check_shapes(pair)
+    for _, norm in pairing.norms:
+        check_norm("a norm layer of the frozen network", norm)
+    return pairing
 
 
 def _leaves(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -275,23 +295,32 @@ def _leaves(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def _sequential_pairs(target: nn.Module, frozen: nn.Module) -> Pairing:
-    wanted, given = _leaves(target), _leaves(frozen)
+def _sequential_pairs(wanted: list[tuple[str, nn.Module]], given: list[tuple[str, nn.Module]]) -> Pairing:
+    """Pairs the leaves of a target with those of a frozen network; consumes both lists."""
     pairing = Pairing([], [])
     while wanted:
         name, layer = wanted.pop(0)
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            folds = bool(wanted) and norm_kind(wanted[0][1]) == "batch_norm"
-            folded = wanted.pop(0) if folds else ("", None)
-            pairing.blocks.append(_take_block(name, layer, folded, [leaf for _, leaf in given[:5]]))
+            folds = bool(wanted) and norm_kind(wanted[0][1]) == BATCH_NORM
+            folded = wanted.pop(0)[1] if folds else None
+            five = [leaf for _, leaf in given[:5]]
             del given[:5]
+            pattern = [(nn.Linear, nn.Conv2d), nn.Module, nn.ReLU, (nn.Linear, nn.Conv2d), nn.Module]
+            fits = len(five) == 5 and all(isinstance(leaf, kind) for leaf, kind in zip(five, pattern, strict=True))
+            if not fits or norm_kind(five[1]) is None or norm_kind(five[4]) is None:
+                raise UnsupportedModuleError(
+                    f"for the target's layer {name!r} the frozen network needs (matrix, norm, ReLU, matrix, norm), got"
+                    f" {[type(leaf).__name__ for leaf in five]}"
+                )
+            inner, norm1, _, outer, norm2 = five
+            pairing.blocks.append(BlockPair(name, layer, folded, inner, norm1, outer, norm2))  # type: ignore[arg-type]
             continue
         other = given.pop(0)[1] if given else None
         if type(other) is not type(layer):
             raise UnsupportedModuleError(
                 f"the frozen network has {type(other).__name__} where the target has {name!r}, a {type(layer).__name__}"
             )
-        if norm_kind(layer) == "batch_norm":
+        if norm_kind(layer) == BATCH_NORM:
             assert other is not None
             pairing.norms.append((layer, other))
     if given:
@@ -299,27 +328,8 @@ def _sequential_pairs(target: nn.Module, frozen: nn.Module) -> Pairing:
     return pairing
 
 
-def _take_block(name: str, layer: Matrix, folded: tuple[str, nn.Module | None], five: list[nn.Module]) -> BlockPair:
-    fits = (
-        len(five) == 5
-        and isinstance(five[0], (nn.Linear, nn.Conv2d))
-        and norm_kind(five[1]) is not None
-        and isinstance(five[2], nn.ReLU)
-        and isinstance(five[3], (nn.Linear, nn.Conv2d))
-        and norm_kind(five[4]) is not None
-    )
-    if not fits:
-        raise UnsupportedModuleError(
-            f"for the target's layer {name!r} the frozen network needs (matrix, norm, ReLU, matrix, norm), got"
-            f" {[type(leaf).__name__ for leaf in five]}"
-        )
-    inner, norm1, _, outer, norm2 = five
-    assert isinstance(inner, (nn.Linear, nn.Conv2d))
-    assert isinstance(outer, (nn.Linear, nn.Conv2d))
-    return BlockPair(name, layer, folded[1], inner, norm1, outer, norm2, folded[0])
-
-
 def _check_shapes(pair: BlockPair) -> None:
+    """Refuses a block that is not shaped like its layer."""
     layer, inner, outer = pair.layer, pair.inner, pair.outer
     same = type(layer) is type(inner) is type(outer) and layer.weight.shape[1:] == inner.weight.shape[1:]
     same = same and layer.weight.shape[0] == outer.weight.shape[0]

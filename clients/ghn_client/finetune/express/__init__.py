@@ -1,0 +1,1 @@
+"""``express``: a frozen random network that equals a trained one; ``solver.py`` is the way in."""
