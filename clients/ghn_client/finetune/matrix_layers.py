@@ -1,4 +1,4 @@
-"""Questions about a module's layers that every strategy asks: which have a matrix, which normalise, which is the head."""
+"""What every strategy asks about a module's layers: which have a matrix, which normalise, which is the head."""
 
 from __future__ import annotations
 

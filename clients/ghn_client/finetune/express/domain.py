@@ -64,7 +64,7 @@ def watch_inputs(
 
     hooks = [pair.layer.register_forward_pre_hook(hook_of(pair)) for pair in pairs]
     try:
-        for chunk in inputs.split(batch):
+        for chunk in torch.split(inputs, batch):
             module(chunk)
     finally:
         for hook in hooks:

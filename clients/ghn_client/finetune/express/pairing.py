@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -305,7 +306,7 @@ def _sequential_pairs(wanted: list[tuple[str, nn.Module]], given: list[tuple[str
             folded = wanted.pop(0)[1] if folds else None
             five = [leaf for _, leaf in given[:5]]
             del given[:5]
-            pattern = [(nn.Linear, nn.Conv2d), nn.Module, nn.ReLU, (nn.Linear, nn.Conv2d), nn.Module]
+            pattern: list[Any] = [(nn.Linear, nn.Conv2d), nn.Module, nn.ReLU, (nn.Linear, nn.Conv2d), nn.Module]
             fits = len(five) == 5 and all(isinstance(leaf, kind) for leaf, kind in zip(five, pattern, strict=True))
             if not fits or norm_kind(five[1]) is None or norm_kind(five[4]) is None:
                 raise UnsupportedModuleError(

@@ -109,4 +109,4 @@ def label_margins(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def run_in_batches(module: nn.Module, inputs: torch.Tensor, batch_size: int) -> torch.Tensor:
     """Outputs of ``module`` for all ``inputs``, ``batch_size`` at a time."""
-    return torch.cat([module(chunk) for chunk in inputs.split(batch_size)])
+    return torch.cat([module(chunk) for chunk in torch.split(inputs, batch_size)])

@@ -135,7 +135,8 @@ def patch(
             precise = certificate.smallest_margin > 0.5 * margin and moved < KEPT_TOLERANCE * margin
             if certificate.holds and precise and _holds_inside(patched, problem, batch_size):
                 if held_out_inputs is not None and len(held_out_inputs):
-                    certificate = replace(certificate, **_effect_on(module, patched, held_out_inputs, batch_size))
+                    touched, relabelled = _effect_on(module, patched, held_out_inputs, batch_size)
+                    certificate = replace(certificate, touched=touched, relabelled=relabelled)
                 return Patch(patched, side, certificate)
             failures.append(f"{construction}/{name}: {str(certificate).replace(chr(10), '; ')}")
     raise InfeasibleError(
@@ -182,7 +183,7 @@ def _prepare(
     if head is None:
         features = inputs.flatten(1)
     else:
-        features = torch.cat([head_features(module, head, chunk) for chunk in inputs.split(batch_size)])
+        features = torch.cat([head_features(module, head, chunk) for chunk in torch.split(inputs, batch_size)])
     first = _distinct(features, wanted, len(wrong))
     inputs, features = inputs[first], features[first]
     labels = wanted.to(features.device)[first[first < len(wrong)]].long()
@@ -196,7 +197,7 @@ def _prepare(
 
 
 def _distinct(features: torch.Tensor, wanted: torch.Tensor, num_wrong: int) -> torch.Tensor:
-    """Indices of the first of every set of equal samples, in order; refuses equal samples that want different things."""
+    """Indices of the first of every set of equal samples, in order; equal ones must want the same."""
     _, group = torch.unique(features, dim=0, return_inverse=True)
     first: dict[int, int] = {}
     for index, key in enumerate(group.tolist()):
@@ -221,9 +222,9 @@ def _holds_inside(patched: nn.Module, problem: _Problem, batch_size: int) -> boo
     return torch.equal(together, expected) and torch.equal(alone, expected[: len(alone)])
 
 
-def _effect_on(module: nn.Module, patched: nn.Module, inputs: torch.Tensor, batch_size: int) -> dict[str, float]:
+def _effect_on(module: nn.Module, patched: nn.Module, inputs: torch.Tensor, batch_size: int) -> tuple[float, float]:
     """Shares of unseen inputs whose logits and whose labels change."""
     before, after = (run_in_batches(network, inputs, batch_size) for network in (module, patched))
     touched = (after - before).abs().max(1).values > 1e-3 * (1.0 + before.abs().max())
     relabelled = after.argmax(1) != before.argmax(1)
-    return {"touched": float(touched.float().mean()), "relabelled": float(relabelled.float().mean())}
+    return float(touched.float().mean()), float(relabelled.float().mean())
