@@ -226,8 +226,8 @@ def three_layers(line: Line, changed: torch.Tensor, values: torch.Tensor, *, rea
     of every group: on group l its input is ``s_j(t) = a (t - p) - delta / V`` with ``a = 3.03 / gap``, so that every
     other sample of that group lies at ``|s| >= 2``. Between groups ``s_j`` is joined linearly inside a gap without
     samples. The signed bump ``phi(s) = relu(s + 2) - 2 relu(s + 1) + 2 relu(s - 1) - relu(s - 2)`` is ``-s`` on
-    [-1, 1] and 0 for ``|s| >= 2``. Every output gets a network of its own for the samples whose value it changes; first layers are
-    stacked. Arguments as in :func:`shared_line`.
+    [-1, 1] and 0 for ``|s| >= 2``. Every output gets a network of its own for the samples whose value it changes;
+    first layers are stacked. Arguments as in :func:`shared_line`.
     """
     knots, mixings, biases, weights = [], [], [], []
     for index in range(values.shape[1]):
