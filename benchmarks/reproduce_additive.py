@@ -20,7 +20,7 @@ from torch import nn
 from benchmarks.cells import Cell, run_cells
 from benchmarks.charts import line_chart
 from ghn_client.finetune.additive import additive
-from ghn_client.finetune.image_data import ImageBatches, load_images
+from ghn_client.finetune.images import ImageBatches, load_images
 from ghn_client.finetune.patch.capacity import three_layer_neurons
 from ghn_client.finetune.patch.solver import patch
 

@@ -29,15 +29,21 @@ from ghn_architectures.interface import Configuration, Interface
 from ghn_architectures.registry import ARCHITECTURES
 from ghn_architectures.resnet import ResNetConfiguration
 from ghn_architectures.vit import VisionTransformerConfiguration
+from ghn_client.finetune.images import measure_normalization
 from ghn_client.options import parse_step
 from ghn_service.postprocess.diversity import measure_network
 from ghn_service.postprocess.steps import Step
 from ghn_service.predictor import PredictionOptions, Predictor
-from ghn_service.training.data import measure_normalization, require_images, split_validation
-from ghn_service.training.data_layouts import ImageFormat
-from ghn_service.training.fine_tune import FineTuneData, FineTunePlan, fine_tune, mean_and_error, small_training_set
-from ghn_service.training.trainer import choose_precision
-from ghn_service.training.zero_shot import he_module, initial_module, load_tensors
+from ghn_service.training.evaluation.fine_tune import (
+    FineTuneData,
+    FineTuneSettings,
+    fine_tune,
+    mean_and_error,
+    small_training_set,
+)
+from ghn_service.training.evaluation.zero_shot import he_module, initial_module, load_tensors
+from ghn_service.training.images import require_split, split_validation
+from ghn_service.training.precision import choose_precision
 
 HE, GHN = "He", "GHN"
 STARTS: Mapping[str, tuple[str, ...] | None] = {
@@ -98,11 +104,10 @@ class Trainings:
     def _data(self, seed: int) -> FineTuneData:
         """A class-balanced small training set, and what to score on: validation images if the seed is for choosing."""
         folder, cache_folder = self.arguments.data, self.arguments.cache
-        image_format = ImageFormat(size=Interface().image_size)
-        everything = require_images(folder, "train", image_format=image_format, cache=cache_folder)
+        everything = require_split(folder, "train", image_size=Interface().image_size, cache=cache_folder)
         rest, validation = split_validation(everything, VALIDATION_IMAGES)
-        test = require_images(folder, "test", image_format=image_format, cache=cache_folder)
-        scored = test.subset(torch.arange(min(self.arguments.test_images, len(test))))
+        test = require_split(folder, "test", image_size=Interface().image_size, cache=cache_folder)
+        scored = test.first(self.arguments.test_images)
         scored = validation if seed == CHOOSING_SEED else scored
         training = small_training_set(rest, self.arguments.images, seed=seed)
         return FineTuneData(training, validation, scored, measure_normalization(rest))
@@ -110,11 +115,13 @@ class Trainings:
     def measure(self, cell: Cell) -> Cell:
         """Accuracy of the start of a cell before and after fine-tuning."""
         steps, seed = cell["steps"], cell["seed"]
-        plan = FineTunePlan(learning_rates=(cell["rate"],), choose_at=0, budgets=(steps,), longest=steps, every=steps)
+        rule = FineTuneSettings(
+            learning_rates=(cell["rate"],), choose_at=0, budgets=(steps,), longest=steps, every=steps
+        )
         architecture = find_network(cell["network"])
         predictor = self.predictor()
         module = start_module(cell["start"], architecture, predictor, seed, cell.get("layer", 0))
-        curve = fine_tune(module, self.data(seed), plan, steps=steps, seed=seed, precision=self.precision)
+        curve = fine_tune(module, self.data(seed), rule, steps=steps, seed=seed, precision=self.precision)
         return {"accuracy": curve.at(steps), "before": curve.at(0)}
 
 

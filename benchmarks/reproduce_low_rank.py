@@ -30,11 +30,11 @@ from benchmarks.cells import Cell, run_cells
 from ghn_client.factors import FACTOR_IN, FACTOR_OUT
 from ghn_client.finetune import factorize_module
 from ghn_client.finetune.factored import frobenius_decay
+from ghn_client.finetune.images import ImageSet, Normalization, measure_normalization
 from ghn_service.postprocess.low_rank.factorize import factorize, relative_function_error
-from ghn_service.training.augmentation import Augmentation, Batches
-from ghn_service.training.data import ImageSet, Normalization, measure_normalization, require_images, split_validation
-from ghn_service.training.data_layouts import ImageFormat
-from ghn_service.training.fine_tune import mean_and_error
+from ghn_service.training.evaluation.fine_tune import mean_and_error
+from ghn_service.training.evaluation.zero_shot import accuracy
+from ghn_service.training.images import Augmentation, Batches, require_split, split_validation
 
 SHAPES = ((64, 64, 1), (64, 512, 4), (256, 256, 4), (256, 256, 32), (576, 256, 4), (576, 256, 32))
 METHODS = ("spectral", "function")
@@ -128,17 +128,6 @@ def train(
         schedule.step()
 
 
-@torch.no_grad()
-def accuracy(network: nn.Module, images: ImageSet, normalization: Normalization) -> float:
-    """Share of images classified right."""
-    network.eval()
-    right = 0
-    for start in range(0, len(images), 500):
-        pixels = normalization.apply(images.images[start : start + 500])
-        right += int((network(pixels).argmax(1) == images.labels[start : start + 500]).sum())
-    return right / len(images)
-
-
 class Trainings:
     """Trains one network for each cell, on images that are read once."""
 
@@ -147,16 +136,15 @@ class Trainings:
         self.images = cache(self._images)
 
     def _images(self) -> tuple[ImageSet, ImageSet, ImageSet, Normalization]:
-        image_format = ImageFormat(size=IMAGE_SIZE)
-        everything = require_images(self.folder, "train", image_format=image_format, cache=self.cache_folder)
+        everything = require_split(self.folder, "train", image_size=IMAGE_SIZE, cache=self.cache_folder)
         rest, validation = split_validation(everything, 2000)
-        test = require_images(self.folder, "test", image_format=image_format, cache=self.cache_folder)
+        test = require_split(self.folder, "test", image_size=IMAGE_SIZE, cache=self.cache_folder)
         return rest, validation, test, measure_normalization(rest)
 
     def measure(self, cell: Cell) -> Cell:
         """Accuracy and number of parameters of the network of a cell after training."""
         rest, validation, test, normalization = self.images()
-        images = rest.subset(torch.arange(min(cell["images"], len(rest))))
+        images = rest.first(cell["images"])
         torch.manual_seed(cell["seed"])
         network: nn.Module = build_network(normalize=cell["batchnorm"])
         if cell["method"] != DENSE:
@@ -165,7 +153,7 @@ class Trainings:
         train(network, images, normalization, steps=cell["steps"], rate=cell["rate"], seed=cell["seed"])
         scored = validation if cell["seed"] == CHOOSING_SEED else test
         parameters = sum(parameter.numel() for parameter in network.parameters())
-        return {"accuracy": accuracy(network, scored, normalization), "parameters": parameters}
+        return {"accuracy": accuracy(network.eval(), scored, normalization, batch_size=500), "parameters": parameters}
 
 
 def run_rows(arguments: argparse.Namespace) -> list[Cell]:

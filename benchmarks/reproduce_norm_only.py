@@ -36,7 +36,7 @@ from ghn_client import GHNClient
 from ghn_client.batchnorm import UPDATE, recalibrate_batchnorm, travelling_statistics
 from ghn_client.finetune.fit import FitSettings, evaluate, fit
 from ghn_client.finetune.handle import FineTuneHandle, Part
-from ghn_client.finetune.image_data import ImageBatches, load_images
+from ghn_client.finetune.images import ImageBatches, load_images
 from ghn_client.finetune.matrix_layers import find_head, matrix_layers, norm_layers
 from ghn_client.finetune.norm_only import gamma_report
 from ghn_client.finetune.strategies import prepare
@@ -90,8 +90,7 @@ def build(name: str, seed: int) -> nn.Module:
 def images(data: str, count: int, test: int) -> tuple[Any, Any]:
     """Training and test images."""
     training, held_out = load_images(data, image_size=IMAGE_SIZE, limit=count)
-    chosen = slice(0, test)
-    return training, type(held_out)(held_out.images[chosen], held_out.labels[chosen])
+    return training, held_out.first(test)
 
 
 def start(cell: Cell, batches: ImageBatches, checkpoint: Path) -> nn.Module:

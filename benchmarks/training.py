@@ -26,16 +26,16 @@ import torch
 from torch.nn import functional
 
 from ghn_architectures.generator import sample_architecture
-from ghn_service.training.data import measure_normalization, require_images, split_validation
+from ghn_client.batchnorm import use_batch_statistics
+from ghn_client.finetune.images import measure_normalization
 from ghn_service.training.distributed import Workers
-from ghn_service.training.memory import keep_freed_memory
-from ghn_service.training.networks import Pool, SampledNetwork, Task
-from ghn_service.training.passes import avoid_slow_layers, target_passes
+from ghn_service.training.evaluation.zero_shot import make_validation
+from ghn_service.training.images import interface_of, require_split, split_validation
+from ghn_service.training.networks import Pool, to_channels_last
+from ghn_service.training.precision import avoid_slow_layers, keep_freed_memory, target_passes
 from ghn_service.training.run_log import read_log
-from ghn_service.training.sampling import to_channels_last, use_batch_statistics
 from ghn_service.training.settings import TrainingSettings, load_settings
 from ghn_service.training.trainer import Trainer
-from ghn_service.training.zero_shot import make_validation
 from tests.training.small_networks import SmallArchitecture
 
 BASE = (
@@ -66,7 +66,7 @@ def tiny_family() -> list[Any]:
         for index in range(TINY_NETWORKS)
     )
     distinct = {item.configuration: item for item in drawn}.values()
-    return [SampledNetwork(item, item.multiply_adds) for item in distinct]
+    return list(distinct)
 
 
 FAMILIES: dict[str, Callable[[], list[Any]]] = {"narrow": narrow_family, "tiny": tiny_family}
@@ -77,7 +77,7 @@ def compare_recipe(options: argparse.Namespace) -> dict[str, Any]:
     networks = FAMILIES[options.family]()
     known = [item for number, item in enumerate(networks) if number % EVERY_FIFTH]
     unseen = networks[::EVERY_FIFTH]
-    images, held_out = split_validation(require_images(options.data, "train", cache=options.cache), 5000)
+    images, held_out = split_validation(require_split(options.data, "train", cache=options.cache), 5000)
     normalization = measure_normalization(images)
 
     def make_trainer(settings: TrainingSettings, folder: str) -> Trainer:
@@ -97,7 +97,7 @@ def compare_recipe(options: argparse.Namespace) -> dict[str, Any]:
         trainer.run()
         processor_s = time.process_time() - started
         records = read_log(Path(folder))
-    score = make_validation(unseen.__getitem__, range(len(unseen)), held_out.subset(torch.arange(512)), normalization)
+    score = make_validation(unseen.__getitem__, range(len(unseen)), held_out.first(512), normalization)
     curve = [{key: item[key] for key in ("step", "loss", "accuracy")} for item in records if item["kind"] == "train"]
     return {
         "family": options.family,
@@ -122,10 +122,8 @@ def affordable_steps(trainer: Trainer, processor_s: float) -> int:
 def measure_speed(options: argparse.Namespace) -> dict[str, Any]:
     """Networks per processor second of training and of the plain loop, over the same networks."""
     settings = load_settings(options.config, options.changes)
-    images = require_images(options.data, "train", cache=options.cache)
-    source = Pool(
-        settings.sampling.split, Task(images.num_classes, images.channels, images.image_size), settings.sampling.pool
-    )
+    images = require_split(options.data, "train", cache=options.cache)
+    source = Pool(settings.sampling.split, interface_of(images), settings.sampling.pool)
     generator = torch.Generator().manual_seed(0)
     training_s = plain_s = 0.0
     with tempfile.TemporaryDirectory() as folder:

@@ -39,6 +39,8 @@ ALLOWED = {
         "ghn_service.errors",
         "ghn_architectures",
         "ghn_client.batchnorm",
+        "ghn_client.errors",
+        "ghn_client.finetune.images",
     },
     "ghn_service.server": {
         "ghn_service",

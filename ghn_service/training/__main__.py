@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ghn_client.errors import GhnClientError
 from ghn_service.errors import GhnServiceError, InvalidOptionError
 
 app = typer.Typer(
@@ -43,7 +44,7 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
         try:
             command(*arguments, **options)
-        except GhnServiceError as error:
+        except (GhnServiceError, GhnClientError) as error:
             where = f"{error.field}: " if error.field and not str(error).startswith(error.field) else ""
             typer.echo(f"error: {where}{error}", err=True)
             raise typer.Exit(1) from error
@@ -65,7 +66,7 @@ def fit(
     cache: Cache = None,
 ) -> None:
     """Train a hypernetwork on random architectures and a folder of labelled images."""
-    from ghn_service.training.fit import fit as run_fit
+    from ghn_service.training.run import fit as run_fit
     from ghn_service.training.settings import load_settings
 
     settings = load_settings(config, changes or ())
@@ -107,18 +108,17 @@ def evaluate(
     cache: Cache = None,
 ) -> None:
     """Measure a hypernetwork: zero-shot accuracy, fine-tuning against He initialisation, and novelty."""
-    from ghn_service.training import report
-    from ghn_service.training.evaluate import evaluate as run_evaluation
-    from ghn_service.training.evaluation_plan import EvaluationPlan
-    from ghn_service.training.fine_tune import FineTunePlan
+    from ghn_service.training.evaluation import report
+    from ghn_service.training.evaluation.run import evaluate as run_evaluation
+    from ghn_service.training.evaluation.settings import EvaluationSettings, FineTuneSettings
 
-    plan = EvaluationPlan(
+    settings = EvaluationSettings(
         splits=_splits(splits, networks),
         test_images=test_images,
         fine_tune_networks=fine_tune,
         fine_tune_images=_numbers(fine_tune_images, int, "fine-tune-images"),
         seeds=tuple(range(seeds)),
-        fine_tune=FineTunePlan(learning_rates=_numbers(learning_rates, float, "learning-rates")),
+        fine_tune=FineTuneSettings(learning_rates=_numbers(learning_rates, float, "learning-rates")),
         novelty_networks=novelty_networks,
         zero_shot_precision=precision,
         largest_macs=largest_macs,
@@ -127,7 +127,7 @@ def evaluate(
     evaluation = run_evaluation(
         checkpoint,
         data,
-        plan,
+        settings,
         workers=workers,
         cache=cache or (out / "cache" if out else None),
         results=results or (out / RESULTS_FILE if out else None),

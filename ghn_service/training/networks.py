@@ -1,42 +1,69 @@
-"""The networks to train and evaluate on: splits of the generator, and the registry's reference networks."""
+"""The networks to train and evaluate on: where they come from, their endless stream, and networks ready to train on.
+
+Networks are numbered; candidate ``index`` is always the same network and is kept or left out by a number drawn from
+``(seed, index)`` alone. So the state of a stream is the next index.
+"""
 
 from __future__ import annotations
 
 import functools
+import logging
+import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ghn_architectures.architecture import CANONICAL, Architecture
 from ghn_architectures.generator import sample_architecture
 from ghn_architectures.interface import Interface
-from ghn_architectures.registry import ARCHITECTURES, reference_architecture
-from ghn_service.errors import TrainingError
-from ghn_service.graph.architecture import ArchitectureGraph
-from ghn_service.training.sampling import TargetArchitecture
+from ghn_architectures.registry import reference_architecture
+from ghn_client.batchnorm import use_batch_statistics
+from ghn_service.errors import GhnServiceError, TrainingError
+from ghn_service.hypernetwork.config import GHNConfig
+from ghn_service.hypernetwork.features import GraphFeatures, build_features
+from ghn_service.training.precision import avoid_slow_layers
+from ghn_service.training.settings import SamplingSettings
 
+logger = logging.getLogger(__name__)
 REFERENCE = "reference"
+_TOO_MANY_REJECTED = 10_000
+
+ArchitectureSource = Callable[[int], Architecture]
 
 
-@dataclass(frozen=True)
-class Task:
-    """Sizes of the networks' input and output.
+@functools.lru_cache(maxsize=65536)
+def multiply_adds(architecture: Architecture) -> int:
+    """Multiply-adds of one image, kept: finding them takes as long as finding the architecture."""
+    return architecture.multiply_adds
 
-    Attributes:
-        num_classes: Classes.
-        in_channels: Channels of an image.
-        image_size: Rows and columns of an image.
+
+@functools.lru_cache(maxsize=65536)
+def find_network(split: str, name: str, interface: Interface) -> Architecture:
+    """The network ``name`` of a split of the generator, a number, or of the registry (split ``reference``).
+
+    Raises:
+        InvalidOptionError: There is no such split or network.
+        TrainingError: It does not run on images of this size.
     """
-
-    num_classes: int = 10
-    in_channels: int = 3
-    image_size: int = 32
-
-    @property
-    def interface(self) -> Interface:
-        """The same sizes as the generator wants them."""
-        return Interface(self.num_classes, self.in_channels, self.image_size)
+    if split == REFERENCE:
+        return reference_architecture(name, interface)
+    architecture = sample_architecture(
+        split,
+        int(name),
+        num_classes=interface.num_classes,
+        in_channels=interface.in_channels,
+        image_size=interface.image_size,
+    )
+    if interface.image_size != CANONICAL.image_size:  # random layers need not fit every size of image: run shapes
+        shape = interface.input_shape
+        try:
+            with torch.device("meta"), torch.no_grad():
+                architecture.build(initialize=False).eval()(torch.empty(2, *shape))
+        except RuntimeError as error:
+            raise TrainingError(f"{architecture.name} does not run on images of shape {shape}: {error}") from error
+    return architecture
 
 
 @dataclass(frozen=True)
@@ -45,84 +72,140 @@ class Pool:
 
     Attributes:
         split: Name of a split of the generator.
-        task: Sizes of input and output.
+        interface: Sizes of input and output.
         size: Number of different networks.
     """
 
     split: str
-    task: Task
+    interface: Interface
     size: int
 
-    def __call__(self, index: int) -> TargetArchitecture:
-        """Network number ``index``, modulo the size of the pool.
-
-        Raises:
-            TrainingError: It does not run on images of this size.
-        """
-        return _sample(self.split, index % self.size, self.task)
+    def __call__(self, index: int) -> Architecture:
+        """Network number ``index``, modulo the size of the pool."""
+        return find_network(self.split, str(index % self.size), self.interface)
 
 
-@dataclass(frozen=True)
-class SampledNetwork:
-    """A network of the generator with its cost, which takes as long to find as the network itself.
+@dataclass(frozen=True, eq=False)
+class PreparedNetwork:
+    """A network to train on, ready for predicted weights.
 
     Attributes:
-        architecture: The network.
-        multiply_adds: Multiply-adds of one image.
+        index: Number of the candidate in its split.
+        module: The network in training mode; its BatchNorm layers use the statistics of the batch.
+        features: What the hypernetwork reads.
+        constants: Parameters that are not predicted, and buffers.
     """
 
-    architecture: Architecture
-    multiply_adds: int
-
-    @property
-    def family(self) -> str:
-        """Name of the family in the generator."""
-        return self.architecture.family
-
-    def build(self, *, initialize: bool = True) -> nn.Module:
-        """The network as a torch module."""
-        return self.architecture.build(initialize=initialize)
-
-    def graph(self) -> ArchitectureGraph:
-        """The network's graph."""
-        return self.architecture.graph()
+    index: int
+    module: nn.Module
+    features: GraphFeatures
+    constants: dict[str, Tensor]
 
 
-@functools.lru_cache(maxsize=65536)
-def _sample(split: str, index: int, task: Task) -> SampledNetwork:
-    architecture = sample_architecture(
-        split, index, num_classes=task.num_classes, in_channels=task.in_channels, image_size=task.image_size
-    )
-    if task.image_size != CANONICAL.image_size:
-        _check_it_runs(architecture)
-    return SampledNetwork(architecture, architecture.multiply_adds)
+def to_channels_last(module: nn.Module) -> nn.Module:
+    """Brings a module's weights into the memory order that convolutions are fastest with; returns it."""
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-def _check_it_runs(architecture: Architecture) -> None:
-    """Runs shapes, not values, through a network: random ones need not fit every size of image.
+def prepare_network(index: int, architecture: Architecture, config: GHNConfig, device: torch.device) -> PreparedNetwork:
+    """Builds a network and its features; what is not predicted has the network's own seeded initial values.
+
+    Where everything is predicted, no initial value is computed.
 
     Raises:
-        TrainingError: Its layers do not fit together for this size.
+        TrainingError: The graph names a parameter that the network does not have.
     """
-    shape = architecture.interface.input_shape
+    graph = architecture.graph()
+    features = build_features(graph, config)
+    names = {target.name for target in features.targets}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(index)
+        module = _build(architecture, is_all_predicted=all(spec.name in names for spec in graph.parameters()))
+    own = dict(module.named_parameters())
+    if missing := sorted(names - set(own)):
+        raise TrainingError(f"network {index}: the graph names parameters that the module lacks: {missing[:5]}")
+    constants = {name: tensor.detach().to(device) for name, tensor in own.items() if name not in names}
+    constants.update({name: tensor.to(device) for name, tensor in module.named_buffers()})
+    return PreparedNetwork(index, module, features, constants)
+
+
+def _build(architecture: Architecture, *, is_all_predicted: bool) -> nn.Module:
+    """The module in training mode; without memory of its own where nothing but predicted tensors is needed."""
+    if is_all_predicted:
+        with torch.device("meta"):
+            module = avoid_slow_layers(use_batch_statistics(architecture.build(initialize=False))).train()
+        if not any(True for _ in module.buffers()):
+            return module
+    module = architecture.build(initialize=not is_all_predicted)
+    return avoid_slow_layers(use_batch_statistics(module)).train()
+
+
+def find_candidate(source: ArchitectureSource, index: int) -> Architecture | None:
+    """Candidate ``index`` with its cost known; ``None`` where it cannot be made (for this size of image)."""
     try:
-        with torch.device("meta"), torch.no_grad():
-            architecture.build(initialize=False).eval()(torch.empty(2, *shape))
-    except RuntimeError as error:
-        raise TrainingError(f"{architecture.name} does not run on images of shape {shape}: {error}") from error
+        candidate = source(index)
+        return candidate if multiply_adds(candidate) > 0 else None
+    except (GhnServiceError, RuntimeError) as error:  # torch raises the latter where layers do not fit together
+        logger.warning("candidate %d cannot be made and is left out: %s", index, error)
+        return None
 
 
-def reference_names() -> tuple[str, ...]:
-    """Names of the registry's networks."""
-    return tuple(ARCHITECTURES)
+def largest_macs(progress: float, settings: SamplingSettings) -> float:
+    """Multiply-adds of the largest target network at a progress: grows geometrically from small to large networks."""
+    if settings.growth == 0 or progress >= settings.growth:
+        return settings.largest_macs
+    share = progress / settings.growth
+    return float(settings.start_macs ** (1.0 - share) * settings.largest_macs**share)
 
 
-def find_network(split: str, name: str, task: Task) -> TargetArchitecture:
-    """The network ``name`` of a split: a number, or a name in the registry for ``reference``.
+class NetworkStream:
+    """Candidates in order, thinned by cost.
 
-    Raises:
-        InvalidOptionError: There is no such split or network.
+    Args:
+        source: Gives candidate ``index``.
+        settings: Limits and balance.
+        seed: Seed of the thinning.
+        next_index: Where to start.
     """
-    if split != REFERENCE:
-        return _sample(split, int(name), task)
-    return reference_architecture(name, task.interface)
+
+    def __init__(
+        self, source: ArchitectureSource, settings: SamplingSettings, *, seed: int = 0, next_index: int = 0
+    ) -> None:
+        self.source = source
+        self.settings = settings
+        self.seed = seed
+        self.next_index = next_index
+
+    def take(self, count: int, progress: float) -> list[tuple[int, Architecture]]:
+        """The next ``count`` networks that pass, with their numbers.
+
+        Args:
+            count: Networks wanted.
+            progress: Progress of the run, 0 to 1; decides the size limit.
+
+        Raises:
+            TrainingError: The limits let nothing pass.
+        """
+        candidates = self._passing(largest_macs(progress, self.settings))
+        return [next(candidates) for _ in range(count)]
+
+    def _passing(self, largest: float) -> Iterator[tuple[int, Architecture]]:
+        rejected = 0
+        while rejected < _TOO_MANY_REJECTED:
+            index = self.next_index
+            self.next_index += 1
+            candidate = find_candidate(self.source, index)
+            if candidate is not None and self._is_kept(index, candidate, largest):
+                rejected = 0
+                yield index, candidate
+            rejected += 1
+        raise TrainingError(
+            f"none of {rejected} architectures is within {largest:.3g} multiply-adds; raise sampling.largest_macs"
+        )
+
+    def _is_kept(self, index: int, candidate: Architecture, largest: float) -> bool:
+        cost = multiply_adds(candidate)
+        if cost > largest:
+            return False
+        share = min(1.0, self.settings.budget_macs / cost) * self.settings.keep.get(candidate.family, 1.0)
+        return share >= 1.0 or random.Random(f"{self.seed}/{index}").random() < share

@@ -1,18 +1,18 @@
-"""Optimizers of the hypernetwork, and the moving average of its weights.
+"""Optimizers of the hypernetwork, their schedule, and the moving average of its weights.
 
-Muon (Jordan et al. 2024) orthogonalises the momentum of each matrix; embeddings, vectors and output layers stay with
-AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101).
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonalises the momentum of each matrix;
+embeddings and vectors stay with AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-from ghn_service.training.muon import Muon
 from ghn_service.training.settings import OptimizerSettings
 
 
@@ -31,7 +31,12 @@ class OptimizerGroup:
         ]
         if muon_matrices:
             self.optimizers.append(
-                Muon(muon_matrices, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay)
+                torch.optim.Muon(
+                    muon_matrices,
+                    lr=settings.muon_learning_rate,
+                    weight_decay=settings.weight_decay,
+                    adjust_lr_fn="original",  # the square root of rows per column, at least 1
+                )
             )
         self._base_rates = [[float(group["lr"]) for group in item.param_groups] for item in self.optimizers]
 
@@ -79,32 +84,23 @@ def _groups(hypernetwork: nn.Module, settings: OptimizerSettings) -> tuple[list[
     return groups, muon
 
 
-class MovingAverage:
-    """Exponential moving average of a module's floating-point state.
-
-    Args:
-        module: What to average.
-        decay: Decay per step.
-        every: Steps between updates.
-    """
-
-    def __init__(self, module: nn.Module, decay: float, every: int) -> None:
-        self.decay = decay**every
-        self.every = every
-        self.tensors = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+def moving_average(hypernetwork: nn.Module, settings: OptimizerSettings) -> AveragedModel:
+    """The exponential moving average of the weights, to be updated every ``ema_every`` steps; early ones count more."""
+    decay = settings.ema_decay**settings.ema_every
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        """Takes the module's present state into the average if it is time; early steps count more."""
-        if step % self.every:
-            return
-        updates = step // self.every
-        weight = 1.0 - min(self.decay, (1.0 + updates) / (10.0 + updates))
-        current = module.state_dict()
-        names = [name for name, tensor in self.tensors.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([self.tensors[name] for name in names], [current[name] for name in names], weight)
+    def follow(averaged: Any, current: Any, updates: Tensor | int) -> None:
+        count = int(updates)
+        torch._foreach_lerp_(averaged, current, 1.0 - min(decay, (1.0 + count) / (10.0 + count)))
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replaces the average."""
-        for name, tensor in self.tensors.items():
-            tensor.copy_(tensors[name])
+    return AveragedModel(hypernetwork, multi_avg_fn=follow)
+
+
+def rate_factor(progress: float, settings: OptimizerSettings) -> float:
+    """Factor on the learning rate at a progress between 0 and 1: warm-up, then cosine or trapezoid, ending at 0."""
+    if settings.warmup and progress < settings.warmup:
+        return max(progress / settings.warmup, 0.01)
+    if settings.schedule == "cosine":
+        done = (progress - settings.warmup) / (1.0 - settings.warmup)
+        return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
+    return min(1.0, max(0.0, 1.0 - progress) / settings.cooldown)

@@ -22,15 +22,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ghn_architectures.architecture import Architecture
+from ghn_client.finetune.images import ImageSet, Normalization
 from ghn_service.errors import TrainingError
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
-from ghn_service.training.augmentation import Augmentation, Batches
-from ghn_service.training.data import ImageSet, Normalization
 from ghn_service.training.distributed import Workers
-from ghn_service.training.optimizers import MovingAverage, OptimizerGroup
+from ghn_service.training.images import Augmentation, Batches
+from ghn_service.training.networks import (
+    ArchitectureSource,
+    NetworkStream,
+    PreparedNetwork,
+    multiply_adds,
+    prepare_network,
+)
+from ghn_service.training.optimizers import OptimizerGroup, moving_average, rate_factor
+from ghn_service.training.precision import choose_precision
 from ghn_service.training.run_log import RunLog
-from ghn_service.training.sampling import ArchitectureSource, NetworkStream, TargetNetwork, prepare
-from ghn_service.training.schedule import rate_factor
 from ghn_service.training.settings import TrainingSettings
 from ghn_service.training.state import Progress, TrainingState, save_state
 from ghn_service.training.step import StepOutcome, accumulate_gradients
@@ -69,29 +76,28 @@ class Trainer:
         self.settings, self.folder, self.workers = settings, folder, workers
         self.validation = validation
         data = settings.data
-        self.batches = Batches(images.to(workers.device), normalization, _augmentation(settings), data.batch_size)
+        augmentation = Augmentation(pad=data.pad, flip=data.flip)
+        self.batches = Batches(images.to(workers.device), normalization, augmentation, data.batch_size)
         self.config = settings.hypernetwork_config()
         self.hypernetwork = GraphHyperNetwork(self.config, generator=torch.Generator().manual_seed(settings.seed))
         self.hypernetwork.to(workers.device)
         self.optimizers = OptimizerGroup(self.hypernetwork, settings.optimizer)
-        self.average = MovingAverage(self.hypernetwork, settings.optimizer.ema_decay, settings.optimizer.ema_every)
+        self.average = moving_average(self.hypernetwork, settings.optimizer)
         self.progress = Progress()
         self.stream = NetworkStream(source, settings.sampling, seed=settings.seed)
         self.precision = choose_precision(settings.precision, workers.device)
         self.stop_requested = False
-        self._prepared: dict[Any, TargetNetwork | None] = {}
+        self._prepared: dict[Architecture, PreparedNetwork | None] = {}
         self._last_good: TrainingState | None = None
 
     def state(self) -> TrainingState:
         """The present state, as a copy."""
-        clone = {name: tensor.detach().cpu().clone() for name, tensor in self.hypernetwork.state_dict().items()}
-        average = {name: tensor.cpu().clone() for name, tensor in self.average.tensors.items()}
         return TrainingState(
             self.settings.digest(),
             self.settings.model_dump(mode="json"),
             replace(self.progress, next_index=self.stream.next_index),
-            clone,
-            average,
+            _clone(self.hypernetwork.state_dict()),
+            _clone(self.average.module.state_dict()),
             _clone(self.optimizers.state_dicts()),
         )
 
@@ -107,7 +113,8 @@ class Trainer:
                 "start in an empty folder, or begin from its weights with --start-from"
             )
         self.hypernetwork.load_state_dict(state.hypernetwork)
-        self.average.load(state.average)
+        self.average.module.load_state_dict(state.average)
+        self.average.n_averaged.fill_(state.progress.step // self.settings.optimizer.ema_every)
         self.optimizers.load_state_dicts(_clone(state.optimizers))
         self.progress = replace(state.progress)
         self.stream.next_index = state.progress.next_index
@@ -115,7 +122,7 @@ class Trainer:
     def start_from(self, tensors: dict[str, Tensor]) -> None:
         """Begins with the given hypernetwork weights instead of random ones."""
         self.hypernetwork.load_state_dict(tensors)
-        self.average.load(self.hypernetwork.state_dict())
+        self.average.module.load_state_dict(tensors)
 
     def run(self) -> Progress:
         """Trains until the end of the schedule, or until a signal asks to stop; the state is saved in both cases.
@@ -143,7 +150,7 @@ class Trainer:
     def averaged(self) -> GraphHyperNetwork:
         """A copy of the hypernetwork with the averaged weights."""
         copy = GraphHyperNetwork(self.config, generator=torch.Generator().manual_seed(0))
-        copy.load_state_dict(self.average.tensors)
+        copy.load_state_dict(self.average.module.state_dict())
         return copy.to(self.workers.device).eval()
 
     def _loop(self, log: RunLog) -> None:
@@ -186,7 +193,7 @@ class Trainer:
         settings = self.settings
         meta_batch = settings.sampling.meta_batch
         chosen = self.stream.take(meta_batch, self.done)
-        mine = self.workers.share([architecture.multiply_adds for _, architecture in chosen])
+        mine = self.workers.share([multiply_adds(architecture) for _, architecture in chosen])
         prepared = [(slot, self._prepare(*chosen[slot])) for slot in mine]
         networks = [(slot, network) for slot, network in prepared if network is not None]
         self.optimizers.zero_grad()
@@ -203,17 +210,19 @@ class Trainer:
         norm = self._update(outcome)
         self.progress.step += 1
         self.progress.networks += meta_batch
-        self.average.update(self.hypernetwork, self.progress.step)
+        if self.progress.step % settings.optimizer.ema_every == 0:
+            self.average.update_parameters(self.hypernetwork)
         return outcome, norm
 
-    def _prepare(self, index: int, architecture: Any) -> TargetNetwork | None:
+    def _prepare(self, index: int, architecture: Architecture) -> PreparedNetwork | None:
         """The network, ready to train on, kept for the next time round the pool; ``None`` where it cannot run."""
         if architecture not in self._prepared:
-            network: TargetNetwork | None = None
+            network: PreparedNetwork | None = None
             number = index % self.settings.sampling.pool  # the same in every round
             try:
-                network = prepare(number, architecture, self.config, self.workers.device)
-                _check_nodes(network, self.settings.sampling.largest_nodes)
+                network = prepare_network(number, architecture, self.config, self.workers.device)
+                if (nodes := network.features.num_nodes) > (largest := self.settings.sampling.largest_nodes):
+                    raise TrainingError(f"its graph has {nodes} nodes; sampling.largest_nodes is {largest}")
             except TrainingError as error:
                 logger.warning("network %d is left out: %s", index, error)
                 network = None
@@ -267,9 +276,9 @@ class Trainer:
         log.write(
             "train",
             self.progress.step,
-            loss=_median(losses),
-            accuracy=_mean(accuracies),
-            gradient_norm=_median(norms),
+            loss=statistics.median(losses or [math.nan]),  # single networks may have losses of any size
+            accuracy=statistics.fmean(accuracies or [math.nan]),
+            gradient_norm=statistics.median(norms or [math.nan]),
             rate_factor=rate_factor(done, self.settings.optimizer),
             networks=self.progress.networks,
             networks_per_s=rate,
@@ -319,33 +328,6 @@ class Trainer:
         finally:
             for number, handler in zip(watched, before, strict=True):
                 signal.signal(number, handler)
-
-
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """Number format of target networks: bfloat16 where asked for, or where the processor computes with it."""
-    if name == "auto":
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if fast else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def _check_nodes(network: TargetNetwork, largest: int) -> None:
-    if network.features.num_nodes > largest:
-        raise TrainingError(f"its graph has {network.features.num_nodes} nodes; sampling.largest_nodes is {largest}")
-
-
-def _augmentation(settings: TrainingSettings) -> Augmentation | None:
-    data = settings.data
-    return Augmentation(pad=data.pad, flip=data.flip) if data.pad or data.flip else None
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
-
-
-def _median(values: list[float]) -> float:
-    """The middle value: single networks may have losses of any size."""
-    return statistics.median(values) if values else math.nan
 
 
 def _clone(value: Any) -> Any:

@@ -15,11 +15,10 @@ from typer.testing import CliRunner
 from ghn_client.cli.app import app
 from ghn_client.errors import InvalidOptionError
 from ghn_client.finetune.delta import load_delta, read_delta
-from ghn_client.finetune.image_data import ImageBatches, load_images
+from ghn_client.finetune.images import load_images
 from ghn_client.onnx.export import export_architecture
 from tests.finetune.networks import ResidualNetwork
 from tests.finetune.test_onnx_module import filled
-from tests.shared_data import shared_path
 
 FACTORY = "tests.finetune.networks:ResidualNetwork"
 
@@ -150,22 +149,6 @@ def test_image_folders_are_read_in_class_order(images):
     assert len(validation.labels) == 16
     means = [float(training.images[training.labels == c].float().mean()) for c in range(4)]
     assert means == sorted(means)
-
-
-def test_parquet_is_read():
-    training, validation = load_images(shared_path("data/clothing-10"), image_size=16, limit=20)
-    assert training.images.shape == (20, 3, 16, 16)
-    assert len(validation.labels) == 20
-
-
-def test_batches_are_seeded_and_augmentation_keeps_shapes(images):
-    training, _ = load_images(images, image_size=8)
-    first, second = (ImageBatches(training, batch_size=20, augment=True, seed=1) for _ in range(2))
-    assert len(first) == 3
-    for (a, labels_a), (b, labels_b) in zip(first, second, strict=True):
-        assert torch.equal(a, b)
-        assert torch.equal(labels_a, labels_b)
-        assert a.shape[1:] == (3, 8, 8)
 
 
 def test_folders_without_images_are_refused(tmp_path):

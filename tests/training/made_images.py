@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ghn_service.training.data import ImageSet, Normalization, measure_normalization
+from ghn_client.finetune.images import ImageSet, Normalization, measure_normalization
 
 
 def coloured_images(

@@ -8,11 +8,11 @@ import json
 import pytest
 
 from ghn_service.errors import DataError
-from ghn_service.training.evaluate import Evaluation
-from ghn_service.training.evaluation_plan import EvaluationPlan
-from ghn_service.training.fine_tune import Comparison, Curve
-from ghn_service.training.report import fine_tune_summary, json_report, markdown_report
-from ghn_service.training.results import FineTuned, ZeroShot
+from ghn_service.training.evaluation.fine_tune import Comparison, Curve
+from ghn_service.training.evaluation.report import fine_tune_summary, json_report, markdown_report
+from ghn_service.training.evaluation.results import FineTuned, ZeroShot
+from ghn_service.training.evaluation.run import Evaluation
+from ghn_service.training.evaluation.settings import EvaluationSettings
 from ghn_service.training.run_log import RunLog, read_log
 
 
@@ -27,8 +27,8 @@ def example() -> Evaluation:
         Comparison(Curve(0.1, (0, 100), (0.3, 0.3)), Curve(0.1, (0, 100, 200), (0.1, 0.4, 0.6))),
     )
     fine_tuned = tuple(FineTuned(str(number), 0, 0, item) for number, item in enumerate(comparisons))
-    plan = EvaluationPlan()
-    return Evaluation(plan, zero_shot, fine_tuned, 1, 2.0)
+    settings = EvaluationSettings(splits={})
+    return Evaluation(settings, zero_shot, fine_tuned, 1, 2.0)
 
 
 def test_the_summary_counts_wins_and_gaps():
@@ -63,7 +63,7 @@ def test_the_report_says_how_many_training_networks_were_passed_over():
 def test_markdown_shows_each_split_and_network():
     evaluation = example()
     text = markdown_report(
-        Evaluation(EvaluationPlan(), evaluation.zero_shot, (), evaluation.skipped, evaluation.seconds)
+        Evaluation(EvaluationSettings(splits={}), evaluation.zero_shot, (), evaluation.skipped, evaluation.seconds)
     )
     assert "| test | 2 | 40.0 ± 10.0 | 50.0 | 30.0 | 30.0 ± 10.0 | 10.0 ± 0.0 |" in text
     assert "resnet20" in text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ghn_service.training.fit import fit
+from ghn_service.training.run import fit
 from ghn_service.training.run_log import read_log
 from ghn_service.training.settings import load_settings
 from tests.shared_data import shared_path

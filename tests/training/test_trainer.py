@@ -23,7 +23,7 @@ def weights_of(trainer):
 def assert_same_run(one, other):
     for first, second in (
         (one.hypernetwork.state_dict(), other.hypernetwork.state_dict()),
-        (one.average.tensors, other.average.tensors),
+        (one.average.module.state_dict(), other.average.module.state_dict()),
     ):
         for name, tensor in first.items():
             assert torch.equal(tensor, second[name]), name
@@ -77,7 +77,7 @@ def test_a_signal_saves_and_stops(tmp_path, number):
     trainer.run()
     state = find_state(tmp_path)
     assert 4 <= state.progress.step <= 5
-    assert torch.equal(state.average["output_norm.weight"], trainer.average.tensors["output_norm.weight"])
+    assert torch.equal(state.average["output_norm.weight"], trainer.average.module.state_dict()["output_norm.weight"])
 
 
 class NanConvnet(SmallConvnet):
@@ -146,8 +146,8 @@ def test_a_network_without_room_in_memory_is_left_out(tmp_path, monkeypatch):
         crowded.calls += 1
         return real(module, *arguments, **options)
 
-    real, crowded.calls = step_module.measure, 0
-    monkeypatch.setattr(step_module, "measure", crowded)
+    real, crowded.calls = step_module.measure_loss, 0
+    monkeypatch.setattr(step_module, "measure_loss", crowded)
     trainer = make_trainer(tmp_path, "limits.steps=3")
     trainer.run()
     assert trainer.progress.out_of_memory == 1
@@ -158,7 +158,7 @@ def test_other_errors_are_not_swallowed(tmp_path, monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(step_module, "measure", broken)
+    monkeypatch.setattr(step_module, "measure_loss", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         make_trainer(tmp_path).step()
 
@@ -167,7 +167,7 @@ def test_the_average_follows_the_weights(tmp_path):
     trainer = make_trainer(tmp_path, "optimizer.ema_decay=0.0")
     trainer.step()
     for name, tensor in trainer.hypernetwork.state_dict().items():
-        torch.testing.assert_close(trainer.average.tensors[name], tensor)
+        torch.testing.assert_close(trainer.average.module.state_dict()[name], tensor)
 
 
 def test_validation_is_logged_at_the_end(tmp_path):

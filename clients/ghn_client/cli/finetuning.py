@@ -17,7 +17,7 @@ from ghn_client.cli.outcome import messages, refuse
 if TYPE_CHECKING:
     from ghn_client.finetune.fit import EpochReport, FitReport
     from ghn_client.finetune.handle import FineTuneHandle
-    from ghn_client.finetune.image_data import ImageSet
+    from ghn_client.finetune.images import ImageSet
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def tune(
     import torch
 
     from ghn_client.finetune.delta import save_delta
-    from ghn_client.finetune.image_data import load_images
+    from ghn_client.finetune.images import load_images
 
     torch.manual_seed(tuning.seed)
     begun = start_network(model, start)
@@ -65,7 +65,7 @@ def tune(
 def _fit(start: Start, training: ImageSet, validation: ImageSet, tuning: Tuning) -> tuple[FineTuneHandle, FitReport]:
     from ghn_client.batchnorm import recalibrate_batchnorm
     from ghn_client.finetune.fit import FitSettings, fit
-    from ghn_client.finetune.image_data import ImageBatches
+    from ghn_client.finetune.images import ImageBatches
     from ghn_client.finetune.strategies import prepare
 
     batches = ImageBatches(training, batch_size=tuning.batch_size, augment=True, seed=tuning.seed)

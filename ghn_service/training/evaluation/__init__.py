@@ -1,0 +1,1 @@
+"""Measures a hypernetwork: zero-shot accuracy, fine-tuning against He initialisation, and novelty."""

@@ -1,0 +1,193 @@
+"""The fine-tuning comparison: predicted starts against He initialisation, at equal small budgets.
+
+One run trains with a constant learning rate and is scored along the way, so that it serves every budget up to its
+length and shows how many steps a start saves. Each side chooses its rate from the same grid on validation images, with
+the first seed; the others use that rate.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ghn_client.finetune.images import ImageSet, Normalization
+from ghn_service.training.evaluation.settings import FineTuneSettings
+from ghn_service.training.evaluation.zero_shot import batch_accuracy
+from ghn_service.training.images import Augmentation, Batches
+from ghn_service.training.networks import to_channels_last
+from ghn_service.training.precision import avoid_slow_layers, target_passes
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Accuracy over fine-tuning.
+
+    Attributes:
+        learning_rate: The rate that was chosen.
+        steps: Steps of the points.
+        test: Accuracy on test images at each.
+    """
+
+    learning_rate: float
+    steps: tuple[int, ...]
+    test: tuple[float, ...]
+
+    def at(self, step: int) -> float:
+        """Test accuracy after ``step`` steps, which must be a point of the curve."""
+        return self.test[self.steps.index(step)]
+
+    def steps_to_reach(self, accuracy: float) -> int | None:
+        """First point with at least this accuracy, interpolated between points; None if there is none."""
+        for index, (step, value) in enumerate(zip(self.steps, self.test, strict=True)):
+            if value >= accuracy:
+                if index == 0:
+                    return step
+                before_step, before = self.steps[index - 1], self.test[index - 1]
+                return before_step + math.ceil((step - before_step) * (accuracy - before) / (value - before))
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class FineTuneData:
+    """Images of one comparison.
+
+    Attributes:
+        training: Images to fine-tune on.
+        validation: Images to choose learning rates on.
+        test: Images to report on.
+        normalization: Channel statistics.
+    """
+
+    training: ImageSet
+    validation: ImageSet
+    test: ImageSet
+    normalization: Normalization
+
+
+class _Run:
+    """One network being fine-tuned with one learning rate; the images it sees depend on the seed alone."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        data: FineTuneData,
+        settings: FineTuneSettings,
+        rate: float,
+        seed: int,
+        precision: torch.dtype,
+    ) -> None:
+        self.module = avoid_slow_layers(to_channels_last(copy.deepcopy(module))).train()
+        self.settings, self.rate, self.precision, self.data = settings, rate, precision, data
+        self.batches = Batches(data.training, data.normalization, Augmentation(), settings.batch_size)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.optimizer = torch.optim.SGD(
+            self.module.parameters(), lr=rate, momentum=0.9, weight_decay=settings.weight_decay
+        )
+        self.step = 0
+        self.points: list[tuple[int, float]] = [(0, self.score(data.test))]
+
+    def score(self, images: ImageSet) -> float:
+        with target_passes(images.images.device, self.precision):
+            return batch_accuracy(self.module, images, self.data.normalization)
+
+    def advance(self, steps: int) -> None:
+        while self.step < steps:
+            pixels, labels = self.batches.draw(generator=self.generator)
+            with target_passes(pixels.device, self.precision):
+                logits = self.module(pixels)
+            loss = functional.cross_entropy(logits.float(), labels)
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip)
+            if torch.isfinite(norm):
+                self.optimizer.step()
+            self.step += 1
+            if self.step % self.settings.every == 0:
+                self.points.append((self.step, self.score(self.data.test)))
+
+    def curve(self) -> Curve:
+        steps, test = zip(*self.points, strict=True)
+        return Curve(self.rate, tuple(steps), tuple(test))
+
+
+def fine_tune(
+    module: nn.Module,
+    data: FineTuneData,
+    settings: FineTuneSettings,
+    *,
+    steps: int,
+    seed: int,
+    precision: torch.dtype = torch.float32,
+    learning_rate: float | None = None,
+) -> Curve:
+    """Fine-tunes copies of ``module`` with every rate of the grid, goes on with the best, and returns its curve.
+
+    Args:
+        module: The start; it is not changed.
+        data: Images.
+        settings: The grid, and when to choose.
+        steps: Length of the curve; a multiple of ``settings.every``.
+        seed: Order of the images; the same for both sides of a comparison.
+        precision: Number format of the passes (autocast).
+        learning_rate: The rate, where it is chosen already.
+    """
+    rates = settings.learning_rates if learning_rate is None else (learning_rate,)
+    runs = [_Run(module, data, settings, rate, seed, precision) for rate in rates]
+    if len(runs) > 1:
+        for run in runs:
+            run.advance(min(settings.choose_at, steps))
+        runs.sort(key=lambda run: run.score(data.validation), reverse=True)
+    runs[0].advance(steps)
+    return runs[0].curve()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Predicted start against He initialisation for one network, data size and seed.
+
+    Attributes:
+        predicted: Curve from the predicted start.
+        he: Curve from He initialisation.
+    """
+
+    predicted: Curve
+    he: Curve
+
+    def gap(self, step: int) -> float:
+        """Accuracy of the predicted side minus that of the He side after ``step`` steps of both."""
+        return self.predicted.at(step) - self.he.at(step)
+
+    def steps_saved(self, step: int) -> int:
+        """Further steps that He initialisation needs to reach what the predicted side has after ``step`` steps.
+
+        Negative where He is faster; where it does not get there at all, its whole length counts, so the mean is a
+        lower bound.
+        """
+        needed = self.he.steps_to_reach(self.predicted.at(step))
+        return (self.he.steps[-1] if needed is None else needed) - step
+
+
+def small_training_set(images: ImageSet, count: int, *, seed: int) -> ImageSet:
+    """A seeded random part of ``count`` images with equal shares of the classes, as far as they last."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(images), generator=generator)
+    per_class = [order[images.labels[order] == label] for label in range(images.num_classes)]
+    interleaved: list[torch.Tensor] = []
+    for position in range(max(len(items) for items in per_class)):
+        interleaved.extend(items[position : position + 1] for items in per_class if position < len(items))
+        if len(interleaved) >= count:
+            break
+    return images.subset(torch.cat(interleaved)[:count])
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and its standard error (0 for a single value)."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return statistics.fmean(values), error

@@ -1,0 +1,101 @@
+"""Independent jobs in one process or several, which can be interrupted and stop at a deadline."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, TypeVar
+
+Task = TypeVar("Task")
+Outcome = TypeVar("Outcome")
+
+_context: Any = None
+
+
+def work_through(
+    work: Callable[[Any, Task], Outcome],
+    tasks: Sequence[Task],
+    *,
+    start: Callable[[Any], Any],
+    setup: Any,
+    workers: int = 1,
+    deadline: float | None = None,
+) -> Generator[tuple[Task, Outcome]]:
+    """Does ``work(context, task)`` for every task that can begin before the deadline.
+
+    Args:
+        work: A function of a module; it is pickled.
+        tasks: What to do, in this order.
+        start: Prepares a process: called once with ``setup``, returns the ``context`` of its jobs.
+        setup: What ``start`` needs; it is pickled.
+        workers: Number of processes; with 1 the calling process does the work itself.
+        deadline: Value of ``time.monotonic()`` after which no job begins; None for none.
+
+    Yields:
+        Tasks and outcomes as they are finished; where the caller stops asking, running jobs are ended.
+    """
+
+    def is_late() -> bool:
+        return deadline is not None and time.monotonic() >= deadline
+
+    if not tasks or is_late():
+        return
+    if workers == 1:
+        context = start(setup)
+        for task in itertools.takewhile(lambda _: not is_late(), tasks):
+            yield task, work(context, task)
+        return
+    waiting = list(reversed(tasks))
+    spawn = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_begin, initargs=(start, setup))
+    running: dict[Future[Outcome], Task] = {}
+    try:
+        while True:
+            while waiting and len(running) < workers and not is_late():
+                task = waiting.pop()
+                running[executor.submit(_work, work, task)] = task
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+    except BaseException:  # nobody waits for what is running
+        executor.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        executor.shutdown()
+
+
+def _begin(start: Callable[[Any], Any], setup: Any) -> None:
+    global _context
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to every process; the calling one decides
+    _context = start(setup)
+
+
+def _work(work: Callable[[Any, Task], Outcome], task: Task) -> Outcome:
+    return work(_context, task)
+
+
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Within this context SIGTERM raises ``KeyboardInterrupt``, as SIGINT does; only in the main thread."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not in the main thread: whoever runs us handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,162 @@
+"""What an evaluation measures, and the file that keeps it: one JSON line per finished measurement.
+
+A line's key names everything that the value depends on (checkpoint, data, network, protocol, seed), so that an
+evaluation that was stopped goes on where it stopped, and results of one protocol are never taken for another's. The
+He side of the fine-tuning comparison depends on no checkpoint: its lines serve every hypernetwork.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ghn_client.atomic_file import write_file
+from ghn_service.errors import DataError
+from ghn_service.training.evaluation.fine_tune import Comparison, Curve
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """Scores of one network without training.
+
+    Attributes:
+        split: Where it comes from.
+        name: Its number or name.
+        batch: Accuracy with predicted weights, BatchNorm with statistics of the batch.
+        recalibrated: Accuracy with predicted weights, BatchNorm recalibrated on training images.
+        he_batch: Accuracy with He initialisation, BatchNorm with statistics of the batch.
+        novelty: Median relative distance to the nearest training network's tensors; NaN where not measured.
+        covered: Share of the values that have such a neighbour.
+        copied: Accuracy (protocol ``batch``) with the nearest tensors in place of its own; NaN where not measured.
+    """
+
+    split: str
+    name: str
+    batch: float
+    recalibrated: float
+    he_batch: float
+    novelty: float = float("nan")
+    covered: float = float("nan")
+    copied: float = float("nan")
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """One fine-tuning comparison.
+
+    Attributes:
+        name: The network.
+        images: Number of training images; 0 for all.
+        seed: Seed of the data order and of He initialisation.
+        comparison: Both curves.
+    """
+
+    name: str
+    images: int
+    seed: int
+    comparison: Comparison
+
+
+Result = ZeroShot | Curve
+
+
+def result_key(**dependencies: Any) -> str:
+    """A hash of everything that a result depends on.
+
+    Args:
+        dependencies: Values for JSON.
+    """
+    return hashlib.sha256(json.dumps(dependencies, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class ResultsFile:
+    """Finished measurements by key, in memory and, where a path is given, in a file that only grows.
+
+    Args:
+        path: The file; ``None`` keeps nothing.
+
+    Raises:
+        DataError: The file cannot be read, or a line inside it is broken.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self._results: dict[str, Result] = {}
+        if path is None:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+            if text and not text.endswith("\n"):  # the last line was cut off
+                text = text[: text.rfind("\n") + 1]
+                _write_whole(path, text)
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot use the results file {path.name}: {error}") from error
+        for number, line in enumerate(text.splitlines(), start=1):
+            try:
+                body = json.loads(line)
+                self._results[body["key"]] = decode_result(body["result"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{path.name} line {number} is no result of an evaluation: {error}") from error
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def get(self, key: str) -> Result | None:
+        """The result with this key, or ``None``."""
+        return self._results.get(key)
+
+    def add(self, key: str, result: Result, **description: Any) -> None:
+        """Keeps a result; it is in the file when this returns.
+
+        Args:
+            key: From ``result_key``.
+            result: What was measured.
+            description: What it is, for people who read the file.
+        """
+        self._results[key] = result
+        if self.path is None:
+            return
+        line = json.dumps({"key": key, **description, "result": encode_result(result)})
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def encode_result(result: Result) -> dict[str, Any]:
+    """A result as values for JSON; ``decode_result`` reads them back. What was not measured (NaN) is null."""
+    kind = "zero-shot" if isinstance(result, ZeroShot) else "curve"
+    values = dataclasses.asdict(result)
+    return {"kind": kind, **{name: None if value != value else value for name, value in values.items()}}
+
+
+def decode_result(body: Mapping[str, Any]) -> Result:
+    """The result that ``encode_result`` wrote.
+
+    Raises:
+        ValueError: The kind is unknown.
+        TypeError: A field is missing or unknown.
+    """
+    values: dict[str, Any] = {name: math.nan if value is None else value for name, value in body.items()}
+    kind = values.pop("kind", None)
+    if kind == "zero-shot":
+        return ZeroShot(**values)
+    if kind == "curve":
+        return Curve(values["learning_rate"], tuple(values["steps"]), tuple(values["test"]))
+    raise ValueError(f"expected kind 'zero-shot' or 'curve', got {kind!r}")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    write_file(path, text)
+    logger.warning("%s ended in the middle of a line, which is measured again", path.name)

@@ -1,0 +1,210 @@
+"""Accuracy of networks with predicted weights and no training, under two protocols.
+
+``batch``: BatchNorm normalises each batch of 64 test images with its own statistics, as in the published evaluations
+(Knyazev et al. 2021, section 5). ``recalibrated``: running statistics are measured on training images first, and each
+test image is then classified on its own. Networks without BatchNorm score the same under both.
+
+Novelty: generators of weights have been found to repeat what they were trained on ("Generalization or Memorization?",
+arXiv:2506.07998). For each predicted tensor of a test network the nearest one of equal shape and kind among the
+predictions for training networks is found; then the network is scored with those copies in place of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ghn_architectures.architecture import Architecture
+from ghn_client.batchnorm import recalibrate_batchnorm, use_batch_statistics
+from ghn_client.finetune.images import ImageSet, Normalization
+from ghn_service.hypernetwork.features import Role, build_features, collate
+from ghn_service.hypernetwork.ghn import GraphHyperNetwork
+from ghn_service.training.networks import ArchitectureSource, find_candidate, to_channels_last
+
+PUBLISHED_BATCH = 64
+MIN_VALUES = 64  # smaller tensors (biases of classifiers, ...) say little about novelty
+Kind = tuple[Role, tuple[int, ...]]
+
+
+@torch.no_grad()
+def predict_module(hypernetwork: GraphHyperNetwork, architecture: Architecture, *, seed: int) -> nn.Module:
+    """The architecture's network with predicted weights; what is not predicted has its own seeded initial values."""
+    module = initial_module(architecture, seed=seed)
+    features = build_features(architecture.graph(), hypernetwork.config)
+    predicted = hypernetwork(collate([features]).to(hypernetwork.device), seed=seed)[0]
+    load_tensors(module, predicted)
+    return module
+
+
+def initial_module(architecture: Architecture, *, seed: int) -> nn.Module:
+    """The architecture's network as it builds itself, with seeded initial values."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return architecture.build()
+
+
+@torch.no_grad()
+def he_module(architecture: Architecture, *, seed: int) -> nn.Module:
+    """The architecture's network with He initialisation: the baseline of every comparison.
+
+    Weights with two axes or more get ``N(0, 2 / fan_in)`` (He et al. 2015, arXiv:1502.01852), biases 0; normalisation
+    layers, position embeddings and other parameters keep the network's own initial values. The classifier gets
+    ``N(0, 1 / fan_in)``, as no ReLU follows it.
+    """
+    module = initial_module(architecture, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    weighted = [
+        layer
+        for layer in module.modules()
+        if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention))
+    ]
+    for layer in weighted:
+        for name, parameter in layer.named_parameters(recurse=False):
+            if parameter.ndim >= 2:
+                gain = 1.0 if layer is weighted[-1] else 2.0
+                std = (gain / parameter[0].numel()) ** 0.5
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            elif "bias" in name:
+                parameter.zero_()
+    return module
+
+
+@torch.no_grad()
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copies tensors into the parameters of the same names."""
+    parameters = dict(module.named_parameters())
+    for name, tensor in tensors.items():
+        parameters[name].copy_(tensor)
+
+
+@torch.no_grad()
+def accuracy(module: nn.Module, images: ImageSet, normalization: Normalization, *, batch_size: int) -> float:
+    """Share of images that ``module`` classifies right, in the mode it is in."""
+    labels = torch.split(images.labels, batch_size)
+    batches = zip(_batches(images, normalization, batch_size), labels, strict=True)
+    return sum(int((module(pixels).argmax(1) == wanted).sum()) for pixels, wanted in batches) / len(images)
+
+
+def _batches(images: ImageSet, normalization: Normalization, size: int) -> Iterator[Tensor]:
+    for pixels in torch.split(images.images, size):
+        yield normalization.apply(pixels).contiguous(memory_format=torch.channels_last)
+
+
+def batch_accuracy(module: nn.Module, images: ImageSet, normalization: Normalization) -> float:
+    """Accuracy under the protocol ``batch``; ``module`` itself is not changed.
+
+    A last batch of another size is left out, as its statistics would be of another quality.
+    """
+    copied = use_batch_statistics(copy.deepcopy(module)).eval()
+    whole = len(images) - len(images) % PUBLISHED_BATCH or len(images)
+    return accuracy(copied, images.first(whole), normalization, batch_size=PUBLISHED_BATCH)
+
+
+def recalibrated_accuracy(
+    module: nn.Module, training: ImageSet, images: ImageSet, normalization: Normalization
+) -> float:
+    """Accuracy under the protocol ``recalibrated``; ``module`` itself is not changed.
+
+    Args:
+        module: The network.
+        training: Training images for the statistics.
+        images: Images to classify.
+        normalization: Channel statistics.
+    """
+    copied = copy.deepcopy(module).eval()
+    recalibrate_batchnorm(copied, _batches(training, normalization, PUBLISHED_BATCH))
+    return accuracy(copied, images, normalization, batch_size=250)
+
+
+def make_validation(
+    source: ArchitectureSource, indices: Sequence[int], images: ImageSet, normalization: Normalization
+) -> Callable[[GraphHyperNetwork], dict[str, float]]:
+    """A function that scores a hypernetwork on fixed networks and images, under the protocol ``batch``.
+
+    Args:
+        source: Networks that training never sees.
+        indices: Which of them.
+        images: Images that training never sees.
+        normalization: Channel statistics.
+    """
+
+    def validate(hypernetwork: GraphHyperNetwork) -> dict[str, float]:
+        scores = []
+        for index in indices:
+            architecture = find_candidate(source, index)
+            if architecture is None:
+                continue
+            module = predict_module(hypernetwork, architecture, seed=index)
+            scores.append(batch_accuracy(to_channels_last(module), images, normalization))
+        if not scores:
+            return {}
+        return {
+            "accuracy": sum(scores) / len(scores),
+            "best": max(scores),
+            "worst": min(scores),
+        }
+
+    return validate
+
+
+@dataclass(frozen=True)
+class Novelty:
+    """Distance of one test network's weights to training networks'.
+
+    Attributes:
+        distance: Median over tensors of ``|own - nearest| / |own|``.
+        covered: Share of the network's predicted values that have a neighbour of equal shape and kind.
+        copies: The nearest tensors by name, where there are any.
+    """
+
+    distance: float
+    covered: float
+    copies: Mapping[str, Tensor]
+
+
+class KnownPredictions:
+    """Predicted tensors of training networks, by kind and shape.
+
+    Args:
+        hypernetwork: What predicts.
+        architectures: Training networks.
+    """
+
+    def __init__(self, hypernetwork: GraphHyperNetwork, architectures: Iterable[Architecture]) -> None:
+        self.hypernetwork = hypernetwork
+        collected: dict[Kind, list[Tensor]] = defaultdict(list)
+        for architecture in architectures:
+            for kind, _, tensor in _predict(hypernetwork, architecture):
+                collected[kind].append(tensor.flatten())
+        self.tensors = {kind: torch.stack(items) for kind, items in collected.items()}
+
+    def novelty(self, architecture: Architecture) -> Novelty:
+        """How far the architecture's predicted tensors are from those of the known networks."""
+        distances: list[float] = []
+        copies: dict[str, Tensor] = {}
+        covered = total = 0
+        for kind, name, tensor in _predict(self.hypernetwork, architecture):
+            total += tensor.numel()
+            known = self.tensors.get(kind)
+            if known is None:
+                continue
+            gaps = torch.linalg.vector_norm(known - tensor.flatten(), dim=1)
+            nearest = int(gaps.argmin())
+            covered += tensor.numel()
+            copies[name] = known[nearest].view_as(tensor)
+            if tensor.numel() >= MIN_VALUES:
+                distances.append(float(gaps[nearest] / tensor.norm().clamp_min(1e-12)))
+        median = float(torch.tensor(distances).median()) if distances else float("nan")
+        return Novelty(median, covered / max(total, 1), copies)
+
+
+@torch.no_grad()
+def _predict(hypernetwork: GraphHyperNetwork, architecture: Architecture) -> Iterable[tuple[Kind, str, Tensor]]:
+    features = build_features(architecture.graph(), hypernetwork.config)
+    predicted = hypernetwork(collate([features]).to(hypernetwork.device))[0]
+    return [((target.role, target.shape), target.name, predicted[target.name]) for target in features.targets]

@@ -1,0 +1,157 @@
+"""Puts a training run together: data, networks, trainer, resume, checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import logging
+import subprocess
+from pathlib import Path
+
+import torch
+
+from ghn_service.errors import TrainingError
+from ghn_service.hypernetwork.checkpoint import CheckpointSummary, ModelCard, load_checkpoint, save_checkpoint
+from ghn_service.hypernetwork.config import GHNConfig, decode_config
+from ghn_service.postprocess.distribution_shift import METADATA_KEY, encode_statistics, summarize_graphs
+from ghn_service.training.distributed import Workers, join_workers
+from ghn_service.training.evaluation.zero_shot import make_validation
+from ghn_service.training.images import TrainingData, interface_of, load_training_data
+from ghn_service.training.networks import ArchitectureSource, NetworkStream, Pool
+from ghn_service.training.precision import keep_freed_memory
+from ghn_service.training.settings import SamplingSettings, TrainingSettings
+from ghn_service.training.state import Progress, find_state, load_state
+from ghn_service.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+CHECKPOINT_FILE = "ghn.safetensors"
+NUM_GRAPHS = 128
+
+
+def fit(
+    data_folder: Path,
+    out: Path,
+    settings: TrainingSettings,
+    *,
+    resume: str = "auto",
+    start_from: Path | None = None,
+    cache: Path | None = None,
+    source: ArchitectureSource | None = None,
+) -> Progress:
+    """Trains a hypernetwork, or goes on with a run, and writes its checkpoint.
+
+    Args:
+        data_folder: Labelled images.
+        out: Folder of the run.
+        settings: The recipe.
+        resume: ``auto`` goes on from the folder's state if there is one; ``never`` needs a folder without.
+        start_from: Checkpoint or state whose weights a new run begins with; random ones where omitted.
+        cache: Folder for decoded images; ``cache`` beside the run where omitted.
+        source: Training networks by number; those of ``sampling.split`` where omitted.
+
+    Raises:
+        TrainingError: The run cannot start, be resumed, or keeps diverging.
+        DataError: The data cannot be read.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    keep_freed_memory()
+    with join_workers() as workers:
+        data = load_training_data(data_folder, settings.data, cache or out.parent / "cache")
+        hypernetwork = {**settings.hypernetwork, "num_classes": data.training.num_classes}
+        settings = settings.model_copy(update={"hypernetwork": hypernetwork})
+        trainer = _make_trainer(data, out, settings, workers, source)
+        _begin(trainer, out, resume, start_from)
+        progress = trainer.run()
+        if workers.is_main:
+            export_checkpoint(trainer, out / CHECKPOINT_FILE, data, data_folder.name)
+        return progress
+
+
+def _make_trainer(
+    data: TrainingData,
+    out: Path,
+    settings: TrainingSettings,
+    workers: Workers,
+    source: ArchitectureSource | None,
+) -> Trainer:
+    interface = interface_of(data.training)
+    limits = settings.limits
+    validation = make_validation(
+        source or Pool("val", interface, limits.validation_networks),
+        range(limits.validation_networks),
+        data.validation.first(limits.validation_images),
+        data.normalization,
+    )
+    return Trainer(
+        settings,
+        data.training,
+        data.normalization,
+        source or Pool(settings.sampling.split, interface, settings.sampling.pool),
+        out,
+        workers,
+        validation=validation,
+    )
+
+
+def _begin(trainer: Trainer, out: Path, resume: str, start_from: Path | None) -> None:
+    """Random weights, those of another file, or the saved state of this run."""
+    state = find_state(out)
+    if state is not None:
+        if resume == "never":
+            raise TrainingError(f"{out} already holds a run; resume it, or choose an empty folder")
+        trainer.restore(state)
+        logger.info("resumed at step %d after %.0f s of training", state.progress.step, state.progress.elapsed_s)
+    elif start_from is not None:
+        config, tensors = _read_start(start_from)
+        for name, before in dataclasses.asdict(config).items():
+            if (now := getattr(trainer.config, name)) != before:
+                logger.warning("hypernetwork.%s is %s; it was %s in %s", name, now, before, start_from.name)
+        trainer.start_from(tensors)
+
+
+def _read_start(file: Path) -> tuple[GHNConfig, dict[str, torch.Tensor]]:
+    if file.suffix == ".safetensors":
+        hypernetwork, _ = load_checkpoint(file)
+        return hypernetwork.config, hypernetwork.state_dict()
+    state = load_state(file)
+    return decode_config(state.settings["hypernetwork"]), state.average
+
+
+def export_checkpoint(trainer: Trainer, path: Path, data: TrainingData, dataset: str) -> CheckpointSummary:
+    """Writes the averaged hypernetwork in half precision, with a card that says how it was made."""
+    card = ModelCard(
+        dataset=dataset,
+        class_names=data.training.class_names,
+        trained_on=f"{trainer.progress.networks} random networks of the generator's split "
+        f"{trainer.settings.sampling.split}",
+        protocol="images scaled to 0..1, then normalised with mean and std per channel (details.normalization)",
+        details={
+            "normalization": {"mean": data.normalization.mean, "std": data.normalization.std},
+            "image_size": data.training.image_size,
+            "channels": data.training.channels,
+            "steps": trainer.progress.step,
+            "hours": round(trainer.progress.elapsed_s / 3600, 3),
+            "code_version": _code_version(),
+            "settings": trainer.settings.model_dump(mode="json"),
+            METADATA_KEY: graph_statistics(trainer.stream.source, trainer.settings.sampling),
+        },
+    )
+    return save_checkpoint(trainer.averaged().half(), path, card=card)
+
+
+def graph_statistics(source: ArchitectureSource, settings: SamplingSettings, *, num_graphs: int = NUM_GRAPHS) -> str:
+    """Statistics of the networks that the end of training sees, so that reports can tell how far a graph is."""
+    stream = NetworkStream(source, settings, seed=1)
+    return encode_statistics(summarize_graphs(item.graph() for _, item in stream.take(num_graphs, 1.0)))
+
+
+def _code_version() -> str:
+    """Version of the package, and the commit where it is run from a clone."""
+    version = importlib.metadata.version("ghn-service")
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return version
+    return f"{version} ({commit})"

@@ -1,0 +1,183 @@
+"""``evaluate`` from a checkpoint file and a data folder to the report, over the generator's networks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from ghn_architectures.interface import Interface
+from ghn_service.errors import DataError
+from ghn_service.hypernetwork.checkpoint import ModelCard, save_checkpoint
+from ghn_service.hypernetwork.ghn import GHNConfig, GraphHyperNetwork
+from ghn_service.training.evaluation import run as evaluate_module
+from ghn_service.training.evaluation.fine_tune import FineTuneSettings
+from ghn_service.training.evaluation.run import evaluate
+from ghn_service.training.evaluation.settings import EvaluationSettings
+from ghn_service.training.evaluation.zero_shot import KnownPredictions
+from ghn_service.training.networks import find_network
+from tests.training.training_cases import small_source
+from tests.training.written_images import write_image_folder
+
+CONFIG = GHNConfig(hidden_channels=8, num_heads=2, num_layers=1, max_shape=(8, 8, 7, 7), num_classes=4)
+PLAN = EvaluationSettings(
+    splits={"test": 2},
+    test_images=64,
+    calibration_images=64,
+    fine_tune_networks=1,
+    fine_tune_images=(0, 16),
+    fine_tune_test_images=64,
+    validation_images=16,
+    fine_tune=FineTuneSettings(learning_rates=(0.01, 0.1), choose_at=2, budgets=(2,), longest=4, every=2, batch_size=8),
+    novelty_networks=2,
+    precision="float32",
+)
+
+
+@pytest.fixture
+def files(tmp_path):
+    hypernetwork = GraphHyperNetwork(CONFIG, generator=torch.Generator().manual_seed(0))
+    save_checkpoint(hypernetwork, tmp_path / "ghn.safetensors", card=ModelCard(dataset="made up"))
+    write_image_folder(tmp_path / "data", classes=4)
+    return tmp_path / "ghn.safetensors", tmp_path / "data"
+
+
+def comparable(evaluation):
+    """Values of an evaluation without its time; NaN made equal to itself."""
+    return repr(dataclasses.replace(evaluation, seconds=0.0))
+
+
+def quick(**changes):
+    """A plan of zero-shot scores alone."""
+    return dataclasses.replace(PLAN, **{"fine_tune_networks": 0, "novelty_networks": 0, **changes})
+
+
+def count_measurements(monkeypatch):
+    """The jobs that are really done from now on."""
+    done = []
+
+    def counted(context, task):
+        done.append(task[0])
+        return measure(context, task)
+
+    measure = evaluate_module.measure
+    monkeypatch.setattr(evaluate_module, "measure", counted)
+    return done
+
+
+def test_the_number_of_processes_changes_nothing(files):
+    one = evaluate(*files, PLAN, workers=1)
+    assert [item.name for item in one.zero_shot] == ["0", "1"]
+    assert all(math.isfinite(item.copied) for item in one.zero_shot)
+    assert {item.images for item in one.fine_tuned} == {0, 16}
+    two = evaluate(*files, PLAN, workers=2)
+    assert comparable(one) == comparable(two)
+
+
+def test_finished_measurements_are_not_repeated(tmp_path, files, monkeypatch):
+    results = tmp_path / "measurements.jsonl"
+    whole = evaluate(*files, PLAN)
+    evaluate(*files, quick(splits={"test": 1}, novelty_networks=2), results=results)
+    done = count_measurements(monkeypatch)
+    evaluation = evaluate(*files, PLAN, results=results)
+    assert len(done) == whole.jobs - 1
+    assert comparable(evaluation) == comparable(whole)
+    done.clear()
+    assert comparable(evaluate(*files, PLAN, results=results)) == comparable(whole)
+    assert done == []
+
+
+@pytest.mark.parametrize(
+    "change", [{"test_images": 32}, {"calibration_images": 32}, {"zero_shot_precision": "bfloat16"}]
+)
+def test_results_of_another_protocol_are_measured_again(tmp_path, files, monkeypatch, change):
+    results = tmp_path / "measurements.jsonl"
+    evaluate(*files, quick(), results=results)
+    done = count_measurements(monkeypatch)
+    evaluate(*files, quick(**change), results=results)
+    assert len(done) == 2
+
+
+def other_checkpoint(path):
+    hypernetwork = GraphHyperNetwork(CONFIG, generator=torch.Generator().manual_seed(1))
+    save_checkpoint(hypernetwork, path, card=ModelCard(dataset="made up"))
+    return path
+
+
+def test_the_he_side_serves_every_checkpoint(tmp_path, files, monkeypatch):
+    results = tmp_path / "measurements.jsonl"
+    baseline = evaluate(*files, dataclasses.replace(PLAN, is_baseline_only=True), results=results)
+    assert (baseline.finished, baseline.fine_tuned, baseline.zero_shot) == (2, (), ())
+    done = count_measurements(monkeypatch)
+    evaluation = evaluate(other_checkpoint(tmp_path / "other.safetensors"), files[1], PLAN, results=results)
+    assert {job.kind for job in done} == {"zero-shot", "predicted"}
+    assert len(evaluation.fine_tuned) == 2
+
+
+def test_an_interruption_keeps_what_is_done(tmp_path, files, monkeypatch):
+    measure = evaluate_module.measure
+
+    def interrupted(context, task):
+        if task[0].name == "1":
+            raise KeyboardInterrupt
+        return measure(context, task)
+
+    monkeypatch.setattr(evaluate_module, "measure", interrupted)
+    evaluation = evaluate(*files, quick(), results=tmp_path / "measurements.jsonl")
+    assert [item.name for item in evaluation.zero_shot] == ["0"]
+    assert (evaluation.finished, evaluation.jobs) == (1, 2)
+    monkeypatch.undo()
+    assert evaluate(*files, quick(), results=tmp_path / "measurements.jsonl").finished == 2
+
+
+def test_no_measurement_begins_after_the_time_limit(files):
+    evaluation = evaluate(*files, quick(), minutes=0.0)
+    assert (evaluation.finished, evaluation.jobs) == (0, 2)
+
+
+def test_the_first_seed_chooses_the_rates_of_all(files):
+    plan = dataclasses.replace(PLAN, seeds=(0, 1), fine_tune_images=(0,), splits={"test": 1}, novelty_networks=0)
+    first, second = evaluate(*files, plan).fine_tuned
+    assert (first.seed, second.seed) == (0, 1)
+    assert first.comparison.predicted.learning_rate == second.comparison.predicted.learning_rate
+    assert first.comparison.he.learning_rate == second.comparison.he.learning_rate
+    assert first.comparison != second.comparison
+
+
+def test_graphs_of_the_training_pool_are_passed_over(tmp_path, files, monkeypatch):
+    hypernetwork = GraphHyperNetwork(CONFIG, generator=torch.Generator().manual_seed(0))
+    card = ModelCard(details={"settings": {"sampling": {"pool": 3}}})
+    save_checkpoint(hypernetwork, tmp_path / "ghn.safetensors", card=card)
+    seen = find_network("test", "0", Interface(4, 3, 16)).graph().digest()
+    monkeypatch.setattr(evaluate_module, "training_digests", lambda pool, cache: frozenset({seen}))
+    evaluation = evaluate(tmp_path / "ghn.safetensors", files[1], quick())
+    assert [item.name for item in evaluation.zero_shot] == ["1", "2"]
+    assert evaluation.in_training_pool == {"test": 1}
+    assert evaluation.pool_size == 3
+
+
+def test_another_class_count_is_an_error(tmp_path, files):
+    write_image_folder(tmp_path / "other", classes=3)
+    with pytest.raises(DataError):
+        evaluate(files[0], tmp_path / "other", PLAN)
+
+
+def alike(network):
+    """Another network of the same width and kernel."""
+    candidates = (small_source(index) for index in range(3, 5000))
+    return next(
+        item
+        for item in candidates
+        if (item.width, item.kernel) == (network.width, network.kernel) and item.depth != network.depth
+    )
+
+
+def test_a_training_network_is_its_own_neighbour():
+    hypernetwork = GraphHyperNetwork(CONFIG, generator=torch.Generator().manual_seed(0))
+    known = KnownPredictions(hypernetwork, [small_source(2)])
+    own = known.novelty(small_source(2))
+    assert own.distance == 0.0
+    assert own.covered == 1.0
+    assert known.novelty(alike(small_source(2))).distance > 0.0

@@ -1,0 +1,53 @@
+"""Digests of the training networks: the cache gives what computing gives, and grows with the pool."""
+
+from __future__ import annotations
+
+from ghn_architectures.interface import Interface
+from ghn_service.training.evaluation import jobs as module
+from ghn_service.training.evaluation.jobs import training_digests
+from ghn_service.training.networks import Pool, find_network
+
+INTERFACE = Interface(4, 3, 16)
+
+
+def pool(size, split="train"):
+    return Pool(split, INTERFACE, size)
+
+
+def test_digests_are_those_of_the_first_training_networks():
+    known = training_digests(pool(3), None)
+    expected = {find_network("train", str(index), INTERFACE).graph().digest() for index in range(3)}
+    assert known == expected
+
+
+def test_the_cache_grows_with_the_pool(tmp_path, monkeypatch):
+    small = training_digests(pool(2), tmp_path)
+    asked = []
+    find = module.find_candidate
+
+    def counted(source, index):
+        asked.append(index)
+        return find(source, index)
+
+    monkeypatch.setattr(module, "find_candidate", counted)
+    large = training_digests(pool(4), tmp_path)
+    assert asked == [2, 3]
+    assert small < large
+    assert training_digests(pool(2), tmp_path) == small
+
+
+def test_a_broken_cache_is_computed_again(tmp_path):
+    known = training_digests(pool(2), tmp_path)
+    for path in tmp_path.iterdir():
+        path.write_text("[")
+    assert training_digests(pool(2), tmp_path) == known
+
+
+def test_a_network_that_cannot_be_made_is_no_member(monkeypatch):
+    monkeypatch.setattr(module, "find_candidate", lambda source, index: None)
+    assert training_digests(pool(2), None) == frozenset()
+
+
+def test_digests_are_those_of_the_split_that_was_trained_on():
+    expected = {find_network("broad", str(index), INTERFACE).graph().digest() for index in range(3)}
+    assert training_digests(pool(3, "broad"), None) == expected

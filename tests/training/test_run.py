@@ -1,0 +1,17 @@
+"""Statistics of training architectures in a checkpoint's card."""
+
+from __future__ import annotations
+
+from ghn_architectures.interface import Interface
+from ghn_service.postprocess.distribution_shift import decode_statistics, measure_shift
+from ghn_service.training.networks import Pool
+from ghn_service.training.run import graph_statistics
+from ghn_service.training.settings import TrainingSettings
+
+
+def test_training_networks_are_typical_of_themselves() -> None:
+    settings, source = TrainingSettings().sampling, Pool("train", Interface(), 1000)
+    known = decode_statistics(graph_statistics(source, settings, num_graphs=30))
+    assert known.num_graphs == 30
+    shift = measure_shift(source(3).graph(), known)
+    assert shift.verdict in ("typical", "unusual")
