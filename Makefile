@@ -20,6 +20,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt -e .
 	touch $@
 
+$(VENV)/.train-installed: $(VENV)/.installed
+	$(PIP) install --quiet -c constraints.txt -e '.[train]'
+	touch $@
+
 # torchvision and timm are installed without their dependencies: the tests build networks, they need no operators of
 # torchvision's compiled part, which must not replace the torch that is there.
 $(VENV)/.tests-installed: $(VENV)/.installed
@@ -68,7 +72,7 @@ reproduce-norm-only: $(VENV)/.tests-installed  ## tune norm layers against contr
 reproduce-additive: $(VENV)/.tests-installed  ## neurons against changed labels, closed form and trained; writes docs/additive_results.*
 	$(BIN)/python -m benchmarks.reproduce_additive --data $(DATA)
 
-evaluate: $(VENV)/.installed  ## evaluate the bundled hypernetwork on the images in DATA
+evaluate: $(VENV)/.train-installed  ## evaluate the bundled hypernetwork on the images in DATA
 	$(BIN)/ghn-train evaluate --checkpoint $(GHN) --data $(DATA) --out runs/evaluation --test-images 1000 \
 		--precision bfloat16 --novelty-networks 24 --splits test=50,wide=24,deep=24,dense=24,bnfree=24,reference \
 		--fine-tune 50 --fine-tune-images 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -17,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.cells import Cell, run_cells
 from benchmarks.charts import line_chart
+from benchmarks.experiment import Cell, run_cells, write_page
 from ghn_client.finetune.additive import additive
 from ghn_client.finetune.images import ImageBatches, load_images
 from ghn_client.finetune.patch.capacity import three_layer_neurons
@@ -116,10 +117,7 @@ def _reaches_zero(inputs: torch.Tensor, labels: torch.Tensor, depth: int, width:
 
 def slope(points: list[tuple[float, float]]) -> float:
     """Slope of log y against log x by least squares."""
-    xs, ys = [math.log(x) for x, _ in points], [math.log(y) for _, y in points]
-    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
-    covariance = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True))
-    return covariance / max(sum((x - mean_x) ** 2 for x in xs), 1e-12)
+    return statistics.linear_regression(*zip(*((math.log(x), math.log(y)) for x, y in points), strict=True)).slope
 
 
 def cells_of(settings: dict) -> Iterator[Cell]:
@@ -196,10 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
         return smallest_trained(cell, options.data, settings["steps"])
 
     document, chart = report(run_cells(options.cells, cells_of(settings), measure))
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "additive_results.md").write_text(document)
-    (options.output / "additive_results.svg").write_text(chart)
-    print(document)
+    write_page(options.output, "additive", document, chart)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ predictions with the digest of the hypernetwork's file, so that another hypernet
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -21,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.bar_chart import bar_chart
-from benchmarks.cells import Cell, run_cells
+from benchmarks.charts import bar_chart
+from benchmarks.experiment import CHOOSING_SEED, Cell, file_digest, percent, run_seeds, verdict, write_page
 from ghn_architectures.architecture import Architecture
 from ghn_architectures.convnext import ConvNeXtConfiguration
 from ghn_architectures.interface import Configuration, Interface
@@ -65,7 +64,6 @@ DESCRIPTIONS = {
     "convnext_small": "ConvNeXt with 1, 1 and 2 blocks of 64, 128 and 256 channels, patches of 4 x 4, no layer scale",
     "vit_small": "vision transformer with 2 blocks of 96 channels, 3 heads, patches of 4 x 4",
 }
-CHOOSING_SEED = 1000
 VALIDATION_IMAGES = 1000
 
 
@@ -125,25 +123,18 @@ class Trainings:
         return {"accuracy": curve.at(steps), "before": curve.at(0)}
 
 
-def checkpoint_digest(checkpoint: Path) -> str:
-    """The beginning of the file's sha256, which names it in results."""
-    return hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:12]
-
-
 def run_rows(arguments: argparse.Namespace) -> list[Cell]:
     """Every training; one entry for each network, start and seed, with the chosen rate."""
     trainings = Trainings(arguments)
-    digest = checkpoint_digest(arguments.checkpoint)
+    digest = file_digest(arguments.checkpoint)
     finished = []
     for network in arguments.networks:
         for start in arguments.starts:
             cell: Cell = {"network": network, "start": start, "images": arguments.images, "steps": arguments.steps}
             cell["test_images"] = arguments.test_images
             cell |= {} if start == HE else {"checkpoint": digest, "layer": arguments.layer}
-            grid = [{**cell, "rate": rate, "seed": CHOOSING_SEED} for rate in arguments.rates]
-            best = max(run_cells(arguments.cells, grid, trainings.measure), key=lambda tried: tried["accuracy"])
-            row = [{**cell, "rate": best["rate"], "seed": seed} for seed in range(arguments.seeds)]
-            finished += run_cells(arguments.cells, row, trainings.measure)
+            rates, seeds = arguments.rates, arguments.seeds
+            finished += run_seeds(arguments.cells, cell, trainings.measure, rates=rates, seeds=seeds)
     return finished
 
 
@@ -164,31 +155,21 @@ def accuracy_table(rows: Scores, key: str) -> Iterator[str]:
     yield "| network | " + " | ".join(starts) + " |"
     yield "|---" * (len(starts) + 1) + "|"
     for network, scores in rows.items():
-        means = {start: mean_and_error([cell[key] for cell in cells]) for start, cells in scores.items()}
-        best = max(means, key=lambda start: means[start][0])
-        texts = {start: f"{100 * mean:.1f} ± {100 * error:.1f}" for start, (mean, error) in means.items()}
+        values = {start: [cell[key] for cell in cells] for start, cells in scores.items()}
+        best = max(values, key=lambda start: sum(values[start]) / len(values[start]))
+        texts = {start: percent(accuracies) for start, accuracies in values.items()}
         texts[best] = f"**{texts[best]}**"
         yield f"| {network} | " + " | ".join(texts.get(start, "-") for start in starts) + " |"
 
 
-def differences(scores: Mapping[str, Sequence[Cell]], start: str, reference: str) -> tuple[float, float]:
-    """Mean and standard error, in percentage points, of the differences paired by seed."""
-    pairs = zip(scores[start], scores[reference], strict=True)
-    mean, error = mean_and_error([100 * (a["accuracy"] - b["accuracy"]) for a, b in pairs])
-    return mean, error
-
-
 def verdicts(rows: Scores) -> Iterator[str]:
-    """What the table says, by the same rule for every cell: a difference counts beyond two standard errors."""
+    """What the table says about differences that are paired by seed."""
     for network, scores in rows.items():
         for start, reference in [(GHN, HE)] + [(name, GHN) for name in STARTS if name not in (HE, GHN)]:
-            if start not in scores or reference not in scores:
-                continue
-            mean, error = differences(scores, start, reference)
-            verdict = "no difference that can be seen"
-            if abs(mean) > 2 * error > 0:
-                verdict = "helps" if mean > 0 else "hurts"
-            yield f"| {network} | {start} against {reference} | {mean:+.1f} ± {error:.1f} | {verdict} |"
+            if start in scores and reference in scores:
+                pairs = zip(scores[start], scores[reference], strict=True)
+                gaps = [a["accuracy"] - b["accuracy"] for a, b in pairs]
+                yield f"| {network} | {start} against {reference} | {percent(gaps, 1, '+')} | {verdict(gaps)} |"
 
 
 def diversity_table(arguments: argparse.Namespace) -> Iterator[str]:
@@ -228,7 +209,7 @@ def setting(arguments: argparse.Namespace) -> str:
 def document(results: Sequence[Cell], arguments: argparse.Namespace) -> str:
     """The page of results."""
     rows = group_rows(results)
-    digest = checkpoint_digest(arguments.checkpoint)
+    digest = file_digest(arguments.checkpoint)
     rates = [
         f"| {network} | " + " | ".join(f"{cells[0]['rate']:g}" for cells in scores.values()) + " |"
         for network, scores in rows.items()
@@ -309,11 +290,7 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments: Any = parse_arguments(words)
     torch.set_num_threads(1)
     results = run_rows(arguments)
-    page = document(results, arguments)
-    print(page)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "diversity_results.md").write_text(page)
-    (arguments.output / "diversity_results.svg").write_text(chart(results))
+    write_page(arguments.output, "diversity", document(results, arguments), chart(results))
 
 
 if __name__ == "__main__":

@@ -10,14 +10,20 @@ of ``docs/low_rank_results.md``.
    difference is paired. The learning rate is chosen per row and method from one grid on validation images, with a seed
    that is not among those reported.
 
-A run can be stopped and goes on where it was: finished trainings are kept as lines of ``--cells``.
+A run can be stopped and goes on where it was: finished trainings are kept as lines of ``--cells``. ``--costs`` prints
+what factoring costs instead: CPU seconds of one thread for He-normal weights of every layer that gets smaller by it,
+each distinct shape measured once, beside spectral initialisation through ``torch.linalg.svd`` (arXiv:2202.00834 claims
+that matching the function need not cost more) and a randomised SVD, with the energy that it misses on such flat spectra.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -25,8 +31,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.bar_chart import bar_chart
-from benchmarks.cells import Cell, run_cells
+from benchmarks.charts import bar_chart
+from benchmarks.experiment import CHOOSING_SEED, Cell, percent, run_seeds, verdict, write_page
 from ghn_client.factors import FACTOR_IN, FACTOR_OUT
 from ghn_client.finetune import factorize_module
 from ghn_client.finetune.factored import frobenius_decay
@@ -39,10 +45,10 @@ from ghn_service.training.images import Augmentation, Batches, require_split, sp
 SHAPES = ((64, 64, 1), (64, 512, 4), (256, 256, 4), (256, 256, 32), (576, 256, 4), (576, 256, 32))
 METHODS = ("spectral", "function")
 DENSE = "dense"
+Shape = tuple[int, int]
 WIDTHS = (32, 64, 128)
 IMAGE_SIZE = 16
 BATCH_SIZE = 64
-CHOOSING_SEED = 1000
 AT_CHANCE = 0.12
 FULL_RANK = 1.0
 
@@ -165,10 +171,8 @@ def run_rows(arguments: argparse.Namespace) -> list[Cell]:
         for size, method in [(size, method) for size in sizes for method in METHODS] + [(FULL_RANK, DENSE)]:
             cell = {"batchnorm": batchnorm, "size": size, "method": method}
             cell |= {"images": arguments.images, "steps": arguments.steps}
-            grid = [{**cell, "rate": rate, "seed": CHOOSING_SEED} for rate in arguments.rates]
-            best = max(run_cells(arguments.cells, grid, trainings.measure), key=lambda tried: tried["accuracy"])
-            row = [{**cell, "rate": best["rate"], "seed": seed} for seed in range(arguments.seeds)]
-            finished += run_cells(arguments.cells, row, trainings.measure)
+            rates, seeds = arguments.rates, arguments.seeds
+            finished += run_seeds(arguments.cells, cell, trainings.measure, rates=rates, seeds=seeds)
     return finished
 
 
@@ -180,15 +184,15 @@ def accuracy_table(results: Sequence[Cell]) -> Iterator[str]:
         spectral, function = (methods[name] for name in METHODS)
         yield (
             f"| {'yes' if batchnorm else 'no'} | {_size_name(size)} | {spectral[0]['parameters']:,} | "
-            f"{_percent(_accuracies(spectral))} | {_percent(_accuracies(function))} | "
-            f"{_percent(_differences(methods), '+')} | {_at_chance(spectral)}, {_at_chance(function)} | "
+            f"{percent(_accuracies(spectral), 2)} | {percent(_accuracies(function), 2)} | "
+            f"{percent(_differences(methods), 2, '+')} | {_at_chance(spectral)}, {_at_chance(function)} | "
             f"{spectral[0]['rate']:g}, {function[0]['rate']:g} |"
         )
     for batchnorm in (False, True):
         dense = [cell for cell in results if cell["method"] == DENSE and cell["batchnorm"] == batchnorm]
         if dense:
             norm, count = "yes" if batchnorm else "no", dense[0]["parameters"]
-            accuracy = _percent(_accuracies(dense))
+            accuracy = percent(_accuracies(dense), 2)
             yield f"| {norm} | dense | {count:,} | {accuracy} | - | - | {_at_chance(dense)} | {dense[0]['rate']:g} |"
 
 
@@ -198,11 +202,8 @@ def verdicts(results: Sequence[Cell]) -> Iterator[str]:
         outcomes: dict[str, list[str]] = {"helps": [], "hurts": [], "makes no difference that can be seen": []}
         for (norm, size), methods in _rows(results).items():
             if norm == batchnorm:
-                mean, error = mean_and_error(_differences(methods))
-                beyond = abs(mean) > 2 * error > 0
-                verdict = ("helps" if mean > 0 else "hurts") if beyond else "makes no difference that can be seen"
-                outcomes[verdict].append(_size_name(size))
-        found = "; ".join(f"it {verdict} at rank {', '.join(sizes)}" for verdict, sizes in outcomes.items() if sizes)
+                outcomes[verdict(_differences(methods))].append(_size_name(size))
+        found = "; ".join(f"it {outcome} at rank {', '.join(sizes)}" for outcome, sizes in outcomes.items() if sizes)
         yield f"- {'With' if batchnorm else 'Without'} BatchNorm, `function` against `spectral`: {found}."
 
 
@@ -229,11 +230,6 @@ def _accuracies(cells: Sequence[Cell]) -> list[float]:
 def _differences(methods: dict[str, list[Cell]]) -> list[float]:
     spectral, function = (_accuracies(methods[name]) for name in METHODS)
     return [b - a for a, b in zip(spectral, function, strict=True)]
-
-
-def _percent(values: Sequence[float], sign: str = "") -> str:
-    mean, error = mean_and_error(values)
-    return f"{100 * mean:{sign}.2f} ± {100 * error:.2f}"
 
 
 def setting(arguments: argparse.Namespace) -> str:
@@ -296,6 +292,106 @@ def chart(results: Sequence[Cell]) -> str:
     return bar_chart("function minus spectral, paired by seed", groups, y_label="test accuracy, percentage points")
 
 
+def resnet50() -> Counter[Shape]:
+    """Weights of ResNet-50 as (outputs, inputs * kernel)."""
+    shapes, channels = [(64, 147)], 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            shapes += [(width, channels), (width, width * 9), (4 * width, width)]
+            shapes += [(4 * width, channels)] if block == 0 else []
+            channels = 4 * width
+    return Counter(shapes)
+
+
+def vit_base() -> Counter[Shape]:
+    """Weights of ViT-B/16: patches, packed projections, output projections, feed-forward layers."""
+    return Counter({(768, 768): 13, (2304, 768): 12, (3072, 768): 12, (768, 3072): 12})
+
+
+def convnext_tiny() -> Counter[Shape]:
+    """Weights of ConvNeXt-T without its depthwise convolutions."""
+    shapes: Counter[Shape] = Counter({(96, 48): 1})
+    widths = (96, 192, 384, 768)
+    for width, blocks in zip(widths, (3, 3, 9, 3), strict=True):
+        shapes[(4 * width, width)] += blocks
+        shapes[(width, 4 * width)] += blocks
+    for narrow, wide in itertools.pairwise(widths):
+        shapes[(wide, 4 * narrow)] += 1
+    return shapes
+
+
+NETWORKS = {"resnet50": (resnet50, "relu"), "vit_b_16": (vit_base, "gelu"), "convnext_tiny": (convnext_tiny, "gelu")}
+
+
+def balanced(left: torch.Tensor, values: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.Tensor, ...]:
+    """Factors of equal size from a decomposition ``left @ diag(values) @ right.T``."""
+    roots = values[:rank].sqrt()
+    return left[:, :rank] * roots, right[:, :rank] * roots
+
+
+def spectral_by_svd(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, ...]:
+    """The baseline: a full SVD, truncated and balanced."""
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    return balanced(left, values, right.T, rank)
+
+
+def spectral_by_sketch(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, ...]:
+    """Randomised SVD with four power iterations."""
+    return balanced(*torch.svd_lowrank(weight, q=min(rank + 16, *weight.shape), niter=4), rank)
+
+
+def cpu_seconds(function: Callable[[], object]) -> float:
+    """CPU seconds of one call, the better of two."""
+    best = math.inf
+    for _ in range(2):
+        start = time.process_time()
+        function()
+        best = min(best, time.process_time() - start)
+    return best
+
+
+def missing_energy(weight: torch.Tensor, rank: int) -> float:
+    """Share of the energy of the best rank-r matrix that the randomised one lacks."""
+    u, v = spectral_by_sketch(weight, rank)
+    best = torch.linalg.svdvals(weight)[:rank].square().sum()
+    return float(1 - (u @ v.T).square().sum() / best)
+
+
+def measure_cost(network: str, fraction: float) -> None:
+    """Prints one row of the table."""
+    shapes, activation = NETWORKS[network]
+    totals, missing, layers = dict.fromkeys(("svd", "spectral", "function", "optimized", "sketch"), 0.0), 0.0, 0
+    for (rows, columns), count in shapes().items():
+        rank = max(round(fraction * min(rows, columns)), 1)
+        if rank * (rows + columns) >= rows * columns:
+            continue
+        weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * math.sqrt(2 / columns)
+        runs: dict[str, Callable[[], object]] = {
+            "svd": lambda w=weight, r=rank: spectral_by_svd(w, r),  # type: ignore[misc]
+            "spectral": lambda w=weight, r=rank: factorize(w, r, method="spectral"),  # type: ignore[misc]
+            "function": lambda w=weight, r=rank: factorize(w, r, method="function", activation=activation),  # type: ignore[misc]
+            "optimized": lambda w=weight, r=rank: factorize(  # type: ignore[misc]
+                w, r, method="function_optimized", activation=activation
+            ),
+            "sketch": lambda w=weight, r=rank: spectral_by_sketch(w, r),  # type: ignore[misc]
+        }
+        for name, run in runs.items():
+            totals[name] += count * cpu_seconds(run)
+        missing, layers = max(missing, missing_energy(weight, rank)), layers + count
+    times = " | ".join(f"{totals[name]:.2f}" for name in totals)
+    print(f"| {network} | {fraction:g} | {layers} | {activation} | {times} | {missing:.1%} |", flush=True)
+
+
+def print_costs() -> None:
+    """Prints the table of costs."""
+    names = "full SVD | spectral | function | function_optimized | randomised SVD | energy it misses"
+    print(f"| network | rank / full | layers | activation | {names} |")
+    print("|---" * 10 + "|")
+    for network in NETWORKS:
+        for fraction in (1 / 16, 1 / 4):
+            measure_cost(network, fraction)
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Measures what is not measured yet, prints the page and writes it with its plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -309,15 +405,18 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.03, 0.1])
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4, 8])
     parser.add_argument("--fractions", type=float, nargs="*", default=[0.125, 0.25])
+    parser.add_argument("--costs", action="store_true", help="print what factoring costs, and nothing else")
     arguments = parser.parse_args(words)
     torch.set_num_threads(1)
+    if arguments.costs:
+        print_costs()
+        return
     results = run_rows(arguments) if arguments.data else []
     page = document(layer_errors(), results, arguments)
-    print(page)
     if results:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "low_rank_results.md").write_text(page)
-        (arguments.output / "low_rank_results.svg").write_text(chart(results))
+        write_page(arguments.output, "low_rank", page, chart(results))
+    else:
+        print(page)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ghn_service.errors import DataError
+from ghn_service.errors import DataError, TrainingError
 
 logger = logging.getLogger(__name__)
 LOG_FILE = "log.jsonl"
@@ -27,10 +27,12 @@ class RunLog:
         self._board: Any = None
         if folder is None:
             return
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # imported here: it takes a second
+        except ImportError as error:
+            raise TrainingError("training needs the package tensorboard: pip install 'ghn-service[train]'") from error
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / LOG_FILE).open("a", encoding="utf-8")
-        from torch.utils.tensorboard import SummaryWriter  # imported here: it takes a second that others need not pay
-
         self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, kind: str, step: int, **values: Any) -> None:

@@ -230,14 +230,12 @@ def test_test_images_stand_in_for_validation_images(tmp_path):
 
 
 def test_missing_libraries_are_named(tmp_path, monkeypatch):
-    write_folder(tmp_path)
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(MissingExtraError):
-        read_images(tmp_path, "train")
-    write_parquet(tmp_path)
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MissingExtraError):
-        read_images(tmp_path, "train")
+    write_folder(tmp_path / "files")
+    write_parquet(tmp_path / "table")
+    for library, folder in (("PIL", "files"), ("pyarrow", "table")):
+        monkeypatch.setitem(sys.modules, library, None)
+        with pytest.raises(MissingExtraError):
+            read_images(tmp_path / folder, "train")
 
 
 def test_public_parquet_is_read():

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from benchmarks import reproduce_additive, reproduce_norm_only
-from benchmarks.cells import run_cells
+from benchmarks.experiment import run_cells
 from tests.shared_data import shared_path
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from typer.testing import CliRunner
 
@@ -76,6 +78,15 @@ def test_evaluate_writes_its_report(tmp_path):
     assert result.exit_code == 0, result.output
     assert "| test | 1 |" in (tmp_path / "evaluation.md").read_text()
     assert (tmp_path / "measurements.jsonl").is_file()
+
+
+@pytest.mark.parametrize("library", ["PIL", "torch.utils.tensorboard"])
+def test_a_missing_library_is_one_sentence_that_says_how_to_get_it(tmp_path, monkeypatch, library):
+    write_image_folder(tmp_path / "data", classes=3)
+    monkeypatch.setitem(sys.modules, library, None)
+    result = run("fit", "--data", tmp_path / "data", "--out", tmp_path / "run", *TINY)
+    assert result.exit_code == 1
+    assert "ghn-service[train]" in result.output.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

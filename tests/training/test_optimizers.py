@@ -51,7 +51,7 @@ def test_muon_steps_as_it_is_written_down():
             nesterov = 0.05 * matrix.grad + 0.95 * averages[index]
             expected = muon_update(nesterov, 0.05)
             update = before[index].double() * (1.0 - 0.05 * 0.01) - matrix.detach()
-            assert (update - expected).norm() < 0.02 * expected.norm()  # torch computes it in bfloat16
+            assert (update - expected).norm() < 0.05 * expected.norm()  # torch computes it in bfloat16
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -1,0 +1,89 @@
+"""What the reproductions share: resumable cells, the choice of learning rates, and how results are told."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ghn_service.training.evaluation.fine_tune import mean_and_error
+from ghn_service.training.evaluation.processes import work_through
+
+Cell = dict[str, Any]
+CHOOSING_SEED = 1000
+"""The seed with which learning rates are chosen on validation images; it is not among those reported."""
+
+
+def run_cells(path: Path, cells: Iterable[Cell], measure: Callable[[Cell], Cell], *, workers: int = 1) -> list[Cell]:
+    """Measures every cell that is not in the file yet and appends it; returns all of them in order.
+
+    Args:
+        path: JSON lines, one per finished cell, so that an experiment can be stopped and resumed; made if absent.
+        cells: What to measure, each identified by all of its values.
+        measure: Gives the results of a cell; with several workers it has to be a function of a module.
+        workers: Processes, each with one thread. The results do not depend on their number.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text().splitlines() if path.exists() else []
+    known = {_key(entry["cell"]): entry["result"] for entry in map(json.loads, lines)}
+    wanted = list(cells)
+    missing = list({_key(cell): cell for cell in wanted if _key(cell) not in known}.values())
+    for cell, result in work_through(_measured, missing, start=_on_one_thread, setup=measure, workers=workers):
+        known[_key(cell)] = result
+        with path.open("a") as file:
+            file.write(json.dumps({"cell": cell, "result": result}) + "\n")
+        print(_key(cell), json.dumps(result), flush=True)
+    return [{**cell, **known[_key(cell)]} for cell in wanted]
+
+
+def _key(cell: Cell) -> str:
+    return json.dumps(cell, sort_keys=True)
+
+
+def _on_one_thread(measure: Callable[[Cell], Cell]) -> Callable[[Cell], Cell]:
+    torch.set_num_threads(1)
+    return measure
+
+
+def _measured(measure: Callable[[Cell], Cell], cell: Cell) -> Cell:
+    return measure(cell)
+
+
+def run_seeds(
+    path: Path, cell: Cell, measure: Callable[[Cell], Cell], *, rates: Sequence[float], seeds: int
+) -> list[Cell]:
+    """Chooses the learning rate of a cell on validation images with ``CHOOSING_SEED``, then measures every seed."""
+    grid = run_cells(path, [{**cell, "rate": rate, "seed": CHOOSING_SEED} for rate in rates], measure)
+    best = max(grid, key=lambda tried: float(tried["accuracy"]))
+    return run_cells(path, [{**cell, "rate": best["rate"], "seed": seed} for seed in range(seeds)], measure)
+
+
+def file_digest(path: Path) -> str:
+    """The beginning of a file's SHA-256, which names a hypernetwork in cells and on pages."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def verdict(differences: Sequence[float]) -> str:
+    """What paired differences say, by the same rule everywhere: one counts beyond two standard errors."""
+    mean, error = mean_and_error(differences)
+    if abs(mean) > 2 * error > 0:
+        return "helps" if mean > 0 else "hurts"
+    return "makes no difference that can be seen"
+
+
+def percent(values: Sequence[float], digits: int = 1, sign: str = "") -> str:
+    """Mean and standard error of shares, in percent."""
+    mean, error = mean_and_error(values)
+    return f"{100 * mean:{sign}.{digits}f} ± {100 * error:.{digits}f}"
+
+
+def write_page(folder: Path, name: str, text: str, chart: str) -> None:
+    """Writes ``NAME_results.md`` and its chart, and prints the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}_results.md").write_text(text)
+    (folder / f"{name}_results.svg").write_text(chart)
+    print(text)
