@@ -13,7 +13,7 @@ of ``docs/low_rank_results.md``.
 A run can be stopped and goes on where it was: finished trainings are kept as lines of ``--cells``. ``--costs`` prints
 what factoring costs instead: CPU seconds of one thread for He-normal weights of every layer that gets smaller by it,
 each distinct shape measured once, beside spectral initialisation through ``torch.linalg.svd`` (arXiv:2202.00834 claims
-that matching the function need not cost more) and a randomised SVD, with the energy that it misses on such flat spectra.
+that matching the function need not cost more) and a randomised SVD with the energy that it misses on such flat spectra.
 """
 
 from __future__ import annotations
