@@ -31,8 +31,9 @@ def plan(
 ) -> None:
     """Say what each way of fine-tuning would train, store and be able to change for a network."""
     with ending_well():
-        from ghn_client.finetune.plan import plan as make_plan
-        from ghn_client.finetune.plan_facts import facts_of_module, facts_of_onnx
+        from ghn_client.finetune.planner import facts_of_module
+        from ghn_client.finetune.planner import plan as make_plan
+        from ghn_client.onnx.facts import facts_of_onnx
 
         facts = facts_of_module(build_network(model)) if is_factory(model) else facts_of_onnx(model)
         result = make_plan(

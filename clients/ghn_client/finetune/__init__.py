@@ -1,6 +1,6 @@
 """What a training script does with predicted weights: tune a few of them, with guarantees.
 
-Works on any torch module and depends on torch alone. ``STRATEGIES`` lists what can be tuned; every entry returns a
+Works on any torch module. ``STRATEGIES`` lists what can be tuned; every entry returns a
 :class:`FineTuneHandle`. ``express`` and ``patch`` are exact solvers, ``plan`` says what each strategy could reach.
 """
 
@@ -21,7 +21,7 @@ from ghn_client.finetune.lora import low_rank_update
 from ghn_client.finetune.norm_only import gamma_report, norm_only
 from ghn_client.finetune.patch.solver import patch
 from ghn_client.finetune.peft_format import export_peft, import_peft
-from ghn_client.finetune.plan import plan
+from ghn_client.finetune.planner import plan
 from ghn_client.finetune.strategies import STRATEGIES, all_parameters, bias_only, head_only, prepare
 
 if TYPE_CHECKING:

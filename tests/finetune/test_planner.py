@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 
-from ghn_client.errors import InvalidOptionError
+from ghn_client.errors import InvalidArchitectureError, InvalidOptionError
 from ghn_client.finetune.delta import save_delta
-from ghn_client.finetune.plan import plan
-from ghn_client.finetune.plan_facts import facts_of_module, facts_of_onnx
+from ghn_client.finetune.planner import facts_of_module, plan
 from ghn_client.finetune.strategies import prepare
+from ghn_client.onnx.facts import facts_of_onnx
 from tests.finetune.networks import ResidualNetwork, mlp, small_cnn
 
 
@@ -84,5 +84,10 @@ def test_bad_options_are_refused(options):
 
 def test_files_that_are_no_onnx_are_refused(tmp_path):
     (tmp_path / "x.onnx").write_bytes(b"hello")
-    with pytest.raises(InvalidOptionError):
+    with pytest.raises(InvalidArchitectureError):
         facts_of_onnx(tmp_path / "x.onnx")
+
+
+def test_a_linear_head_is_sure_of_no_label_among_more_samples_than_it_has_inputs():
+    assert rows_of(plan(mlp(5, 8, 3), samples=9))["head_only"].capacity == 9
+    assert rows_of(plan(mlp(5, 8, 3), samples=10))["head_only"].capacity == 0
