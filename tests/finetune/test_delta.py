@@ -127,7 +127,7 @@ def test_files_that_are_no_deltas_are_refused(tmp_path):
     save_delta(handle, tmp_path / "delta.safetensors")
     whole = (tmp_path / "delta.safetensors").read_bytes()
     (tmp_path / "cut").write_bytes(whole[:-10])
-    for name in ("text", "plain", "cut"):
+    for name in ("text", "plain", "cut", "absent"):
         with pytest.raises(FileError):
             read_delta(tmp_path / name)
     with pytest.raises(FileError):

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import nn
 
 from ghn_client.atomic_file import write_file
-from ghn_client.errors import FileError, InvalidOptionError, LoadError, MissingExtraError
+from ghn_client.errors import FileError, InvalidOptionError, LoadError
 from ghn_client.finetune.handle import FineTuneHandle, combine
 from ghn_client.finetune.inserted_norms import CHILD
 from ghn_client.finetune.lora import base_name
@@ -85,14 +87,17 @@ def save_delta(handle: FineTuneHandle, path: str | Path, *, request: Mapping[str
         Bytes written.
 
     Raises:
-        MissingExtraError: ``safetensors`` is not installed.
+        FileError: It cannot be written.
     """
     tensors = {
         f"{index}/{name}": value.cpu().contiguous().clone()
         for index, part in enumerate(handle.parts)
         for name, value in part.state().items()
     }
-    replaced = _replaced(handle)
+    tuned = {id(value) for part in handle.parts for value in part.named_parameters().values()}
+    tuned |= {id(part.module.get_buffer(name)) for part in handle.parts for name in part.buffers}
+    live = [*handle.base.named_parameters(), *handle.base.named_buffers()]
+    replaced = sorted(name for name, value in live if id(value) in tuned and _belongs_to_base(name))
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -102,7 +107,7 @@ def save_delta(handle: FineTuneHandle, path: str | Path, *, request: Mapping[str
         "replaced": json.dumps(replaced),
         "request": json.dumps(None if request is None else dict(request), sort_keys=True),
     }
-    data: bytes = _safetensors().save(tensors, metadata)
+    data = save(tensors, metadata)
     write_file(path, data)
     return len(data)
 
@@ -111,16 +116,15 @@ def read_delta(path: str | Path) -> tuple[DeltaInfo, dict[str, torch.Tensor]]:
     """What a delta file says, and its tensors named ``<part>/<path>``.
 
     Raises:
-        FileError: The file is no delta, or of a newer version.
+        FileError: The file cannot be read, is no delta, or of a newer version.
     """
-    library = _safetensors()
     try:
-        tensors: dict[str, torch.Tensor] = library.load(Path(path).read_bytes())
-        metadata = _metadata(Path(path))
-        if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
-            raise FileError(
-                f"expected a {FORMAT} file of version {VERSION}, got {metadata.get('format')} {metadata.get('version')}"
-            )
+        with safe_open(str(path), framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        kind = (metadata.get("format"), metadata.get("version"))
+        if kind != (FORMAT, VERSION):
+            raise ValueError(f"expected {FORMAT} of version {VERSION}, got {kind[0]} {kind[1]}")
         info = DeltaInfo(
             parts=tuple((name, config) for name, config in json.loads(metadata["parts"])),
             base_kind=metadata["base"],
@@ -129,7 +133,7 @@ def read_delta(path: str | Path) -> tuple[DeltaInfo, dict[str, torch.Tensor]]:
             request=json.loads(metadata["request"]),
             num_numbers=sum(tensor.numel() for tensor in tensors.values()),
         )
-    except (KeyError, ValueError, TypeError, _safetensor_error()) as error:
+    except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
         raise FileError(f"{Path(path).name} is no delta file: {error}") from error
     return info, tensors
 
@@ -211,14 +215,6 @@ def _check_base(module: nn.Module, info: DeltaInfo, request: Mapping[str, Any] |
     )
 
 
-def _replaced(handle: FineTuneHandle) -> list[str]:
-    """Names in the base whose values the delta holds."""
-    tuned = {id(value) for part in handle.parts for value in part.named_parameters().values()}
-    tuned |= {id(part.module.get_buffer(name)) for part in handle.parts for name in part.buffers}
-    live = [*handle.base.named_parameters(), *handle.base.named_buffers()]
-    return sorted(name for name, value in live if id(value) in tuned and _belongs_to_base(name))
-
-
 def _belongs_to_base(name: str) -> bool:
     pieces = name.split(".")
     added = CHILD in pieces or ".parametrizations.weight.0." in name
@@ -237,25 +233,3 @@ def _fill(handle: FineTuneHandle, tensors: Mapping[str, torch.Tensor], index: in
         if value.shape != state[name].shape:
             raise LoadError(f"{name!r} has shape {tuple(value.shape)}, expected {tuple(state[name].shape)}")
         state[name].copy_(value)
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    import safetensors
-
-    with safetensors.safe_open(str(path), framework="pt") as file:
-        return dict(file.metadata() or {})
-
-
-def _safetensor_error() -> type[Exception]:
-    import safetensors
-
-    error: type[Exception] = safetensors.SafetensorError
-    return error
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise MissingExtraError("delta files need the package safetensors: pip install safetensors") from error
-    return safetensors.torch

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import nn
 
 from ghn_client.atomic_file import write_file
 from ghn_client.batchnorm import KEEP, UPDATE
 from ghn_client.errors import FileError, LoadError, UnsupportedModuleError
-from ghn_client.finetune.delta import _safetensors
 from ghn_client.finetune.handle import FineTuneHandle, Part
 from ghn_client.finetune.lora import low_rank_update
 from ghn_client.finetune.norm_only import norm_only
@@ -49,7 +50,7 @@ def export_peft(handle: FineTuneHandle, folder: str | Path) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     write_file(target / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
     contiguous = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    write_file(target / WEIGHTS_FILE, _safetensors().save(contiguous, {"format": "pt"}))
+    write_file(target / WEIGHTS_FILE, save(contiguous, {"format": "pt"}))
     return target
 
 
@@ -61,12 +62,15 @@ def import_peft(module: nn.Module, folder: str | Path) -> FineTuneHandle:
         folder: An adapter that PEFT or :func:`export_peft` wrote.
 
     Raises:
-        FileError: The adapter is of another kind, or uses a variant of LoRA.
+        FileError: The adapter cannot be read, is of another kind, or uses a variant of LoRA.
         LoadError: It does not fit the module.
     """
     source = Path(folder)
-    config = json.loads((source / CONFIG_FILE).read_text())
-    tensors = _safetensors().load((source / WEIGHTS_FILE).read_bytes())
+    try:
+        config = json.loads((source / CONFIG_FILE).read_text())
+        tensors = load((source / WEIGHTS_FILE).read_bytes())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise FileError(f"{source.name} is no adapter of PEFT: {error}") from error
     if not all(name.startswith(_PREFIX) for name in tensors):
         raise FileError(f"expected tensor names that start with {_PREFIX!r}, got {list(tensors)[:3]}")
     own = {name[len(_PREFIX) :]: value for name, value in tensors.items()}
@@ -84,7 +88,7 @@ def _ln_tuning(part: Part) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     head = set(part.groups.get("head", ()))
     layers = sorted({name.rpartition(".")[0] for name in part.groups["norm"]})
     tensors = {
-        _PREFIX + (name if name in head else "{}.ln_tuning_layers.{}".format(*_split(name))): value
+        _PREFIX + (name if name in head else ".ln_tuning_layers.".join(name.rsplit(".", 1))): value
         for name, value in part.state().items()
     }
     return {**_common(LN_TUNING, part), "target_modules": layers}, tensors
@@ -176,15 +180,10 @@ def _common(kind: str, part: Part) -> dict[str, Any]:
     }
 
 
-def _split(name: str) -> tuple[str, str]:
-    layer, _, local = name.rpartition(".")
-    return layer, local
-
-
 def _import_ln_tuning(module: nn.Module, own: Mapping[str, torch.Tensor]) -> FineTuneHandle:
     plain = {name.replace(".ln_tuning_layers.", "."): value for name, value in own.items()}
     norms = {name.partition(".ln_tuning_layers.")[0] for name in own if ".ln_tuning_layers." in name}
-    head = sorted({_split(name)[0] for name in own if ".ln_tuning_layers." not in name})
+    head = sorted({name.rpartition(".")[0] for name in own if ".ln_tuning_layers." not in name})
     carries_statistics = any(name.endswith("running_mean") for name in plain)
     handle = norm_only(module, head=head, statistics=UPDATE if carries_statistics else KEEP)
     _copy(handle, plain, norms)
@@ -198,7 +197,7 @@ def _import_lora(module: nn.Module, own: Mapping[str, torch.Tensor], config: Map
     if variants:
         raise FileError(f"this adapter uses {', '.join(variants)}, which low_rank_update does not compute")
     layers = sorted({name.partition(".lora_")[0] for name in own if ".lora_" in name})
-    head = sorted({_split(name)[0] for name in own if ".lora_" not in name})
+    head = sorted({name.rpartition(".")[0] for name in own if ".lora_" not in name})
     groups = {layer: int(getattr(module.get_submodule(layer), "groups", 1)) for layer in layers}
     ranks = {layer: int(_pattern(config, "rank_pattern", layer, "r")) // groups[layer] for layer in layers}
     alphas = {layer: _pattern(config, "alpha_pattern", layer, "lora_alpha") / groups[layer] for layer in layers}

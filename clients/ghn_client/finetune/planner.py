@@ -199,30 +199,20 @@ def _answers(
         norm_cannot = (
             f"exact solving (express) needs BatchNorm, this network has {', '.join(other_norms)}" if other_norms else ""
         )
-    fits_head = samples <= facts.head_inputs + 1
-    updates = sum(min(rank, rows, columns) * (rows + columns) for rows, columns in facts.matrices[:-1])
+    linear = (
+        f"a linear head fits any labels of at most {facts.head_inputs + 1:,} samples in general position (Cover 1965);"
+        " of more samples, none can surely be changed"
+    )
+    sure = samples if samples <= facts.head_inputs + 1 else 0
+    factors = facts.factored_parameters + head if facts.factored_parameters else 0
     unfactored = "no factored layer; predict with low-rank output or factorize the module first"
-    no_bias = "" if facts.bias_parameters else "the network has no bias"
-    factored = facts.factored_parameters
+    updates = sum(min(rank, rows, columns) * (rows + columns) for rows, columns in facts.matrices[:-1])
     answers: list[tuple[str, int, int | None, str, str]] = [
         ("all", facts.parameters, None, _NO_THEORY, ""),
         ("norm_only", facts.norm_parameters + head, None, norm_source, norm_cannot),
-        ("bias_only", facts.bias_parameters, None, _NO_THEORY, no_bias),
-        (
-            "head_only",
-            head,
-            samples if fits_head else 0,
-            f"a linear head fits any labels of at most {facts.head_inputs + 1:,} samples in general position (Cover"
-            " 1965); of more samples, none can surely be changed",
-            "",
-        ),
-        (
-            "low_rank",
-            factored + head if factored else 0,
-            None,
-            _NO_THEORY if factored else "",
-            "" if factored else unfactored,
-        ),
+        ("bias_only", facts.bias_parameters, None, _NO_THEORY, "" if facts.bias_parameters else "no bias"),
+        ("head_only", head, sure, linear, ""),
+        ("low_rank", factors, None, _NO_THEORY if factors else "", "" if factors else unfactored),
         ("low_rank_update", updates + head, None, _NO_THEORY, ""),
     ]
     for depth in (2, 3):
