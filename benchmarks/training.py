@@ -4,7 +4,8 @@
 scores it on networks and images that training never saw: one network in five of the family is held out, and 512
 training images. Families: ``narrow``, that of the training tests (112 plain networks), in which a
 recipe shows its worth within a minute or two; ``tiny``, ResNets and plain convolutional networks of the generator of at
-most four million multiply-adds. With ``--processor-s`` the length of a run is what a trial of 100 steps says will fit.
+most four million multiply-adds; ``deep``, residual networks of 5 to 18 blocks per stage. With ``--processor-s`` the
+length of a run is what a trial of 100 steps says will fit.
 
 ``python -m benchmarks.training speed --data DIR`` gives networks per second of processor time beside a plain loop that
 does the same passes (same networks, batches and number format) with ordinary parameters and no update. Both take turns
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ghn_architectures.generator import sample_architecture
+from ghn_architectures.generator import Budget, sample_architecture
 from ghn_client.batchnorm import use_batch_statistics
 from ghn_client.finetune.images import measure_normalization
 from ghn_service.training.distributed import Workers
@@ -49,7 +50,7 @@ BASE = (
 )
 WARM_STEPS, TRIAL_STEPS = 20, 80
 EVERY_FIFTH = 5
-TINY_NETWORKS = 400
+TINY_NETWORKS, DEEP_NETWORKS = 400, 150
 ALONE = Workers(0, 1, torch.device("cpu"))
 
 
@@ -69,7 +70,16 @@ def tiny_family() -> list[Any]:
     return list(distinct)
 
 
-FAMILIES: dict[str, Callable[[], list[Any]]] = {"narrow": narrow_family, "tiny": tiny_family}
+def deep_family() -> list[Any]:
+    """Residual networks of 5 to 18 blocks per stage, each once."""
+    budget = Budget(1_000_000, 12_000_000, most_nodes=240)
+    drawn = (
+        sample_architecture("train_deep", index, families=("resnet",), budget=budget) for index in range(DEEP_NETWORKS)
+    )
+    return list({item.configuration: item for item in drawn}.values())
+
+
+FAMILIES: dict[str, Callable[[], list[Any]]] = {"narrow": narrow_family, "tiny": tiny_family, "deep": deep_family}
 
 
 def compare_recipe(options: argparse.Namespace) -> dict[str, Any]:
