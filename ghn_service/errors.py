@@ -1,10 +1,16 @@
-"""The exceptions of the service: one family, one cause each.
+"""The exceptions of the service: one family, one cause each, and one rule for what is a lack of memory.
 
-Every message says what was expected, what came (name, value, shape) and what to do about it. ``server/interceptors.py``
-maps each class to one gRPC status; the texts travel to the client, so they never contain paths of the server.
+Every message says what was expected, what came (name, value, shape) and what to do about it. A table in
+``server/calls.py`` gives each class its gRPC status; the texts travel to the client, so they never contain paths of the
+server.
 """
 
 from __future__ import annotations
+
+import errno
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class GhnServiceError(Exception):
@@ -81,3 +87,35 @@ class UnavailableError(GhnServiceError):
 
 class ConfigurationError(GhnServiceError):
     """The server cannot start with these settings."""
+
+
+TEXTS_OF_FAILED_ALLOCATIONS = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What torch says where it has no class of its own for a lack of memory."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is a failed allocation, whichever way Python, the system or torch says it."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError | OutOfMemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's own
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in TEXTS_OF_FAILED_ALLOCATIONS)
+
+
+@contextmanager
+def memory_errors(message: str) -> Iterator[None]:
+    """Turns every failed allocation of the body into an ``OutOfMemoryError``, and lets go of what the body held.
+
+    Args:
+        message: What the user can do about it.
+
+    Raises:
+        OutOfMemoryError: The body ran out of memory.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # else the error keeps the tensors of its frames
+        raise OutOfMemoryError(message) from error

@@ -6,27 +6,26 @@ that is drawn has a generator of its own, and nothing is kept between prediction
 
 from __future__ import annotations
 
-import errno
 import fnmatch
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ghn_service.errors import InvalidOptionError, OutOfMemoryError, PredictionError
+from ghn_service.errors import InvalidOptionError, OutOfMemoryError, PredictionError, memory_errors
 from ghn_service.graph import ArchitectureGraph, ParameterSpec
 from ghn_service.graph.onnx.reader import read_onnx
 from ghn_service.graph.passes import restrict_vocabulary
 from ghn_service.hypernetwork.checkpoint import CheckpointSummary, load_checkpoint
 from ghn_service.hypernetwork.features import Target, build_features, collate, is_tiled
+from ghn_service.hypernetwork.fill import MAX_ELEMENTS_HELD, fill_parameters
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
-from ghn_service.hypernetwork.writing import MAX_ELEMENTS_HELD, OnWritten, ParameterWriter, drawn_generators
 from ghn_service.parameters import PREDICTED, TILED, ParameterSet, allocate_tensors, fallback_origin
 from ghn_service.postprocess.distribution_shift import METADATA_KEY, GraphStatistics, decode_statistics, measure_shift
 from ghn_service.postprocess.diversity import build_report, measure_network
@@ -40,6 +39,7 @@ READING, ENCODING, DECODING, POST_PROCESSING = "reading", "encoding", "decoding"
 MAX_SEED = 2**64 - 1
 
 OnStage = Callable[[str], None]
+ItemT = TypeVar("ItemT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +184,6 @@ class Predictor:
         *,
         options: PredictionOptions | None = None,
         on_stage: OnStage | None = None,
-        on_written: OnWritten | None = None,
     ) -> PredictionResult:
         """Predicts every trainable tensor of an architecture.
 
@@ -193,9 +192,6 @@ class Predictor:
             options: What may be chosen; None for the defaults.
             on_stage: Called with the name of a stage when it begins, and again while it goes on; what it raises ends
                 the prediction.
-            on_written: Called for each tensor that is final, in order, and once before the first, so that something
-                can be done with them while the others are written; not for a prediction with steps, whose tensors are
-                final at the end only. Every value is known to be finite by then.
 
         Raises:
             InvalidArchitectureError: The bytes are no such network.
@@ -206,15 +202,22 @@ class Predictor:
         """
         options = options or PredictionOptions()
         clock = _StageClock(on_stage)
-        with _memory_errors(self.device):
-            return self._run(architecture, options, clock, on_written)
+        message = (
+            f"there is not enough memory on {self.device} to predict this network now; ask for a part of it, or float16"
+        )
+        try:
+            with memory_errors(message):
+                return self._run(architecture, options, clock)
+        except OutOfMemoryError:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            raise
 
     def _run(
         self,
         architecture: ArchitectureGraph | bytes,
         options: PredictionOptions,
         clock: _StageClock,
-        on_written: OnWritten | None,
     ) -> PredictionResult:
         graph = read_architecture(architecture, clock)
         known = restrict_vocabulary(graph, self.ghn.config.op_types)
@@ -223,8 +226,7 @@ class Predictor:
             batch = collate([features]).to(self.device)
             embeddings = self.ghn.encode(batch)
         with clock.stage(DECODING):
-            wanted = None if options.has_steps else on_written
-            parameters = self._decode(known, features.targets, embeddings, options, clock, wanted)
+            parameters = self._decode(known, features.targets, embeddings, options, clock)
         if not options.has_steps:
             return PredictionResult(parameters, graph, clock.seconds)
         with clock.stage(POST_PROCESSING):
@@ -253,12 +255,8 @@ class Predictor:
         embeddings: Tensor,
         options: PredictionOptions,
         clock: _StageClock,
-        on_written: OnWritten | None,
     ) -> ParameterSet:
-        """Decodes blocks, and then fills one tensor after the other, in order.
-
-        With steps to come, all of them and in float32, on the steps' device.
-        """
+        """Decodes blocks and fills the wanted tensors; before steps, all of them, in float32 on the steps' device."""
         has_steps = options.has_steps
         specs = {spec.name: spec for spec in graph.parameters() if has_steps or options.includes(spec.name)}
         by_name = {target.name: target for target in targets if target.name in specs}
@@ -269,13 +267,10 @@ class Predictor:
         )
         origins = {name: self._origin(spec, by_name.get(name)) for name, spec in specs.items()}
         parameters = ParameterSet(specs, tensors, origins, graph.warnings)
-        writer = ParameterWriter(parameters, on_written, drawn=drawn_generators(graph, options.seed))
-        for group, blocks in self.ghn.decode_blocks(
+        blocks = self.ghn.decode_blocks(
             embeddings, list(by_name.values()), seed=options.seed, max_elements=MAX_ELEMENTS_HELD
-        ):
-            clock.tick(DECODING)
-            writer.take(group, blocks)
-        writer.finish()
+        )
+        fill_parameters(parameters, clock.ticking(DECODING, blocks), graph, seed=options.seed)
         return parameters
 
     def _post_process(
@@ -329,25 +324,6 @@ def read_architecture(architecture: ArchitectureGraph | bytes, clock: _StageCloc
         return read_onnx(architecture)
 
 
-@contextmanager
-def _memory_errors(device: torch.device) -> Iterator[None]:
-    """Gives all the ways to run out of memory one name."""
-    try:
-        yield
-    except (MemoryError, RuntimeError, OSError) as error:
-        is_exhausted = (
-            isinstance(error, MemoryError | torch.OutOfMemoryError)
-            or getattr(error, "errno", None) == errno.ENOMEM
-            or "DefaultCPUAllocator" in str(error)  # torch gives it no class of its own
-        )
-        if not is_exhausted:
-            raise
-        raise OutOfMemoryError(
-            f"there is not enough memory on {device} to predict this network now; ask for a part of its tensors, or "
-            "for float16"
-        ) from error
-
-
 class _StageClock:
     """Seconds by stage, and the caller's word in between."""
 
@@ -359,6 +335,12 @@ class _StageClock:
         """Tells the caller that this stage goes on; the caller may raise."""
         if self._on_stage is not None:
             self._on_stage(name)
+
+    def ticking(self, name: str, items: Iterable[ItemT]) -> Iterator[ItemT]:
+        """The items, with a tick before each is handed on."""
+        for item in items:
+            self.tick(name)
+            yield item
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -27,8 +27,7 @@ from ghn_client.onnx.export import Architecture, ModelSource, read_source
 from ghn_client.options import LowRankOptions, StepLike, encode_low_rank, encode_step
 from ghn_client.prediction import Prediction
 from ghn_client.wire import ghn_pb2
-from ghn_client.wire.codec import Progress, receive_stream
-from ghn_client.wire.framing import SERVICE, open_prediction_stream
+from ghn_client.wire.codec import SERVICE, Progress, open_prediction_stream, receive_stream
 from ghn_client.wire.ghn_pb2_grpc import GhnServiceStub
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -183,13 +182,13 @@ class GHNClient:
         def attempt(channel: grpc.Channel, remaining_s: float) -> Prediction:
             events = open_prediction_stream(channel)(request, timeout=remaining_s, metadata=self._connection.metadata)
             try:
-                received = receive_stream(events, max_bytes=self._max_bytes, on_progress=on_progress)
+                buffer, trailer = receive_stream(events, max_bytes=self._max_bytes, on_progress=on_progress)
+                return Prediction.from_buffer(buffer, trailer=trailer, source=source)
             except GhnClientError as error:
                 error.request_id = error.request_id or request.request_id
                 raise
             finally:
                 events.cancel()
-            return Prediction.from_received(received, source=source)
 
         return self._connection.call(attempt, timeout_s=timeout_s or self._timeout_s or PREDICT_TIMEOUT_S)
 

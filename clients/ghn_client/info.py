@@ -8,25 +8,7 @@ from typing import Any
 
 from ghn_client.options import decode_method
 from ghn_client.wire import ghn_pb2
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One trainable tensor and what becomes of it.
-
-    Attributes:
-        name: Key in the reply.
-        shape: Shape as stored in the file.
-        origin: ``predicted``, ``tiled`` or ``fallback:<rule>``.
-        torch_name: Key in the module's ``state_dict`` where it can be told, else "".
-        op_type: Op type of the graph node that stands for it, else "".
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    origin: str
-    torch_name: str = ""
-    op_type: str = ""
+from ghn_client.wire.metadata import TensorInfo, TensorUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +125,16 @@ def decode_analysis(reply: ghn_pb2.AnalyzeArchitectureResponse) -> Analysis:
         num_predicted_parameters=reply.num_predicted_parameters,
         total_bytes=reply.total_bytes,
         tensors=tuple(
-            TensorInfo(item.name, tuple(item.shape), item.origin, item.torch_name, item.op_type)
+            TensorInfo(
+                name=item.name,
+                origin=item.origin,
+                initializer=item.initializer,
+                torch_name=item.torch_name,
+                permutation=tuple(item.permutation),
+                uses=tuple(TensorUse(use.node, use.input_index) for use in item.uses),
+                shape=tuple(item.shape),
+                op_type=item.op_type,
+            )
             for item in reply.tensors
         ),
         buffers=tuple(reply.buffers),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,12 +13,13 @@ from typing import Any
 import torch
 
 from ghn_client.atomic_file import write_file
-from ghn_client.errors import FileError, GhnClientError
+from ghn_client.errors import FileError, StreamCorruptedError
 from ghn_client.loading import LoadReport, load_parameters
 from ghn_client.onnx.export import Architecture, ModelSource, read_source
 from ghn_client.onnx.fill import write_filled
-from ghn_client.wire.codec import PlacedTensor, ReceivedPrediction, decode_safetensors_header
-from ghn_client.wire.metadata import PredictionMetadata, TensorNote, decode_metadata
+from ghn_client.wire import ghn_pb2
+from ghn_client.wire.codec import decode_safetensors_header
+from ghn_client.wire.metadata import PredictionMetadata, TensorInfo, decode_metadata
 
 DTYPES = {
     "F64": torch.float64,
@@ -39,7 +41,7 @@ class Prediction(Mapping[str, torch.Tensor]):
 
     Attributes:
         buffer: The safetensors file.
-        placed: Every tensor and its place in ``buffer``.
+        tensors: The tensors by name, in file order.
         metadata: What the file says about itself.
         seconds: Seconds that the server spent, by what it did; empty for a loaded file.
         report: The diversity report, if it was asked for.
@@ -47,25 +49,42 @@ class Prediction(Mapping[str, torch.Tensor]):
     """
 
     buffer: bytearray | memoryview
-    placed: tuple[PlacedTensor, ...]
+    tensors: Mapping[str, torch.Tensor]
     metadata: PredictionMetadata
     seconds: Mapping[str, float] = field(default_factory=dict)
     report: Mapping[str, Any] | None = None
     source: ModelSource | None = None
 
     @staticmethod
-    def from_received(received: ReceivedPrediction, *, source: ModelSource | None = None) -> Prediction:
-        """The prediction that a stream brought.
+    def from_buffer(
+        buffer: bytearray | memoryview,
+        *,
+        trailer: ghn_pb2.StreamTrailer | None = None,
+        source: ModelSource | None = None,
+    ) -> Prediction:
+        """The prediction in a whole safetensors file, and in the trailer of the stream that brought it.
 
         Raises:
-            FileError: Its metadata is damaged.
+            StreamCorruptedError: The file is damaged.
+            FileError: It is not one of this service.
         """
+        placed, encoded = decode_safetensors_header(buffer)
+        tensors: dict[str, torch.Tensor] = {}
+        for name, item in placed.items():
+            dtype = DTYPES[item.dtype]
+            count = (item.stop - item.start) // dtype.itemsize
+            flat = (
+                torch.frombuffer(buffer, dtype=dtype, count=count, offset=item.start)
+                if count
+                else torch.empty(0, dtype=dtype)
+            )
+            tensors[name] = flat.reshape(item.shape)
         return Prediction(
-            buffer=received.buffer,
-            placed=received.tensors,
-            metadata=decode_metadata(received.metadata),
-            seconds=dict(received.trailer.seconds),
-            report=json.loads(received.trailer.report_json) if received.trailer.report_json else None,
+            buffer=buffer,
+            tensors=tensors,
+            metadata=decode_metadata(encoded),
+            seconds=dict(trailer.seconds) if trailer else {},
+            report=json.loads(trailer.report_json) if trailer and trailer.report_json else None,
             source=source,
         )
 
@@ -80,26 +99,13 @@ class Prediction(Mapping[str, torch.Tensor]):
             with Path(path).open("rb") as file:
                 buffer = bytearray(Path(path).stat().st_size)
                 file.readinto(buffer)
-            placed, encoded = decode_safetensors_header(buffer)
+            return Prediction.from_buffer(buffer)
         except OSError as error:
             raise FileError(f"cannot read {str(path)!r}: {error.strerror}") from error
-        except GhnClientError as error:
+        except StreamCorruptedError as error:
             raise FileError(f"{str(path)!r} is no whole safetensors file: {error}") from error
-        return Prediction(buffer, placed, decode_metadata(encoded))
 
     # ---- mapping ----------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def tensors(self) -> Mapping[str, torch.Tensor]:
-        """The tensors by name, in file order."""
-        return {item.entry.name: self._view(item) for item in self.placed}
-
-    def _view(self, item: PlacedTensor) -> torch.Tensor:
-        dtype = DTYPES[item.entry.dtype]
-        count = item.entry.num_bytes // dtype.itemsize
-        if count == 0:
-            return torch.empty(item.entry.shape, dtype=dtype)
-        return torch.frombuffer(self.buffer, dtype=dtype, count=count, offset=item.start).reshape(item.entry.shape)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]
@@ -108,7 +114,7 @@ class Prediction(Mapping[str, torch.Tensor]):
         return iter(self.tensors)
 
     def __len__(self) -> int:
-        return len(self.placed)
+        return len(self.tensors)
 
     def __repr__(self) -> str:
         return f"Prediction({len(self)} tensors, {self.num_parameters} parameters, model={self.metadata.model!r})"
@@ -116,7 +122,12 @@ class Prediction(Mapping[str, torch.Tensor]):
     # ---- what is known ----------------------------------------------------------------------------------------------
 
     @cached_property
-    def notes(self) -> Mapping[str, TensorNote]:
+    def digest(self) -> str:
+        """sha256 of the file, in hexadecimal; equal requests give equal digests."""
+        return hashlib.sha256(self.buffer).hexdigest()
+
+    @cached_property
+    def notes(self) -> Mapping[str, TensorInfo]:
         """What is known of each tensor, by its name."""
         return {note.name: note for note in self.metadata.tensors}
 

@@ -14,7 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ghn_client.wire import ghn_pb2  # noqa: F401  registers the protocol for reflection
-from ghn_client.wire.framing import SERVICE
+from ghn_client.wire.codec import SERVICE
 from ghn_service.errors import ConfigurationError, GhnServiceError, UnavailableError
 from ghn_service.server.interceptors import CallInterceptor
 from ghn_service.server.models import LoadPredictor, ModelRegistry, load_predictor, resolve_devices

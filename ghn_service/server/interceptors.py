@@ -16,14 +16,15 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from ghn_client.wire.framing import SERVICE
-from ghn_service.errors import InvalidOptionError
+from ghn_client.wire.codec import SERVICE
+from ghn_service.errors import InvalidOptionError, memory_errors
 from ghn_service.server.logs import logged_as
-from ghn_service.server.memory import translate_memory_errors
 from ghn_service.server.messages import decode_request_id
 from ghn_service.server.statuses import encode_status, status_row
 
 logger = logging.getLogger(__name__)
+
+OUT_OF_MEMORY = "the server has not enough free memory for this request; try again later"
 
 Continuation = Callable[[grpc.HandlerCallDetails], "grpc.RpcMethodHandler[Any, Any] | None"]
 
@@ -92,7 +93,7 @@ def _guard(request: Any, context: grpc.ServicerContext, method: str) -> Iterator
     with logged_as(request_id, method):
         if error is None:
             try:
-                with translate_memory_errors():
+                with memory_errors(OUT_OF_MEMORY):
                     yield
             except GeneratorExit:
                 _log("CANCELLED", start, None)

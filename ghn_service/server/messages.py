@@ -93,11 +93,6 @@ def decode_dtype(dtype: int) -> str:
     return DTYPE_NAMES[dtype]
 
 
-def encode_dtype(name: str) -> ghn_pb2.DataType.ValueType:
-    """The inverse of ``decode_dtype``; never unspecified."""
-    return ghn_pb2.DataType.Value(f"DATA_TYPE_{name.upper()}")
-
-
 def decode_request_id(request_id: str) -> str:
     """The identifier of a request, made up where the client gave none.
 

@@ -11,10 +11,9 @@ from typing import Protocol
 
 import torch
 
-from ghn_service.errors import CheckpointError, GhnServiceError, UnavailableError, UnknownModelError
+from ghn_service.errors import CheckpointError, GhnServiceError, UnavailableError, UnknownModelError, memory_errors
 from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.hypernetwork.checkpoint import CheckpointSummary
-from ghn_service.hypernetwork.writing import OnWritten
 from ghn_service.predictor import (
     ArchitectureAnalysis,
     OnStage,
@@ -23,7 +22,6 @@ from ghn_service.predictor import (
     Predictor,
     choose_device,
 )
-from ghn_service.server.memory import translate_memory_errors
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +32,7 @@ class ServedPredictor(Protocol):
     summary: CheckpointSummary | None
 
     def run(
-        self, architecture: ArchitectureGraph, *, options: PredictionOptions, on_stage: OnStage, on_written: OnWritten
+        self, architecture: ArchitectureGraph, *, options: PredictionOptions, on_stage: OnStage
     ) -> PredictionResult:
         """Predicts weights; called by one thread at a time."""
         ...
@@ -158,7 +156,7 @@ class ModelRegistry:
         self._done.set()
 
     def _load_one(self, name: str, path: Path) -> LoadedModel:
-        with translate_memory_errors():
+        with memory_errors(f"there is not enough memory to load {path.name!r}"):
             predictors = tuple(self._load(path, device) for device in self.devices)
         summary = predictors[0].summary
         assert summary is not None, "a predictor that was loaded from a file knows what was in it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,16 +11,12 @@ from functools import partial
 import grpc
 
 from ghn_client.wire import ghn_pb2
-from ghn_client.wire.codec import iterate_chunks
-from ghn_client.wire.framing import SERVICE, OutgoingChunk, encode_event
+from ghn_client.wire.codec import SERVICE, encode_chunks, serialize_event
 from ghn_service.errors import DeadlineExceededError, InvalidOptionError, RequestCancelledError
 from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.graph.onnx.reader import read_onnx
-from ghn_service.postprocess.low_rank.output import LowRankRecord
-from ghn_service.postprocess.low_rank.ranks import LowRank
 from ghn_service.predictor import READING, PredictionOptions, PredictionResult
 from ghn_service.server.logs import current_request_id
-from ghn_service.server.memory import translate_memory_errors
 from ghn_service.server.messages import (
     decode_dtype,
     decode_low_rank,
@@ -30,12 +27,12 @@ from ghn_service.server.messages import (
     encode_server_info,
 )
 from ghn_service.server.models import LoadedModel, ModelRegistry
-from ghn_service.server.reply import VERSION, Reply, ReplyBuilder, expected_bytes
+from ghn_service.server.reply import VERSION, encode_report, encode_result_header, encode_values, expected_bytes
 from ghn_service.server.settings import Settings
 from ghn_service.server.watchdog import Watchdog
-from ghn_service.server.work_queue import Admission, Checkpoint, Job, ResultT, WorkQueue
+from ghn_service.server.work_queue import Admission, Job, ResultT, StageCallback, WorkQueue
 
-Events = Iterator[ghn_pb2.PredictWeightsResponse | OutgoingChunk]
+Events = Iterator[ghn_pb2.PredictWeightsResponse | bytes]
 
 
 class GhnService:
@@ -63,17 +60,34 @@ class GhnService:
         with self.work_queue.admit() as admission:
             start = time.perf_counter()
             graph = self._read(request.architecture)
-            seconds = {READING: time.perf_counter() - start}
-            with ReplyBuilder(graph, options, model) as builder:
-                work = partial(_predict, model, graph, options, builder)
-                job = _submit(admission, work, context, deadline)
-                for progress in job.progress(lambda: self.work_queue.position(job)):
-                    yield encode_progress(progress)
-                result = job.result()
-                seconds |= {"waiting": job.wait_s, **result.seconds}
-                reply = builder.finish(result, request_id=current_request_id())
-                yield ghn_pb2.PredictWeightsResponse(header=reply.header)
-                yield from self._stream(reply, seconds, context, deadline)
+            reading_s = time.perf_counter() - start
+            if options.include and not any(options.includes(spec.name) for spec in graph.parameters()):
+                raise InvalidOptionError(
+                    f"none of the {len(list(graph.parameters()))} tensors matches {', '.join(options.include)}",
+                    field="include",
+                )
+            job = _submit(admission, partial(_predict, model, graph, options), context, deadline)
+            for progress in job.progress(lambda: self.work_queue.position(job)):
+                yield encode_progress(progress)
+            result = job.result()
+            header = encode_result_header(result, options, model)
+            total_bytes = len(header) + result.parameters.num_bytes
+            yield ghn_pb2.PredictWeightsResponse(
+                header=ghn_pb2.StreamHeader(request_id=current_request_id(), total_bytes=total_bytes)
+            )
+            start = time.perf_counter()
+            with self.watchdog.watch(context.cancel, deadline=deadline) as watch:
+                for chunk in encode_chunks(itertools.chain([header], encode_values(result.parameters))):
+                    if time.monotonic() > deadline:
+                        raise DeadlineExceededError("the request ran out of time while its weights were sent")
+                    yield chunk
+                    watch.touch()
+                streaming_s = time.perf_counter() - start
+                seconds = {READING: reading_s, "waiting": job.wait_s, **result.seconds, "streaming": streaming_s}
+                report_json = encode_report(result, options, model)
+                yield ghn_pb2.PredictWeightsResponse(
+                    trailer=ghn_pb2.StreamTrailer(seconds=seconds, report_json=report_json)
+                )
 
     def analyze_architecture(
         self, request: ghn_pb2.AnalyzeArchitectureRequest, context: grpc.ServicerContext
@@ -86,11 +100,11 @@ class GhnService:
         analysis = model.predictors[0].analyze(graph)
         if low_rank is not None:
             with self.work_queue.admit() as admission:
-                work = partial(_factor, model, graph, low_rank)
+                work = partial(_predict, model, graph, PredictionOptions(low_rank=low_rank))
                 job = _submit(admission, work, context, self._deadline(context))
                 for _ in job.progress(lambda: self.work_queue.position(job)):
                     pass
-                analysis = replace(analysis, low_rank=job.result())
+                analysis = replace(analysis, low_rank=job.result().low_rank)
         return encode_analysis(
             analysis, model, total_bytes=expected_bytes(analysis, dtype, model), request_id=current_request_id()
         )
@@ -115,30 +129,13 @@ class GhnService:
         return time.monotonic() + (limit if remaining is None else min(limit, remaining))
 
     def _read(self, architecture: ghn_pb2.Architecture) -> ArchitectureGraph:
-        with translate_memory_errors():
-            return read_onnx(architecture.onnx_model, limits=self.settings.limits)
-
-    def _stream(
-        self, reply: Reply, seconds: dict[str, float], context: grpc.ServicerContext, deadline: float
-    ) -> Events:
-        """The file in chunks, then the trailer."""
-        start = time.perf_counter()
-        with self.watchdog.watch(context.cancel, deadline=deadline) as watch:
-            for offset, pieces in iterate_chunks(reply.file_header, reply.buffers):
-                if time.monotonic() > deadline:
-                    raise DeadlineExceededError("the request ran out of time while its weights were sent")
-                yield OutgoingChunk(offset, pieces)
-                watch.touch()
-            digest = reply.sha256.hexdigest()
-            seconds["streaming"] = time.perf_counter() - start
-            trailer = ghn_pb2.StreamTrailer(sha256=digest, seconds=seconds, report_json=reply.report_json)
-            yield ghn_pb2.PredictWeightsResponse(trailer=trailer)
+        return read_onnx(architecture.onnx_model, limits=self.settings.limits)
 
 
 def method_handlers(service: GhnService) -> grpc.GenericRpcHandler:
     """The servicer as gRPC takes it.
 
-    Unlike the generated ``add_GhnServiceServicer_to_server``, it copies chunks only once (``wire.framing``).
+    Unlike the generated ``add_GhnServiceServicer_to_server``, it copies chunks only once (``wire.codec``).
     """
     return grpc.method_handlers_generic_handler(
         SERVICE,
@@ -146,7 +143,7 @@ def method_handlers(service: GhnService) -> grpc.GenericRpcHandler:
             "PredictWeights": grpc.unary_stream_rpc_method_handler(
                 service.predict_weights,
                 request_deserializer=ghn_pb2.PredictWeightsRequest.FromString,
-                response_serializer=encode_event,
+                response_serializer=serialize_event,
             ),
             "AnalyzeArchitecture": grpc.unary_unary_rpc_method_handler(
                 service.analyze_architecture,
@@ -168,7 +165,7 @@ def method_handlers(service: GhnService) -> grpc.GenericRpcHandler:
 
 
 def _submit(
-    admission: Admission, work: Callable[[int, Checkpoint], ResultT], context: grpc.ServicerContext, deadline: float
+    admission: Admission, work: Callable[[int, StageCallback], ResultT], context: grpc.ServicerContext, deadline: float
 ) -> Job[ResultT]:
     """Puts work into the queue, to be given up when the client hangs up."""
     job = Job(work, deadline=deadline)
@@ -178,28 +175,12 @@ def _submit(
     return job
 
 
-def _factor(
-    model: LoadedModel, graph: ArchitectureGraph, low_rank: LowRank, device_index: int, checkpoint: Checkpoint
-) -> LowRankRecord | None:
-    """What low rank would make of a prediction, on a worker's thread."""
-    options, ignore = PredictionOptions(low_rank=low_rank), lambda parameters, count: None
-    return model.predictors[device_index].run(graph, options=options, on_stage=checkpoint, on_written=ignore).low_rank
-
-
 def _predict(
     model: LoadedModel,
     graph: ArchitectureGraph,
     options: PredictionOptions,
-    builder: ReplyBuilder,
     device_index: int,
-    checkpoint: Checkpoint,
+    on_stage: StageCallback,
 ) -> PredictionResult:
     """The work of one job, on a worker's thread."""
-    result = model.predictors[device_index].run(
-        graph, options=options, on_stage=checkpoint, on_written=builder.take_written
-    )
-    if not len(result.parameters):
-        raise InvalidOptionError(
-            f"none of the {len(list(graph.parameters()))} tensors matches {', '.join(options.include)}", field="include"
-        )
-    return result
+    return model.predictors[device_index].run(graph, options=options, on_stage=on_stage)

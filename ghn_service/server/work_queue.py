@@ -21,12 +21,11 @@ from ghn_service.errors import (
     RequestCancelledError,
     UnavailableError,
 )
-from ghn_service.server.memory import translate_memory_errors
 
 ResultT = TypeVar("ResultT")
 POSITION_INTERVAL_S = 1.0
 
-Checkpoint = Callable[[str], None]
+StageCallback = Callable[[str], None]
 """Called by a job with the name of its stage; raises if the job is to end."""
 
 
@@ -51,7 +50,7 @@ class Job(Generic[ResultT]):
     """One prediction on its way through the queue.
 
     Args:
-        work: What to do on a device: called with the device's index and a checkpoint function.
+        work: What to do on a device: called with the device's index and a ``StageCallback``.
         deadline: ``time.monotonic()`` at which the answer is worthless.
 
     Attributes:
@@ -59,11 +58,11 @@ class Job(Generic[ResultT]):
         wait_s: Seconds that it waited for a device.
     """
 
-    def __init__(self, work: Callable[[int, Checkpoint], ResultT], *, deadline: float) -> None:
+    def __init__(self, work: Callable[[int, StageCallback], ResultT], *, deadline: float) -> None:
         self.deadline = deadline
         self.state = JobState.WAITING
         self.wait_s = 0.0
-        self._work: Callable[[int, Checkpoint], ResultT] | None = work
+        self._work: Callable[[int, StageCallback], ResultT] | None = work
         self._created = time.monotonic()
         self._result: ResultT | None = None
         self._error: Exception | None = None
@@ -71,7 +70,7 @@ class Job(Generic[ResultT]):
         self._updates: queue.SimpleQueue[JobProgress | None] = queue.SimpleQueue()
 
     def cancel(self) -> None:
-        """Gives the job up; it ends at its next checkpoint."""
+        """Gives the job up; it ends at its next stage, or in between."""
         self._cancelled.set()
         self._updates.put(None)
 
@@ -89,8 +88,7 @@ class Job(Generic[ResultT]):
         try:
             self.check()
             assert work is not None
-            with translate_memory_errors():
-                self._result = work(device_index, self._enter_stage)
+            self._result = work(device_index, self._enter_stage)
         except Exception as error:
             self._error = error
         except BaseException as error:  # SystemExit and the like must end neither this thread nor the caller's

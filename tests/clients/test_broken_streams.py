@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,9 @@ from pathlib import Path
 
 import grpc
 import pytest
+from crc32c import crc32c
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ghn_client import GHNClient
 from ghn_client.errors import (
@@ -23,27 +25,32 @@ from ghn_client.errors import (
     UnsupportedOptionError,
 )
 from ghn_client.wire import ghn_pb2, ghn_pb2_grpc
-from ghn_client.wire.codec import TensorEntry, encode_safetensors_header
-from ghn_client.wire.metadata import PredictionMetadata, TensorNote, encode_metadata
-from tests.server.small_models import TINY
+from ghn_client.wire.codec import encode_safetensors_header, open_prediction_stream
+from ghn_client.wire.metadata import PredictionMetadata, TensorInfo, encode_metadata
+from tests.server.fake_predictor import fake_server, predict_request
+from tests.server.small_models import TINY, linear_model
 
 Events = Iterator[ghn_pb2.PredictWeightsResponse]
 Script = Callable[[grpc.ServicerContext], Events]
-METADATA = PredictionMetadata("fake", "ab", "cd", 0, "float32", (TensorNote("w", "predicted"),))
+FIVE_CHUNKS = linear_model(1024, 1024)
+METADATA = PredictionMetadata("fake", "ab", "cd", 0, "float32", (TensorInfo("w", "predicted"),))
 
 
 def file_bytes(metadata: dict[str, str] | None = None) -> bytes:
     encoded = encode_metadata(METADATA) if metadata is None else metadata
-    return encode_safetensors_header([TensorEntry("w", "F32", (4,))], encoded) + b"\0" * 16
+    return encode_safetensors_header({"w": ("F32", (4,))}, encoded) + b"\0" * 16
 
 
-def events(data: bytes, *, digest: str = "") -> Events:
+def chunk_event(offset: int, data: bytes) -> ghn_pb2.PredictWeightsResponse:
+    return ghn_pb2.PredictWeightsResponse(chunk=ghn_pb2.Chunk(offset=offset, data=data, crc32c=crc32c(data)))
+
+
+def events(data: bytes) -> Events:
     yield ghn_pb2.PredictWeightsResponse(header=ghn_pb2.StreamHeader(total_bytes=len(data)))
     half = len(data) // 2
-    yield ghn_pb2.PredictWeightsResponse(chunk=ghn_pb2.Chunk(offset=0, data=data[:half]))
-    yield ghn_pb2.PredictWeightsResponse(chunk=ghn_pb2.Chunk(offset=half, data=data[half:]))
-    sha256 = digest or hashlib.sha256(data).hexdigest()
-    yield ghn_pb2.PredictWeightsResponse(trailer=ghn_pb2.StreamTrailer(sha256=sha256))
+    yield chunk_event(0, data[:half])
+    yield chunk_event(half, data[half:])
+    yield ghn_pb2.PredictWeightsResponse(trailer=ghn_pb2.StreamTrailer())
 
 
 class ScriptedServicer(ghn_pb2_grpc.GhnServiceServicer):
@@ -139,10 +146,9 @@ def test_other_codes_end_the_call_at_once(code: grpc.StatusCode, error: type[Ghn
 
 
 def changed(context: grpc.ServicerContext) -> Events:
-    data = bytearray(file_bytes())
-    digest = hashlib.sha256(data).hexdigest()
-    data[-1] ^= 1
-    return events(bytes(data), digest=digest)
+    header, first, second, trailer = events(file_bytes())
+    second.chunk.data = second.chunk.data[:-1] + b"!"
+    return iter([header, first, second, trailer])
 
 
 def without_trailer(context: grpc.ServicerContext) -> Events:
@@ -159,6 +165,93 @@ def test_a_stream_that_lies_is_refused(script: Script) -> None:
     with scripted(script) as (client, _), pytest.raises(StreamCorruptedError) as caught:
         client.predict(TINY)
     assert caught.value.request_id
+
+
+# ---- a proxy that damages chunks ------------------------------------------------------------------------------------
+
+
+class CorruptingProxy(grpc.GenericRpcHandler):
+    """Answers with what a real server sent, or with what a test made of it.
+
+    Attributes:
+        received: The server's messages.
+        chunks: Places of the chunks among them.
+        sent: What is sent on.
+    """
+
+    def __init__(self, received: list[bytes]) -> None:
+        self.received = received
+        kinds = [ghn_pb2.PredictWeightsResponse.FromString(message).WhichOneof("event") for message in received]
+        self.chunks = [place for place, kind in enumerate(kinds) if kind == "chunk"]
+        self.sent = received
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        return grpc.unary_stream_rpc_method_handler(lambda request, context: iter(self.sent))
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[CorruptingProxy, GHNClient]]:
+    with fake_server(tmp_path_factory.mktemp("real")) as real, grpc.insecure_channel(real.address) as channel:
+        handler = CorruptingProxy(list(open_prediction_stream(channel)(predict_request(FIVE_CHUNKS))))
+    server = grpc.server(ThreadPoolExecutor(2))
+    server.add_generic_rpc_handlers((handler,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with GHNClient(f"127.0.0.1:{port}") as client:
+        yield handler, client
+    server.stop(0)
+
+
+def flip(data: st.DataObject, messages: list[bytes], place: int, other: int) -> None:
+    damaged = bytearray(messages[place])
+    at = data.draw(st.integers(0, 8 * len(damaged) - 1) | st.integers(0, 100))  # the first bytes are the chunk's head
+    damaged[at // 8] ^= 1 << at % 8
+    messages[place] = bytes(damaged)
+
+
+def truncate(data: st.DataObject, messages: list[bytes], place: int, other: int) -> None:
+    messages[place] = messages[place][: data.draw(st.integers(0, len(messages[place]) - 1))]
+
+
+def shorten(data: st.DataObject, messages: list[bytes], place: int, other: int) -> None:
+    """The chunk is a well-formed message, and its bytes are fewer."""
+    event = ghn_pb2.PredictWeightsResponse.FromString(messages[place])
+    event.chunk.data = event.chunk.data[: data.draw(st.integers(0, len(event.chunk.data) - 1))]
+    messages[place] = event.SerializeToString()
+
+
+def lose(data: st.DataObject, messages: list[bytes], place: int, other: int) -> None:
+    del messages[place]
+
+
+def duplicate(data: st.DataObject, messages: list[bytes], place: int, other: int) -> None:
+    messages.insert(other, messages[place])
+
+
+def swap(data: st.DataObject, messages: list[bytes], place: int, other: int) -> None:
+    messages[place], messages[other] = messages[other], messages[place]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+@pytest.mark.parametrize("damage", [flip, truncate, shorten, lose, duplicate, swap])
+def test_a_damaged_chunk_is_never_taken_for_weights(
+    proxy: tuple[CorruptingProxy, GHNClient], damage: Callable[..., None], data: st.DataObject
+) -> None:
+    handler, client = proxy
+    place = data.draw(st.sampled_from(handler.chunks))
+    other = data.draw(st.sampled_from([item for item in handler.chunks if item != place]))
+    handler.sent = list(handler.received)
+    damage(data, handler.sent, place, other)
+    with pytest.raises(StreamCorruptedError):
+        client.predict(TINY)
+
+
+def test_an_undamaged_stream_passes_the_proxy(proxy: tuple[CorruptingProxy, GHNClient]) -> None:
+    handler, client = proxy
+    handler.sent = handler.received
+    assert len(handler.chunks) == 5
+    assert client.predict(TINY)["layers.0.weight"].shape == (1024, 1024)
 
 
 def test_a_file_of_another_kind_is_refused() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from ghn_client.onnx.export import read_source
 from ghn_client.onnx.fill import as_stored, fill_model
 from ghn_client.prediction import Prediction
-from ghn_client.wire.metadata import PredictionMetadata, TensorNote, TensorUse
+from ghn_client.wire.metadata import PredictionMetadata, TensorInfo, TensorUse
 from ghn_service.graph.onnx.reader import read_onnx
 
 SIDE, HEADS, CHANNELS = 3, 2, 8
@@ -115,12 +115,12 @@ def default_export(module: nn.Module, example: torch.Tensor, *, dynamo: bool) ->
 
 def prediction_of(values: dict[str, torch.Tensor], data: bytes) -> Prediction:
     """A prediction of these values for the file, as a server would describe it."""
-    from ghn_client.wire.codec import TensorEntry, decode_safetensors_header, encode_safetensors_header
+    from ghn_client.wire.codec import encode_safetensors_header
     from ghn_client.wire.metadata import encode_metadata
 
     specs = list(read_onnx(data).parameters())
     notes = tuple(
-        TensorNote(
+        TensorInfo(
             spec.name,
             "predicted",
             initializer=spec.initializer,
@@ -137,11 +137,10 @@ def prediction_of(values: dict[str, torch.Tensor], data: bytes) -> Prediction:
         for spec in specs
     }
     metadata = PredictionMetadata(model="m", model_digest="d", graph_digest="g", seed=0, dtype="float32", tensors=notes)
-    entries = [TensorEntry(name, "F32", tuple(tensor.shape)) for name, tensor in tensors.items()]
+    entries = {name: ("F32", tuple(tensor.shape)) for name, tensor in tensors.items()}
     body = b"".join(tensor.detach().contiguous().numpy().tobytes() for tensor in tensors.values())
     buffer = bytearray(encode_safetensors_header(entries, encode_metadata(metadata)) + body)
-    placed, _ = decode_safetensors_header(buffer)
-    return Prediction(buffer, placed, metadata)
+    return Prediction.from_buffer(buffer)
 
 
 @pytest.mark.parametrize("zero_tables", [False, True])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from google.protobuf import descriptor_pb2
+
 from ghn_client.wire import ghn_pb2
-from ghn_client.wire.codec import TensorEntry, encode_safetensors_header
-from ghn_client.wire.framing import encode_chunk_frame
-from ghn_client.wire.metadata import PredictionMetadata, TensorNote, TensorUse, encode_metadata
+from ghn_client.wire.codec import encode_chunks, encode_safetensors_header
+from ghn_client.wire.metadata import PredictionMetadata, TensorInfo, TensorUse, encode_metadata
 
 GOLDEN_HEADER = (
     b"\xa0\x00\x00\x00\x00\x00\x00\x00"
@@ -16,17 +17,19 @@ GOLDEN_HEADER = (
 
 
 def test_safetensors_header() -> None:
-    entries = [TensorEntry("conv.weight", "F32", (2, 1, 1, 1)), TensorEntry("bü", "BF16", ())]
-    header = encode_safetensors_header(entries, {"format": "pt"})
+    tensors = {"conv.weight": ("F32", (2, 1, 1, 1)), "bü": ("BF16", ())}
+    header = encode_safetensors_header(tensors, {"format": "pt"})
     assert header.rstrip(b" ") == GOLDEN_HEADER
     assert len(header) == 8 + 0xA0
 
 
 def test_chunk() -> None:
-    #        chunk, 8 bytes  offset 300    data, 3 bytes
-    golden = b"\x1a\x08" + b"\x08\xac\x02" + b"\x12\x03abc"
-    assert encode_chunk_frame(300, [b"a", b"bc"]) == golden
-    assert ghn_pb2.PredictWeightsResponse.FromString(golden).chunk == ghn_pb2.Chunk(offset=300, data=b"abc")
+    #        chunk, 19 bytes offset 300       data, 9 bytes        CRC-32C of "123456789": 0xe3069283
+    golden = b"\x1a\x13" + b"\x08\xac\x02" + b"\x12\x09123456789" + b"\x1d\x83\x92\x06\xe3"
+    *_, last = encode_chunks([bytes(295), b"01234", b"1234", b"56789"], chunk_bytes=300)
+    assert last == golden
+    chunk = ghn_pb2.PredictWeightsResponse.FromString(golden).chunk
+    assert chunk == ghn_pb2.Chunk(offset=300, data=b"123456789", crc32c=0xE3069283)
 
 
 def test_metadata() -> None:
@@ -37,8 +40,8 @@ def test_metadata() -> None:
         seed=7,
         dtype="float32",
         tensors=(
-            TensorNote("a", "predicted", "a", "net.a", (1, 0)),
-            TensorNote("b", "fallback:zeros", "c", uses=(TensorUse("n", 2),)),
+            TensorInfo("a", "predicted", "a", "net.a", (1, 0)),
+            TensorInfo("b", "fallback:zeros", "c", uses=(TensorUse("n", 2),)),
         ),
         buffers=("bn.running_mean",),
         warnings=("careful",),
@@ -85,17 +88,18 @@ def test_field_numbers() -> None:
             "report": 9,
         },
         "PredictWeightsResponse": {"progress": 1, "header": 2, "chunk": 3, "trailer": 4},
-        "StreamHeader": {
-            "request_id": 1,
-            "model": 2,
-            "model_digest": 3,
-            "graph_digest": 4,
-            "seed": 5,
-            "total_bytes": 6,
-            "tensors": 7,
-            "warnings": 8,
-            "dtype": 9,
-        },
-        "Chunk": {"offset": 1, "data": 2},
-        "StreamTrailer": {"sha256": 1, "seconds": 2, "report_json": 3},
+        "StreamHeader": {"request_id": 1, "total_bytes": 6},
+        "Chunk": {"offset": 1, "data": 2, "crc32c": 3},
+        "StreamTrailer": {"seconds": 2, "report_json": 3},
     }
+
+
+def test_numbers_of_old_fields_are_not_used_again() -> None:
+    file = descriptor_pb2.FileDescriptorProto()
+    ghn_pb2.DESCRIPTOR.CopyToProto(file)
+    reserved = {
+        message.name: {number for span in message.reserved_range for number in range(span.start, span.end)}
+        for message in file.message_type
+        if message.reserved_range
+    }
+    assert reserved == {"StreamHeader": {2, 3, 4, 5, 7, 8, 9}, "StreamTrailer": {1}}

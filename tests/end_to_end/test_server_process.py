@@ -15,8 +15,7 @@ import safetensors.torch
 import torch
 
 from ghn_client.wire import ghn_pb2, ghn_pb2_grpc
-from ghn_client.wire.codec import receive_stream
-from ghn_client.wire.framing import open_prediction_stream
+from ghn_client.wire.codec import decode_safetensors_header, open_prediction_stream, receive_stream
 from ghn_client.wire.metadata import decode_metadata
 from ghn_service.hypernetwork.checkpoint import save_checkpoint
 from ghn_service.predictor import PredictionOptions, Predictor
@@ -52,7 +51,7 @@ def channel(server: ServerProcess) -> Iterator[grpc.Channel]:
 def predict(channel: grpc.Channel, onnx_model: bytes, **fields: object) -> bytes:
     """The file that the server sends, received and checked by our codec."""
     events = open_prediction_stream(channel)(predict_request(onnx_model, **fields), timeout=60)
-    return bytes(receive_stream(events, max_bytes=1 << 30).buffer)
+    return bytes(receive_stream(events, max_bytes=1 << 30)[0])
 
 
 def test_the_weights_are_those_of_the_predictor(channel: grpc.Channel, checkpoint: Path) -> None:
@@ -82,7 +81,8 @@ def test_the_file_records_its_steps(channel: grpc.Channel) -> None:
     events = open_prediction_stream(channel)(
         predict_request(TINY, steps=[ghn_pb2.PostProcessingStep(name="noise", options={"beta": "0.5"})]), timeout=60
     )
-    (step,) = decode_metadata(receive_stream(events, max_bytes=1 << 30).metadata).steps
+    _, metadata = decode_safetensors_header(receive_stream(events, max_bytes=1 << 30)[0])
+    (step,) = decode_metadata(metadata).steps
     assert (step["name"], step["options"]["beta"]) == ("noise", 0.5)
 
 
@@ -118,12 +118,12 @@ def test_a_signal_lets_the_stream_finish(checkpoint: Path, number: signal.Signal
         first = next(stream)
         server.process.send_signal(number)
 
-        def rest() -> Iterator[object]:
+        def rest() -> Iterator[bytes]:
             yield first
             yield from stream
 
-        received = receive_stream(rest(), max_bytes=1 << 30)  # type: ignore[arg-type]
-        assert len(received.buffer) > 40 << 20
+        buffer, _ = receive_stream(rest(), max_bytes=1 << 30)
+        assert len(buffer) > 40 << 20
         assert server.wait() == 0
         events = [line["event"] for line in server.log]
         assert events.index("stopping") < events.index("stopped")

@@ -16,7 +16,6 @@ from ghn_client.wire import ghn_pb2, ghn_pb2_grpc
 from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.hypernetwork.checkpoint import CheckpointSummary, ModelCard
 from ghn_service.hypernetwork.config import GHNConfig
-from ghn_service.hypernetwork.writing import OnWritten
 from ghn_service.parameters import PREDICTED, ParameterSet
 from ghn_service.predictor import (
     DECODING,
@@ -43,7 +42,7 @@ class FakePredictor:
     threads: list[str] = field(default_factory=list)
 
     def run(
-        self, architecture: ArchitectureGraph, *, options: PredictionOptions, on_stage: OnStage, on_written: OnWritten
+        self, architecture: ArchitectureGraph, *, options: PredictionOptions, on_stage: OnStage
     ) -> PredictionResult:
         self.num_runs += 1
         self.threads.append(threading.current_thread().name)
@@ -56,8 +55,6 @@ class FakePredictor:
         tensors = {name: torch.randn(spec.shape, generator=generator).to(dtype) for name, spec in specs.items()}
         origins = dict.fromkeys(specs, PREDICTED)
         parameters = ParameterSet(specs, tensors, origins, architecture.warnings)
-        for count in range(len(parameters) + 1):
-            on_written(parameters, count)
         return PredictionResult(parameters, architecture, {ENCODING: 0.0, DECODING: 0.0})
 
     def analyze(self, architecture: ArchitectureGraph) -> ArchitectureAnalysis:

@@ -163,7 +163,7 @@ def test_stopping_ends_what_does_not_finish_in_its_grace(tmp_path: Path) -> None
 def test_a_stopped_server_leaves_no_thread_of_ours(tmp_path: Path) -> None:
     with fake_server(tmp_path) as server, connect(server) as stub:
         assert receive_file(stub.PredictWeights(predict_request(TINY)))
-    names = ("ghn-worker", "ghn-watchdog", "ghn-loader", "ghn-sha256")
+    names = ("ghn-worker", "ghn-watchdog", "ghn-loader")
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(names)]
 
 

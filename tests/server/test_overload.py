@@ -17,10 +17,6 @@ from tests.server.small_models import LARGE, TINY
 Code = grpc.StatusCode
 
 
-def num_streams_threads() -> int:
-    return sum(thread.name == "ghn-sha256" for thread in threading.enumerate())
-
-
 def next_progress(events: grpc.Call) -> ghn_pb2.Progress:
     return next(iter(events)).progress
 
@@ -87,7 +83,7 @@ def test_cancelling_a_computation_frees_the_device(tmp_path: Path) -> None:
         wait_until(lambda: _is_served(stub.PredictWeights(predict_request(TINY))))
 
 
-def test_cancelling_a_stream_frees_its_place_and_threads(tmp_path: Path) -> None:
+def test_cancelling_a_stream_frees_its_place(tmp_path: Path) -> None:
     with fake_server(tmp_path, max_queue=0, max_streams=1) as server, connect(server) as stub:
         for _ in range(3):
             stream = stub.PredictWeights(predict_request(LARGE))
@@ -95,7 +91,6 @@ def test_cancelling_a_stream_frees_its_place_and_threads(tmp_path: Path) -> None
                 if event.WhichOneof("event") == "chunk":
                     break
             stream.cancel()
-            wait_until(lambda: num_streams_threads() == 0)
             wait_until(lambda: _is_served(stub.PredictWeights(predict_request(TINY))))
 
 
@@ -113,8 +108,6 @@ def test_a_client_that_never_reads_is_cut_off(tmp_path: Path) -> None:
     ):
         sleeper = stub.PredictWeights(predict_request(LARGE))
         next(iter(sleeper))
-        wait_until(lambda: num_streams_threads() == 1)
-        wait_until(lambda: num_streams_threads() == 0)
         wait_until(lambda: _is_served(stub.PredictWeights(predict_request(TINY))))
         with pytest.raises(grpc.RpcError) as caught:
             list(sleeper)

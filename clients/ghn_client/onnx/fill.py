@@ -30,7 +30,7 @@ from ghn_client.onnx.edit import (
 from ghn_client.onnx.export import ModelSource
 from ghn_client.onnx.factor import factorize_onnx
 from ghn_client.onnx.strip import BUFFERS_KEY, PARAMETERS_KEY
-from ghn_client.wire.metadata import TensorNote
+from ghn_client.wire.metadata import TensorInfo
 
 if TYPE_CHECKING:
     from ghn_client.prediction import Prediction
@@ -67,7 +67,7 @@ def fill_model(prediction: Prediction, source: ModelSource) -> onnx.ModelProto:
     filler = _Filler(model, source.path.parent if source.path else None)
     dense = {name: tensor for name, tensor in prediction.items() if not name.endswith((FACTOR_IN, FACTOR_OUT))}
     for name, tensor in dense.items():
-        filler.put(prediction.notes.get(name) or TensorNote(name, "", initializer=name), tensor)
+        filler.put(prediction.notes.get(name) or TensorInfo(name, "", initializer=name), tensor)
     pairs = factor_pairs(dict(prediction))
     layers = (prediction.metadata.low_rank or {}).get("layers", ())
     permutations = {item["parameter"]: item["permutation"] for item in layers if item.get("permutation")}
@@ -75,7 +75,7 @@ def fill_model(prediction: Prediction, source: ModelSource) -> onnx.ModelProto:
         # A weight that the file merges with another, or that a node or a subgraph holds, becomes a dense tensor of its
         # own first: only those of the main graph can be rewritten.
         if not filler.is_weight_of_main_graph(name):
-            note = prediction.notes.get(name + FACTOR_IN) or TensorNote(name, "", initializer=name)
+            note = prediction.notes.get(name + FACTOR_IN) or TensorInfo(name, "", initializer=name)
             filler.put(dataclasses.replace(note, name=name), pair.dense_in_layout(permutations.get(name, ())))
     filler.finish(source.values)
     if pairs:
@@ -102,7 +102,7 @@ class _Filler:
         self.filled: set[str] = set()
         self.redirected: set[str] = set()
 
-    def put(self, note: TensorNote, tensor: torch.Tensor) -> None:
+    def put(self, note: TensorInfo, tensor: torch.Tensor) -> None:
         """Gives the tensor of ``note`` its value."""
         initializer = note.initializer or note.name
         if note.uses:
@@ -146,7 +146,7 @@ class _Filler:
         for key, text in pairs:
             self.model.metadata_props.add(key=key, value=text)
 
-    def _redirect(self, note: TensorNote, initializer: str, tensor: torch.Tensor) -> None:
+    def _redirect(self, note: TensorInfo, initializer: str, tensor: torch.Tensor) -> None:
         data_type: int = onnx.TensorProto.FLOAT
         if initializer in self.initializers:
             merged = self.initializers[initializer][1]

@@ -1,57 +1,69 @@
-"""Weights as a byte stream: the safetensors header, the chunks that carry it, and the receiving side that checks it.
+"""Weights as a stream of bytes: the safetensors header, the chunks that carry the file, and the side that checks them.
 
 The stream of a prediction is one safetensors file (https://huggingface.co/docs/safetensors): 8 bytes with the length
 of the JSON header as a little-endian integer, the header padded with spaces to a multiple of 8 bytes, then the tensors
 in the order of the header without gaps. The library writes whole files only, so the header writer is ours; the tests
 check it against the library.
+
+Chunks are written and read by hand, following https://protobuf.dev/programming-guides/encoding: through the generated
+classes a mebibyte of weights is copied three times on its way out and twice on its way in, here once and not at all.
+That is worth a quarter of the stream's speed (docs/performance.md). The bytes are those that the generated classes
+write, so any client reads them, and whatever is written in another way is left to the generated classes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from crc32c import crc32c
+from google.protobuf.message import DecodeError
 
 from ghn_client.errors import LimitExceededError, StreamCorruptedError
 from ghn_client.wire import ghn_pb2
-from ghn_client.wire.buffers import BackgroundSha256, allocate_buffer
-from ghn_client.wire.framing import DataFrame
 
+if TYPE_CHECKING:
+    import grpc
+
+SERVICE = "ghn.v1.GhnService"
 CHUNK_BYTES = 1 << 20
 """Bytes of a chunk; measured as the fastest size that every stock gRPC client accepts."""
 
 MAX_HEADER_BYTES = 100_000_000
 """Bytes of a JSON header beyond which the safetensors library refuses a file."""
 
+HUGE_PAGES_FROM_BYTES = 8 << 20
+
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 """Bytes per element, by the safetensors name of the element type."""
+
+_CHUNK, _OFFSET, _DATA, _CRC32C = 0x1A, 0x08, 0x12, 0x1D
+"""Field number and wire type: of ``PredictWeightsResponse.chunk``, and of the fields of ``Chunk``."""
 
 Buffer = bytes | bytearray | memoryview
 """Contiguous bytes."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """One tensor of a file: its name, its element type by safetensors name (``"F32"``), and its shape."""
+class PlacedTensor(NamedTuple):
+    """A tensor of a file: element type by safetensors name, shape, and its values as bytes ``start`` to ``stop``."""
 
-    name: str
     dtype: str
     shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the tensor's values."""
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
-
-
-@dataclass(frozen=True, slots=True)
-class PlacedTensor:
-    """A tensor of a received file, and where its values are: bytes ``start`` to ``stop`` of the whole file."""
-
-    entry: TensorEntry
     start: int
     stop: int
+
+
+class ChunkView(NamedTuple):
+    """A chunk as it arrived; the fields are those of ``Chunk``, and ``data`` is a view into the message."""
+
+    offset: int
+    data: memoryview
+    crc32c: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,46 +83,28 @@ class Progress:
     total_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ReceivedPrediction:
-    """A whole, checked reply.
-
-    Attributes:
-        buffer: The safetensors file, in writable memory.
-        tensors: What is in it, in file order.
-        metadata: The file's ``__metadata__``.
-        header: The stream's header.
-        trailer: The stream's trailer.
-    """
-
-    buffer: memoryview
-    tensors: tuple[PlacedTensor, ...]
-    metadata: Mapping[str, str]
-    header: ghn_pb2.StreamHeader
-    trailer: ghn_pb2.StreamTrailer
+# ---- the file -------------------------------------------------------------------------------------------------------
 
 
-def encode_safetensors_header(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> bytes:
-    """The first bytes of a safetensors file: length and JSON header; the values follow in the order of ``entries``.
+def encode_safetensors_header(tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
+    """The first bytes of a safetensors file, length and JSON header; the values follow in the order of ``tensors``.
 
     Args:
-        entries: The tensors, in file order.
+        tensors: Element type by safetensors name (``"F32"``) and shape, by name of the tensor.
         metadata: Text by key, kept in this order.
 
     Raises:
-        ValueError: A name is repeated or reserved, an element type is unknown, or the header is too large.
+        ValueError: A name is reserved, an element type is unknown, or the header is too large.
     """
     document: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    for entry in entries:
-        if entry.name in document or entry.name == "__metadata__":
-            raise ValueError(f"tensor name {entry.name!r} is repeated or reserved")
-        if entry.dtype not in DTYPE_BYTES:
-            raise ValueError(
-                f"tensor {entry.name!r}: unknown dtype {entry.dtype!r}; known are {', '.join(DTYPE_BYTES)}"
-            )
-        end = offset + entry.num_bytes
-        document[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
+    for name, (dtype, shape) in tensors.items():
+        if name == "__metadata__":
+            raise ValueError(f"tensor name {name!r} is reserved")
+        if dtype not in DTYPE_BYTES:
+            raise ValueError(f"tensor {name!r}: unknown dtype {dtype!r}; known are {', '.join(DTYPE_BYTES)}")
+        end = offset + math.prod(shape) * DTYPE_BYTES[dtype]
+        document[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -119,14 +113,14 @@ def encode_safetensors_header(entries: Sequence[TensorEntry], metadata: Mapping[
     return len(text).to_bytes(8, "little") + text
 
 
-def decode_safetensors_header(buffer: Buffer) -> tuple[tuple[PlacedTensor, ...], dict[str, str]]:
+def decode_safetensors_header(buffer: Buffer) -> tuple[dict[str, PlacedTensor], dict[str, str]]:
     """What ``encode_safetensors_header`` wrote, from a whole file.
 
     Args:
         buffer: The whole file.
 
     Returns:
-        The tensors in file order, and the metadata.
+        The tensors by name in file order, and the metadata.
 
     Raises:
         StreamCorruptedError: The header is malformed, or its tensors do not cover the file exactly.
@@ -134,184 +128,202 @@ def decode_safetensors_header(buffer: Buffer) -> tuple[tuple[PlacedTensor, ...],
     size = int.from_bytes(buffer[:8], "little")
     if len(buffer) < 8 or size > min(MAX_HEADER_BYTES, len(buffer) - 8):
         raise StreamCorruptedError(f"a safetensors header of {size} bytes does not fit a file of {len(buffer)} bytes")
+    start = position = 8 + size
+    tensors: dict[str, PlacedTensor] = {}
     try:
-        document = json.loads(bytes(buffer[8 : 8 + size]))
+        document = json.loads(bytes(buffer[8:start]))
         metadata = {str(key): str(value) for key, value in document.pop("__metadata__", {}).items()}
-        items = [(_entry_from_json(name, item), *_offsets_from_json(name, item)) for name, item in document.items()]
+        for name, item in sorted(document.items(), key=lambda pair: pair[1]["data_offsets"]):
+            dtype, shape, (first, last) = item["dtype"], item["shape"], item["data_offsets"]
+            if not isinstance(shape, list) or not all(isinstance(size, int) and size >= 0 for size in shape):
+                raise ValueError(f"tensor {name!r} has shape {shape!r}")
+            num_bytes = math.prod(shape) * DTYPE_BYTES[dtype]
+            if (start + first, last - first) != (position, num_bytes):
+                raise ValueError(f"tensor {name!r} at {first} to {last}: expected {num_bytes} from {position - start}")
+            tensors[name] = PlacedTensor(dtype, tuple(shape), position, position + num_bytes)
+            position += num_bytes
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StreamCorruptedError(f"the safetensors header is malformed: {error!r}") from error
-    return _place_tensors(items, start=8 + size, stop=len(buffer)), metadata
+    if position != len(buffer):
+        raise StreamCorruptedError(f"the tensors end at byte {position} of a file of {len(buffer)} bytes")
+    return tensors, metadata
 
 
-def _entry_from_json(name: str, item: Mapping[str, object]) -> TensorEntry:
-    shape = item["shape"]
-    if not isinstance(shape, list) or not all(isinstance(size, int) and size >= 0 for size in shape):
-        raise ValueError(f"tensor {name!r} has shape {shape!r}")
-    if item["dtype"] not in DTYPE_BYTES:
-        raise ValueError(f"tensor {name!r} has dtype {item['dtype']!r}")
-    return TensorEntry(name, str(item["dtype"]), tuple(shape))
+# ---- sending --------------------------------------------------------------------------------------------------------
 
 
-def _offsets_from_json(name: str, item: Mapping[str, object]) -> tuple[int, int]:
-    match item["data_offsets"]:
-        case [int(first), int(last)]:
-            return first, last
-    raise ValueError(f"tensor {name!r} has data_offsets {item['data_offsets']!r}")
-
-
-def _place_tensors(items: Iterable[tuple[TensorEntry, int, int]], *, start: int, stop: int) -> tuple[PlacedTensor, ...]:
-    """Checks that the tensors follow each other without gaps from ``start`` to ``stop``."""
-    placed = []
-    position = start
-    for entry, first, last in sorted(items, key=lambda item: item[1:]):
-        if start + first != position or last - first != entry.num_bytes:
-            raise StreamCorruptedError(
-                f"tensor {entry.name!r} at {first} to {last}: expected {entry.num_bytes} bytes from {position - start}"
-            )
-        position = start + last
-        placed.append(PlacedTensor(entry, start + first, position))
-    if position != stop:
-        raise StreamCorruptedError(f"the tensors end at byte {position} of a file of {stop} bytes")
-    return tuple(placed)
-
-
-def iterate_chunks(
-    header: bytes, buffers: Iterable[Buffer], *, chunk_bytes: int = CHUNK_BYTES
-) -> Iterator[tuple[int, list[memoryview]]]:
-    """Cuts ``header`` and ``buffers`` into chunks of ``chunk_bytes``, across tensor boundaries, without a copy.
+def encode_chunks(pieces: Iterable[Buffer], *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+    """Cuts ``pieces``, one behind the other, into chunks as serialised ``PredictWeightsResponse``; copies them once.
 
     Args:
-        header: First bytes of the stream.
-        buffers: Values of each tensor, in order; taken one at a time, so each may be made when it is asked for.
+        pieces: The bytes of the stream; taken one at a time, so each may be made when it is asked for.
         chunk_bytes: Bytes of every chunk but the last.
-
-    Yields:
-        The offset of the chunk, and the pieces that form it; ``b"".join(pieces)`` is the chunk.
     """
-    offset, filled = 0, 0
-    pieces: list[memoryview] = []
-    for buffer in _header_then(header, buffers):
-        view = memoryview(buffer).cast("B")
+    offset, num_bytes, checksum = 0, 0, 0
+    held: list[memoryview] = []
+    for piece in pieces:
+        view = memoryview(piece).cast("B")
         while len(view):
-            piece, view = view[: chunk_bytes - filled], view[chunk_bytes - filled :]
-            pieces.append(piece)
-            filled += len(piece)
-            if filled == chunk_bytes:
-                yield offset, pieces
-                offset, filled, pieces = offset + chunk_bytes, 0, []
-    if pieces:
-        yield offset, pieces
+            part, view = view[: chunk_bytes - num_bytes], view[chunk_bytes - num_bytes :]
+            held.append(part)
+            num_bytes += len(part)
+            checksum = crc32c(part, checksum)
+            if num_bytes == chunk_bytes:
+                yield _encode_chunk(offset, held, num_bytes, checksum)
+                offset, num_bytes, checksum, held = offset + num_bytes, 0, 0, []
+    if held:
+        yield _encode_chunk(offset, held, num_bytes, checksum)
 
 
-def _header_then(header: bytes, buffers: Iterable[Buffer]) -> Iterator[Buffer]:
-    yield header
-    yield from buffers
+def serialize_event(event: ghn_pb2.PredictWeightsResponse | bytes) -> bytes:
+    """What gRPC sends for an event; chunks are serialised already."""
+    return event if isinstance(event, bytes) else event.SerializeToString()
+
+
+def _encode_chunk(offset: int, pieces: Sequence[memoryview], num_bytes: int, checksum: int) -> bytes:
+    """A serialised ``PredictWeightsResponse`` with a chunk; as in every proto3 message, zeros are left out."""
+    head = (bytes([_OFFSET]) + _encode_varint(offset) if offset else b"") + bytes([_DATA]) + _encode_varint(num_bytes)
+    tail = bytes([_CRC32C]) + checksum.to_bytes(4, "little") if checksum else b""
+    return b"".join((bytes([_CHUNK]), _encode_varint(len(head) + num_bytes + len(tail)), head, *pieces, tail))
+
+
+def _encode_varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+# ---- receiving ------------------------------------------------------------------------------------------------------
+
+
+def open_prediction_stream(
+    channel: grpc.Channel,
+) -> grpc.UnaryStreamMultiCallable[ghn_pb2.PredictWeightsRequest, bytes]:
+    """PredictWeights as a callable of ``channel``, like the generated stub's, whose events stay serialised."""
+    return channel.unary_stream(
+        f"/{SERVICE}/PredictWeights", request_serializer=ghn_pb2.PredictWeightsRequest.SerializeToString
+    )
+
+
+def _decode_event(message: bytes) -> tuple[str | None, Any]:
+    """Kind and content of a serialised event; a chunk as ``encode_chunks`` writes it becomes a view of the message."""
+    try:
+        length, position = _decode_varint(message, 1)
+        if message[0] == _CHUNK and position + length == len(message):
+            offset = 0
+            if message[position] == _OFFSET:
+                offset, position = _decode_varint(message, position + 1)
+            num_bytes, start = _decode_varint(message, position + 1)
+            stop = start + num_bytes
+            is_whole = stop + 5 == len(message) and message[stop] == _CRC32C
+            if is_whole and message[position] == _DATA and offset < 1 << 64:
+                checksum = int.from_bytes(message[stop + 1 :], "little")
+                return "chunk", ChunkView(offset, memoryview(message)[start:stop], checksum)
+    except IndexError:
+        pass  # the message is shorter than any such chunk
+    try:
+        event = ghn_pb2.PredictWeightsResponse.FromString(message)
+    except DecodeError as error:
+        raise StreamCorruptedError(f"{len(message)} bytes of the stream are no event: {error}") from error
+    kind = event.WhichOneof("event")
+    return kind, getattr(event, kind) if kind else None
+
+
+def _decode_varint(message: bytes, position: int) -> tuple[int, int]:
+    """The number at ``position``, and the position behind it."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = message[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            break
+    return value, position
 
 
 def receive_stream(
-    events: Iterable[ghn_pb2.PredictWeightsResponse | DataFrame],
+    messages: Iterable[bytes],
     *,
     max_bytes: int,
     on_progress: Callable[[Progress], None] | None = None,
-) -> ReceivedPrediction:
-    """Reads a whole reply into one preallocated buffer and checks order, offsets, sizes, and the sha256.
+) -> tuple[memoryview, ghn_pb2.StreamTrailer]:
+    """Receives the events of one prediction, progress*, header, chunk*, trailer, and checks everything about them.
 
     Args:
-        events: The reply of PredictWeights; what the iterator raises passes through.
+        messages: Serialised ``PredictWeightsResponse``, as ``open_prediction_stream`` gives them; what this iterator
+            raises passes through.
         max_bytes: The largest file to accept; no memory is taken before the announced size is checked against it.
         on_progress: Called for every event.
+
+    Returns:
+        The file, in writable memory, and the trailer.
 
     Raises:
         StreamCorruptedError: The stream breaks the protocol, or ends before its trailer.
         LimitExceededError: The server announces more than ``max_bytes``.
     """
-    with BackgroundSha256() as sha256:
-        receiver = _Receiver(max_bytes, on_progress or (lambda progress: None), sha256)
-        for event in events:
-            receiver.take(event)
-        return receiver.finish()
-
-
-class _Receiver:
-    """The state of one reply while it arrives: progress*, header, chunk*, trailer."""
-
-    def __init__(self, max_bytes: int, on_progress: Callable[[Progress], None], sha256: BackgroundSha256) -> None:
-        self.max_bytes = max_bytes
-        self.on_progress = on_progress
-        self.header: ghn_pb2.StreamHeader | None = None
-        self.trailer: ghn_pb2.StreamTrailer | None = None
-        self.buffer = memoryview(b"")
-        self.received = 0
-        self.sha256 = sha256
-
-    def take(self, event: ghn_pb2.PredictWeightsResponse | DataFrame) -> None:
-        """Takes the next event."""
-        if self.trailer is not None:
+    report = on_progress or (lambda progress: None)
+    buffer = memoryview(b"")
+    has_header, received = False, 0
+    trailer: ghn_pb2.StreamTrailer | None = None
+    for message in messages:
+        kind, event = _decode_event(message)
+        if trailer is not None:
             raise StreamCorruptedError("the stream goes on after its trailer")
-        if isinstance(event, DataFrame):
-            self.take_chunk(event.offset, event.data)
-            return
-        kind = event.WhichOneof("event")
-        if kind == "progress":
-            self.take_progress(event.progress)
+        if has_header != (kind in ("chunk", "trailer")) and kind is not None:
+            raise StreamCorruptedError(f"a {kind} came {'after' if has_header else 'before'} the header")
+        if kind == "progress" and event.stage in ghn_pb2.Stage.values():  # stages of a newer server are passed over
+            stage = ghn_pb2.Stage.Name(event.stage).removeprefix("STAGE_").lower()
+            report(Progress(stage, queue_position=event.queue_position))
         elif kind == "header":
-            self.take_header(event.header)
+            if event.total_bytes > max_bytes:
+                raise LimitExceededError(
+                    f"the server announces {event.total_bytes} bytes of weights, and this client accepts {max_bytes}; "
+                    "raise max_bytes if that is wanted"
+                )
+            buffer = allocate_buffer(event.total_bytes)
+            has_header = True
+            report(Progress("streaming", total_bytes=len(buffer)))
         elif kind == "chunk":
-            self.take_chunk(event.chunk.offset, event.chunk.data)
+            end = received + len(event.data)
+            if event.offset != received:
+                raise StreamCorruptedError(
+                    f"a chunk has offset {event.offset}, expected {received}: bytes lost or repeated"
+                )
+            if not event.data or end > len(buffer):
+                raise StreamCorruptedError(f"a chunk ends at byte {end} of an announced {len(buffer)}")
+            if crc32c(event.data) != event.crc32c:
+                raise StreamCorruptedError(f"bytes {received} to {end} were changed on their way: wrong CRC-32C")
+            buffer[received:end] = event.data
+            received = end
+            report(Progress("streaming", received_bytes=received, total_bytes=len(buffer)))
         elif kind == "trailer":
-            self.take_trailer(event.trailer)
+            if received != len(buffer):
+                raise StreamCorruptedError(f"the trailer came after {received} of {len(buffer)} announced bytes")
+            trailer = event
+    if trailer is None:
+        raise StreamCorruptedError(f"the stream ended without its trailer, after {received} bytes")
+    return buffer, trailer
 
-    def take_progress(self, progress: ghn_pb2.Progress) -> None:
-        """A sign of life, allowed before the header only; stages of a newer server are passed over."""
-        if self.header is not None:
-            raise StreamCorruptedError("a progress event came after the header")
-        if progress.stage in ghn_pb2.Stage.values():
-            stage = ghn_pb2.Stage.Name(progress.stage).removeprefix("STAGE_").lower()
-            self.on_progress(Progress(stage, queue_position=progress.queue_position))
 
-    def take_header(self, header: ghn_pb2.StreamHeader) -> None:
-        """Checks the announced size, and only then takes memory."""
-        if self.header is not None:
-            raise StreamCorruptedError("the stream has two headers")
-        if header.total_bytes > self.max_bytes:
-            raise LimitExceededError(
-                f"the server announces {header.total_bytes} bytes of weights, and this client accepts "
-                f"{self.max_bytes}; raise max_bytes if that is wanted"
-            )
-        self.header = header
-        self.buffer = allocate_buffer(header.total_bytes)
-        self.report_bytes()
+def allocate_buffer(num_bytes: int) -> memoryview:
+    """Writable memory of this size.
 
-    def take_chunk(self, offset: int, data: Buffer) -> None:
-        """Copies one chunk to its place."""
-        if self.header is None:
-            raise StreamCorruptedError("a chunk came before the header")
-        if offset != self.received:
-            raise StreamCorruptedError(f"a chunk has offset {offset}, expected {self.received}: bytes lost or repeated")
-        end = offset + len(data)
-        if not data or end > len(self.buffer):
-            raise StreamCorruptedError(f"a chunk ends at byte {end} of an announced {len(self.buffer)}")
-        self.buffer[offset:end] = data
-        self.sha256.update(self.buffer[offset:end])
-        self.received = end
-        self.report_bytes()
+    Large memory is mapped privately and in huge pages where the system has them: a bytearray is first filled with
+    zeros, page by page, which costs as much as receiving the weights does.
 
-    def take_trailer(self, trailer: ghn_pb2.StreamTrailer) -> None:
-        """Checks that every byte came, and that none was changed."""
-        if self.header is None or self.received != len(self.buffer):
-            raise StreamCorruptedError(f"the trailer came after {self.received} of {len(self.buffer)} announced bytes")
-        digest = self.sha256.hexdigest()
-        if trailer.sha256 != digest:
-            raise StreamCorruptedError(f"the bytes were changed on their way: sha256 {digest}, not {trailer.sha256}")
-        self.trailer = trailer
-
-    def finish(self) -> ReceivedPrediction:
-        """The whole reply, once the stream has ended."""
-        if self.header is None or self.trailer is None:
-            raise StreamCorruptedError(f"the stream ended without its trailer, after {self.received} bytes")
-        tensors, metadata = decode_safetensors_header(self.buffer)
-        return ReceivedPrediction(self.buffer, tensors, metadata, self.header, self.trailer)
-
-    def report_bytes(self) -> None:
-        """Tells how many bytes have arrived."""
-        self.on_progress(Progress("streaming", received_bytes=self.received, total_bytes=len(self.buffer)))
+    Raises:
+        MemoryError: There is not enough.
+    """
+    if num_bytes < HUGE_PAGES_FROM_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return memoryview(bytearray(num_bytes))
+    try:
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"cannot map {num_bytes} bytes: {error}") from error
+    with contextlib.suppress(OSError):  # a kernel without huge pages is slower, and as good
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)

@@ -380,55 +380,23 @@ global___TensorUse = TensorUse
 
 @typing.final
 class StreamHeader(google.protobuf.message.Message):
-    """Comes once, before the first chunk."""
+    """Comes once, before the first chunk. What the file says of itself is in the metadata of its safetensors header."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: builtins.int
-    MODEL_FIELD_NUMBER: builtins.int
-    MODEL_DIGEST_FIELD_NUMBER: builtins.int
-    GRAPH_DIGEST_FIELD_NUMBER: builtins.int
-    SEED_FIELD_NUMBER: builtins.int
     TOTAL_BYTES_FIELD_NUMBER: builtins.int
-    TENSORS_FIELD_NUMBER: builtins.int
-    WARNINGS_FIELD_NUMBER: builtins.int
-    DTYPE_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Identifier of this request in the server's logs."""
-    model: builtins.str
-    """Name of the hypernetwork that predicts."""
-    model_digest: builtins.str
-    """sha256 of that hypernetwork's checkpoint, in hexadecimal."""
-    graph_digest: builtins.str
-    """Digest of the architecture, independent of names and order, in hexadecimal."""
-    seed: builtins.int
-    """Seed that was used."""
     total_bytes: builtins.int
     """Bytes of all chunks together."""
-    dtype: global___DataType.ValueType
-    """Element type of the floating-point tensors; never unspecified."""
-    @property
-    def tensors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TensorInfo]:
-        """Tensors in the reply."""
-
-    @property
-    def warnings(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """What the user should know; sentences."""
-
     def __init__(
         self,
         *,
         request_id: builtins.str = ...,
-        model: builtins.str = ...,
-        model_digest: builtins.str = ...,
-        graph_digest: builtins.str = ...,
-        seed: builtins.int = ...,
         total_bytes: builtins.int = ...,
-        tensors: collections.abc.Iterable[global___TensorInfo] | None = ...,
-        warnings: collections.abc.Iterable[builtins.str] | None = ...,
-        dtype: global___DataType.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "graph_digest", b"graph_digest", "model", b"model", "model_digest", b"model_digest", "request_id", b"request_id", "seed", b"seed", "tensors", b"tensors", "total_bytes", b"total_bytes", "warnings", b"warnings"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["request_id", b"request_id", "total_bytes", b"total_bytes"]) -> None: ...
 
 global___StreamHeader = StreamHeader
 
@@ -440,17 +408,21 @@ class Chunk(google.protobuf.message.Message):
 
     OFFSET_FIELD_NUMBER: builtins.int
     DATA_FIELD_NUMBER: builtins.int
+    CRC32C_FIELD_NUMBER: builtins.int
     offset: builtins.int
-    """Offset of the first byte within the stream."""
+    """Offset of the first byte within the stream: the number of bytes in all chunks before."""
     data: builtins.bytes
-    """The bytes, at most 1 MiB."""
+    """The bytes, 1 to 1 MiB."""
+    crc32c: builtins.int
+    """CRC-32C (Castagnoli) of `data`; always set."""
     def __init__(
         self,
         *,
         offset: builtins.int = ...,
         data: builtins.bytes = ...,
+        crc32c: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["data", b"data", "offset", b"offset"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["crc32c", b"crc32c", "data", b"data", "offset", b"offset"]) -> None: ...
 
 global___Chunk = Chunk
 
@@ -476,11 +448,8 @@ class StreamTrailer(google.protobuf.message.Message):
         ) -> None: ...
         def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
-    SHA256_FIELD_NUMBER: builtins.int
     SECONDS_FIELD_NUMBER: builtins.int
     REPORT_JSON_FIELD_NUMBER: builtins.int
-    sha256: builtins.str
-    """sha256 of all bytes of the stream, in hexadecimal."""
     report_json: builtins.str
     """Diversity report as a JSON document, if it was asked for."""
     @property
@@ -490,11 +459,10 @@ class StreamTrailer(google.protobuf.message.Message):
     def __init__(
         self,
         *,
-        sha256: builtins.str = ...,
         seconds: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
         report_json: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["report_json", b"report_json", "seconds", b"seconds", "sha256", b"sha256"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["report_json", b"report_json", "seconds", b"seconds"]) -> None: ...
 
 global___StreamTrailer = StreamTrailer
 

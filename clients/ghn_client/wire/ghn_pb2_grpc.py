@@ -64,8 +64,8 @@ class GhnServiceServicer(object):
     def PredictWeights(self, request, context):
         """Predicts every trainable tensor of an architecture.
 
-        The stream is: any number of `progress` events, exactly one `header`, chunks with gapless offsets, one `trailer`,
-        and then status OK. A stream that ends without a trailer is a failed one, whatever its status.
+        The stream is: any number of `progress` events, exactly one `header`, chunks with gapless offsets and a checksum
+        each, one `trailer`, and then status OK. A stream that ends without a trailer is a failed one, whatever its status.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

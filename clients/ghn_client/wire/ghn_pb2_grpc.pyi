@@ -32,8 +32,8 @@ class GhnServiceStub:
     ]
     """Predicts every trainable tensor of an architecture.
 
-    The stream is: any number of `progress` events, exactly one `header`, chunks with gapless offsets, one `trailer`,
-    and then status OK. A stream that ends without a trailer is a failed one, whatever its status.
+    The stream is: any number of `progress` events, exactly one `header`, chunks with gapless offsets and a checksum
+    each, one `trailer`, and then status OK. A stream that ends without a trailer is a failed one, whatever its status.
     """
 
     AnalyzeArchitecture: grpc.UnaryUnaryMultiCallable[
@@ -63,8 +63,8 @@ class GhnServiceAsyncStub:
     ]
     """Predicts every trainable tensor of an architecture.
 
-    The stream is: any number of `progress` events, exactly one `header`, chunks with gapless offsets, one `trailer`,
-    and then status OK. A stream that ends without a trailer is a failed one, whatever its status.
+    The stream is: any number of `progress` events, exactly one `header`, chunks with gapless offsets and a checksum
+    each, one `trailer`, and then status OK. A stream that ends without a trailer is a failed one, whatever its status.
     """
 
     AnalyzeArchitecture: grpc.aio.UnaryUnaryMultiCallable[
@@ -96,8 +96,8 @@ class GhnServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[collections.abc.Iterator[ghn_pb2.PredictWeightsResponse], collections.abc.AsyncIterator[ghn_pb2.PredictWeightsResponse]]:
         """Predicts every trainable tensor of an architecture.
 
-        The stream is: any number of `progress` events, exactly one `header`, chunks with gapless offsets, one `trailer`,
-        and then status OK. A stream that ends without a trailer is a failed one, whatever its status.
+        The stream is: any number of `progress` events, exactly one `header`, chunks with gapless offsets and a checksum
+        each, one `trailer`, and then status OK. A stream that ends without a trailer is a failed one, whatever its status.
         """
 
     @abc.abstractmethod

@@ -31,16 +31,18 @@ class TensorUse:
 
 
 @dataclass(frozen=True, slots=True)
-class TensorNote:
+class TensorInfo:
     """What is known of one tensor; the fields are those of ``TensorInfo`` in the protocol.
 
     Attributes:
         name: Key in the file.
         origin: ``predicted``, ``tiled`` or ``fallback:<rule>``.
         initializer: Name in the architecture's file.
-        torch_name: Key in the module's ``state_dict``, or "".
+        torch_name: Key in the module's ``state_dict`` where it can be told, or "".
         permutation: Torch's axis i is stored axis ``permutation[i]``; empty where the layout is torch's own.
         uses: Places that read it, where an exporter merged equal tensors.
+        shape: Shape as stored; of an analysis only, since a file has it beside the tensor.
+        op_type: Op type of the graph node that stands for it, or ""; of an analysis only.
     """
 
     name: str
@@ -49,9 +51,11 @@ class TensorNote:
     torch_name: str = ""
     permutation: tuple[int, ...] = ()
     uses: tuple[TensorUse, ...] = ()
+    shape: tuple[int, ...] = ()
+    op_type: str = ""
 
 
-_NOTE_FIELDS = tuple(item.name for item in dataclasses.fields(TensorNote))
+_FIELDS_IN_FILES = ("name", "origin", "initializer", "torch_name", "permutation", "uses")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,7 @@ class PredictionMetadata:
     graph_digest: str
     seed: int
     dtype: str
-    tensors: tuple[TensorNote, ...]
+    tensors: tuple[TensorInfo, ...]
     buffers: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     steps: tuple[Mapping[str, Any], ...] = ()
@@ -93,7 +97,7 @@ def encode_metadata(metadata: PredictionMetadata) -> dict[str, str]:
     for item in dataclasses.fields(metadata):
         value = getattr(metadata, item.name)
         if item.name == "tensors":
-            value = [_compact(note) for note in value]
+            value = [_encode_tensor(tensor) for tensor in value]
         is_text = isinstance(value, str)
         encoded[PREFIX + item.name] = value if is_text else json.dumps(value, separators=(",", ":"), ensure_ascii=False)
     return encoded
@@ -116,22 +120,22 @@ def decode_metadata(encoded: Mapping[str, str]) -> PredictionMetadata:
             values[item.name] = text if item.type == "str" else json.loads(text)
         for name in ("buffers", "warnings", "steps", "include"):
             values[name] = tuple(values[name])
-        values["tensors"] = tuple(_expand(entry) for entry in values["tensors"])
+        values["tensors"] = tuple(_decode_tensor(entry) for entry in values["tensors"])
         return PredictionMetadata(**values)
     except (KeyError, TypeError, ValueError) as error:
         raise FileError(f"the metadata of the prediction is damaged: {error!r}") from error
 
 
-def _compact(note: TensorNote) -> dict[str, Any]:
-    """The note without its empty fields; ``dataclasses.asdict`` would take most of a reply's preparation."""
-    values = {name: value for name in _NOTE_FIELDS if (value := getattr(note, name))}
-    if note.uses:
-        values["uses"] = [dataclasses.asdict(use) for use in note.uses]
+def _encode_tensor(tensor: TensorInfo) -> dict[str, Any]:
+    """The fields that are not empty; ``dataclasses.asdict`` would take most of a reply's preparation."""
+    values = {name: value for name in _FIELDS_IN_FILES if (value := getattr(tensor, name))}
+    if tensor.uses:
+        values["uses"] = [dataclasses.asdict(use) for use in tensor.uses]
     return values
 
 
-def _expand(entry: Mapping[str, Any]) -> TensorNote:
-    values = {name: value for name, value in entry.items() if name in _NOTE_FIELDS}
+def _decode_tensor(entry: Mapping[str, Any]) -> TensorInfo:
+    values = {name: value for name, value in entry.items() if name in _FIELDS_IN_FILES}
     values["permutation"] = tuple(values.get("permutation", ()))
     values["uses"] = tuple(TensorUse(**use) for use in values.get("uses", ()))
-    return TensorNote(**values)
+    return TensorInfo(**values)
