@@ -4,10 +4,10 @@
 (6.9M parameters), everything on one thread:
 
 1. *server*: seconds to read, encode and decode, beside a plain copy of the same number of bytes into fresh memory.
-2. *client*: seconds of a whole call and of its stream (as the server measures it: from the first chunk to the last,
-   hash included), beside a raw gRPC stream of as many bytes in chunks of the same size, which carries nothing and
-   checks nothing, once into a bytearray and once (*bare*) into a buffer of our client's kind, in huge pages; sha256 of
-   as many bytes alone, which server and client each do once; and how far memory grows on both sides.
+2. *client*: seconds of a whole call and of its stream (as the server measures it: from the first chunk to the last),
+   beside a raw gRPC stream of as many bytes in chunks of the same size, which carries nothing and
+   checks nothing, once into a bytearray and once (*bare*) into a buffer of our client's kind, in
+   huge pages; and how far memory grows on both sides.
 3. *export*: CPU seconds from a module to its structure, beside ``torch.export`` alone, and seconds to loaded weights.
 
 Every figure is the median of ``--repeats`` calls after one uncounted; rival and subject alternate in the same process,
@@ -19,7 +19,6 @@ first use of a page as for all that is measured. Before each export, garbage is 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import statistics
 import tempfile
@@ -62,7 +61,6 @@ class Row:
     raw_share: float
     bare_stream_s: float
     bare_share: float
-    sha256_s: float
     server_growth_bytes: int
     client_growth_bytes: int
     torch_export_s: float
@@ -98,7 +96,6 @@ class ClientFigures:
         raw_share: Median of its seconds over those of our stream, pair by pair.
         bare_stream_s: The same into a buffer of our client's kind.
         bare_share: Median of its seconds over those of our stream, pair by pair.
-        sha256_s: Hashing as many bytes on one thread.
         server_growth_bytes: Beyond what the server held before.
         client_growth_bytes: Beyond what the client held before.
     """
@@ -109,14 +106,13 @@ class ClientFigures:
     raw_share: float
     bare_stream_s: float
     bare_share: float
-    sha256_s: float
     server_growth_bytes: int
     client_growth_bytes: int
 
 
 def measure_client(address: str, raw_address: str, server_pid: int, onnx_bytes: bytes, repeats: int) -> ClientFigures:
     """Calls and raw streams in turns."""
-    calls, streams, raws, bares, hashes = [], [], [], [], []
+    calls, streams, raws, bares = [], [], [], []
     server_growth, client_growth = [], []
     num_bytes = 0
     server_memory, client_memory = PeakMemory(server_pid), PeakMemory()
@@ -130,10 +126,8 @@ def measure_client(address: str, raw_address: str, server_pid: int, onnx_bytes: 
             client_growth.append(client_memory.grown_bytes())
             calls.append(seconds)
             streams.append(prediction.seconds["streaming"])
-            buffer = prediction.buffer
-            hashes.append(timed(partial(hashlib.sha256, buffer))[0])
-            num_bytes = len(buffer)
-            del prediction, buffer
+            num_bytes = len(prediction.buffer)
+            del prediction
             warm_memory(num_bytes)
             raws.append(timed(partial(receive_raw_bytes, raw_channel, num_bytes))[0])
             warm_memory(num_bytes)
@@ -145,7 +139,6 @@ def measure_client(address: str, raw_address: str, server_pid: int, onnx_bytes: 
         raw_share=_median_share(raws[1:], streams[1:]),
         bare_stream_s=statistics.median(bares[1:]),
         bare_share=_median_share(bares[1:], streams[1:]),
-        sha256_s=statistics.median(hashes[1:]),
         server_growth_bytes=max(server_growth[1:]),
         client_growth_bytes=max(client_growth[1:]),
     )
@@ -219,7 +212,6 @@ CLIENT_COLUMNS: tuple[Column, ...] = (
     ("raw / stream", lambda row: f"{row.raw_share:.0%}"),
     ("bare", lambda row: f"{row.bare_stream_s:.3f}"),
     ("bare / stream", lambda row: f"{row.bare_share:.0%}"),
-    ("sha256", lambda row: f"{row.sha256_s:.3f}"),
     ("server, MiB", lambda row: f"{(row.server_growth_bytes - row.weight_bytes) / MIB:.0f}"),
     ("client", lambda row: f"{row.client_growth_bytes / row.weight_bytes:.2f}"),
 )
