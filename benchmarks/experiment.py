@@ -81,6 +81,12 @@ def percent(values: Sequence[float], digits: int = 1, sign: str = "") -> str:
     return f"{100 * mean:{sign}.{digits}f} ± {100 * error:.{digits}f}"
 
 
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """Lines of a Markdown table."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (header, *rows)]
+    return [lines[0], "|---" * len(header) + "|", *lines[1:]]
+
+
 def write_page(folder: Path, name: str, text: str, chart: str) -> None:
     """Writes ``NAME_results.md`` and its chart, and prints the page."""
     folder.mkdir(parents=True, exist_ok=True)

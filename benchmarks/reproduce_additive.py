@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from benchmarks.charts import line_chart
-from benchmarks.experiment import Cell, run_cells, write_page
+from benchmarks.experiment import Cell, run_cells, table, write_page
 from ghn_client.finetune.additive import additive
 from ghn_client.finetune.images import ImageBatches, load_images
 from ghn_client.finetune.patch.capacity import three_layer_neurons
@@ -138,45 +138,61 @@ def cells_of(settings: dict) -> Iterator[Cell]:
 
 def report(results: list[Cell]) -> tuple[str, str]:
     """The document and the plot."""
-    closed = [cell for cell in results if cell["kind"] == "closed"]
+    closed, trained = ([cell for cell in results if cell["kind"] == kind] for kind in ("closed", "trained"))
     largest = max(cell["samples"] for cell in closed)
-    lines: dict[str, list[tuple[float, float]]] = {}
+    kinds = list(dict.fromkeys((cell["depth"], cell["directions"]) for cell in closed))
+    names = [f"{depth} layers, {directions}" for depth, directions in kinds]
+    lines: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for cell in closed:
-        name = f"{cell['depth']} layers, {cell['directions']}"
         if cell["samples"] == largest:
-            lines.setdefault(name, []).append((cell["changed"], cell["neurons"]))
+            lines[names[kinds.index((cell["depth"], cell["directions"]))]].append((cell["changed"], cell["neurons"]))
     text = [
         "# Additive fine-tuning: neurons against labels",
         "",
-        "Written by `make reproduce-additive`. Real CIFAR-10 thumbnails (192 numbers), a fixed random classifier,",
-        "labels changed to one class; the bound is ours (`clients/ghn_client/finetune/patch/capacity.py`).",
+        "Written by `make reproduce-additive`; no hypernetwork takes part. Real CIFAR-10 thumbnails (192 numbers), a",
+        "fixed random classifier, labels changed to one class. Neurons of the closed form of at most so many (the",
+        "bound is ours, `clients/ghn_client/finetune/patch/capacity.py`), with shared or own directions, and the share",
+        f"of unseen samples whose label changed as well. {sum(cell['holds'] for cell in closed)} of {len(closed)}",
+        f"certificates hold, {sum(cell['precision'] == 'float64' for cell in closed)} of them in float64, the others in",
+        "float32.",
         "",
-        "| samples K | labels N | layers | directions | neurons | bound | certificate | precision | unseen touched |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    text += [
-        f"| {c['samples']:,} | {c['changed']} | {c['depth']} | {c['directions']} | {c['neurons']} | {c['bound']} |"
-        f" {'hold' if c['holds'] else 'FAIL'} | {c['precision']} | {c['touched']:.2%} |"
-        for c in closed
-    ]
-    text += ["", "Slope of log neurons against log labels at the largest K:", ""]
-    text += [f"- {name}: {slope(points):.2f}" for name, points in lines.items() if len(points) > 1]
-    text += [
+        *table(["samples K", "labels N", *names], (_row(closed, kinds, size) for size in _sizes(closed))),
         "",
-        "Trained by Adam, smallest size without an error (bisection on the width). 192 inputs separate so few samples",
-        "almost linearly, so that training needs less than the worst case of the closed form:",
+        "Slope of log neurons against log labels at the largest K: "
+        + ", ".join(f"{slope(points):.2f} ({name})" for name, points in lines.items() if len(points) > 1)
+        + ".",
         "",
+        "Trained by Adam, smallest size without an error (bisection on the width), of what the closed form needs at",
+        "most. 192 inputs separate so few samples almost linearly, so that training needs less than that worst case:",
+        "",
+        *table(
+            ["samples K", "labels N", "2 layers", "3 layers, in all of at most per output"],
+            (_row(trained, [(2, None), (3, None)], size) for size in _sizes(trained)),
+        ),
     ]
-    text += ["| samples K | labels N | layers | neurons | closed form needs at most |", "|---|---|---|---|---|"]
-    for cell in results:
-        if cell["kind"] == "trained":
-            needed = min(3 * cell["changed"], cell["samples"] - 1)
-            needed = needed if cell["depth"] == 2 else f"{three_layer_neurons(cell['changed'])} per output"
-            text.append(f"| {cell['samples']} | {cell['changed']} | {cell['depth']} | {cell['neurons']} | {needed} |")
     chart = line_chart(
         f"Neurons that change N of {largest:,} labels", lines, x_label="labels N", y_label="neurons", logarithmic=True
     )
     return "\n".join([*text, "", "![neurons against labels](additive_results.svg)", ""]), chart
+
+
+def _sizes(cells: list[Cell]) -> list[tuple[int, int]]:
+    return list(dict.fromkeys((cell["samples"], cell["changed"]) for cell in cells))
+
+
+def _row(cells: list[Cell], kinds: Sequence[tuple[int, str | None]], size: tuple[int, int]) -> list[str]:
+    """Samples, labels, and for each kind the neurons, their bound and what else changed."""
+    samples, changed = size
+    found = {
+        (cell["depth"], cell.get("directions")): cell for cell in cells if (cell["samples"], cell["changed"]) == size
+    }
+    row = [f"{samples:,}", str(changed)]
+    for kind in kinds:
+        cell = found[kind]
+        bound = three_layer_neurons(changed) if kind[0] == 3 else min(3 * changed, samples - 1)
+        touched = f", {cell['touched']:.2%}{'' if cell['holds'] else ' FAIL'}" if "touched" in cell else ""
+        row.append(f"{cell['neurons']} of {cell.get('bound', bound)}{touched}")
+    return row
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from benchmarks.charts import bar_chart
-from benchmarks.experiment import CHOOSING_SEED, Cell, file_digest, percent, run_seeds, verdict, write_page
+from benchmarks.experiment import CHOOSING_SEED, Cell, file_digest, percent, run_seeds, table, verdict, write_page
 from ghn_architectures.architecture import Architecture
 from ghn_architectures.convnext import ConvNeXtConfiguration
 from ghn_architectures.interface import Configuration, Interface
@@ -65,6 +65,7 @@ DESCRIPTIONS = {
     "vit_small": "vision transformer with 2 blocks of 96 channels, 3 heads, patches of 4 x 4",
 }
 VALIDATION_IMAGES = 1000
+RANKS = ("rank", "effective_rank")
 
 
 def find_network(name: str) -> Architecture:
@@ -162,36 +163,43 @@ def accuracy_table(rows: Scores, key: str) -> Iterator[str]:
         yield f"| {network} | " + " | ".join(texts.get(start, "-") for start in starts) + " |"
 
 
-def verdicts(rows: Scores) -> Iterator[str]:
-    """What the table says about differences that are paired by seed."""
+def differences(rows: Scores) -> Iterator[list[str]]:
+    """What each start gains over the one before it, in percentage points paired by seed; bold where that counts."""
+    pairs = [(GHN, HE), *((name, GHN) for name in STARTS if name not in (HE, GHN))]
     for network, scores in rows.items():
-        for start, reference in [(GHN, HE)] + [(name, GHN) for name in STARTS if name not in (HE, GHN)]:
-            if start in scores and reference in scores:
-                pairs = zip(scores[start], scores[reference], strict=True)
-                gaps = [a["accuracy"] - b["accuracy"] for a, b in pairs]
-                yield f"| {network} | {start} against {reference} | {percent(gaps, 1, '+')} | {verdict(gaps)} |"
+        row = [network]
+        for start, reference in pairs:
+            if start not in scores or reference not in scores:
+                row.append("-")
+                continue
+            both = zip(scores[start], scores[reference], strict=True)
+            gaps = [a["accuracy"] - b["accuracy"] for a, b in both]
+            counts = verdict(gaps) in ("helps", "hurts")
+            row.append(f"**{percent(gaps, 1, '+')}**" if counts else percent(gaps, 1, "+"))
+        yield row
 
 
-def diversity_table(arguments: argparse.Namespace) -> Iterator[str]:
+def diversity_table(arguments: argparse.Namespace) -> list[str]:
     """What the steps do to the weights themselves."""
     predictor = Predictor.from_checkpoint(arguments.checkpoint, device="cpu")
-    yield "| network | weights | tiled values | rank of full | effective rank of full | mean abs. cosine of rows |"
-    yield "|---|---|---|---|---|---|"
+    starts = {start: texts for start, texts in STARTS.items() if texts is not None and start in arguments.starts}
+    rows = []
     for network in arguments.networks:
         graph = find_network(network).graph()
-        for start, texts in STARTS.items():
-            if texts is None or start not in arguments.starts:
-                continue
+        row = [network]
+        for texts in starts.values():
             parameters = predictor.predict(graph, options=options_of(texts, 0, arguments.layer))
-            measures = list(measure_network(parameters, graph).values())
-            sizes = [parameters[name].numel() for name in measure_network(parameters, graph)]
-            full = sum(measure.full_rank for measure in measures)
+            measured = measure_network(parameters, graph)
+            sizes = {name: parameters[name].numel() for name in measured}
+            full = sum(item.full_rank for item in measured.values())
+            rank, effective = (sum(getattr(item, key) for item in measured.values()) for key in RANKS)
             tiled, cosine = (
-                sum(getattr(measure, key) * size for measure, size in zip(measures, sizes, strict=True)) / sum(sizes)
+                sum(getattr(item, key) * sizes[name] for name, item in measured.items()) / sum(sizes.values())
                 for key in ("tiled_share", "mean_abs_cosine")
             )
-            rank, effective = (sum(getattr(item, key) for item in measures) for key in ("rank", "effective_rank"))
-            yield f"| {network} | {start} | {tiled:.0%} | {rank / full:.0%} | {effective / full:.0%} | {cosine:.3f} |"
+            row.append(f"{tiled:.0%}, {rank / full:.0%}, {effective / full:.0%}, {cosine:.3f}")
+        rows.append(row)
+    return table(["network", *starts], rows)
 
 
 def setting(arguments: argparse.Namespace) -> str:
@@ -210,10 +218,7 @@ def document(results: Sequence[Cell], arguments: argparse.Namespace) -> str:
     """The page of results."""
     rows = group_rows(results)
     digest = file_digest(arguments.checkpoint)
-    rates = [
-        f"| {network} | " + " | ".join(f"{cells[0]['rate']:g}" for cells in scores.values()) + " |"
-        for network, scores in rows.items()
-    ]
+    rates = [[network, *(f"{cells[0]['rate']:g}" for cells in scores.values())] for network, scores in rows.items()]
     text = [
         "# Does repairing diversity help?",
         "",
@@ -230,11 +235,10 @@ def document(results: Sequence[Cell], arguments: argparse.Namespace) -> str:
         "",
         "![accuracy after fine-tuning](diversity_results.svg)",
         "",
-        "Differences are paired by seed; one counts where it is beyond two standard errors.",
+        "Differences in percentage points, paired by seed: GHN against He, the steps against GHN. Bold is what counts,",
+        "beyond two standard errors.",
         "",
-        "| network | comparison | percentage points | verdict |",
-        "|---|---|---|---|",
-        *verdicts(rows),
+        *table(["network", *(name for name in STARTS if name != HE)], differences(rows)),
         "",
         "## Accuracy before fine-tuning",
         "",
@@ -244,15 +248,14 @@ def document(results: Sequence[Cell], arguments: argparse.Namespace) -> str:
         "",
         "## What the steps do to the weights",
         "",
-        "Means over the values of all weighted layers, seed 0 (`ghn-client predict --report` shows every layer).",
+        "Share of tiled values, rank and effective rank of the full one, mean absolute cosine of rows; means over the",
+        "values of all weighted layers, seed 0 (`ghn-client predict --report` shows every layer).",
         "",
         *diversity_table(arguments),
         "",
         "## Chosen learning rates",
         "",
-        "| network | " + " | ".join(next(iter(rows.values()))) + " |",
-        "|---" * (len(next(iter(rows.values()))) + 1) + "|",
-        *rates,
+        *table(["network", *next(iter(rows.values()))], rates),
         "",
     ]
     return "\n".join(text)

@@ -220,7 +220,7 @@ def _size_name(size: float) -> str:
 
 
 def _at_chance(cells: Sequence[Cell]) -> str:
-    return f"{sum(accuracy < AT_CHANCE for accuracy in _accuracies(cells))} of {len(cells)}"
+    return str(sum(accuracy < AT_CHANCE for accuracy in _accuracies(cells)))
 
 
 def _accuracies(cells: Sequence[Cell]) -> list[float]:
@@ -241,7 +241,7 @@ def setting(arguments: argparse.Namespace) -> str:
         f"{arguments.steps} steps of {BATCH_SIZE} images, SGD with momentum 0.9, cosine to zero, Frobenius decay 1e-4; "
         f"rate of each row and method chosen from {rates} on 2,000 validation images with a seed of its own; "
         f"{arguments.seeds} seeds. Test accuracy in percent, mean ± standard error; differences are paired by seed; "
-        f"at chance are the runs below {AT_CHANCE:.0%}, which did not learn."
+        f"at chance: how many of the runs are below {AT_CHANCE:.0%}, as they did not learn."
     )
 
 
@@ -250,7 +250,7 @@ def document(errors: Sequence[str], results: Sequence[Cell], arguments: argparse
     text = [
         "# Low-rank initialisation, measured",
         "",
-        "Written by `make reproduce-low-rank`. What the methods are, and when they can differ, is in `low_rank.md`.",
+        "Written by `make reproduce-low-rank`; no hypernetwork takes part. The methods are those of `low_rank.md`.",
         "",
         "## Error of the layer function",
         "",
@@ -268,13 +268,13 @@ def document(errors: Sequence[str], results: Sequence[Cell], arguments: argparse
         "",
         *accuracy_table(results),
         "",
-        "A difference counts where it is beyond two standard errors; among a dozen rows one may pass by chance. As",
-        "each rate was chosen by a single run, rows whose two rates differ hold the luck of that choice as well:",
+        "A difference counts beyond two standard errors; among a dozen rows one may pass by chance. As each rate was",
+        "chosen by a single run, rows whose two rates differ hold the luck of that choice as well:",
         "",
         *verdicts(results),
         "",
-        "The networks are factored by the method asked for, whatever stands behind the layer. The service itself reads",
-        "the graph and uses spectral factors where a normalisation cancels the length of rows, and says so.",
+        "The networks are factored by the method asked for. The service itself reads the graph and uses spectral",
+        "factors where a normalisation cancels the length of rows, and says so.",
         "",
         "![function minus spectral](low_rank_results.svg)",
         "",

@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from benchmarks.charts import line_chart
-from benchmarks.experiment import Cell, file_digest, run_cells, write_page
+from benchmarks.experiment import Cell, file_digest, run_cells, table, write_page
 from ghn_architectures.convnet import ConvNetConfiguration
 from ghn_architectures.interface import Interface
 from ghn_architectures.mobilenet import MobileNetConfiguration
@@ -233,26 +233,18 @@ def _introduction(controls: list[Cell], settings: dict[str, Any]) -> list[str]:
 
 
 def _control_table(controls: list[Cell]) -> list[str]:
-    rows = [
-        "| start | tuned | numbers | accuracy before | accuracy | disabled channels | with those at zero |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for start in _values(controls, "start"):
         for strategy in _values(controls, "strategy"):
-            rows.append(_control_row(start, strategy, _chosen(controls, start, strategy)))
-    return rows
-
-
-def _control_row(start: str, strategy: str, group: list[Cell]) -> str:
-    mean = partial(_mean, group)
-    disabled = zeroed = "-"
-    if "disabled" in group[0]:
-        disabled, zeroed = f"{mean('disabled'):.1%}", f"{mean('accuracy_zeroed'):.2%}"
-    spread = statistics.stdev(cell["accuracy"] for cell in group) if len(group) > 1 else 0.0
-    return (
-        f"| {start} | {strategy} | {group[0]['trainable']:,} | {mean('accuracy_before'):.2%} |"
-        f" {mean('accuracy'):.2%} ± {spread:.2%} | {disabled} | {zeroed} |"
-    )
+            group = _chosen(controls, start, strategy)
+            spread = statistics.stdev(cell["accuracy"] for cell in group) if len(group) > 1 else 0.0
+            accuracy = f"{_mean(group, 'accuracy'):.2%} ± {spread:.2%}"
+            row = [start, strategy, f"{group[0]['trainable']:,}", f"{_mean(group, 'accuracy_before'):.2%}", accuracy]
+            if "disabled" in group[0]:
+                row += [f"{_mean(group, 'disabled'):.1%}", f"{_mean(group, 'accuracy_zeroed'):.2%}"]
+            rows.append([*row, "-", "-"][:7])
+    header = ["start", "tuned", "numbers", "accuracy before", "accuracy", "disabled channels", "with those at zero"]
+    return table(header, rows)
 
 
 def _verdicts(controls: list[Cell]) -> list[str]:
@@ -285,25 +277,27 @@ def _histograms(controls: list[Cell]) -> dict[str, list[tuple[float, float]]]:
 def _story_table(story: list[Cell]) -> list[str]:
     if not story:
         return []
-    rows = [
+    starts = _values(story, "start")
+    rows: list[list[str]] = []
+    for network in _values(story, "network"):
+        cells = [cell for cell in story if cell["network"] == network]
+        before = {cell["start"]: f"{cell['accuracy_before']:.2%}" for cell in cells}
+        rows.append([network, "nothing", "0", "0 KiB", *(before[start] for start in starts)])
+        for strategy in _values(cells, "strategy"):
+            group = {cell["start"]: cell for cell in cells if cell["strategy"] == strategy}
+            any_start = next(iter(group.values()))
+            sizes = [f"{any_start['trainable']:,}", f"{any_start['delta_bytes'] / 1024:.1f} KiB"]
+            results = [f"{group[start]['accuracy']:.2%} in {group[start]['seconds']:.0f} s" for start in starts]
+            rows.append([network, strategy, *sizes, *results])
+    return [
         "## Three architectures, two starts, four strategies",
         "",
         "Same images, epochs and batches, one seed. Random weights start with scales of one here. Seconds are",
         "processor time of training; a delta is what has to be stored beside the start.",
         "",
-        "| network | parameters | start | strategy | accuracy before | accuracy | trained numbers | delta | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        *table(["network", "tuned", "numbers", "delta", *(f"from {start}" for start in starts)], rows),
+        "",
     ]
-    for network in _values(story, "network"):
-        cells = [cell for cell in story if cell["network"] == network]
-        total = max(cell["trainable"] for cell in cells if cell["strategy"] == "all")
-        rows += [
-            f"| {network} | {total:,} | {cell['start']} | {cell['strategy']} | {cell['accuracy_before']:.2%} |"
-            f" {cell['accuracy']:.2%} | {cell['trainable']:,} | {cell['delta_bytes'] / 1024:.1f} KiB |"
-            f" {cell['seconds']:.0f} |"
-            for cell in cells
-        ]
-    return [*rows, ""]
 
 
 def _values(cells: list[Cell], key: str) -> list[Any]:
