@@ -153,7 +153,7 @@ def report(results: list[Cell]) -> tuple[str, str]:
         "fixed random classifier, labels changed to one class. Neurons of the closed form of at most so many (the",
         "bound is ours, `clients/ghn_client/finetune/patch/capacity.py`), with shared or own directions, and the share",
         f"of unseen samples whose label changed as well. {sum(cell['holds'] for cell in closed)} of {len(closed)}",
-        f"certificates hold, {sum(cell['precision'] == 'float64' for cell in closed)} of them in float64, the others in",
+        f"certificates hold, {sum(c['precision'] == 'float64' for c in closed)} of them in float64, the others in",
         "float32.",
         "",
         *table(["samples K", "labels N", *names], (_row(closed, kinds, size) for size in _sizes(closed))),
