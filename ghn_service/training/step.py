@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ghn_service.errors import is_out_of_memory
 from ghn_service.hypernetwork.features import collate
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
 from ghn_service.training.images import Batches
@@ -125,11 +126,6 @@ def slot_generator(*parts: int) -> torch.Generator:
     return torch.Generator().manual_seed(random.Random("/".join(map(str, parts))).getrandbits(62))
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch ran out of memory, on a GPU or a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
-
-
 def accumulate_gradients(
     hypernetwork: GraphHyperNetwork,
     networks: Sequence[tuple[int, PreparedNetwork]],
@@ -185,7 +181,7 @@ def _measure(
     """The network's loss and gradient; ``None`` (and a note in ``outcome``) where it has to be left out."""
     try:
         result = measure_loss(network.module, predicted, network.constants, examples, settings, precision=precision)
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         logger.warning("network %d does not fit into memory; left out", network.index)
