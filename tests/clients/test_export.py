@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy
@@ -15,8 +16,9 @@ from torch import nn
 import ghn_client.onnx.export
 from ghn_client import export_architecture
 from ghn_client.errors import ExportError
-from ghn_client.onnx.export import ExportedStructure, export_structure
+from ghn_client.onnx.export import ModelSource, export_structure
 from ghn_client.onnx.functional import NotFunctionalError
+from ghn_client.onnx.translate import translate
 from ghn_service.graph.onnx.reader import read_onnx
 from tests.clients.small_modules import EXAMPLES, IMAGE, Auxiliary, ConvNet, InPlace, Tied, WithConstants, randomized
 from tests.golden_graphs import load_golden
@@ -26,9 +28,9 @@ from tests.zoo_support import build_torchvision
 GOLDEN = ("resnet18_cifar10", "mobilenet_v3_small", "squeezenet1_1", "vit_b_16", "convnext_tiny", "vgg11_bn")
 
 
-def filled(module: nn.Module, exported: ExportedStructure) -> onnx.ModelProto:
+def filled(module: nn.Module, exported: ModelSource) -> onnx.ModelProto:
     """The exported model with the module's own values as initializers."""
-    model = onnx.load_model_from_string(exported.onnx_bytes)
+    model = onnx.load_model_from_string(exported.structure)
     values = {**dict(module.named_parameters()), **exported.values}
     for info in [info for info in model.graph.input if info.name in values]:
         model.graph.input.remove(info)
@@ -196,9 +198,17 @@ def test_wrong_inputs_are_an_export_error_and_leave_the_module_in_its_mode() -> 
     assert all(part.training for part in module.modules())
 
 
+def warnings_of_export(caplog: pytest.LogCaptureFixture) -> list[str]:
+    loud = [record for record in caplog.records if record.levelname == "WARNING"]
+    return [record.getMessage() for record in loud if record.name == "ghn_client.onnx.export"]
+
+
 @pytest.mark.parametrize("last_way", ["_by_decomposition", "_by_torchscript"])
-def test_the_slower_ways_give_the_same_names_and_graph(last_way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_slower_ways_give_the_same_names_and_graph_and_say_so(
+    last_way: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     expected = read_onnx(export_architecture(ConvNet().eval(), IMAGE))
+    assert not warnings_of_export(caplog)
 
     def refuse(*args: Any) -> Any:
         raise NotFunctionalError("asked to")
@@ -210,6 +220,21 @@ def test_the_slower_ways_give_the_same_names_and_graph(last_way: str, monkeypatc
     assert sorted(node.op_type for node in graph.nodes) == sorted(node.op_type for node in expected.nodes)
     assert len(graph.edges) == len(expected.edges)
     assert {spec.name for spec in graph.parameters()} == {spec.name for spec in expected.parameters()}
+    (warning,) = warnings_of_export(caplog)
+    assert "asked to" in warning
+
+
+def test_torchs_private_exporter_is_where_the_fast_way_expects_it() -> None:
+    """Fails where torch moves what ``translate`` uses, which users would notice only by the slower way's warning."""
+    program = torch.export.export(ConvNet().eval(), (IMAGE,), strict=False)
+    assert {"Conv", "BatchNormalization"} <= {node.op_type for node in translate(program).graph}
+
+
+def test_exports_of_several_threads_take_turns() -> None:
+    expected = export_architecture(ConvNet(), IMAGE)
+    modules = [ConvNet() for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(export_architecture, modules, [IMAGE] * 8)) == [expected] * 8
 
 
 CHANGES = {

@@ -11,6 +11,7 @@ import ast
 import json
 import math
 from collections.abc import Collection
+from typing import Any
 
 import onnx
 import onnx_ir
@@ -32,19 +33,12 @@ _FLOAT_TYPES = frozenset(
 )
 _INDEX_TYPES = frozenset({onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL})
 _DATA_FIELDS = (
-    "raw_data",
-    "float_data",
-    "double_data",
-    "int32_data",
-    "int64_data",
-    "uint64_data",
-    "string_data",
-    "external_data",
-    "data_location",
-    "doc_string",
-)
+    "raw_data", "float_data", "double_data", "int32_data", "int64_data", "uint64_data", "string_data",
+    "external_data", "data_location", "doc_string",
+)  # fmt: skip
 _CLASSES_KEY = "pkg.torch.onnx.class_hierarchy"
 # Names of modules and parameters, which the reader needs; the others hold source lines and paths of the user's machine.
+_KEPT_MODEL_METADATA = frozenset({PARAMETERS_KEY, BUFFERS_KEY})
 _KEPT_METADATA = frozenset({"pkg.torch.onnx.name_scopes", _CLASSES_KEY, "pkg.torch.onnx.fx_node"})
 _KEPT_VALUE_METADATA = frozenset(
     {"pkg.torch.export.graph_signature.InputSpec.kind", "pkg.onnxscript.optimizer.folded_from"}
@@ -155,18 +149,9 @@ def strip_weights(onnx_bytes: bytes) -> bytes:
         InvalidArchitectureError: The bytes are no ONNX model.
     """
     model = parse_onnx(onnx_bytes)
-    strip_model(model)
-    return model.SerializeToString()
-
-
-def strip_model(model: onnx.ModelProto) -> None:
-    """Takes the weights' values out of ``model``; see ``strip_weights``."""
     model.ClearField("doc_string")
     model.ClearField("training_info")
-    kept = [(entry.key, entry.value) for entry in model.metadata_props if entry.key in (PARAMETERS_KEY, BUFFERS_KEY)]
-    del model.metadata_props[:]
-    for key, text in kept:
-        model.metadata_props.add(key=key, value=text)
+    _keep(model.metadata_props, _KEPT_MODEL_METADATA)
     for function in model.functions:
         function.ClearField("doc_string")
         for node in function.node:
@@ -175,6 +160,15 @@ def strip_model(model: onnx.ModelProto) -> None:
     for owner in owners:
         for graph in graphs(owner):
             _strip_graph(graph)
+    return model.SerializeToString()
+
+
+def _keep(metadata: Any, keys: Collection[str]) -> None:
+    """Drops all but some entries of a ``metadata_props`` field."""
+    kept = [(entry.key, entry.value) for entry in metadata if entry.key in keys]
+    del metadata[:]
+    for key, text in kept:
+        metadata.add(key=key, value=text)
 
 
 def _strip_graph(graph: onnx.GraphProto) -> None:
@@ -187,41 +181,29 @@ def _strip_graph(graph: onnx.GraphProto) -> None:
         strip_tensor(sparse.indices)
     for info in (*graph.input, *graph.output, *graph.value_info):
         info.ClearField("doc_string")
-        kept = [(entry.key, entry.value) for entry in info.metadata_props if entry.key in _KEPT_VALUE_METADATA]
-        del info.metadata_props[:]
-        for key, text in kept:
-            info.metadata_props.add(key=key, value=text)
+        _keep(info.metadata_props, _KEPT_VALUE_METADATA)
     for node in graph.node:
         _strip_node(node)
 
 
 def _strip_node(node: onnx.NodeProto) -> None:
     node.ClearField("doc_string")
-    kept = [(entry.key, entry.value) for entry in node.metadata_props if entry.key in _KEPT_METADATA]
-    del node.metadata_props[:]
-    for key, text in kept:
-        node.metadata_props.add(key=key, value=text)
+    _keep(node.metadata_props, _KEPT_METADATA)
     for attribute in node.attribute:
         attribute.ClearField("doc_string")
         if attribute.type == onnx.AttributeProto.TENSOR:
             strip_tensor(attribute.t)
         elif attribute.name == "value_floats" and len(attribute.floats) > _KEPT_FLOATS:
-            _strip_float_list(attribute)
-
-
-def _strip_float_list(attribute: onnx.AttributeProto) -> None:
-    count = len(attribute.floats)
-    attribute.ClearField("floats")
-    attribute.name, attribute.type = "value", onnx.AttributeProto.TENSOR
-    attribute.t.data_type = onnx.TensorProto.FLOAT
-    attribute.t.dims.append(count)
+            count = len(attribute.floats)
+            attribute.ClearField("floats")
+            attribute.name, attribute.type = "value", onnx.AttributeProto.TENSOR
+            attribute.t.data_type = onnx.TensorProto.FLOAT
+            attribute.t.dims.append(count)
 
 
 def strip_tensor(tensor: onnx.TensorProto) -> None:
     """Drops the values of a tensor, unless it is a small integer tensor or a single number."""
-    count = math.prod(tensor.dims)
-    is_external = tensor.data_location == onnx.TensorProto.EXTERNAL
     limit = KEPT_ELEMENTS if tensor.data_type in _INDEX_TYPES else _KEPT_FLOATS
-    if is_external or not 0 <= count <= limit:
+    if tensor.data_location == onnx.TensorProto.EXTERNAL or not 0 <= math.prod(tensor.dims) <= limit:
         for field in _DATA_FIELDS:
             tensor.ClearField(field)

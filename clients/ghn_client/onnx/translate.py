@@ -17,7 +17,7 @@ import onnx_ir
 import torch
 from onnxscript import opset18 as op
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Node
 
 from ghn_client.onnx.functional import make_functional
 
@@ -39,92 +39,62 @@ def translate(program: torch.export.ExportedProgram) -> onnx_ir.Model:
     """
     from torch.onnx._internal.exporter import _core, _fx_passes
 
-    module = program.graph_module
-    if any(node.op == "get_attr" for node in module.graph.nodes):
+    module, graph = program.graph_module, program.graph_module.graph
+    if any(node.op == "get_attr" for node in graph.nodes):
         raise NotTranslatableError("the program has subgraphs")
-    _drop_assertions(module.graph)
-    make_functional(module, _constants(program))
-    _simplify(module.graph)
-    registry = _registry()
-    for node in module.graph.nodes:
-        is_operator = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
-        if is_operator and not registry.is_registered(node.target):
-            raise NotTranslatableError(f"{node.target} has no translation")
-    if _needs_promotion(module):
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and getattr(node.target, "__name__", "").partition(".")[0] in _ASSERTIONS:
+            graph.erase_node(node)
+    lifted = program.graph_signature.inputs_to_lifted_tensor_constants
+    tensors = {name: program.constants[target] for name, target in lifted.items()}
+    make_functional(module, {name: tensor for name, tensor in tensors.items() if _has_values(tensor)})
+    registry, needs_promotion = _registry(), False
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if isinstance(node.target, torch._ops.OpOverload):
+            rewrite = _SIMPLER.get(node.target._schema.name.removeprefix("aten::"))
+            if rewrite is not None:
+                node.target, node.args, node.kwargs = rewrite(node)
+            if not registry.is_registered(node.target):
+                raise NotTranslatableError(f"{node.target} has no translation")
+        values = [item.meta.get("val") for item in (node, *node.all_input_nodes)]
+        needs_promotion |= len({value.dtype for value in values if isinstance(value, torch.Tensor)}) > 1
+    if needs_promotion:  # an operator mixes element types, which torch converts silently and ONNX does not
         _fx_passes.insert_type_promotion_nodes(module)
     return _core._exported_program_to_onnx_program(program, registry=registry).model
 
 
-def _drop_assertions(graph: Graph) -> None:
-    for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and getattr(node.target, "__name__", "").partition(".")[0] in _ASSERTIONS:
-            graph.erase_node(node)
+def _has_values(tensor: Any) -> bool:
+    return isinstance(tensor, torch.Tensor) and not tensor.is_meta and not isinstance(tensor, FakeTensor)
 
 
-def _constants(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:
-    names = program.graph_signature.inputs_to_lifted_tensor_constants
-    values = {name: program.constants[target] for name, target in names.items()}
-    return {
-        name: value
-        for name, value in values.items()
-        if isinstance(value, torch.Tensor) and not value.is_meta and not isinstance(value, FakeTensor)
-    }
-
-
-def _needs_promotion(module: GraphModule) -> bool:
-    """Whether an operator mixes element types, which torch converts silently and ONNX does not."""
-    for node in module.graph.nodes:
-        if node.op == "call_function" and len(_dtypes([node, *node.all_input_nodes])) > 1:
-            return True
-    return False
-
-
-def _dtypes(nodes: Sequence[Node]) -> set[torch.dtype]:
-    values = [node.meta.get("val") for node in nodes]
-    return {value.dtype for value in values if isinstance(value, torch.Tensor)}
-
-
-# ---- composite operators, by simpler ones ----------------------------------------------------------------------------
-
-
-def _simplify(graph: Graph) -> None:
-    """Replaces composite operators, whose decomposition would need another trace; shapes are fixed here."""
-    for node in graph.nodes:
-        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-            rewrite = _SIMPLER.get(node.target._schema.name.removeprefix("aten::"))
-            if rewrite is not None:
-                node.target, node.args, node.kwargs = rewrite(node)
-
+# ---- composite operators by simpler ones, since their decomposition would need another trace -------------------------
 
 Call = tuple[torch._ops.OpOverload, tuple[Any, ...], dict[str, Any]]
-
-
-def _as_cast(node: Node) -> Call:
-    return torch.ops.aten._to_copy.default, node.args[:1], {"dtype": node.meta["val"].dtype}
 
 
 def _as_reshape(node: Node) -> Call:
     return torch.ops.aten.reshape.default, (node.args[0], list(node.meta["val"].shape)), {}
 
 
-def _as_expand(node: Node) -> Call:
-    return torch.ops.aten.expand.default, (node.args[0], list(node.meta["val"].shape)), {}
+def _as_cast(node: Node) -> Call:
+    return torch.ops.aten._to_copy.default, node.args[:1], {"dtype": node.meta["val"].dtype}
 
 
 def _as_transpose(node: Node) -> Call:
     return torch.ops.aten.transpose.int, node.args, dict(node.kwargs)
 
 
-def _as_zeros(node: Node) -> Call:
-    return torch.ops.aten.full_like.default, (node.args[0], 0), {}
-
-
 _SIMPLER: dict[str, Callable[[Node], Call]] = {
-    **dict.fromkeys(("to", "type_as"), _as_cast),
-    **dict.fromkeys(("reshape_as", "view_as"), _as_reshape),
-    "expand_as": _as_expand,
-    "zero": _as_zeros,
-    **dict.fromkeys(("swapaxes", "swapdims"), _as_transpose),
+    "to": _as_cast,
+    "type_as": _as_cast,
+    "reshape_as": _as_reshape,
+    "view_as": _as_reshape,
+    "expand_as": lambda node: (torch.ops.aten.expand.default, (node.args[0], list(node.meta["val"].shape)), {}),
+    "zero": lambda node: (torch.ops.aten.full_like.default, (node.args[0], 0), {}),
+    "swapaxes": _as_transpose,
+    "swapdims": _as_transpose,
 }
 
 # ---- translations that torch's library lacks ------------------------------------------------------------------------
