@@ -17,6 +17,7 @@ app = typer.Typer(
     help="Predicts starting weights for neural networks from their architecture alone, over gRPC.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 EXIT_FAILED = 1

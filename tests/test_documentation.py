@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer.main
+from typer.testing import CliRunner
 
 import ghn_client.cli.app
 import ghn_service.__main__
@@ -191,8 +192,14 @@ def texts_of(folder: str) -> str:
     return "".join(path.read_text() for path in sorted((ROOT / folder).rglob("*.py")))
 
 
+@pytest.mark.parametrize("option", ["-h", "--help", "--version"])
+@pytest.mark.parametrize("name", APPS)
+def test_commands_tell_about_themselves(name: str, option: str) -> None:
+    assert CliRunner().invoke(APPS[name], [option]).exit_code == 0
+
+
 @pytest.mark.parametrize("module", MODULES_OF_APPS)
-def test_commands_start(module: str) -> None:
+def test_modules_are_commands(module: str) -> None:
     result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, check=False)
     assert result.returncode == 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from ghn_client.info import (
     decode_server_info,
 )
 from ghn_client.onnx.export import Architecture, ModelSource, read_source
-from ghn_client.options import LowRankOptions, StepLike, encode_low_rank, encode_step
+from ghn_client.options import LowRankLike, StepLike, encode_low_rank, encode_step
 from ghn_client.prediction import Prediction
 from ghn_client.wire import ghn_pb2
 from ghn_client.wire.codec import SERVICE, Progress, open_prediction_stream, receive_stream
@@ -128,7 +128,7 @@ class GHNClient:
         dtype: str = "float32",
         seed: int = 0,
         steps: Sequence[StepLike] = (),
-        low_rank: LowRankOptions | Mapping[str, Any] | None = None,
+        low_rank: LowRankLike | None = None,
         model: str = "",
         include: Sequence[str] = (),
         report: bool = False,
@@ -144,7 +144,7 @@ class GHNClient:
             dtype: Element type of the reply: ``float32``, ``bfloat16`` or ``float16``.
             seed: Seed of everything that is drawn, 0 to 2**64 - 1; the same seed gives the same bytes.
             steps: Post-processing in order: names, ``(name, options)`` pairs, or ``Step`` values.
-            low_rank: Ask for factors instead of dense weights: ``LowRankOptions``, or its fields as a mapping.
+            low_rank: Ask for factors instead of dense weights: ``LowRankOptions``, its fields as a mapping, or text.
             model: Name of one of ``models()``; "" for the server's default.
             include: Shell-style patterns on tensor names; empty for all.
             report: Ask for the diversity report.
@@ -199,7 +199,7 @@ class GHNClient:
         *,
         dtype: str = "float32",
         model: str = "",
-        low_rank: LowRankOptions | Mapping[str, Any] | None = None,
+        low_rank: LowRankLike | None = None,
         timeout_s: float | None = None,
     ) -> Analysis:
         """Says what ``predict`` would do with each tensor; arguments as there.

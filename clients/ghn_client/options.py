@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,22 @@ class LowRankOptions:
             raise InvalidOptionError(f"expected a method of {known}, got {self.method!r}", field="low_rank.method")
 
 
+LowRankLike = LowRankOptions | Mapping[str, Any] | str
+"""The options as a value, as its fields by name, or as text such as ``energy=0.9,method=function``."""
+
+
+def parse_pairs(texts: Iterable[str], form: str) -> dict[str, str]:
+    """Reads ``key=value`` texts, where ``form`` is what the user should have written.
+
+    Raises:
+        InvalidOptionError: A text has another form.
+    """
+    pairs = [text.partition("=") for text in texts]
+    if any(not key.strip() or not equals for key, equals, _ in pairs):
+        raise InvalidOptionError(f"expected {form}, got {','.join(map(''.join, pairs))!r}")
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
 def parse_step(text: str) -> Step:
     """Reads ``name`` or ``name:key=value,key=value``.
 
@@ -70,10 +86,9 @@ def parse_step(text: str) -> Step:
         InvalidOptionError: The text has another form.
     """
     name, separator, rest = text.partition(":")
-    pairs = [pair.partition("=") for pair in rest.split(",")] if separator else []
-    if not name.strip() or any(not key.strip() or not equals for key, equals, _ in pairs):
+    if not name.strip():
         raise InvalidOptionError(f"expected a step as name:key=value,key=value, got {text!r}", field="steps")
-    return Step(name.strip(), {key.strip(): value.strip() for key, _, value in pairs})
+    return Step(name.strip(), parse_pairs(rest.split(","), f"{name}:key=value,key=value") if separator else {})
 
 
 def encode_step(step: StepLike) -> ghn_pb2.PostProcessingStep:
@@ -105,7 +120,24 @@ def decode_method(number: ghn_pb2.LowRankMethod.ValueType) -> str:
     return ghn_pb2.LowRankMethod.Name(number).removeprefix(METHOD_PREFIX).lower() if number in known else str(number)
 
 
-def encode_low_rank(options: LowRankOptions | Mapping[str, Any] | None) -> ghn_pb2.LowRankOutput | None:
+def parse_low_rank(text: str) -> dict[str, Any]:
+    """Reads ``rule=value`` or ``rule=value,method=name`` as the fields of ``LowRankOptions``.
+
+    Raises:
+        InvalidOptionError: The text has another form.
+    """
+    values: dict[str, Any] = {}
+    for key, value in parse_pairs(text.split(","), "low rank as RULE=VALUE[,method=M]").items():
+        try:
+            number = float(value)
+        except ValueError:
+            values[key] = value
+        else:
+            values[key] = int(number) if number.is_integer() else number
+    return values
+
+
+def encode_low_rank(options: LowRankLike | None) -> ghn_pb2.LowRankOutput | None:
     """The options as a message; None for dense weights.
 
     Raises:
@@ -113,6 +145,8 @@ def encode_low_rank(options: LowRankOptions | Mapping[str, Any] | None) -> ghn_p
     """
     if options is None:
         return None
+    if isinstance(options, str):
+        options = parse_low_rank(options)
     if isinstance(options, Mapping):
         given = ", ".join(options)
         try:

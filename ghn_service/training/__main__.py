@@ -12,6 +12,7 @@ import functools
 import logging
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 RESULTS_FILE = "measurements.jsonl"
@@ -34,6 +36,21 @@ Changes = Annotated[
 ]
 Config = Annotated[Path | None, typer.Option("--config", help="TOML file with settings.")]
 Cache = Annotated[Path | None, typer.Option("--cache", help="Folder that keeps decoded images.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ghn-train {version('ghn-service')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Train and evaluate graph hypernetworks."""
 
 
 def _reported(command: Callable[..., None]) -> Callable[..., None]:

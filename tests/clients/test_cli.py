@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from ghn_client import Prediction, __version__
 from ghn_client.cli.app import app
-from ghn_client.errors import GhnClientError
 from ghn_service import errors as service_errors
 from ghn_service.server.app import RunningServer
 from tests.server.fake_predictor import FakePredictor, Gate, fake_server, raises
@@ -153,15 +153,31 @@ def test_a_deadline_has_its_exit_code(model: Path, tmp_path: Path) -> None:
         gate.opened.set()
 
 
-def test_every_error_of_the_client_has_a_documented_exit_code() -> None:
-    documented = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
-    pending, found = [GhnClientError], set()
-    while pending:
-        kind = pending.pop()
-        found.add(kind.exit_code)
-        pending.extend(kind.__subclasses__())
-    for exit_code in found:
-        assert f"| {exit_code} |" in documented
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "kind"),
+    [
+        (["predict", "nothing.onnx"], 3, "InvalidArchitectureError"),
+        (["analyze", "tiny.onnx", "--low-rank", "rank"], 2, "InvalidOptionError"),
+        (["models", "--address", "localhost:1"], 5, "ServerUnavailableError"),
+        (["plan", "nothing.onnx", "--samples", "10"], 3, "InvalidArchitectureError"),
+        (["finetune", "nothing.onnx", "--data", "."], 2, "InvalidOptionError"),
+    ],
+)
+def test_a_failure_is_json_where_json_was_asked_for(
+    arguments: list[str], exit_code: int, kind: str, model: Path, server: RunningServer
+) -> None:
+    where = [] if "--address" in arguments or arguments[0] == "plan" else ["--address", server.address]
+    result = run(*arguments, *where, "--json")
+    error = json.loads(result.stdout)["error"]
+    assert (result.exit_code, error["exit_code"], error["kind"]) == (exit_code, exit_code, kind)
+    assert error["message"] in result.stderr
+
+
+@pytest.mark.parametrize("command", ["predict", "analyze", "models", "health", "finetune"])
+def test_every_command_that_asks_a_server_has_the_same_options_for_it(command: str) -> None:
+    options = {option for item in get_command(app).commands[command].params for option in item.opts}
+    names = ("address", "checkpoint", "token-file", "tls", "ca-file", "cert-file", "key-file", "timeout")
+    assert {f"--{name}" for name in names} <= options
 
 
 @pytest.mark.parametrize(("sent", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

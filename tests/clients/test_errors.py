@@ -12,7 +12,7 @@ import typer
 
 import ghn_client
 from ghn_client import errors
-from ghn_client.cli.outcome import ending_well
+from ghn_client.cli.options import ending_well
 
 EXIT_CODES = {
     "GhnClientError": 1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from ghn_client.report_html import render_report_html
+from ghn_client.cli.tables import render_report_html
 
 REPORT = {"format": "ghn-diversity-report/1", "layers": [{"parameter": "</script><script>alert(1)</script>"}]}
 

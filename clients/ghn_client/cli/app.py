@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from ghn_client import __version__
-from ghn_client.cli import options as shared
-from ghn_client.cli import tuning
-from ghn_client.cli.outcome import ending_well, refuse, warn
-from ghn_client.cli.progress import shown_progress
-
-if TYPE_CHECKING:
-    from ghn_client.prediction import Prediction
+from ghn_client.cli.options import (
+    Dtype,
+    ElementType,
+    Json,
+    LowRank,
+    Model,
+    ModelFile,
+    Server,
+    ShowAll,
+    Tuning,
+    command,
+    print_json,
+    warn,
+)
+from ghn_client.errors import InvalidOptionError
 
 DEFAULT_HEALTH_ADDRESS = "localhost:50051"
+HEALTH_TIMEOUT_S = 5.0
 
 app = typer.Typer(
     help="Predicts starting weights of neural networks from their architecture alone.",
@@ -39,249 +48,194 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Options of the command as a whole."""
 
 
-@app.command()
+# ---- predictions ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Targets:
+    """Where the results of a prediction go."""
+
+    output: Annotated[
+        Path | None,
+        Option("--output", "-o", metavar="FILE", help="The weights, as safetensors; MODEL.safetensors if not given."),
+    ] = None
+    onnx_out: Annotated[Path | None, Option(metavar="FILE", help="The model with its predicted weights, too.")] = None
+    report: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="Measure the weights' diversity; FILE.json for programs, FILE.html for people."),
+    ] = None
+
+    def check(self, model_file: Path, weights: Path) -> None:
+        """Refuses to overwrite the model, to write two things into one file, or to write where it cannot be."""
+        targets = [target for target in (weights, self.onnx_out, self.report) if target is not None]
+        for target in targets:
+            if target.exists() and model_file.exists() and target.samefile(model_file):
+                raise InvalidOptionError(f"{str(target)!r} is the model itself; give another file to write to")
+            if not target.parent.is_dir():
+                raise InvalidOptionError(f"the folder {str(target.parent)!r} does not exist")
+        if len({target.absolute() for target in targets}) < len(targets):
+            raise InvalidOptionError("two of --output, --onnx-out and --report name the same file")
+        if self.report is not None and self.report.suffix.lower() not in (".json", ".html"):
+            raise InvalidOptionError(f"expected --report FILE.json or FILE.html, got {str(self.report)!r}")
+
+
+@command(app)
 def predict(
-    context: typer.Context,
-    model_file: shared.ModelFile,
-    output: shared.Output = None,
-    onnx_out: shared.OnnxOut = None,
-    address: shared.Address = "",
-    checkpoint: shared.Checkpoint = None,
-    model: shared.Model = "",
-    dtype: shared.ElementType = shared.Dtype.FLOAT32,
-    seed: shared.Seed = 0,
-    step: shared.Steps = None,
-    low_rank: shared.LowRank = "",
-    include: shared.Include = None,
-    report: shared.Report = None,
-    show_all: shared.ShowAll = False,
-    as_json: shared.Json = False,
-    token_file: shared.TokenFile = None,
-    tls: shared.Tls = False,
-    root_certificates: shared.RootCertificates = None,
-    certificate: shared.Certificate = None,
-    private_key: shared.PrivateKey = None,
-    timeout: shared.Timeout = None,
+    server: Server,
+    model_file: ModelFile,
+    targets: Targets,
+    model: Model = "",
+    dtype: ElementType = Dtype.FLOAT32,
+    seed: Annotated[int, Option(min=0, max=2**64 - 1, help="The same seed gives the same bytes.")] = 0,
+    step: Annotated[
+        list[str] | None,
+        Option(metavar="NAME:KEY=VALUE,...", help="Post-processing; may be repeated, applied in order."),
+    ] = None,
+    low_rank: LowRank = "",
+    include: Annotated[
+        list[str] | None, Option(metavar="GLOB", help="Only tensors whose names match; may be repeated.")
+    ] = None,
+    show_all: ShowAll = False,
+    as_json: Json = False,
 ) -> None:
     """Predict weights for a network, and write them to a file."""
-    with ending_well():
-        server = shared.server_options(
-            context, address, checkpoint, token_file, tls, root_certificates, certificate, private_key, timeout
+    from ghn_client.cli import tables
+
+    weights = targets.output or Path(model_file.with_suffix(".safetensors").name)
+    targets.check(model_file, weights)
+    start = time.perf_counter()
+    with server.connect() as client, tables.shown_progress() as on_progress:
+        prediction = client.predict(
+            model_file,
+            dtype=dtype.value,
+            seed=seed,
+            steps=step or (),
+            low_rank=low_rank or None,
+            model=model,
+            include=include or (),
+            report=targets.report is not None,
+            on_progress=on_progress,
         )
-        weights = output or Path(model_file.with_suffix(".safetensors").name)
-        _check_targets(model_file, weights, onnx_out, report)
-        start = time.perf_counter()
-        with shared.open_client(server) as client, shown_progress() as on_progress:
-            prediction = client.predict(
-                model_file,
-                dtype=dtype.value,
-                seed=seed,
-                steps=step or (),
-                low_rank=_parse_low_rank(low_rank),
-                model=model,
-                include=include or (),
-                report=report is not None,
-                on_progress=on_progress,
-            )
-        prediction.save(weights)
-        if onnx_out is not None:
-            prediction.to_onnx(onnx_out)
-        if report is not None:
-            _write_report(prediction, report)
-        seconds = time.perf_counter() - start
-        _report_prediction(prediction, weights, onnx_out, seconds, show_all=show_all, as_json=as_json)
-
-
-def _check_targets(model_file: Path, weights: Path, onnx_out: Path | None, report: Path | None) -> None:
-    """Refuses to overwrite the model, to write two things into one file, or to write where it cannot be."""
-    targets = [target for target in (weights, onnx_out, report) if target is not None]
-    for target in targets:
-        if target.exists() and model_file.exists() and target.samefile(model_file):
-            raise refuse(f"{str(target)!r} is the model itself; give another file to write to")
-        if not target.parent.is_dir():
-            raise refuse(f"the folder {str(target.parent)!r} does not exist")
-    if len({target.absolute() for target in targets}) < len(targets):
-        raise refuse("two of --output, --onnx-out and --report name the same file")
-    if report is not None and report.suffix.lower() not in (".json", ".html"):
-        raise refuse(f"expected --report FILE.json or FILE.html, got {str(report)!r}")
-
-
-def _write_report(prediction: Prediction, path: Path) -> None:
-    from ghn_client.report_html import write_report
-
-    if prediction.report is None:
-        warn("the server sent no report; it may be older than this client")
-    else:
-        write_report(prediction.report, path)
-
-
-def _parse_low_rank(text: str) -> dict[str, Any] | None:
-    if not text:
-        return None
-    values: dict[str, Any] = {}
-    for pair in text.split(","):
-        key, separator, value = pair.partition("=")
-        if not separator:
-            raise refuse(f"expected --low-rank RULE=VALUE[,method=M], got {text!r}")
-        try:
-            number = float(value)
-        except ValueError:
-            values[key.strip()] = value.strip()
-        else:
-            values[key.strip()] = int(number) if number.is_integer() and key.strip() != "energy" else number
-    return values
-
-
-def _report_prediction(
-    prediction: Prediction, weights: Path, onnx_out: Path | None, seconds: float, *, show_all: bool, as_json: bool
-) -> None:
-    from ghn_client.cli.tables import bytes_text, data_console, print_prediction
-
+    prediction.save(weights)
+    if targets.onnx_out is not None:
+        prediction.to_onnx(targets.onnx_out)
     for sentence in prediction.warnings:
         warn(sentence)
-    metadata = prediction.metadata
+    if targets.report is not None and prediction.report is None:
+        warn("the server sent no report; it may be older than this client")
+    elif targets.report is not None and prediction.report is not None:
+        tables.write_report(prediction.report, targets.report)
+    seconds = time.perf_counter() - start
+    written = [str(path) for path in (weights, targets.onnx_out) if path is not None]
     if as_json:
-        _print_json(
-            {
-                "output": str(weights),
-                "onnx_output": str(onnx_out) if onnx_out else None,
-                "bytes": len(prediction.buffer),
-                "model": metadata.model,
-                "model_digest": metadata.model_digest,
-                "graph_digest": metadata.graph_digest,
-                "seed": metadata.seed,
-                "dtype": metadata.dtype,
-                "num_parameters": prediction.num_parameters,
-                "tensors": [
-                    {
-                        "name": name,
-                        "shape": list(tensor.shape),
-                        "origin": prediction.origins.get(name, ""),
-                        "torch_name": prediction.notes[name].torch_name if name in prediction.notes else "",
-                    }
-                    for name, tensor in prediction.items()
-                ],
-                "warnings": list(prediction.warnings),
-                "server_seconds": dict(prediction.seconds),
-                "seconds": round(seconds, 3),
-            }
-        )
-        return
-    console = data_console()
-    print_prediction(console, prediction, show_all=show_all)
-    written = f"{weights} ({bytes_text(len(prediction.buffer))})" + (f" and {onnx_out}" if onnx_out else "")
-    console.print(f"written to {written} in {seconds:.1f} s; hypernetwork {metadata.model}, seed {metadata.seed}")
+        print_json(tables.prediction_document(prediction, written, seconds))
+    else:
+        tables.print_prediction(prediction, written, seconds, show_all=show_all)
 
 
-@app.command()
+@command(app)
 def analyze(
-    context: typer.Context,
-    model_file: shared.ModelFile,
-    address: shared.Address = "",
-    checkpoint: shared.Checkpoint = None,
-    model: shared.Model = "",
-    dtype: shared.ElementType = shared.Dtype.FLOAT32,
-    low_rank: shared.LowRank = "",
-    show_all: shared.ShowAll = False,
-    as_json: shared.Json = False,
-    token_file: shared.TokenFile = None,
-    tls: shared.Tls = False,
-    root_certificates: shared.RootCertificates = None,
-    certificate: shared.Certificate = None,
-    private_key: shared.PrivateKey = None,
-    timeout: shared.Timeout = None,
+    server: Server,
+    model_file: ModelFile,
+    model: Model = "",
+    dtype: ElementType = Dtype.FLOAT32,
+    low_rank: LowRank = "",
+    show_all: ShowAll = False,
+    as_json: Json = False,
 ) -> None:
     """Say what a prediction would do with each tensor; with --low-rank, what ranks cost and save in each layer."""
-    with ending_well():
-        server = shared.server_options(
-            context, address, checkpoint, token_file, tls, root_certificates, certificate, private_key, timeout
-        )
-        with shared.open_client(server) as client:
-            analysis = client.analyze(model_file, dtype=dtype.value, model=model, low_rank=_parse_low_rank(low_rank))
-        for sentence in analysis.warnings:
-            warn(sentence)
-        if as_json:
-            _print_json(dataclasses.asdict(analysis))
-        else:
-            from ghn_client.cli.tables import data_console, print_analysis, print_low_rank
+    from ghn_client.cli import tables
 
-            print_analysis(data_console(), analysis, show_all=show_all)
-            if analysis.low_rank:
-                print_low_rank(data_console(), analysis.low_rank)
+    with server.connect() as client:
+        analysis = client.analyze(model_file, dtype=dtype.value, model=model, low_rank=low_rank or None)
+    for sentence in analysis.warnings:
+        warn(sentence)
+    if as_json:
+        print_json(dataclasses.asdict(analysis))
+    else:
+        tables.print_analysis(analysis, show_all=show_all)
 
 
-@app.command()
-def models(
-    context: typer.Context,
-    address: shared.Address = "",
-    checkpoint: shared.Checkpoint = None,
-    as_json: shared.Json = False,
-    token_file: shared.TokenFile = None,
-    tls: shared.Tls = False,
-    root_certificates: shared.RootCertificates = None,
-    certificate: shared.Certificate = None,
-    private_key: shared.PrivateKey = None,
-    timeout: shared.Timeout = None,
-) -> None:
+# ---- servers -------------------------------------------------------------------------------------------------------
+
+
+@command(app)
+def models(server: Server, as_json: Json = False) -> None:
     """List the hypernetworks that a server has loaded."""
-    with ending_well():
-        server = shared.server_options(
-            context, address, checkpoint, token_file, tls, root_certificates, certificate, private_key, timeout
-        )
-        with shared.open_client(server) as client:
-            found, steps = client.models(), client.steps()
-        if as_json:
-            _print_json({"models": [dataclasses.asdict(item) for item in found], "steps": list(steps)})
-        else:
-            from ghn_client.cli.tables import data_console, print_models
+    from ghn_client.cli import tables
 
-            console = data_console()
-            print_models(console, found)
-            console.print(f"post-processing steps: {', '.join(steps) or 'none'}")
+    with server.connect() as client:
+        found, steps = client.models(), client.steps()
+    if as_json:
+        print_json({"models": [dataclasses.asdict(item) for item in found], "steps": list(steps)})
+    else:
+        tables.print_models(found, steps)
 
 
-@app.command()
+@command(app)
 def health(
-    address: shared.Address = DEFAULT_HEALTH_ADDRESS,
-    live: Annotated[bool, typer.Option("--live", help="Ask only whether the server is alive.")] = False,
-    as_json: shared.Json = False,
-    tls: shared.Tls = False,
-    root_certificates: shared.RootCertificates = None,
-    certificate: shared.Certificate = None,
-    private_key: shared.PrivateKey = None,
-    timeout: shared.Timeout = 5.0,
+    server: Server,
+    live: Annotated[bool, Option("--live", help="Ask only whether the server is alive.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say whether a server is alive and can predict; exits with 0 if so, 1 if it is not ready, 5 if it is not there."""
-    with ending_well():
-        server = shared.ServerOptions(
-            address or DEFAULT_HEALTH_ADDRESS,
-            tls=tls,
-            root_certificates=root_certificates,
-            certificate=certificate,
-            private_key=private_key,
-            timeout_s=timeout,
-        )
-        with shared.open_client(server) as client:
-            state = client.health()
-        if as_json:
-            _print_json(dataclasses.asdict(state))
-        else:
-            typer.echo("ready" if state.ready else "alive, but not ready" if state.alive else "not there")
-        if not (state.ready or (live and state.alive)):
-            raise typer.Exit(1 if state.alive else 5)
+    # Health needs no token, and a server inside this process would be pointless.
+    address, timeout = server.address or DEFAULT_HEALTH_ADDRESS, server.timeout or HEALTH_TIMEOUT_S
+    with dataclasses.replace(
+        server, address=address, timeout=timeout, checkpoint=None, token_file=None
+    ).connect() as client:
+        state = client.health()
+    if as_json:
+        print_json(dataclasses.asdict(state))
+    else:
+        typer.echo("ready" if state.ready else "alive, but not ready" if state.alive else "not there")
+    if not (state.ready or (live and state.alive)):
+        raise typer.Exit(1 if state.alive else 5)
 
 
-def _print_json(document: Any) -> None:
-    json.dump(document, sys.stdout, indent=2, ensure_ascii=False)
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+# ---- fine-tuning ---------------------------------------------------------------------------------------------------
 
 
-app.command()(tuning.plan)
-app.command()(tuning.finetune)
+@command(app)
+def plan(
+    model: Annotated[str, Argument(metavar="MODEL.onnx|SCRIPT:FACTORY", help="The network; weights may be missing.")],
+    samples: Annotated[int, Option(min=1, metavar="N", help="Training samples.")],
+    changed: Annotated[int | None, Option(metavar="M", help="Labels that have to change; all by default.")] = None,
+    classes: Annotated[int | None, Option(metavar="C", help="Classes; those of the head by default.")] = None,
+    memory: Annotated[str, Option(metavar="SIZE", help="Memory for gradients and optimizer, such as 500M.")] = "",
+    rank: Annotated[int, Option(min=1, help="Of the low-rank update.")] = 8,
+    optimizer: Annotated[str, Option(help="sgd or adamw.")] = "sgd",
+    as_json: Json = False,
+) -> None:
+    """Say what each way of fine-tuning would train, store and be able to change for a network."""
+    from ghn_client.cli.finetune import plan_network
+
+    made = plan_network(
+        model, memory, samples=samples, changed=changed, classes=classes, rank=rank, optimizer=optimizer
+    )
+    typer.echo(made.to_json() if as_json else str(made))
+
+
+@command(app)
+def finetune(
+    server: Server,
+    model: Annotated[
+        str, Argument(metavar="SCRIPT:FACTORY|MODEL.onnx", help="A function that returns the network, or a file.")
+    ],
+    tuning: Tuning,
+    as_json: Json = False,
+) -> None:
+    """Predict, load, recalibrate, tune and save in one go, for image classification."""
+    from ghn_client.cli.finetune import tune
+
+    document, sentence = tune(model, server, tuning)
+    if as_json:
+        print_json(document)
+    else:
+        typer.echo(sentence)

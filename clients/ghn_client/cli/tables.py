@@ -1,34 +1,64 @@
-"""Tables and summaries for people."""
+"""What people see: progress, tables, sentences, and the page of a diversity report; and predictions as JSON."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 import string
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
+from ghn_client.atomic_file import write_file
+from ghn_client.cli.options import messages
 from ghn_client.info import Analysis, LowRankLayer, ModelInfo
 from ghn_client.prediction import Prediction
+from ghn_client.wire.codec import Progress as Event
 
 MAX_ROWS = 80
 """Layers that are shown unless all are asked for."""
 
 PIPE_WIDTH = 160
+_RIGHT = ("parameters", "classes", "std")
+_PLACEHOLDER = "__REPORT__"
+_STAGES = {
+    "queued": "waiting for a device",
+    "encoding": "reading the architecture",
+    "predicting": "predicting weights",
+    "post_processing": "post-processing",
+    "streaming": "receiving weights",
+}
 
 
-@dataclass(slots=True)
-class LayerRow:
-    """A layer: tensors whose names differ in the last part only."""
+@contextlib.contextmanager
+def shown_progress() -> Iterator[Callable[[Event], None]]:
+    """A callback that draws a line on stderr, gone at the end; it does nothing where stderr is no terminal."""
+    console = messages()
+    if not console.is_terminal:
+        yield lambda event: None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("asking the server", total=None)
 
-    name: str
-    shapes: list[str] = field(default_factory=list)
-    origins: dict[str, None] = field(default_factory=dict)
-    num_elements: int = 0
-    spread: str = ""
+        def show(event: Event) -> None:
+            text = _STAGES.get(event.stage, event.stage)
+            if event.queue_position:
+                text += f" ({event.queue_position} requests ahead)"
+            progress.update(task, description=text, total=event.total_bytes or None, completed=event.received_bytes)
+
+        yield show
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
 
 
 def data_console() -> Console:
@@ -36,54 +66,75 @@ def data_console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
-def shape_text(shape: Sequence[int]) -> str:
-    """A shape such as ``64x3x7x7``."""
-    return "x".join(map(str, shape)) if shape else "scalar"
+class _Row(NamedTuple):
+    """A tensor in a table; ``spread`` is its standard deviation."""
+
+    name: str
+    shape: tuple[int, ...]
+    origin: str
+    spread: float | None = None
 
 
-def count_text(count: int) -> str:
-    """A count with a unit that reads at a glance, such as ``25.6 M``."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return str(count)
+def print_prediction(prediction: Prediction, written: Sequence[str], seconds: float, *, show_all: bool) -> None:
+    """One line a layer, the totals, and where the weights went."""
+    rows = []
+    for name, tensor in prediction.items():
+        note = prediction.notes.get(name)
+        spread = float(torch.std(tensor.float(), correction=0)) if tensor.numel() else None
+        label, origin = (note.torch_name or name, note.origin) if note else (name, "")
+        rows.append(_Row(label, tuple(tensor.shape), origin, spread))
+    console, metadata = data_console(), prediction.metadata
+    _print_layers(console, rows, show_all=show_all)
+    files = " and ".join([f"{written[0]} ({_bytes_text(len(prediction.buffer))})", *written[1:]])
+    console.print(f"written to {files} in {seconds:.1f} s; hypernetwork {metadata.model}, seed {metadata.seed}")
 
 
-def bytes_text(count: int) -> str:
-    """Bytes with a binary unit."""
-    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if count >= 1 << power:
-            return f"{count / (1 << power):.1f} {unit}"
-    return f"{count} bytes"
-
-
-def print_prediction(console: Console, prediction: Prediction, *, show_all: bool) -> None:
-    """One line a layer: name, shapes, origin, standard deviation of its largest tensor; then the totals."""
-    labels = {name: note.torch_name or name for name, note in prediction.notes.items()}
-    shapes = {labels.get(name, name): tuple(tensor.shape) for name, tensor in prediction.items()}
-    origins = {labels.get(name, name): origin for name, origin in prediction.origins.items()}
-    spreads = {labels.get(name, name): spread for name, spread in _spreads(prediction).items()}
-    _print_rows(console, _layer_rows(shapes, origins, spreads), show_all=show_all, with_spread=True)
-    _print_shares(console, origins, {name: _num_elements(shape) for name, shape in shapes.items()})
-
-
-def print_analysis(console: Console, analysis: Analysis, *, show_all: bool) -> None:
-    """One line a layer, then what the graph is made of."""
-    shapes = {item.torch_name or item.name: item.shape for item in analysis.tensors}
-    origins = {item.torch_name or item.name: item.origin for item in analysis.tensors}
-    _print_rows(console, _layer_rows(shapes, origins, {}), show_all=show_all, with_spread=False)
-    counts = {name: _num_elements(shape) for name, shape in shapes.items()}
-    _print_shares(console, origins, counts)
+def print_analysis(analysis: Analysis, *, show_all: bool) -> None:
+    """One line a layer, then what the graph is made of, then what low rank would do."""
+    console = data_console()
+    rows = [_Row(item.torch_name or item.name, item.shape, item.origin) for item in analysis.tensors]
+    _print_layers(console, rows, show_all=show_all)
     types = ", ".join(f"{count} {name}" for name, count in sorted(analysis.op_type_counts.items()))
     console.print(f"graph: {analysis.num_nodes} nodes ({types}), {analysis.num_edges} edges")
     console.print(
-        f"reply: {bytes_text(analysis.total_bytes)} from {analysis.model}; digest {analysis.graph_digest[:16]}"
+        f"reply: {_bytes_text(analysis.total_bytes)} from {analysis.model}; digest {analysis.graph_digest[:16]}"
     )
     if analysis.buffers:
         console.print(f"not weights, left to you: {len(analysis.buffers)} buffers, such as {analysis.buffers[0]}")
+    if analysis.low_rank:
+        _print_low_rank(console, analysis.low_rank)
 
 
-def print_low_rank(console: Console, layers: Sequence[LowRankLayer]) -> None:
+def _print_layers(console: Console, rows: Sequence[_Row], *, show_all: bool) -> None:
+    """One line a layer (tensors whose names differ in the last part only): shapes, origins, spread of its largest."""
+    layers: dict[str, list[_Row]] = {}
+    for row in rows:
+        layers.setdefault(row.name.rpartition(".")[0] or row.name, []).append(row)
+    with_spread = any(row.spread is not None for row in rows)
+    table = _table("layer", "shape", "origin", "parameters", *(["std"] if with_spread else []))
+    hidden = 0 if show_all or len(layers) <= MAX_ROWS + 4 else len(layers) - MAX_ROWS
+    head = MAX_ROWS * 3 // 4 if hidden else len(layers)
+    for index, (layer, parts) in enumerate(layers.items()):
+        if hidden and index == head:
+            table.add_row(f"… {hidden} more layers (--all shows them)")
+        if head <= index < head + hidden:
+            continue
+        shapes = " + ".join("x".join(map(str, part.shape)) or "scalar" for part in parts)
+        origins = ", ".join(dict.fromkeys(part.origin for part in parts))
+        spread = max(parts, key=lambda part: math.prod(part.shape)).spread
+        cells = [layer, shapes, origins, _count_text(sum(math.prod(part.shape) for part in parts))]
+        table.add_row(*cells, *(["" if spread is None else f"{spread:.3g}"] if with_spread else []))
+    console.print(table)
+    shares: dict[str, int] = {}
+    for row in rows:
+        origin = row.origin.partition(":")[0]
+        shares[origin] = shares.get(origin, 0) + math.prod(row.shape)
+    total = sum(shares.values())
+    told = [f"{count / max(total, 1):.1%} {origin}" for origin, count in sorted(shares.items(), key=lambda x: -x[1])]
+    console.print(f"{_count_text(total)} parameters in {len(rows)} tensors: {', '.join(told)}")
+
+
+def _print_low_rank(console: Console, layers: Sequence[LowRankLayer]) -> None:
     """One line a layer: what it would become, and its error at other ranks; then the notes, and what is saved."""
     notes = dict.fromkeys(layer.note for layer in layers if layer.note)
     marks = dict(zip(notes, string.ascii_lowercase, strict=False))
@@ -106,79 +157,86 @@ def print_low_rank(console: Console, layers: Sequence[LowRankLayer]) -> None:
     console.print(f"{told}; errors are those of the layer's function, relative to its output")
 
 
-def _change_text(costs: tuple[int, int]) -> str:
-    before, after = map(count_text, costs)
-    return before if before == after else f"{before} > {after}"
-
-
-def print_models(console: Console, models: Sequence[ModelInfo]) -> None:
-    """One line a hypernetwork."""
+def print_models(models: Sequence[ModelInfo], steps: Sequence[str]) -> None:
+    """One line a hypernetwork, then the post-processing steps."""
     table = _table("name", "kind", "parameters", "classes", "trained on", "device", "digest")
     for model in models:
         name = f"{model.name} (default)" if model.is_default else model.name
-        size, trained_on = count_text(model.num_parameters), model.dataset or "unknown"
+        size, trained_on = _count_text(model.num_parameters), model.dataset or "unknown"
         table.add_row(name, model.kind, size, str(model.num_classes), trained_on, model.device, model.digest[:12])
+    console = data_console()
     console.print(table)
+    console.print(f"post-processing steps: {', '.join(steps) or 'none'}")
 
 
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, justify="right" if column in ("parameters", "classes", "std") else "left")
+        table.add_column(column, justify="right" if column in _RIGHT else "left")
     return table
 
 
-def _layer_rows(
-    shapes: Mapping[str, Sequence[int]], origins: Mapping[str, str], spreads: Mapping[str, float]
-) -> list[LayerRow]:
-    rows: dict[str, LayerRow] = {}
-    largest: dict[str, int] = {}
-    for name, shape in shapes.items():
-        layer = name.rpartition(".")[0] or name
-        row = rows.setdefault(layer, LayerRow(layer))
-        count = _num_elements(shape)
-        row.shapes.append(shape_text(shape))
-        row.origins[origins.get(name, "")] = None
-        row.num_elements += count
-        if count > largest.get(layer, 0):
-            largest[layer] = count
-            row.spread = f"{spreads[name]:.3g}" if name in spreads else ""
-    return list(rows.values())
+def _change_text(costs: tuple[int, int]) -> str:
+    before, after = map(_count_text, costs)
+    return before if before == after else f"{before} > {after}"
 
 
-def _print_rows(console: Console, rows: Sequence[LayerRow], *, show_all: bool, with_spread: bool) -> None:
-    table = _table("layer", "shape", "origin", "parameters", *(["std"] if with_spread else []))
-    hidden = 0 if show_all or len(rows) <= MAX_ROWS + 4 else len(rows) - MAX_ROWS
-    head = MAX_ROWS * 3 // 4 if hidden else len(rows)
-    for index, row in enumerate(rows):
-        if head <= index < head + hidden:
-            if index == head:
-                table.add_row(f"… {hidden} more layers (--all shows them)")
-            continue
-        cells = [row.name, " + ".join(row.shapes), ", ".join(row.origins), count_text(row.num_elements)]
-        table.add_row(*cells, *([row.spread] if with_spread else []))
-    console.print(table)
+def _count_text(count: int) -> str:
+    """A count with a unit that reads at a glance, such as ``25.6 M``."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return str(count)
 
 
-def _print_shares(console: Console, origins: Mapping[str, str], counts: Mapping[str, int]) -> None:
-    total = sum(counts.values())
-    shares: dict[str, int] = {}
-    for name, count in counts.items():
-        origin = origins.get(name, "").partition(":")[0]
-        shares[origin] = shares.get(origin, 0) + count
-    parts = [f"{count / max(total, 1):.1%} {origin}" for origin, count in sorted(shares.items(), key=lambda x: -x[1])]
-    console.print(f"{count_text(total)} parameters in {len(counts)} tensors: {', '.join(parts)}")
+def _bytes_text(count: int) -> str:
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if count >= 1 << power:
+            return f"{count / (1 << power):.1f} {unit}"
+    return f"{count} bytes"
 
 
-def _num_elements(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+# ---- documents -----------------------------------------------------------------------------------------------------
 
 
-def _spreads(prediction: Prediction) -> dict[str, float]:
-    """Standard deviation of every tensor."""
+def prediction_document(prediction: Prediction, written: Sequence[str], seconds: float) -> dict[str, Any]:
+    """What ``predict --json`` prints."""
+    metadata, notes = prediction.metadata, prediction.notes
     return {
-        name: float(torch.std(tensor.float(), correction=0)) for name, tensor in prediction.items() if tensor.numel()
+        "output": written[0],
+        "onnx_output": written[1] if len(written) > 1 else None,
+        "bytes": len(prediction.buffer),
+        **{key: getattr(metadata, key) for key in ("model", "model_digest", "graph_digest", "seed", "dtype")},
+        "num_parameters": prediction.num_parameters,
+        "tensors": [
+            {
+                "name": name,
+                "shape": list(tensor.shape),
+                "origin": notes[name].origin if name in notes else "",
+                "torch_name": notes[name].torch_name if name in notes else "",
+            }
+            for name, tensor in prediction.items()
+        ],
+        "warnings": list(prediction.warnings),
+        "server_seconds": dict(prediction.seconds),
+        "seconds": round(seconds, 3),
     }
+
+
+def render_report_html(report: Mapping[str, Any]) -> str:
+    """The page for a report of format ``ghn-diversity-report/1``, drawn in the browser from the JSON inside it."""
+    template = resources.files("ghn_client").joinpath("report_template.html").read_text(encoding="utf-8")
+    # Inside a script element only "</" and "<!--" could end or change it; JSON allows both to be escaped.
+    body = json.dumps(report, separators=(",", ":")).replace("<", "\\u003c")
+    return template.replace(_PLACEHOLDER, body, 1)
+
+
+def write_report(report: Mapping[str, Any], path: Path) -> None:
+    """Writes a diversity report as one self-contained page, or as JSON, by the name of the file.
+
+    Raises:
+        FileError: The file cannot be written.
+    """
+    is_page = path.suffix.lower() == ".html"
+    text = render_report_html(report) if is_page else json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    write_file(path, text)

@@ -1,0 +1,235 @@
+"""What ``ghn-client plan`` and ``finetune`` do: find a network, start it, tune it, write what was learned."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from ghn_client.atomic_file import write_file
+from ghn_client.batchnorm import recalibrate_batchnorm
+from ghn_client.cli.options import Server, Tuning, messages
+from ghn_client.errors import InvalidOptionError
+from ghn_client.finetune.delta import save_delta
+from ghn_client.finetune.fit import EpochReport, FitSettings, fit
+from ghn_client.finetune.handle import FineTuneHandle
+from ghn_client.finetune.images import ImageBatches, load_images
+from ghn_client.finetune.planner import Plan, facts_of_module
+from ghn_client.finetune.planner import plan as make_plan
+from ghn_client.finetune.strategies import prepare
+from ghn_client.onnx.edit import read_model, write_model
+from ghn_client.onnx.export import read_source
+from ghn_client.onnx.facts import facts_of_onnx
+from ghn_client.onnx.fill import fill_model
+from ghn_client.onnx.from_torch import to_onnx
+from ghn_client.onnx.to_torch import input_shape, module_from_onnx
+from ghn_client.options import parse_pairs
+from ghn_client.prediction import Prediction
+
+DEFAULT_IMAGE_SIZE = 32
+CALIBRATION_BATCHES = 20
+_UNITS = {"k": 2**10, "m": 2**20, "g": 2**30}
+
+
+def plan_network(model: str, memory: str, **settings: Any) -> Plan:
+    """The plan for the network that ``SCRIPT:FACTORY`` or a path names, within ``memory`` such as ``500M``."""
+    unit = _UNITS.get(memory[-1:].lower(), 1)
+    number = memory[:-1] if unit > 1 else memory
+    if memory and not number.replace(".", "", 1).isdigit():
+        raise InvalidOptionError(f"expected a size such as 500M or 2G, got {memory!r}")
+    facts = facts_of_module(build_network(model)) if _is_factory(model) else facts_of_onnx(model)
+    return make_plan(facts, memory_bytes=int(float(number) * unit) if memory else None, **settings)
+
+
+def tune(model: str, server: Server, tuning: Tuning) -> tuple[dict[str, Any], str]:
+    """Tunes the network that ``model`` names and writes the delta.
+
+    Returns:
+        The outcome for programs, and a sentence for people.
+
+    Raises:
+        GhnClientError: An option is impossible, the network or the data cannot be read, or no weights come.
+    """
+    if tuning.weights is not None and tuning.own_start:
+        raise InvalidOptionError("--weights and --own-start ask for different starts; give one")
+    torch.manual_seed(tuning.seed)
+    start = _start(model, server, tuning)
+    if tuning.model_out is not None and tuning.model_out.suffix == ".onnx" and start.to_onnx is None:
+        raise InvalidOptionError("--model-out can be an ONNX file only where the network was given as one")
+    training, held_out = load_images(tuning.data, image_size=start.image_size, limit=tuning.limit)
+    batches = ImageBatches(training, batch_size=tuning.batch_size, augment=True, seed=tuning.seed)
+    if start.request is not None:
+        recalibrate_batchnorm(start.network, batches, num_batches=CALIBRATION_BATCHES)
+    handle = prepare(start.network, tuning.strategy, **_strategy_options(tuning, len(training.labels)))
+    messages().print(repr(handle))
+    report = fit(
+        handle,
+        batches,
+        settings=FitSettings(epochs=tuning.epochs, learning_rate=tuning.learning_rate, patience=tuning.patience),
+        validation=ImageBatches(held_out, batch_size=tuning.batch_size, augment=False),
+        device=tuning.device,
+        checkpoint=tuning.resume,
+        on_epoch=_show,
+    )
+    size = save_delta(handle, tuning.output, request=start.request if _is_complete(handle) else None)
+    if tuning.model_out is not None:
+        _save_model(handle, start, tuning.model_out)
+    document = {
+        "strategy": handle.strategy,
+        "trainable": handle.num_trainable,
+        "total": handle.num_total,
+        "accuracy": report.accuracy,
+        "best_epoch": report.best_epoch,
+        "epochs": len(report.epochs),
+        "delta": str(tuning.output),
+        "delta_bytes": size,
+        "request": start.request,
+    }
+    accuracy = "" if report.accuracy is None else f", accuracy {report.accuracy:.2%} (epoch {report.best_epoch})"
+    tuned = f"{handle.num_trainable:,} of {handle.num_total:,} parameters tuned{accuracy}"
+    return document, f"{tuned}; {tuning.output} has {size:,} bytes"
+
+
+def _show(epoch: EpochReport) -> None:
+    accuracy = "" if epoch.accuracy is None else f", accuracy {epoch.accuracy:.2%}"
+    messages().print(f"epoch {epoch.epoch}: loss {epoch.train_loss:.4f}{accuracy} ({epoch.seconds:.1f} s)")
+
+
+def _strategy_options(tuning: Tuning, samples: int) -> dict[str, Any]:
+    """The options of the strategy; values are JSON where they can be read as such, else text."""
+    values: dict[str, Any] = {}
+    for key, value in parse_pairs(tuning.option or (), "--option KEY=VALUE").items():
+        try:
+            values[key.replace("-", "_")] = json.loads(value)
+        except json.JSONDecodeError:
+            values[key.replace("-", "_")] = value
+    if tuning.strategy == "additive" and "width" not in values:
+        values.setdefault("samples", samples)
+        values.setdefault("changed", max(1, samples // 20))
+    return values
+
+
+def _is_complete(handle: FineTuneHandle) -> bool:
+    """Whether request and delta give the whole network: measured statistics must travel, since no request has them."""
+    travelling = {name.removeprefix("base.") for part in handle.parts for name in part.buffers}
+    measured = {name for name, _ in handle.base.named_buffers() if name.endswith(("running_mean", "running_var"))}
+    return measured <= travelling
+
+
+# ---- networks ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Start:
+    """A network with its starting weights.
+
+    Attributes:
+        network: The module.
+        request: What the prediction was asked, ``None`` for its own weights.
+        image_size: Pixels per side.
+        to_onnx: Turns the tuned module into a filled file, where the network came from one.
+    """
+
+    network: nn.Module
+    request: dict[str, Any] | None
+    image_size: int
+    to_onnx: Callable[[nn.Module], onnx.ModelProto] | None = None
+
+
+def _is_factory(model: str) -> bool:
+    """Whether ``model`` is SCRIPT:FACTORY rather than the path of a file."""
+    return ":" in model and not Path(model).exists()
+
+
+def build_network(model: str) -> nn.Module:
+    """What the function of ``SCRIPT.py:FACTORY`` or ``package.module:FACTORY`` returns."""
+    script, _, factory = model.rpartition(":")
+    try:
+        if script.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(script).stem, script)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(script)
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        raise InvalidOptionError(f"cannot import {script!r}: {error}") from error
+    made = getattr(module, factory, None)
+    if made is None:
+        raise InvalidOptionError(f"{script!r} has no {factory!r}")
+    network: nn.Module = made() if callable(made) else made
+    return network
+
+
+def _start(model: str, server: Server, tuning: Tuning) -> _Start:
+    """The network that ``model`` names, with the weights to start from."""
+    if _is_factory(model):
+        network, size = build_network(model), tuning.image_size or DEFAULT_IMAGE_SIZE
+        prediction = _predict(network, torch.zeros(1, 3, size, size), server, tuning)
+        if prediction is not None:
+            messages().print(str(prediction.load_into(network)))
+        return _Start(network, _request(prediction), size)
+    path = Path(model)
+    if not path.is_file():
+        raise InvalidOptionError(
+            f"expected SCRIPT.py:FACTORY, package.module:FACTORY or an ONNX file, {model!r} is none of them"
+        )
+    prediction, parameters = _predict(path, None, server, tuning), None
+    if prediction is None:
+        filled = read_model(path)
+    else:
+        filled = fill_model(prediction, prediction.source or read_source(path))
+        parameters = {*prediction, *(note.initializer for note in prediction.notes.values() if note.initializer)}
+        messages().print(f"{len(prediction)} tensors filled")
+    shape = _image_shape(filled, tuning.image_size)
+    example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    network = module_from_onnx(filled, example, parameters=parameters)
+    return _Start(network, _request(prediction), shape[-1], lambda tuned: to_onnx(tuned, network, filled))
+
+
+def _image_shape(model: onnx.ModelProto, wanted: int | None) -> tuple[int, ...]:
+    """Shape of an example, with the sizes that the file leaves free filled in."""
+    shape = input_shape(model)
+    fits = len(shape) == 4 and shape[1] in (0, 3) and shape[2] == shape[3]
+    if not fits or (wanted is not None and shape[3] not in (0, wanted)):
+        size = wanted or "S"
+        raise InvalidOptionError(
+            f"expected an input of square colour images (B, 3, {size}, {size}), the file has {shape}"
+        )
+    size = shape[3] or wanted or DEFAULT_IMAGE_SIZE
+    return (shape[0] or 1, 3, size, size)
+
+
+def _predict(architecture: nn.Module | Path, example: Any, server: Server, tuning: Tuning) -> Prediction | None:
+    """The weights to start from; None for the network's own."""
+    if tuning.own_start:
+        return None
+    if tuning.weights is not None:
+        return Prediction.load(tuning.weights)
+    with server.connect() as client:
+        return client.predict(architecture, example, seed=tuning.seed, model=tuning.hypernetwork)
+
+
+def _request(prediction: Prediction | None) -> dict[str, Any] | None:
+    if prediction is None:
+        return None
+    keys = ("graph_digest", "model", "model_digest", "seed", "dtype")
+    return {key: getattr(prediction.metadata, key) for key in keys}
+
+
+def _save_model(handle: FineTuneHandle, start: _Start, path: Path) -> None:
+    if path.suffix == ".onnx":
+        assert start.to_onnx is not None
+        write_model(start.to_onnx(handle.merge()), path)
+        return
+    values = {name: value.cpu().contiguous().clone() for name, value in handle.merge().state_dict().items()}
+    write_file(path, save(values))
