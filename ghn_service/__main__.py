@@ -96,7 +96,7 @@ def serve(
         checkpoint_files(settings)
         check_port(settings)
         from ghn_service.server.app import serve as run  # imports torch, which takes seconds
-        from ghn_service.server.logs import configure_logging
+        from ghn_service.server.logging import configure_logging
 
         configure_logging(settings.log_format, settings.log_level)
         run(settings)

@@ -22,8 +22,8 @@ import ghn_service.training.__main__
 from ghn_architectures.registry import build_network
 from ghn_client import GHNClient
 from ghn_client.wire.metadata import PredictionMetadata, encode_metadata
+from ghn_service.server.calls import STATUSES, StatusRow
 from ghn_service.server.settings import Settings
-from ghn_service.server.statuses import STATUSES, StatusRow
 
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = ROOT / "ghn_service" / "checkpoints"

@@ -13,15 +13,15 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from ghn_client.wire import ghn_pb2  # noqa: F401  registers the protocol for reflection
+from ghn_client.wire import ghn_pb2_grpc
 from ghn_client.wire.codec import SERVICE
 from ghn_service.errors import ConfigurationError, GhnServiceError, UnavailableError
-from ghn_service.server.interceptors import CallInterceptor
+from ghn_service.server.calls import CallInterceptor
 from ghn_service.server.models import LoadPredictor, ModelRegistry, load_predictor, resolve_devices
-from ghn_service.server.service import GhnService, method_handlers
+from ghn_service.server.queue import WorkQueue
+from ghn_service.server.service import GhnService
 from ghn_service.server.settings import Settings, checkpoint_files
 from ghn_service.server.watchdog import Watchdog
-from ghn_service.server.work_queue import WorkQueue
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class RunningServer:
 
     def _register(self, settings: Settings) -> None:
         service = GhnService(settings, self._models, self._work_queue, self._watchdog)
-        self._server.add_generic_rpc_handlers((method_handlers(service),))
+        ghn_pb2_grpc.add_GhnServiceServicer_to_server(service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._health.set("", _SERVING)
         self._health.set(SERVICE, _NOT_SERVING)

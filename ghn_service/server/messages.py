@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
@@ -11,7 +10,6 @@ import torch
 
 from ghn_client.wire import ghn_pb2
 from ghn_service.errors import InvalidOptionError
-from ghn_service.graph.architecture import ParameterSpec
 from ghn_service.postprocess.low_rank.factorize import FUNCTION
 from ghn_service.postprocess.low_rank.output import FactorRecord, RankCost
 from ghn_service.postprocess.low_rank.ranks import RANK_RULES, LowRank
@@ -25,10 +23,9 @@ from ghn_service.predictor import (
     PredictionOptions,
 )
 from ghn_service.server.models import LoadedModel
+from ghn_service.server.queue import JobProgress
 from ghn_service.server.settings import Settings
-from ghn_service.server.work_queue import JobProgress
 
-MAX_REQUEST_ID_CHARACTERS = 128
 MAX_INCLUDE_PATTERNS = 256
 MAX_PATTERN_CHARACTERS = 1024
 MAX_OPTION_CHARACTERS = 256
@@ -93,43 +90,12 @@ def decode_dtype(dtype: int) -> str:
     return DTYPE_NAMES[dtype]
 
 
-def decode_request_id(request_id: str) -> str:
-    """The identifier of a request, made up where the client gave none.
-
-    Raises:
-        InvalidOptionError: It is too long or not printable ASCII.
-    """
-    if len(request_id) > MAX_REQUEST_ID_CHARACTERS or not (request_id.isascii() and request_id.isprintable()):
-        raise InvalidOptionError(
-            f"expected at most {MAX_REQUEST_ID_CHARACTERS} printable ASCII characters, got {len(request_id)}",
-            field="request_id",
-        )
-    return request_id or uuid.uuid4().hex
-
-
 def encode_progress(progress: JobProgress) -> ghn_pb2.PredictWeightsResponse:
     """A sign of life."""
     stage = STAGES[progress.stage]
     return ghn_pb2.PredictWeightsResponse(
         progress=ghn_pb2.Progress(stage=stage, queue_position=progress.queue_position)
     )
-
-
-def encode_tensors(
-    specs: Mapping[str, ParameterSpec], origins: Mapping[str, str], op_types: Mapping[str, str]
-) -> Iterable[ghn_pb2.TensorInfo]:
-    """One entry a tensor, in the order of ``specs``."""
-    for name, spec in specs.items():
-        yield ghn_pb2.TensorInfo(
-            name=name,
-            shape=spec.shape,
-            origin=origins[name],
-            initializer=spec.initializer or name,
-            torch_name=spec.torch_name,
-            op_type=op_types.get(name, ""),
-            uses=[ghn_pb2.TensorUse(node=use.node, input_index=use.input_index) for use in spec.uses],
-            permutation=spec.permutation,
-        )
 
 
 def encode_analysis(
@@ -144,7 +110,19 @@ def encode_analysis(
         num_parameters=graph.num_parameters,
         num_predicted_parameters=analysis.num_predicted_parameters,
         total_bytes=total_bytes,
-        tensors=encode_tensors(analysis.specs, analysis.origins, analysis.op_types),
+        tensors=[
+            ghn_pb2.TensorInfo(
+                name=name,
+                shape=spec.shape,
+                origin=analysis.origins[name],
+                initializer=spec.initializer or name,
+                torch_name=spec.torch_name,
+                op_type=analysis.op_types[name],
+                uses=[ghn_pb2.TensorUse(node=use.node, input_index=use.input_index) for use in spec.uses],
+                permutation=spec.permutation,
+            )
+            for name, spec in analysis.specs.items()
+        ],
         buffers=[buffer.name for buffer in graph.buffers],
         warnings=analysis.warnings,
         op_type_counts=Counter(node.op_type for node in graph.nodes),

@@ -61,7 +61,7 @@ def test_a_refusal_is_one_line_and_status_1(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ghn_service.server.logs.configure_logging", lambda log_format, level: None)
+    monkeypatch.setattr("ghn_service.server.logging.configure_logging", lambda log_format, level: None)
     monkeypatch.setattr("signal.signal", lambda number, handler: None)
     Path("broken.safetensors").write_bytes(b"nonsense")
     result = runner.invoke(app, arguments)

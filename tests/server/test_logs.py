@@ -1,4 +1,4 @@
-"""Every call leaves one line with its identifier, and nothing of one call leaks into the next."""
+"""Every call leaves one line with its identifier."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from ghn_service.server.logs import current_request_id, logged_as, make_formatter
+from ghn_service.server.logging import make_formatter
 from tests.server.fake_predictor import FakePredictor, connect, fake_server, predict_request, raises, receive_file
 from tests.server.patience import wait_until
 from tests.server.small_models import TINY
@@ -53,9 +53,3 @@ def test_the_log_has_what_the_client_is_not_told(tmp_path: Path, log: io.StringI
             list(stub.PredictWeights(predict_request(TINY, request_id="mine")))
         wait_until(lambda: "mine" in calls(log))
     assert "the cause" in str(calls(log)["mine"]["exception"])
-
-
-def test_the_identifier_ends_with_its_call() -> None:
-    with logged_as("one", "Method"):
-        assert current_request_id() == "one"
-    assert current_request_id() == ""

@@ -8,7 +8,7 @@ from google.rpc import status_pb2
 
 from ghn_service import errors
 from ghn_service.errors import GhnServiceError
-from ghn_service.server.statuses import STATUS_DETAILS_KEY, STATUSES, encode_status, status_row
+from ghn_service.server.calls import STATUS_DETAILS_KEY, STATUSES, encode_status, status_row
 
 OFFLINE_ONLY = {errors.DataError, errors.TrainingError}
 FAMILY = [

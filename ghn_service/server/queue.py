@@ -15,18 +15,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from ghn_service.errors import (
-    DeadlineExceededError,
-    OverloadedError,
-    RequestCancelledError,
-    UnavailableError,
-)
+from ghn_service.errors import DeadlineExceededError, OverloadedError, RequestCancelledError, UnavailableError
 
 ResultT = TypeVar("ResultT")
 POSITION_INTERVAL_S = 1.0
 
 StageCallback = Callable[[str], None]
-"""Called by a job with the name of its stage; raises if the job is to end."""
+"""Called by the work of a job with the name of its stage; raises if the job is to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +35,7 @@ class JobProgress:
 class JobState(enum.Enum):
     """Where a job is, from the queue's point of view."""
 
+    ADMITTED = enum.auto()
     WAITING = enum.auto()
     RUNNING = enum.auto()
     ABANDONED = enum.auto()
@@ -47,10 +43,12 @@ class JobState(enum.Enum):
 
 
 class Job(Generic[ResultT]):
-    """One prediction on its way through the queue.
+    """A place for one request, from before its architecture is read until its reply is sent.
+
+    A context manager: leaving it frees the place and gives up the work. Made by ``WorkQueue.admit``.
 
     Args:
-        work: What to do on a device: called with the device's index and a ``StageCallback``.
+        work_queue: The queue.
         deadline: ``time.monotonic()`` at which the answer is worthless.
 
     Attributes:
@@ -58,19 +56,27 @@ class Job(Generic[ResultT]):
         wait_s: Seconds that it waited for a device.
     """
 
-    def __init__(self, work: Callable[[int, StageCallback], ResultT], *, deadline: float) -> None:
+    def __init__(self, work_queue: WorkQueue, deadline: float) -> None:
         self.deadline = deadline
-        self.state = JobState.WAITING
+        self.state = JobState.ADMITTED
         self.wait_s = 0.0
-        self._work: Callable[[int, StageCallback], ResultT] | None = work
-        self._created = time.monotonic()
+        self._queue = work_queue
+        self._work: Callable[[int, StageCallback], ResultT] | None = None
+        self._submitted = 0.0
         self._result: ResultT | None = None
         self._error: Exception | None = None
         self._cancelled = threading.Event()
         self._updates: queue.SimpleQueue[JobProgress | None] = queue.SimpleQueue()
 
+    def __enter__(self) -> Job[ResultT]:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.cancel()
+        self._queue.release(self)
+
     def cancel(self) -> None:
-        """Gives the job up; it ends at its next stage, or in between."""
+        """Gives the job up; it ends at its next stage, or within one."""
         self._cancelled.set()
         self._updates.put(None)
 
@@ -81,35 +87,17 @@ class Job(Generic[ResultT]):
         if time.monotonic() > self.deadline:
             raise DeadlineExceededError("the request ran out of time before its weights were predicted")
 
-    def run(self, device_index: int) -> None:
-        """Does the work on the worker's thread; keeps the result or the error."""
-        self.wait_s = time.monotonic() - self._created
-        work, self._work = self._work, None
-        try:
-            self.check()
-            assert work is not None
-            self._result = work(device_index, self._enter_stage)
-        except Exception as error:
-            self._error = error
-        except BaseException as error:  # SystemExit and the like must end neither this thread nor the caller's
-            self._error = RuntimeError(f"the job was ended by {error!r}")
-        finally:
-            self._updates.put(None)
-
-    def fail(self, error: Exception) -> None:
-        """Ends a job that was never run."""
-        self._error, self._work = error, None
-        self._updates.put(None)
-
-    def progress(self, position: Callable[[], int]) -> Iterator[JobProgress]:
-        """Follows the job until it ends, from the thread that waits for it.
+    def follow(self, work: Callable[[int, StageCallback], ResultT]) -> Iterator[JobProgress]:
+        """Puts the work at the end of the queue and tells where it is until it ends; ``result`` has what it returns.
 
         Args:
-            position: Tells the place of the job in the queue; -1 once it is running.
+            work: What to do on a device: called on the worker's thread with the device's index and a ``StageCallback``.
         """
+        self._work, self._submitted = work, time.monotonic()
+        self._queue.submit(self)
         last: JobProgress | None = None
         while True:
-            place = position()
+            place = self._queue.position(self)
             if place >= 0 and (update := JobProgress(queue_position=place)) != last:
                 last = update
                 yield update
@@ -130,13 +118,33 @@ class Job(Generic[ResultT]):
                 yield stage
 
     def result(self) -> ResultT:
-        """What the work returned, once ``progress`` has ended; handed out once, so that nothing keeps it alive."""
+        """What the work returned, once ``follow`` has ended; handed out once, so that nothing keeps it alive."""
         if self._error is not None:
             raise self._error
         self.check()
         result, self._result = self._result, None
         assert result is not None, "a job that has ended has a result or an error"
         return result
+
+    def run(self, device_index: int) -> None:
+        """Does the work on the worker's thread; keeps the result or the error."""
+        self.wait_s = time.monotonic() - self._submitted
+        work, self._work = self._work, None
+        try:
+            assert work is not None, "a job in the queue has work"
+            self.check()
+            self._result = work(device_index, self._enter_stage)
+        except Exception as error:
+            self._error = error
+        except BaseException as error:  # SystemExit and the like must end neither this thread nor the caller's
+            self._error = RuntimeError(f"the job was ended by {error!r}")
+        finally:
+            self._updates.put(None)
+
+    def fail(self, error: Exception) -> None:
+        """Ends a job that was never run."""
+        self._error, self._work = error, None
+        self._updates.put(None)
 
     def _enter_stage(self, stage: str) -> None:
         self.check()
@@ -161,14 +169,14 @@ class WorkQueue:
         self._closed = False
         self._changed = threading.Condition()
         self._threads = [
-            threading.Thread(target=self._work, args=(index,), name=f"ghn-worker-{index}", daemon=True)
+            threading.Thread(target=self._run_jobs, args=(index,), name=f"ghn-worker-{index}", daemon=True)
             for index in range(num_workers)
         ]
         for thread in self._threads:
             thread.start()
 
-    def admit(self) -> Admission:
-        """A place for one request, from before its architecture is read until its reply is sent.
+    def admit(self, *, deadline: float) -> Job[ResultT]:
+        """A place for one request.
 
         Raises:
             OverloadedError: Every place is taken.
@@ -183,13 +191,45 @@ class WorkQueue:
                     "try again later"
                 )
             self._num_admitted += 1
-        return Admission(self)
+        return Job(self, deadline)
+
+    def submit(self, job: Job[ResultT]) -> None:
+        """Puts a job at the end of the queue.
+
+        Raises:
+            UnavailableError: The server is stopping.
+        """
+        with self._changed:
+            if self._closed:
+                raise UnavailableError("the server is stopping; try again")
+            self._waiting.append(job)  # type: ignore[arg-type]
+            job.state = JobState.WAITING
+            self._changed.notify_all()
+
+    def position(self, job: Job[ResultT]) -> int:
+        """Jobs ahead of this one; -1 if it does not wait."""
+        with self._changed:
+            return self._waiting.index(job) if job.state is JobState.WAITING else -1  # type: ignore[arg-type]
+
+    def release(self, job: Job[ResultT]) -> None:
+        """Frees the place of a request, and of its job; one that still runs keeps its own until it ends."""
+        with self._changed:
+            self._num_admitted -= 1
+            if job.state is JobState.WAITING:
+                self._waiting.remove(job)  # type: ignore[arg-type]
+            elif job.state is JobState.ENDED:
+                self._num_active -= 1
+            elif job.state is JobState.RUNNING:
+                job.state = JobState.ABANDONED
+            self._changed.notify_all()
 
     def close(self, timeout_s: float) -> bool:
         """Ends the workers: what waits fails, what runs is given up. Returns whether they ended in time."""
         with self._changed:
             self._closed = True
             waiting, self._waiting = list(self._waiting), deque()
+            for job in waiting:
+                job.state = JobState.ADMITTED
             self._changed.notify_all()
         for job in waiting:
             job.fail(UnavailableError("the server is stopping; try again"))
@@ -198,77 +238,20 @@ class WorkQueue:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether every worker is there."""
-        return all(thread.is_alive() for thread in self._threads)
-
-    def position(self, job: Job[ResultT]) -> int:
-        """Jobs ahead of this one; -1 if it does not wait."""
-        with self._changed:
-            return next((index for index, other in enumerate(self._waiting) if other is job), -1)
-
-    def _work(self, index: int) -> None:
-        while (job := self._take()) is not None:
-            job.run(index)
-            self._end(job)
+    def _run_jobs(self, device_index: int) -> None:
+        """The life of one worker."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or (self._waiting and self._num_active < self.max_active))
+                if self._closed:
+                    return
+                self._num_active += 1
+                job = self._waiting.popleft()
+                job.state = JobState.RUNNING
+            job.run(device_index)
+            with self._changed:
+                if job.state is JobState.ABANDONED:
+                    self._num_active -= 1
+                    self._changed.notify_all()
+                job.state = JobState.ENDED
             del job
-
-    def _take(self) -> Job[object] | None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or (self._waiting and self._num_active < self.max_active))
-            if self._closed:
-                return None
-            self._num_active += 1
-            job = self._waiting.popleft()
-            job.state = JobState.RUNNING
-            return job
-
-    def _end(self, job: Job[object]) -> None:
-        with self._changed:
-            if job.state is JobState.ABANDONED:
-                self._num_active -= 1
-                self._changed.notify_all()
-            job.state = JobState.ENDED
-
-    def _submit(self, job: Job[object]) -> None:
-        with self._changed:
-            if self._closed:
-                raise UnavailableError("the server is stopping; try again")
-            self._waiting.append(job)
-            self._changed.notify_all()
-
-    def _leave(self, job: Job[object] | None) -> None:
-        """Frees the place of a request, and of its job; one that still runs keeps its own until it ends."""
-        with self._changed:
-            self._num_admitted -= 1
-            if job is None:
-                pass
-            elif job.state is JobState.ENDED:
-                self._num_active -= 1
-            elif job.state is JobState.RUNNING:
-                job.state = JobState.ABANDONED
-            elif job in self._waiting:
-                self._waiting.remove(job)
-            self._changed.notify_all()
-
-
-class Admission:
-    """A request's place in the queue; a context manager that frees it, and gives up its job."""
-
-    def __init__(self, work_queue: WorkQueue) -> None:
-        self._queue = work_queue
-        self._job: Job[object] | None = None
-
-    def __enter__(self) -> Admission:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._job is not None:
-            self._job.cancel()
-        self._queue._leave(self._job)
-
-    def submit(self, job: Job[ResultT]) -> None:
-        """Puts the job at the end of the queue."""
-        self._queue._submit(job)  # type: ignore[arg-type]
-        self._job = job  # type: ignore[assignment]

@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import structlog
-
-REQUEST_ID = "request_id"
 
 
 def configure_logging(log_format: str, level: str) -> None:
@@ -49,18 +45,3 @@ def make_formatter(log_format: str, *, colors: bool = False) -> logging.Formatte
     return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=before, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers]
     )
-
-
-@contextmanager
-def logged_as(request_id: str, method: str) -> Iterator[None]:
-    """Everything that this thread logs in the body carries these two."""
-    structlog.contextvars.bind_contextvars(**{REQUEST_ID: request_id}, method=method)
-    try:
-        yield
-    finally:
-        structlog.contextvars.unbind_contextvars(REQUEST_ID, "method")
-
-
-def current_request_id() -> str:
-    """Identifier of the request that this thread serves, or ""."""
-    return str(structlog.contextvars.get_contextvars().get(REQUEST_ID, ""))
