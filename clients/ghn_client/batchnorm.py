@@ -13,7 +13,8 @@ While one tunes, what happens to them is a choice:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,16 +64,14 @@ def recalibrate_batchnorm(
         raise InvalidOptionError("expected at least one batch, got an empty loader", field="loader")
     if device is None:
         device = next((item.device for item in (*module.parameters(), *module.buffers())), torch.device("cpu"))
-    modes = [(part, part.training) for part in module.modules()]
     momenta = [layer.momentum for layer in layers]
     used = 0
     try:
-        module.eval()
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # torch's cumulative average
-            layer.train()
-        with torch.no_grad():
+        with evaluation_mode(module), torch.no_grad():
+            for layer in layers:
+                layer.reset_running_stats()
+                layer.momentum = None  # torch's cumulative average
+                layer.train()
             for batch in itertools.chain([first], batches):
                 used += 1
                 if isinstance(batch, dict):
@@ -80,8 +79,6 @@ def recalibrate_batchnorm(
                 else:
                     module(_moved(batch[0] if isinstance(batch, list | tuple) else batch, device))
     finally:
-        for part, training in modes:
-            part.training = training
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
     return used
@@ -89,6 +86,17 @@ def recalibrate_batchnorm(
 
 def _moved(value: Any, device: torch.device | str) -> Any:
     return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[nn.Module]:
+    """Within the block ``module`` is in evaluation mode; afterwards each of its parts is in the mode that it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield module.eval()
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def use_batch_statistics(module: nn.Module) -> nn.Module:

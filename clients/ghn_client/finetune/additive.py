@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ghn_client.batchnorm import FREEZE, travelling_statistics
+from ghn_client.batchnorm import FREEZE, evaluation_mode, travelling_statistics
 from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.handle import FineTuneHandle, Lifecycle, Part
 from ghn_client.finetune.matrix_layers import find_head
@@ -36,11 +36,6 @@ class AdditiveModule(nn.Module):
     def __init__(self, base: nn.Module, side: nn.Module, *, head: str | None = None) -> None:
         super().__init__()
         self.base, self.side, self.head, self.enabled = base, side, head, True
-
-    @property
-    def at(self) -> str:
-        """``logits`` where g reads the input, ``features`` where it reads what the head reads."""
-        return LOGITS if self.head is None else FEATURES
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """The output of ``base`` with that of ``side`` added."""
@@ -160,12 +155,9 @@ def _sizes(module: nn.Module, head: str | None, example: torch.Tensor | None) ->
             return layer.in_features, layer.out_features
     if example is None:
         raise InvalidOptionError("pass example_inputs (one batch): the input and output sizes cannot be known without")
-    was_training = module.training
-    with torch.no_grad():
-        output = module.eval()(example)
-    width = head_features(module, head, example).shape[1] if head else example.flatten(1).shape[1]
-    module.train(was_training)
-    return width, output.shape[-1]
+    with torch.no_grad(), evaluation_mode(module):
+        width = head_features(module, head, example).shape[1] if head else example.flatten(1).shape[1]
+        return width, module(example).shape[-1]
 
 
 def _hidden(

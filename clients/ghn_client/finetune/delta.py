@@ -89,11 +89,7 @@ def save_delta(handle: FineTuneHandle, path: str | Path, *, request: Mapping[str
     Raises:
         FileError: It cannot be written.
     """
-    tensors = {
-        f"{index}/{name}": value.cpu().contiguous().clone()
-        for index, part in enumerate(handle.parts)
-        for name, value in part.state().items()
-    }
+    tensors = {name: value.cpu().contiguous().clone() for name, value in handle.state().items()}
     tuned = {id(value) for part in handle.parts for value in part.named_parameters().values()}
     tuned |= {id(part.module.get_buffer(name)) for part in handle.parts for name in part.buffers}
     live = [*handle.base.named_parameters(), *handle.base.named_buffers()]

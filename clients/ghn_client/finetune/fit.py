@@ -11,24 +11,18 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from ghn_client.atomic_file import replaced_file
+from ghn_client.batchnorm import evaluation_mode
 from ghn_client.errors import FileError, InvalidOptionError
 from ghn_client.finetune.handle import FineTuneHandle
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
-
-
-class Progress(Protocol):
-    """Is told after every epoch; may print, plot or log."""
-
-    def __call__(self, epoch: EpochReport, /) -> None:
-        """Called with the report of the epoch that just ended."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +105,7 @@ def fit(
     validation: Batches | None = None,
     device: torch.device | str | None = None,
     checkpoint: str | Path | None = None,
-    on_epoch: Progress | None = None,
+    on_epoch: Callable[[EpochReport], object] | None = None,
 ) -> FitReport:
     """Trains what ``handle`` tunes; the module ends in eval mode with its best values.
 
@@ -122,7 +116,7 @@ def fit(
         validation: Pairs to measure accuracy on after every epoch.
         device: Where to train; default where the module is.
         checkpoint: File written after every epoch; if it is there, training goes on from it.
-        on_epoch: Called after every epoch.
+        on_epoch: Called after every epoch, with its report; may print, plot or log.
 
     Raises:
         FileError: The checkpoint belongs to another run.
@@ -139,7 +133,7 @@ def fit(
             run.save(Path(checkpoint))
         if on_epoch is not None:
             on_epoch(run.reports[-1])
-    run.load_best()
+    run.write(run.best_state)
     handle.module.eval()
     return FitReport(tuple(run.reports), run.best_epoch, run.out_of_patience)
 
@@ -156,17 +150,14 @@ def evaluate(module: nn.Module, batches: Batches, *, device: torch.device | str 
     Raises:
         InvalidOptionError: There is no batch.
     """
-    was_training = module.training
     place = torch.device(device) if device is not None else next(module.parameters()).device
-    module.eval()
     right, loss, count = 0, 0.0, 0
-    for inputs, labels in batches:
-        logits = module(inputs.to(place))
-        labels = labels.to(place)
-        right += int((logits.argmax(1) == labels).sum())
-        loss += float(nn.functional.cross_entropy(logits.float(), labels, reduction="sum"))
-        count += len(labels)
-    module.train(was_training)
+    with evaluation_mode(module):
+        for inputs, labels in batches:
+            logits, labels = module(inputs.to(place)), labels.to(place)
+            right += int((logits.argmax(1) == labels).sum())
+            loss += float(nn.functional.cross_entropy(logits.float(), labels, reduction="sum"))
+            count += len(labels)
     if not count:
         raise InvalidOptionError("expected at least one batch to evaluate on, got none")
     return right / count, loss / count
@@ -184,11 +175,7 @@ class _Run:
         self.best_epoch, self.best_state = 0, self._state()
 
     def _state(self) -> dict[str, torch.Tensor]:
-        return {
-            f"{index}/{name}": value.detach().clone()
-            for index, part in enumerate(self.handle.parts)
-            for name, value in part.state().items()
-        }
+        return {name: value.clone() for name, value in self.handle.state().items()}
 
     @property
     def out_of_patience(self) -> bool:
@@ -251,18 +238,14 @@ class _Run:
         given = {key: document.get(key) for key in expected}
         if given != expected:
             raise FileError(f"the checkpoint {path.name} belongs to another run: {given}, expected {expected}")
-        self._write(document["state"])
+        self.write(document["state"])
         self.optimizer.load_state_dict(document["optimizer"])
         self.reports = [EpochReport(**report) for report in document["reports"]]
         self.best_epoch, self.best_state = document["best_epoch"], document["best_state"]
         torch.set_rng_state(document["random"].cpu())
 
-    def load_best(self) -> None:
-        """Puts the values of the best epoch into the module."""
-        self._write(self.best_state)
-
     @torch.no_grad()
-    def _write(self, state: Mapping[str, torch.Tensor]) -> None:
-        for index, part in enumerate(self.handle.parts):
-            for name, value in part.state().items():
-                value.copy_(state[f"{index}/{name}"])
+    def write(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Puts tuned values into the module."""
+        for name, value in self.handle.state().items():
+            value.copy_(state[name])

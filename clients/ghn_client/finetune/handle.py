@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,14 +62,6 @@ class Lifecycle:
     merge: Sequence[Action] = ()
 
 
-@dataclass(frozen=True, eq=False)
-class _Snapshot:
-    """State of a module before tuning: values of what will be tuned, and every ``requires_grad`` flag."""
-
-    values: dict[str, torch.Tensor]
-    flags: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
-
-
 class FineTuneHandle:
     """A module made ready for tuning: everything is frozen except the tuned parameters.
 
@@ -95,12 +88,11 @@ class FineTuneHandle:
         self.base = base if base is not None else part.module
         self.parts: tuple[Part, ...] = (part,)
         self.penalty = penalty
-        tuned = part.named_parameters()
-        if not tuned:
-            raise UnsupportedModuleError(f"strategy {part.strategy!r} found no parameter to tune in {_kind(self.base)}")
-        values = {name: tensor.clone() for name, tensor in part.state().items()}
-        flags = [(parameter, parameter.requires_grad) for parameter in self.module.parameters()]
-        self._snapshots: tuple[_Snapshot, ...] = (_Snapshot(values, flags),)
+        if not part.named_parameters():
+            kind = type(self.base).__name__
+            raise UnsupportedModuleError(f"strategy {part.strategy!r} found no parameter to tune in {kind}")
+        self._aside = ({name: tensor.clone() for name, tensor in part.state().items()},)
+        self._flags = tuple((parameter, parameter.requires_grad) for parameter in self.module.parameters())
         let_go = hold_statistics(self.base, statistics)
         cycle = lifecycle or Lifecycle()
         cycle = replace(cycle, restore=(let_go, *cycle.restore), merge=(let_go, *cycle.merge))
@@ -146,6 +138,10 @@ class FineTuneHandle:
     def _tuned(self) -> dict[int, nn.Parameter]:
         return {id(value): value for part in self.parts for value in part.named_parameters().values()}
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """What is tuned and what travels with it, of all parts, named ``<part>/<path>``; these are no copies."""
+        return {f"{i}/{name}": value for i, part in enumerate(self.parts) for name, value in part.state().items()}
+
     def freeze_rest(self) -> None:
         """Sets ``requires_grad`` on the tuned parameters and clears it on all others."""
         tuned = self._tuned()
@@ -170,8 +166,7 @@ class FineTuneHandle:
         self._require_open()
         if self._enabled:
             self._swap()
-            for lifecycle in reversed(self._lifecycles):
-                _run(lifecycle.disable)
+            self._run("disable", reversed(self._lifecycles))
             self._enabled = False
 
     def enable(self) -> None:
@@ -179,17 +174,16 @@ class FineTuneHandle:
         self._require_open()
         if not self._enabled:
             self._swap()
-            for lifecycle in self._lifecycles:
-                _run(lifecycle.enable)
+            self._run("enable", self._lifecycles)
             self._enabled = True
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for part, snapshot in zip(self.parts, self._snapshots, strict=True):
+        """Exchanges the values in the module with those kept aside."""
+        for part, aside in zip(self.parts, self._aside, strict=True):
             for name, current in part.state().items():
-                aside = current.clone()
-                current.copy_(snapshot.values[name])
-                snapshot.values[name] = aside
+                other, aside[name] = aside[name], current.clone()
+                current.copy_(other)
 
     def restore(self) -> nn.Module:
         """Puts the base back exactly - values, structure, flags - and closes the handle.
@@ -198,8 +192,7 @@ class FineTuneHandle:
             The module as it was given.
         """
         self.disable()
-        for lifecycle in reversed(self._lifecycles):
-            _run(lifecycle.restore)
+        self._run("restore", reversed(self._lifecycles))
         self._close()
         return self.base
 
@@ -211,15 +204,18 @@ class FineTuneHandle:
         """
         self._require_open()
         self.enable()
-        for lifecycle in reversed(self._lifecycles):
-            _run(lifecycle.merge)
+        self._run("merge", reversed(self._lifecycles))
         self._close()
         return self.module
 
+    def _run(self, event: str, lifecycles: Iterable[Lifecycle]) -> None:
+        for lifecycle in lifecycles:
+            for action in getattr(lifecycle, event):
+                action()
+
     def _close(self) -> None:
-        for snapshot in reversed(self._snapshots):
-            for parameter, flag in snapshot.flags:
-                parameter.requires_grad_(flag)
+        for parameter, flag in reversed(self._flags):
+            parameter.requires_grad_(flag)
         self._open = False
 
     def _require_open(self) -> None:
@@ -242,30 +238,18 @@ def combine(*handles: FineTuneHandle) -> FineTuneHandle:
     """
     if not handles:
         raise InvalidOptionError("combine needs at least one handle")
-    outer = handles[-1].module
-    inside = {id(module) for module in outer.modules()}
+    inside = {id(module) for module in handles[-1].module.modules()}
     for handle in handles:
         if id(handle.module) not in inside:
             raise InvalidOptionError(
                 f"handle {handle.strategy!r} tunes another module than {handles[-1].strategy!r};"
                 " prepare each strategy on the module of the one before"
             )
-    merged = object.__new__(FineTuneHandle)
-    merged.module, merged.base = outer, handles[0].base
-    merged.parts = tuple(part for handle in handles for part in handle.parts)
-    merged._lifecycles = tuple(cycle for handle in handles for cycle in handle._lifecycles)
-    merged._snapshots = tuple(snapshot for handle in handles for snapshot in handle._snapshots)
-    merged._open, merged._enabled = True, True
+    merged = copy.copy(handles[-1])
+    merged.base = handles[0].base
+    for name in ("parts", "_lifecycles", "_aside", "_flags"):
+        setattr(merged, name, tuple(item for handle in handles for item in getattr(handle, name)))
     penalties = [handle.penalty for handle in handles if handle.penalty is not None]
     merged.penalty = (lambda: torch.stack([penalty() for penalty in penalties]).sum()) if penalties else None
     merged.freeze_rest()
     return merged
-
-
-def _run(actions: Sequence[Action]) -> None:
-    for action in actions:
-        action()
-
-
-def _kind(module: nn.Module) -> str:
-    return type(module).__name__

@@ -78,29 +78,18 @@ class ClosedFormSideNetwork(nn.Module):
         mixing: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.depth = 2 if mixing is None else 3
-        for name, tensor in (
-            ("center", center),
-            ("directions", directions),
-            ("select", select),
-            ("knots", knots),
-            ("output_weight", output_weight),
-            ("output_bias", output_bias),
-        ):
-            self.register_buffer(name, tensor)
+        tensors = {"center": center, "directions": directions, "select": select, "knots": knots}
+        tensors |= {"output_weight": output_weight, "output_bias": output_bias}
         if mixing is not None:
-            self.register_buffer("mixing_weight", mixing[0])
-            self.register_buffer("mixing_bias", mixing[1])
+            tensors |= {"mixing_weight": mixing[0], "mixing_bias": mixing[1]}
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        self.depth = 2 if mixing is None else 3
 
     @property
     def neurons(self) -> int:
         """ReLU neurons in all hidden layers."""
         return len(self.knots) + (len(self.mixing_bias) if self.depth == 3 else 0)
-
-    @property
-    def num_numbers(self) -> int:
-        """Numbers that are stored, center and directions included."""
-        return sum(buffer.numel() for buffer in self.buffers())
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(B, ...) to (B, C), in the precision of ``inputs``."""
@@ -110,11 +99,3 @@ class ClosedFormSideNetwork(nn.Module):
         if self.depth == 3:
             hidden = torch.relu(hidden @ self.mixing_weight.T + self.mixing_bias)
         return (hidden @ self.output_weight.T + self.output_bias).to(inputs.dtype)
-
-    def to_precision(self, dtype: torch.dtype) -> ClosedFormSideNetwork:
-        """A copy that computes in ``dtype``."""
-        tensors = {
-            name: buffer.to(dtype) if buffer.is_floating_point() else buffer for name, buffer in self.named_buffers()
-        }
-        mixing = (tensors.pop("mixing_weight"), tensors.pop("mixing_bias")) if self.depth == 3 else None
-        return ClosedFormSideNetwork(**tensors, mixing=mixing)

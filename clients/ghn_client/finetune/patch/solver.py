@@ -7,6 +7,7 @@ A patch memorises; it does not generalise. ``touched`` in its certificate says h
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -127,7 +128,7 @@ def patch(
     failures = []
     for name in PRECISIONS if precision == AUTO else (precision,):
         for construction, exact in sides:
-            side = exact.to_precision(PRECISIONS[name])
+            side = copy.deepcopy(exact).to(PRECISIONS[name])
             added = run_in_batches(side, problem.features, batch_size)
             certificate = certify(problem.logits, added, problem.wanted, side, construction)
             patched = AdditiveModule(module, side, head=path).eval()
