@@ -143,11 +143,13 @@ def test_adapters_that_mean_something_else_are_refused(tmp_path, change):
         import_peft(Tower(), folder)
 
 
-def test_an_adapter_of_another_network_is_refused_and_leaves_it_alone(tmp_path):
-    handle, _ = prepare("tower", "norm_only")
+@pytest.mark.parametrize("strategy", ["norm_only", "low_rank_update"])
+def test_an_adapter_of_another_network_is_refused_and_leaves_it_alone(tmp_path, strategy):
+    handle, _ = prepare("tower", strategy)
     folder = export_peft(handle, tmp_path / "adapter")
     other = Tower()
     other.norm = nn.Identity()
+    other.body = nn.Identity()
     before = {name: value.clone() for name, value in other.state_dict().items()}
     with pytest.raises(LoadError):
         import_peft(other, folder)

@@ -18,13 +18,15 @@ from torch import nn
 
 from ghn_client.atomic_file import write_file
 from ghn_client.batchnorm import KEEP, UPDATE
-from ghn_client.errors import FileError, LoadError, UnsupportedModuleError
+from ghn_client.errors import FileError, InvalidOptionError, LoadError, UnsupportedModuleError
 from ghn_client.finetune.handle import FineTuneHandle, Part
 from ghn_client.finetune.lora import low_rank_update
 from ghn_client.finetune.norm_only import norm_only
 
 LN_TUNING, LORA = "LN_TUNING", "LORA"
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+#: What follows the name of a layer in the names of its tuned tensors.
+_MARKERS = {LN_TUNING: ".ln_tuning_layers.", LORA: ".lora_"}
 _PREFIX = "base_model.model."
 _UPDATE = ".parametrizations.weight.0."
 
@@ -54,6 +56,7 @@ def export_peft(handle: FineTuneHandle, folder: str | Path) -> Path:
     return target
 
 
+@torch.no_grad()
 def import_peft(module: nn.Module, folder: str | Path) -> FineTuneHandle:
     """Applies a PEFT adapter of LN tuning or LoRA to its base, without wrapper modules.
 
@@ -74,12 +77,32 @@ def import_peft(module: nn.Module, folder: str | Path) -> FineTuneHandle:
     if not all(name.startswith(_PREFIX) for name in tensors):
         raise FileError(f"expected tensor names that start with {_PREFIX!r}, got {list(tensors)[:3]}")
     own = {name[len(_PREFIX) :]: value for name, value in tensors.items()}
-    kind = config.get("peft_type")
-    if kind == LN_TUNING:
-        return _import_ln_tuning(module, own)
-    if kind == LORA:
-        return _import_lora(module, own, config)
-    raise FileError(f"expected an adapter of kind {LN_TUNING} or {LORA}, got {kind!r}")
+    marker = _MARKERS.get(str(config.get("peft_type")))
+    if marker is None:
+        raise FileError(f"expected an adapter of kind {' or '.join(_MARKERS)}, got {config.get('peft_type')!r}")
+    layers = sorted({name.partition(marker)[0] for name in own if marker in name})
+    head = sorted({name.rpartition(".")[0] for name in own if marker not in name})
+    if not layers:
+        raise FileError("the adapter tunes no layer")
+    try:
+        if marker == _MARKERS[LN_TUNING]:
+            values = {name.replace(marker, "."): value for name, value in own.items()}
+            carries_statistics = any(name.endswith("running_mean") for name in values)
+            handle = norm_only(module, head=head, statistics=UPDATE if carries_statistics else KEEP)
+        else:
+            values, options = _from_lora(module, own, config, layers)
+            handle = low_rank_update(module, layers=layers, head=head, **options)
+    except (InvalidOptionError, AttributeError) as error:
+        raise LoadError(f"{source.name} does not fit this module: {error}") from error
+    state = handle.parts[0].state()
+    for name, value in values.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        if name not in state or state[name].shape != value.shape:
+            handle.restore()
+            raise LoadError(f"the adapter's tensor {name!r} {tuple(value.shape)} has no place in this module")
+        state[name].copy_(value)
+    return handle
 
 
 def _ln_tuning(part: Part) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -88,7 +111,7 @@ def _ln_tuning(part: Part) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     head = set(part.groups.get("head", ()))
     layers = sorted({name.rpartition(".")[0] for name in part.groups["norm"]})
     tensors = {
-        _PREFIX + (name if name in head else ".ln_tuning_layers.".join(name.rsplit(".", 1))): value
+        _PREFIX + (name if name in head else _MARKERS[LN_TUNING].join(name.rsplit(".", 1))): value
         for name, value in part.state().items()
     }
     return {**_common(LN_TUNING, part), "target_modules": layers}, tensors
@@ -180,53 +203,23 @@ def _common(kind: str, part: Part) -> dict[str, Any]:
     }
 
 
-def _import_ln_tuning(module: nn.Module, own: Mapping[str, torch.Tensor]) -> FineTuneHandle:
-    plain = {name.replace(".ln_tuning_layers.", "."): value for name, value in own.items()}
-    norms = {name.partition(".ln_tuning_layers.")[0] for name in own if ".ln_tuning_layers." in name}
-    head = sorted({name.rpartition(".")[0] for name in own if ".ln_tuning_layers." not in name})
-    carries_statistics = any(name.endswith("running_mean") for name in plain)
-    handle = norm_only(module, head=head, statistics=UPDATE if carries_statistics else KEEP)
-    _copy(handle, plain, norms)
-    return handle
-
-
-def _import_lora(module: nn.Module, own: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> FineTuneHandle:
-    variants = [
-        name for name in ("use_dora", "use_rslora", "use_qalora", "fan_in_fan_out", "lora_bias") if config.get(name)
-    ]
-    if variants:
+def _from_lora(
+    module: nn.Module, own: Mapping[str, torch.Tensor], config: Mapping[str, Any], layers: list[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Values and options of ``low_rank_update`` for a LoRA adapter."""
+    names = ("use_dora", "use_rslora", "use_qalora", "fan_in_fan_out", "lora_bias")
+    if variants := [name for name in names if config.get(name)]:
         raise FileError(f"this adapter uses {', '.join(variants)}, which low_rank_update does not compute")
-    layers = sorted({name.partition(".lora_")[0] for name in own if ".lora_" in name})
-    head = sorted({name.rpartition(".")[0] for name in own if ".lora_" not in name})
-    groups = {layer: int(getattr(module.get_submodule(layer), "groups", 1)) for layer in layers}
-    ranks = {layer: int(_pattern(config, "rank_pattern", layer, "r")) // groups[layer] for layer in layers}
-    alphas = {layer: _pattern(config, "alpha_pattern", layer, "lora_alpha") / groups[layer] for layer in layers}
-    plain = {}
+
+    def per_layer(pattern: str, default: str) -> dict[str, float]:
+        chosen = {layer: float((config.get(pattern) or {}).get(layer, config[default])) for layer in layers}
+        return {layer: number / getattr(module.get_submodule(layer), "groups", 1) for layer, number in chosen.items()}
+
+    ranks = {layer: int(rank) for layer, rank in per_layer("rank_pattern", "r").items()}
+    values = {}
     for name, value in own.items():
-        layer, found, rest = name.partition(".lora_")
-        if found:  # before the module is changed, since a factor may be refused
-            local = rest[0].lower()
-            plain[f"{layer}{_UPDATE}{local}"] = _own_factor(module.get_submodule(layer), local, value)
-        else:
-            plain[name] = value
-    handle = low_rank_update(module, rank=ranks, alpha=alphas, layers=layers, head=head)
-    _copy(handle, plain, set(layers))
-    return handle
-
-
-def _pattern(config: Mapping[str, Any], pattern: str, layer: str, default: str) -> float:
-    return float((config.get(pattern) or {}).get(layer, config[default]))
-
-
-@torch.no_grad()
-def _copy(handle: FineTuneHandle, values: Mapping[str, torch.Tensor], layers: set[str]) -> None:
-    state = handle.parts[0].state()
-    for name, value in values.items():
-        if name.endswith("num_batches_tracked"):
-            continue
-        if name not in state or state[name].shape != value.shape:
-            handle.restore()
-            raise LoadError(f"the adapter's tensor {name!r} {tuple(value.shape)} has no place in this module")
-        state[name].copy_(value)
-    if not layers:
-        raise FileError("the adapter tunes no layer")
+        layer, found, rest = name.partition(_MARKERS[LORA])
+        local = rest[:1].lower()
+        own_name = f"{layer}{_UPDATE}{local}" if found else name
+        values[own_name] = _own_factor(module.get_submodule(layer), local, value) if found else value
+    return values, {"rank": ranks, "alpha": per_layer("alpha_pattern", "lora_alpha")}

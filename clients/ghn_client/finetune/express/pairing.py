@@ -53,33 +53,27 @@ class BlockPair:
     Attributes:
         name: Dotted path of the target's layer.
         layer: The target's layer.
+        block: Its layers are those of the frozen network.
         folded: BatchNorm of the target that the block has to include, or ``None``.
-        inner: B.
-        norm1: Behind B.
-        outer: A.
-        norm2: Behind A.
     """
 
     name: str
     layer: Matrix
-    folded: nn.Module | None
-    inner: Matrix
-    norm1: nn.Module
-    outer: Matrix
-    norm2: nn.Module
+    block: FrozenBlock
+    folded: nn.Module | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """Groups, outputs per group o, fan-in p, channels per group n."""
         groups = self.layer.groups if isinstance(self.layer, nn.Conv2d) else 1
-        outputs, channels = self.layer.weight.shape[0], self.inner.weight.shape[0]
+        outputs, channels = self.layer.weight.shape[0], self.block.inner.weight.shape[0]
         return groups, outputs // groups, self.layer.weight[0].numel(), channels // groups
 
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
         """B (groups, n, p) and A (groups, o, n) in float64."""
         groups, outputs, fan_in, channels = self.sizes
-        inner = self.inner.weight.detach().double().reshape(groups, channels, fan_in)
-        return inner, self.outer.weight.detach().double().reshape(groups, outputs, channels)
+        inner = self.block.inner.weight.detach().double().reshape(groups, channels, fan_in)
+        return inner, self.block.outer.weight.detach().double().reshape(groups, outputs, channels)
 
     def target_map(self) -> tuple[torch.Tensor, torch.Tensor]:
         """W (groups, o, p) and b (groups, o) in float64, with the folded BatchNorm."""
@@ -263,17 +257,14 @@ def pair_blocks(target: nn.Module, frozen: nn.Module) -> Pairing:
         raise UnsupportedModuleError("the target has no linear or Conv2d layer")
     blocks = {name: block for name in layers if isinstance(block := known.get(name), FrozenBlock)}
     if len(blocks) == len(layers):
-        pairs = [
-            BlockPair(name, layers[name], None, block.inner, block.norm1, block.outer, block.norm2)
-            for name, block in blocks.items()
-        ]
+        pairs = [BlockPair(name, layers[name], block) for name, block in blocks.items()]
         norms = [(child, known[name]) for name, child in target.named_modules() if norm_kind(child) == BATCH_NORM]
         pairing = Pairing(pairs, norms)
     else:
         pairing = _sequential_pairs(_leaves(target), _leaves(frozen))
     for pair in pairing.blocks:
-        check_norm(f"{pair.name} norm1", pair.norm1)
-        check_norm(f"{pair.name} norm2", pair.norm2)
+        check_norm(f"{pair.name} norm1", pair.block.norm1)
+        check_norm(f"{pair.name} norm2", pair.block.norm2)
         _check_shapes(pair)
     for _, norm in pairing.norms:
         check_norm("a norm layer of the frozen network", norm)
@@ -313,8 +304,8 @@ def _sequential_pairs(wanted: list[tuple[str, nn.Module]], given: list[tuple[str
                     f"for the target's layer {name!r} the frozen network needs (matrix, norm, ReLU, matrix, norm), got"
                     f" {[type(leaf).__name__ for leaf in five]}"
                 )
-            inner, norm1, _, outer, norm2 = five
-            pairing.blocks.append(BlockPair(name, layer, folded, inner, norm1, outer, norm2))  # type: ignore[arg-type]
+            block = FrozenBlock(five[0], five[1], five[3], five[4])  # type: ignore[arg-type]
+            pairing.blocks.append(BlockPair(name, layer, block, folded))
             continue
         other = given.pop(0)[1] if given else None
         if type(other) is not type(layer):
@@ -331,7 +322,7 @@ def _sequential_pairs(wanted: list[tuple[str, nn.Module]], given: list[tuple[str
 
 def _check_shapes(pair: BlockPair) -> None:
     """Refuses a block that is not shaped like its layer."""
-    layer, inner, outer = pair.layer, pair.inner, pair.outer
+    layer, inner, outer = pair.layer, pair.block.inner, pair.block.outer
     same = type(layer) is type(inner) is type(outer) and layer.weight.shape[1:] == inner.weight.shape[1:]
     same = same and layer.weight.shape[0] == outer.weight.shape[0]
     if same and isinstance(layer, nn.Conv2d) and isinstance(outer, nn.Conv2d):

@@ -18,12 +18,7 @@ from torch import nn
 
 from ghn_client.errors import InfeasibleError, InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.express.bounds import layer_bound, network_bound
-from ghn_client.finetune.express.certificate import (
-    ExpressCertificate,
-    Feasibility,
-    LayerCertificate,
-    LayerFeasibility,
-)
+from ghn_client.finetune.express.certificate import ExpressCertificate, Feasibility, LayerCertificate, LayerFeasibility
 from ghn_client.finetune.express.domain import Domain, measure_domains, watch_inputs
 from ghn_client.finetune.express.linear_system import (
     EXACT,
@@ -174,9 +169,9 @@ def _norm_parameters(frozen: nn.Module, pairing: Pairing, layers: Sequence[Expre
         values[f"{name}.bias"] = shift - scale * (offset - mean)
 
     for layer in layers:
-        pair, shift2 = layer.pair, layer.shift2.flatten()
-        put(pair.norm1, layer.gains.flatten(), layer.shift1.flatten(), pair.inner)
-        put(pair.norm2, torch.ones_like(shift2), shift2, pair.outer)
+        block, shift2 = layer.pair.block, layer.shift2.flatten()
+        put(block.norm1, layer.gains.flatten(), layer.shift1.flatten(), block.inner)
+        put(block.norm2, torch.ones_like(shift2), shift2, block.outer)
     for wanted, norm in pairing.norms:
         put(norm, *norm_map(wanted))
     return values
@@ -232,7 +227,7 @@ def _certify(
         layers=entries,
         mode=mode,
         num_tuned=sum(value.numel() for value in values.values()),
-        num_frozen=sum(layer.pair.inner.weight.numel() + layer.pair.outer.weight.numel() for layer in layers),
+        num_frozen=sum(layer.inner.numel() + layer.outer.numel() for layer in layers),
         num_target=sum(parameter.numel() for parameter in target.parameters()),
         largest_output=scale,
         error_float64=float((exact - wanted).abs().max()) / scale,
