@@ -12,7 +12,7 @@ and cancel behind A are proportional to ``||A_k|| ||B_k|| |g_k|``, hence so is t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -118,15 +118,17 @@ def solve_layer(pair: BlockPair, domain: Domain, *, mode: str) -> ExpressedLayer
     weight, bias = pair.target_map()
     inner, outer = pair.matrices()
     solutions, shift2 = [], bias.clone()
-    for group in range(len(weight)):
+    for group, (a, b, w) in enumerate(zip(outer, inner, weight, strict=True)):
         if mode == EXACT:
-            solution = solve_gains(outer[group], inner[group], weight[group])
+            solution = solve_gains(a, b, w)
             if not solution.full_rank:
                 raise InfeasibleError(f"layer {pair.name!r}: {shortage(pair, full_rank=False)}")
-        else:
-            solution = _least_squares(outer[group], inner[group], weight[group], domain.covariance[group])
-            missing = weight[group] - (outer[group] * solution.gains) @ inner[group]
-            shift2[group] += missing @ domain.center[group]
+        else:  # the error of the outputs on the measured inputs is ||(A diag(g) B - W) S^(1/2)||
+            covariance = domain.covariance[group]
+            level = 1e-9 * covariance.diagonal().mean().clamp_min(1e-12)
+            root = torch.linalg.cholesky(covariance + level * torch.eye(len(covariance)).to(covariance))
+            solution = solve_gains(a, b @ root, w @ root)
+            shift2[group] += (w - (a * solution.gains) @ b) @ domain.center[group]
         solutions.append(solution)
     gains = torch.stack([solution.gains for solution in solutions])
     scaled = gains[:, :, None] * inner
@@ -142,20 +144,9 @@ def _balanced(outer: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
     opposite = (outer[:, :, first] == -outer[:, :, second]).all(dim=1)
     larger = torch.maximum(reach[:, first], reach[:, second])
     result = reach.clone()
-    result[:, first] = torch.where(opposite, larger, reach[:, first])
-    result[:, second] = torch.where(opposite, larger, reach[:, second])
+    for channels in (first, second):
+        result[:, channels] = torch.where(opposite, larger, reach[:, channels])
     return result
-
-
-def _least_squares(
-    outer: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor, covariance: torch.Tensor
-) -> GainSolution:
-    """Gains that minimise the error of the outputs on the measured inputs, ``||(A diag(g) B - W) S^(1/2)||``."""
-    level = 1e-9 * covariance.diagonal().mean().clamp_min(1e-12)
-    identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-    root = torch.linalg.cholesky(covariance + level * identity)
-    solution = solve_gains(outer, inner @ root, weight @ root)
-    return replace(solution, residual=relative_residual(outer, solution.gains, inner @ root, weight @ root))
 
 
 def khatri_rao(outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
