@@ -152,13 +152,14 @@ def test_train_mode_and_bad_options_are_refused():
         patch(network, wrong, wanted[:2], keep)
 
 
-def test_a_label_that_is_right_already_costs_nothing():
+@pytest.mark.parametrize("depth", [2, 3])
+def test_a_label_that_is_right_already_costs_nothing(depth):
     network, _, _, keep, labels = problem(60, 5)
     with torch.no_grad():
         margins = network(keep).topk(2).values
     sure = int((margins[:, 0] - margins[:, 1]).argmax())
     rest = torch.cat([keep[:sure], keep[sure + 1 :]])
-    result = patch(network, keep[sure : sure + 1], labels[sure : sure + 1], rest, margin=1e-3)
+    result = patch(network, keep[sure : sure + 1], labels[sure : sure + 1], rest, margin=1e-3, depth=depth)
     assert torch.equal(result.module(keep).argmax(1), labels)
 
 

@@ -1,7 +1,7 @@
 """``additive``: a frozen network plus a small ReLU network, ``f + g``, with the width that capacity theory asks for.
 
 Sohn, Kwon, An and Lee, "Memorization Capacity for Additive Fine-Tuning with Small ReLU Networks", UAI 2024,
-arXiv:2408.00359; the constants of the widths are derived by us, see ``capacity.py``.
+arXiv:2408.00359; the constants of the widths are derived by us, see ``patch/capacity.py``.
 """
 
 from __future__ import annotations
