@@ -39,13 +39,9 @@ EXAMPLE_FILES = {"script.py", "train.py"}
 """Names of files that stand for the reader's own."""
 
 # Pages that do not hold yet; a page that is mended must leave its list.
-PENDING_PATHS: frozenset[str] = frozenset({"docs/architectures.md"})
-PENDING_COMMANDS: frozenset[str] = frozenset(
-    {"docs/architectures.md", "docs/training.md", "ghn_service/checkpoints/ghn-cifar10.md"}
-)
-PENDING_BLOCKS: frozenset[str] = frozenset(
-    {"docs/hypernetworks.md", "docs/low_rank.md", "docs/postprocessing.md", "docs/server.md"}
-)
+PENDING_PATHS: frozenset[str] = frozenset()
+PENDING_COMMANDS: frozenset[str] = frozenset()
+PENDING_BLOCKS: frozenset[str] = frozenset()
 
 
 def pages(pending: frozenset[str] = frozenset(), among: list[Path] = PAGES) -> list:
