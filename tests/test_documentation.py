@@ -38,17 +38,10 @@ OTHERS_FLAGS = {"--help", "--build-arg", "--no-deps", "--nproc-per-node"}
 EXAMPLE_FILES = {"script.py", "train.py"}
 """Names of files that stand for the reader's own."""
 
-# Pages that do not hold yet; a page that is mended must leave its list.
-PENDING_PATHS: frozenset[str] = frozenset()
-PENDING_COMMANDS: frozenset[str] = frozenset()
-PENDING_BLOCKS: frozenset[str] = frozenset()
 
-
-def pages(pending: frozenset[str] = frozenset(), among: list[Path] = PAGES) -> list:
-    """The pages as test cases; those that are pending must fail."""
-    marks = {True: [pytest.mark.xfail(strict=True, reason="the page is not mended yet")], False: []}
-    names = [page.relative_to(ROOT).as_posix() for page in among]
-    return [pytest.param(page, id=name, marks=marks[name in pending]) for page, name in zip(among, names, strict=True)]
+def pages(among: list[Path] = PAGES) -> list:
+    """The pages as test cases."""
+    return [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in among]
 
 
 # ---- what a page says ----------------------------------------------------------------------------------------------
@@ -76,13 +69,13 @@ def commands(page: Path) -> Iterator[list[str]]:
 # ---- links, paths and names ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", pages(among=[*PAGES, ROOT / "CHANGELOG.md"]))
+@pytest.mark.parametrize("page", pages([*PAGES, ROOT / "CHANGELOG.md"]))
 def test_links_lead_to_files(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
     assert not [target for target in targets if "://" not in target and not (page.parent / target).exists()]
 
 
-@pytest.mark.parametrize("page", pages(PENDING_PATHS))
+@pytest.mark.parametrize("page", pages())
 def test_paths_and_names_exist(page: Path) -> None:
     missing = []
     for span in code_spans(page):
@@ -126,7 +119,7 @@ def is_name(name: str) -> bool:
 # ---- commands ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", pages(PENDING_COMMANDS))
+@pytest.mark.parametrize("page", pages())
 def test_commands_and_flags_exist(page: Path) -> None:
     wrong = [f"{' '.join(words)}: {fault}" for words in commands(page) if (fault := command_fault(words))]
     for span in code_spans(page):
@@ -209,7 +202,7 @@ def server_address() -> Iterator[str]:
         yield client.address
 
 
-@pytest.mark.parametrize("page", pages(PENDING_BLOCKS, [page for page in PAGES if blocks(page, "python")]))
+@pytest.mark.parametrize("page", pages([page for page in PAGES if blocks(page, "python")]))
 def test_python_blocks_run_in_order(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
