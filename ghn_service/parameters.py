@@ -35,21 +35,15 @@ def allocate_tensors(
         device: Where the memory is.
     """
     sizes = [spec.num_elements for spec in specs.values()]
-    memory = _fresh_memory(sum(sizes), dtype) if device.type == "cpu" else None
-    if memory is None:
+    num_bytes = sum(sizes) * dtype.itemsize
+    if device.type == "cpu" and num_bytes >= HUGE_PAGES_FROM_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.madvise(mmap.MADV_HUGEPAGE)
+        memory = torch.frombuffer(pages, dtype=dtype)
+    else:
         memory = torch.empty(sum(sizes), dtype=dtype, device=device)
     pieces = torch.split(memory, sizes) if sizes else ()
     return {name: piece.view(spec.shape) for (name, spec), piece in zip(specs.items(), pieces, strict=True)}
-
-
-def _fresh_memory(num_elements: int, dtype: torch.dtype) -> torch.Tensor | None:
-    """Anonymous memory in huge pages, where the system has them and the amount is worth it."""
-    num_bytes = num_elements * dtype.itemsize
-    if num_bytes < HUGE_PAGES_FROM_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return None
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -120,16 +120,6 @@ class GraphBatch:
     distances: Tensor
     targets: tuple[tuple[Target, ...], ...]
 
-    @property
-    def num_graphs(self) -> int:
-        """Number of graphs B."""
-        return len(self.targets)
-
-    @property
-    def first_nodes(self) -> list[int]:
-        """Index of each graph's first node among all T nodes."""
-        return [int(start) for start in self.data.ptr[:-1]]
-
     def to(self, device: torch.device | str) -> GraphBatch:
         """The same batch on another device."""
         return GraphBatch(self.data.to(device), self.distances.to(device), self.targets)
@@ -150,7 +140,9 @@ def build_features(graph: ArchitectureGraph, config: GHNConfig) -> GraphFeatures
             "contract these nodes first"
         )
     vocabulary = shape_vocabulary(config.num_classes, config.max_shape[3])
-    generation = _generations(graph)
+    generation = [0] * graph.num_nodes
+    for source, target in graph.edges:  # sorted by source, and sources precede targets
+        generation[target] = max(generation[target], generation[source] + 1)
     return GraphFeatures(
         type_row=torch.tensor([type_rows[node.op_type] for node in graph.nodes]),
         shape_rows=torch.tensor([vocabulary.rows(node) for node in graph.nodes]),
@@ -178,7 +170,7 @@ def collate(features: Sequence[GraphFeatures]) -> GraphBatch:
     data = Batch.from_data_list(
         [
             Data(
-                num_nodes=item.num_nodes,
+                num_nodes=len(item.type_row),
                 type_row=item.type_row,
                 shape_rows=item.shape_rows,
                 generation=item.generation,
@@ -188,10 +180,10 @@ def collate(features: Sequence[GraphFeatures]) -> GraphBatch:
             for item in features
         ]
     )
-    largest = max(item.num_nodes for item in features)
+    largest = max(len(item.type_row) for item in features)
     distances = torch.zeros(len(features), largest, largest, dtype=torch.uint8)
     for row, item in zip(distances, features, strict=True):
-        row[: item.num_nodes, : item.num_nodes] = item.distances
+        row[: len(item.type_row), : len(item.type_row)] = item.distances
     return GraphBatch(data, distances, tuple(item.targets for item in features))
 
 
@@ -209,16 +201,17 @@ class ShapeVocabulary:
 
     def rows(self, node: Node) -> tuple[int, int, int, int]:
         """Rows of the embeddings for (out channels, in channels, kernel height, kernel width) of a node."""
-        shape = _shape_of(node)
-        if shape is None:
+        if node.op_type in ("max_pool", "avg_pool"):
+            shape: tuple[int, ...] = (1, 1, *(node.kernel_shape or UNKNOWN_POOL_WINDOW))
+        elif node.weight is None:
             return len(self.channels), len(self.channels), len(self.spatial), len(self.spatial)
-        out_channels, in_channels, height, width = shape
-        return (
-            self.channel_row(out_channels),
-            self.channel_row(in_channels),
-            self.spatial_row(height),
-            self.spatial_row(width),
-        )
+        else:
+            shape = node.weight.torch_shape
+            if len(shape) == 3 and shape[0] == 1 and min(shape[1:]) > 1:  # a grid of positions
+                shape = 1, shape[2], math.isqrt(shape[1]), math.isqrt(shape[1])
+        out_channels, in_channels, height, width = (*shape, 1, 1, 1, 1)[:4]
+        channel_rows = self.channel_row(out_channels), self.channel_row(in_channels)
+        return *channel_rows, self.spatial_row(height), self.spatial_row(width)
 
     def channel_row(self, size: int) -> int:
         """Row of a channel count; 4 to 7 count as 8 where they are not known themselves."""
@@ -252,29 +245,6 @@ def _nearest(known: tuple[int, ...], size: int) -> int:
     return above
 
 
-def _shape_of(node: Node) -> tuple[int, int, int, int] | None:
-    """The 4-D shape that stands for a node; None if it has none."""
-    if node.op_type in ("max_pool", "avg_pool"):
-        height, width = node.kernel_shape or UNKNOWN_POOL_WINDOW
-        return 1, 1, height, width
-    if node.weight is None:
-        return None
-    shape = node.weight.torch_shape
-    if len(shape) == 3 and shape[0] == 1 and min(shape[1:]) > 1:
-        side = math.isqrt(shape[1])
-        return 1, shape[2], side, side
-    out_channels, in_channels, height, width = (*shape, 1, 1, 1, 1)[:4]
-    return out_channels, in_channels, height, width
-
-
-def _generations(graph: ArchitectureGraph) -> list[int]:
-    """Length of the longest path to each node; edges are sorted by source, and sources precede targets."""
-    generation = [0] * graph.num_nodes
-    for source, target in graph.edges:
-        generation[target] = max(generation[target], generation[source] + 1)
-    return generation
-
-
 def _targets(graph: ArchitectureGraph) -> Iterator[Target]:
     draw = 0
     for index, node in enumerate(graph.nodes):
@@ -289,7 +259,7 @@ def _role(node: Node, spec: ParameterSpec) -> Role | None:
     """How ``spec`` is decoded from its node; None if no decoder gives tensors of its rank."""
     shape = spec.torch_shape
     if spec is node.norm_bias or node.op_type in ("bias", "bn", "ln"):
-        if not shape or sum(size > 1 for size in shape) > 1:
+        if not shape or len(shape) - shape.count(1) > 1:
             return None
         if node.op_type == "bias":
             return Role.CLASS_BIAS if node.is_head else Role.BIAS

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ghn_service.errors import PredictionError
 from ghn_service.graph.architecture import ArchitectureGraph, ParameterSpec
-from ghn_service.hypernetwork.blocks import drawn_generator
+from ghn_service.hypernetwork.decoders import drawn_generator
 from ghn_service.hypernetwork.fallbacks import fallback_rule
 from ghn_service.hypernetwork.features import Target
 from ghn_service.hypernetwork.tiling import write_tiled

@@ -11,23 +11,60 @@ References: GHN-2, Knyazev et al. 2021 (arXiv:2110.13100); GHN-3, Knyazev et al.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from ghn_service.hypernetwork.blocks import Request
 from ghn_service.hypernetwork.config import GHNConfig
-from ghn_service.hypernetwork.decoders import DECODERS
-from ghn_service.hypernetwork.features import GraphBatch, Target
+from ghn_service.hypernetwork.decoders import DECODERS, Request
+from ghn_service.hypernetwork.features import GraphBatch, Target, shape_vocabulary
 from ghn_service.hypernetwork.gated_gnn import GatedGNN
 from ghn_service.hypernetwork.graphormer import Graphormer
 from ghn_service.hypernetwork.initialization import initialize_parameters
-from ghn_service.hypernetwork.node_encoder import NodeEncoder
+from ghn_service.hypernetwork.places import PLACE_CHANNELS, encode_places
 from ghn_service.hypernetwork.tiling import tile_to_shape
 
 __all__ = ["ENCODERS", "GHNConfig", "GraphHyperNetwork"]
 
 ENCODERS: dict[str, type[Graphormer] | type[GatedGNN]] = {"graphormer": Graphormer, "gated_gnn": GatedGNN}
+
+
+class NodeEncoder(nn.Module):
+    """First features of a node: its type, plus the four sizes of its shape side by side, plus a map of its place.
+
+    Reference: Knyazev et al. 2021 (arXiv:2110.13100), section 4.1 and appendix A.
+
+    Args:
+        config: Sizes; the two shape tables have a last row for nodes without a shape.
+    """
+
+    def __init__(self, config: GHNConfig) -> None:
+        super().__init__()
+        vocabulary = shape_vocabulary(config.num_classes, config.max_shape[3])
+        part = config.hidden_channels // 4
+        self.type_embedding = nn.Embedding(len(config.op_types), config.hidden_channels)
+        self.channel_embedding = nn.Embedding(len(vocabulary.channels) + 1, part)
+        self.spatial_embedding = nn.Embedding(len(vocabulary.spatial) + 1, part)
+        self.place = nn.Linear(PLACE_CHANNELS, config.hidden_channels) if config.places else None
+
+    def forward(self, type_row: Tensor, shape_rows: Tensor, places: Tensor) -> Tensor:
+        """Encodes nodes.
+
+        Args:
+            type_row: Rows of the type embedding, (T,).
+            shape_rows: Rows for (out channels, in channels, height, width), (T, 4).
+            places: Where nodes are, (T, 7); not read by a hypernetwork without places.
+
+        Returns:
+            Node features, (T, C).
+        """
+        channels = self.channel_embedding(shape_rows[:, :2]).flatten(1)  # (T, 2, C/4) -> (T, C/2)
+        spatial = self.spatial_embedding(shape_rows[:, 2:]).flatten(1)
+        features: Tensor = self.type_embedding(type_row) + torch.cat((channels, spatial), dim=1)
+        if self.place is not None:
+            features = features + self.place(encode_places(places).to(features.dtype))
+        return features
 
 
 class GraphHyperNetwork(nn.Module):
@@ -83,13 +120,15 @@ class GraphHyperNetwork(nn.Module):
             Per graph: parameter name -> tensor in torch's layout, in the order of the graph's parameters. Tensors may
             be views of common memory.
         """
-        requests = _requests(batch)
-        tensors: dict[int, Tensor] = {}
-        for group in self.decoder(embeddings, requests, seed=seed, max_elements=None):
-            stacked = tile_to_shape(group.blocks, requests[group.indices[0]].target.shape)
-            tensors.update(zip(group.indices, stacked.unbind(), strict=True))
-        ordered = iter(range(len(requests)))
-        return [{target.name: tensors[next(ordered)] for target in targets} for targets in batch.targets]
+        requests = [
+            [Request(target, first + target.node) for target in targets]
+            for first, targets in zip(batch.data.ptr[:-1].tolist(), batch.targets, strict=True)
+        ]
+        tensors: dict[Request, Tensor] = {}
+        for group in self.decoder(embeddings, list(chain(*requests)), seed=seed, max_elements=None):
+            stacked = tile_to_shape(group.blocks, group.requests[0].target.shape)
+            tensors.update(zip(group.requests, stacked.unbind(), strict=True))
+        return [{request.target.name: tensors[request] for request in wanted} for wanted in requests]
 
     @torch.no_grad()
     def decode_blocks(
@@ -109,17 +148,8 @@ class GraphHyperNetwork(nn.Module):
         """
         requests = [Request(target, target.node) for target in targets]
         for group in self.decoder(embeddings, requests, seed=seed, max_elements=max_elements):
-            yield [targets[index] for index in group.indices], group.blocks
+            yield [request.target for request in group.requests], group.blocks
 
     def forward(self, batch: GraphBatch, *, seed: int = 0) -> list[dict[str, Tensor]]:
         """Predicts all tensors of all graphs; see ``encode`` and ``decode``."""
         return self.decode(self.encode(batch), batch, seed=seed)
-
-
-def _requests(batch: GraphBatch) -> list[Request]:
-    """The targets of all graphs, with the rows of their nodes among all T."""
-    return [
-        Request(target, first + target.node)
-        for first, targets in zip(batch.first_nodes, batch.targets, strict=True)
-        for target in targets
-    ]

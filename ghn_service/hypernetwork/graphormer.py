@@ -51,9 +51,9 @@ class Graphormer(nn.Module):
             Node embeddings, (T, C).
         """
         features = features + self._place_in_graph(batch)
-        dense, valid = to_dense_batch(features, batch.data.batch, batch_size=batch.num_graphs)  # (B, S, C), (B, S)
+        dense, valid = to_dense_batch(features, batch.data.batch, batch_size=len(batch.targets))  # (B, S, C), (B, S)
         bias = self.distance_bias(batch.distances)  # (B, H, S, S)
-        if batch.num_graphs > 1:
+        if len(batch.targets) > 1:
             bias = bias.masked_fill(~valid[:, None, None, :], MASKED_LOGIT)
         for layer in self.layers:
             dense = layer(dense, bias)
@@ -143,14 +143,11 @@ class GraphormerLayer(nn.Module):
         Returns:
             Node features, (B, S, C).
         """
-        features = features + self._attend(self.attention_norm(features), bias)
+        packed = self.query_key_value(self.attention_norm(features))
+        packed = torch.unflatten(packed, -1, (3, self.num_heads, -1))  # (B, S, 3, H, C/H)
+        query, key, value = packed.permute(2, 0, 3, 1, 4).unbind()  # each (B, H, S, C/H)
+        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        features = features + self.attention_output(attended.transpose(1, 2).flatten(2))
         hidden = functional.gelu(self.expand(self.feed_forward_norm(features)))
         updated: Tensor = features + self.contract(hidden)
         return updated
-
-    def _attend(self, features: Tensor, bias: Tensor) -> Tensor:
-        packed = torch.unflatten(self.query_key_value(features), -1, (3, self.num_heads, -1))  # (B, S, 3, H, C/H)
-        query, key, value = packed.permute(2, 0, 3, 1, 4).unbind()  # each (B, H, S, C/H)
-        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        output: Tensor = self.attention_output(attended.transpose(1, 2).flatten(2))
-        return output

@@ -2,15 +2,22 @@
 
 Known are GHN-3 (T, S, L, XL; bare state dicts dumped by joblib, or training files of torch), GHN-2 (ppuda's files,
 whose decoders are 1x1 convolutions), and safetensors files with the official names and a ``.config.json`` beside them.
+Nothing that is pickled is run: files of ``torch.save`` are read by torch's own restricted loader, and dumps of joblib,
+which are plain pickles of tensors, by an unpickler that knows the four names such a pickle needs and refuses others.
 Legend: C hidden channels, (Mo, Mi, Mh, Mw) largest decoded block.
 """
 
 from __future__ import annotations
 
+import argparse
+import collections
+import io
 import json
 import math
+import pickle
 import re
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +30,28 @@ from ghn_service.errors import CheckpointError
 from ghn_service.graph.op_types import OP_TYPE_NAMES
 from ghn_service.hypernetwork.checkpoint import CheckpointSummary, ModelCard, build_ghn, save_checkpoint
 from ghn_service.hypernetwork.config import GHNConfig
-from ghn_service.hypernetwork.pickled_weights import read_pickled
 
 PUBLISHED_OP_TYPES = OP_TYPE_NAMES[:15]
 VIRTUAL_EDGE_CUTOFF = 50
+
+_PICKLE_START = b"\x80"
+_ZIP_START = b"PK\x03\x04"
+_TORCH_LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)[:-1]
+_COMPRESSED_STARTS = {b"x": "zlib", b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x04\x22\x4d\x18": "lz4"}
+_DAMAGED = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+    ImportError,
+)
 
 # Official name -> ours; the rest of the name (".weight", ".bias") stays.
 _RENAMES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
@@ -75,7 +100,7 @@ def import_checkpoint(source: Path, destination: Path) -> CheckpointSummary:
     """
     if not source.is_file():
         raise CheckpointError(f"there is no file {source.name!r} to import")
-    tensors, declared = _read_safetensors(source) if source.suffix == ".safetensors" else read_pickled(source)
+    tensors, declared = _read_safetensors(source) if source.suffix == ".safetensors" else _read_pickled(source)
     tensors = _normalized(tensors)
     config = infer_config(tensors, declared, source=source.name)
     renamed = {_our_name(name, source.name): tensor for name, tensor in tensors.items()}
@@ -165,6 +190,81 @@ def _read_safetensors(source: Path) -> tuple[dict[str, Tensor], Mapping[str, Any
     if not isinstance(declared, dict):
         raise CheckpointError(f"{beside.name!r} holds no configuration; expected an object with the key 'config'")
     return tensors, declared
+
+
+def _read_pickled(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """The state dict and, if there is one, the configuration in a pickled file.
+
+    Raises:
+        CheckpointError: The file is damaged, of another kind, or asks for code to be run.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path.name!r}: {error.strerror}") from error
+    for magic, kind in _COMPRESSED_STARTS.items():
+        if start.startswith(magic):
+            raise CheckpointError(f"{path.name!r} is compressed ({kind}); save it again without compression")
+    try:
+        if start.startswith((_ZIP_START, _TORCH_LEGACY_MAGIC)):
+            # Training scripts keep their command line in the file.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                loaded: object = torch.load(path, map_location="cpu", weights_only=True)
+        elif start.startswith(_PICKLE_START):
+            with path.open("rb") as file:
+                loaded = _TensorUnpickler(file).load()
+        else:
+            raise CheckpointError(
+                f"{path.name!r} is no checkpoint of a known kind; expected a file of torch.save, a joblib dump of a "
+                f"state dict, or safetensors with a .config.json beside it (it starts with {start[:8]!r})"
+            )
+        return _state_dict(loaded, path.name)
+    except _DAMAGED as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path.name!r} is damaged, or holds more than tensors and plain values; nothing in it was run: {reason}"
+        ) from error
+
+
+def _load_storage(data: bytes) -> Any:
+    """A storage inside a pickled tensor: a file of ``torch.save`` again, read with the same care."""
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """An unpickler for dictionaries of tensors; any other name in the pickle is an error."""
+
+    _ALLOWED: Mapping[tuple[str, str], Callable[..., Any]] = {
+        ("collections", "OrderedDict"): collections.OrderedDict,
+        ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+        ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+        ("torch.storage", "_load_from_bytes"): _load_storage,
+    }
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        """A function that calls the allowed object; a pickle could set attributes of the object itself."""
+        allowed = self._ALLOWED.get((module_name, global_name))
+        if allowed is None:
+            raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
+        return lambda *arguments: allowed(*arguments)
+
+
+def _state_dict(loaded: object, name: str) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """Finds the state dict in what a file held: bare, or under ``state_dict`` beside a ``config``."""
+    config: object = {}
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        config = loaded.get("config") or {}
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, Mapping) or not loaded or not isinstance(config, Mapping):
+        raise CheckpointError(f"{name!r} holds no state dict but a {type(loaded).__name__}")
+    odd = [key for key, value in loaded.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
+    if odd:
+        raise CheckpointError(f"{name!r} holds no state dict: the value of {odd[0]!r} is no tensor")
+    hollow = [key for key, value in loaded.items() if value.nbytes > value.untyped_storage().nbytes()]
+    if hollow:
+        raise CheckpointError(f"{name!r} is damaged: the tensor {hollow[0]!r} is larger than what is stored of it")
+    return {key: value.detach() for key, value in loaded.items()}, config
 
 
 def _normalized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

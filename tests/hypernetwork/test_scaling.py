@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ghn_service.hypernetwork.scaling import weight_scale
+from ghn_service.hypernetwork.decoders import weight_scale
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ghn_service.hypernetwork import slices
-from ghn_service.hypernetwork.slices import sliced_linear, take_slices
+from ghn_service.hypernetwork import sliced_linear as slices
+from ghn_service.hypernetwork.sliced_linear import sliced_linear, take_slices
 
 INDICES = [(slice(0, 3), slice(1, 4)), (slice(0, 6), slice(0, 5)), (slice(2, 4),)]
 

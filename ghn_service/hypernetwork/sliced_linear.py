@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 Index = tuple[slice, ...]
@@ -40,6 +40,18 @@ def sliced_linear(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         product = torch.unflatten(product, -1, bias[some].shape)
         out.narrow(axis, start, len(bias[some])).copy_(product)
     return out
+
+
+def layer_slices(layer: nn.Linear, outputs: tuple[int, ...], indices: Sequence[Index]) -> list[tuple[Tensor, Tensor]]:
+    """Weight (*slice, inputs) and bias (*slice) of some outputs of a layer whose outputs have several axes.
+
+    Args:
+        layer: The whole layer.
+        outputs: Sizes of the axes of its outputs; -1 for one of them.
+        indices: Slices along these axes.
+    """
+    weights = take_slices(torch.unflatten(layer.weight, 0, outputs), indices)
+    return list(zip(weights, take_slices(torch.unflatten(layer.bias, 0, outputs), indices), strict=True))
 
 
 def take_slices(parameter: Tensor, indices: Sequence[Index]) -> list[Tensor]:
