@@ -47,7 +47,7 @@ class GHNConfig:
         num_heads: Attention heads of the Graphormer; without meaning for the gated GNN.
         max_shape: Largest block that is decoded: (out channels, in channels, kernel height, kernel width).
         num_classes: Classes that the decoders of the classifier predict.
-        weight_norm: Whether decoded values are scaled by fan-in (``scaling.py``).
+        weight_norm: Whether decoded values are scaled by fan-in (``weight_scale``).
         layer_norm: Whether node embeddings pass a last layer normalisation.
         distance_cutoff: Longest path that becomes a virtual edge; 1 means no virtual edges.
         kernel_crop: Which part of the decoded kernel grid a smaller kernel takes: ``center`` (GHN-3) or ``corner``
