@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -50,49 +50,17 @@ def _root(
     """Predicts starting weights for neural networks from their architecture alone, over gRPC."""
 
 
-@app.command()
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
-    config: Annotated[Path | None, typer.Option(help="TOML file with settings.", envvar="GHN_CONFIG")] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 for any free one.")] = None,
-    checkpoint: Annotated[
-        list[str] | None, typer.Option(help="Hypernetwork to load, FILE or NAME=FILE; repeat for several.")
-    ] = None,
-    device: Annotated[list[str] | None, typer.Option(help="auto, cpu, cuda or cuda:N; repeat for several.")] = None,
-    max_queue: Annotated[int | None, typer.Option(help="Requests that may wait for a device.")] = None,
-    max_streams: Annotated[int | None, typer.Option(help="Predictions in memory at once.")] = None,
-    max_request_bytes: Annotated[int | None, typer.Option(help="Bytes of a request.")] = None,
-    max_nodes: Annotated[int | None, typer.Option(help="Nodes of an ONNX model.")] = None,
-    max_graph_nodes: Annotated[int | None, typer.Option(help="Nodes of the architecture's graph.")] = None,
-    max_tensors: Annotated[int | None, typer.Option(help="Tensors of an ONNX model.")] = None,
-    max_parameters: Annotated[int | None, typer.Option(help="Trainable scalars of a network.")] = None,
-    max_seconds: Annotated[float | None, typer.Option(help="Seconds that a request may take.")] = None,
-    send_idle_seconds: Annotated[float | None, typer.Option(help="Seconds a client may read nothing.")] = None,
-    keepalive_seconds: Annotated[float | None, typer.Option(help="Seconds until a silent client is asked.")] = None,
-    keepalive_timeout_seconds: Annotated[float | None, typer.Option(help="Seconds that it has to answer.")] = None,
-    min_ping_seconds: Annotated[float | None, typer.Option(help="Least seconds between a client's pings.")] = None,
-    max_connection_seconds: Annotated[float | None, typer.Option(help="Seconds until clients dial anew.")] = None,
-    reflection: Annotated[bool | None, typer.Option(help="Describe the protocol to tools.")] = None,
-    exit_on_error: Annotated[bool | None, typer.Option(help="End if a checkpoint cannot be loaded.")] = None,
-    drain_seconds: Annotated[float | None, typer.Option(help="Seconds not ready before calls are refused.")] = None,
-    grace_seconds: Annotated[float | None, typer.Option(help="Seconds that running calls get on stop.")] = None,
-    log_format: Annotated[str | None, typer.Option(help="console or json.")] = None,
-    log_level: Annotated[str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = None,
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(envvar="GHN_CONFIG")] = None,
 ) -> None:
-    """Run the server until SIGTERM or SIGINT.
-
-    Every option is also a variable GHN_* and a key of the TOML file; a flag beats the variable, which beats the file.
-    """
-    flags: dict[str, Any] = {
-        name: value for name, value in locals().items() if name not in ("config", "checkpoint", "device")
-    }
+    """Run the server until SIGTERM or SIGINT; `ghn-server serve --help` lists its options."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's own lines about a port that is taken; ours says it
     from ghn_service.server.settings import check_port, checkpoint_files, load_settings
 
     with _one_line_errors():
-        settings = load_settings(
-            config, checkpoints=tuple(checkpoint or ()) or None, device=tuple(device or ()) or None, **flags
-        )
+        settings = load_settings(config, arguments=context.args)
         checkpoint_files(settings)
         check_port(settings)
         from ghn_service.server.app import serve as run  # imports torch, which takes seconds

@@ -35,6 +35,10 @@ APPS = {
 }
 MODULES_OF_APPS = {"ghn_client": "ghn-client", "ghn_service": "ghn-server", "ghn_service.training": "ghn-train"}
 OTHERS_FLAGS = {"--help", "--build-arg", "--no-deps", "--nproc-per-node"}
+SERVE_FLAGS = {
+    "--checkpoint",
+    *(f"--{prefix}{name.replace('_', '-')}" for name in Settings.model_fields for prefix in ("", "no-")),
+}
 EXAMPLE_FILES = {"script.py", "train.py"}
 """Names of files that stand for the reader's own."""
 
@@ -155,6 +159,8 @@ def app_fault(name: str, words: list[str]) -> str:
             for parameter in command.commands[chosen].params
             for option in (*parameter.opts, *parameter.secondary_opts)
         } | known
+        if (name, chosen) == ("ghn-server", "serve"):
+            known |= SERVE_FLAGS
     elif chosen and chosen != "COMMAND":
         return f"no command {chosen}"
     return next((flag for flag in flags(words) if flag not in known | {"-h", "--help"}), "")
@@ -173,7 +179,7 @@ def is_flag_of_any(flag: str) -> bool:
         for parameter in command.params
         for option in (*parameter.opts, *parameter.secondary_opts)
     }
-    return flag in known | OTHERS_FLAGS or f'"{flag}"' in texts_of("benchmarks") + texts_of("tests/zoo")
+    return flag in known | OTHERS_FLAGS | SERVE_FLAGS or f'"{flag}"' in texts_of("benchmarks") + texts_of("tests/zoo")
 
 
 @cache

@@ -1,9 +1,10 @@
-"""``Settings``: all that can be chosen about a server; a flag beats ``GHN_*``, which beats the TOML file."""
+"""``Settings``: all that can be chosen about a server. Each field is a flag of ``serve``, a variable and a TOML key."""
 
 from __future__ import annotations
 
 import socket
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ from pydantic_settings import (
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -27,61 +29,72 @@ Names = Annotated[tuple[str, ...], NoDecode]
 
 
 class Settings(BaseSettings):
-    """Everything that can be chosen about a server.
+    """Runs the server until SIGTERM or SIGINT.
 
-    Attributes:
-        host: Address to listen on; ``0.0.0.0`` for all of IPv4, ``[::]`` for all.
-        port: Port to listen on; 0 for any free one.
-        checkpoints: Hypernetworks to load, each ``NAME=FILE`` or ``FILE`` (the file's stem is the name); the first is
-            the default one. Empty for those that come with the package.
-        device: Devices that predict: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; one worker each.
-        max_queue: Requests that may wait for a device.
-        max_streams: Predictions that may be in memory at once, being made or being sent.
-        max_request_bytes: Bytes of a request.
-        max_nodes: Nodes of an ONNX model, after functions are expanded.
-        max_graph_nodes: Nodes of the architecture's graph; memory grows with their square.
-        max_tensors: Tensors of an ONNX model.
-        max_parameters: Trainable scalars of a network.
-        max_seconds: Seconds that a request may take, the stream included.
-        send_idle_seconds: Seconds that a client may read nothing before its stream is cancelled.
-        keepalive_seconds: Seconds without traffic after which the server asks a client whether it is still there.
-        keepalive_timeout_seconds: Seconds that the answer may take before the connection is closed.
-        min_ping_seconds: The least time between such questions of a client; one that asks more often is sent away.
-        max_connection_seconds: Seconds after which a client is asked to connect anew, so that it sees new replicas;
-            its running calls are finished first. 0 for never.
-        reflection: Whether the server describes its protocol to tools such as grpcurl.
-        exit_on_error: Whether the server ends if a checkpoint cannot be loaded; else it stays up and is not ready.
-        drain_seconds: Seconds between saying "not serving" and refusing calls, when the server is stopped.
-        grace_seconds: Seconds that running requests get to finish, when the server is stopped.
-        log_format: ``console`` for people, ``json`` for machines.
-        log_level: Least level that is logged.
+    Every option is also a variable GHN_* and a key of the TOML file that --config FILE or GHN_CONFIG names; a flag
+    beats the variable, which beats the file. Lists take an option several times, or one with commas.
     """
 
-    model_config = SettingsConfigDict(env_prefix="GHN_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="GHN_",
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        cli_prog_name="ghn-server serve",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_shortcuts={"checkpoints": "checkpoint"},
+        cli_exit_on_error=False,
+    )
 
     host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all of IPv4, [::] for all."""
     port: int = Field(default=50051, ge=0, le=65535)
+    """Port to listen on; 0 for any free one."""
     checkpoints: Names = ()
+    """Hypernetworks to load, each NAME=FILE or FILE (its stem is the name); the first is the default one, and without
+    any those that come with the package are loaded."""
     device: Names = ("auto",)
+    """Devices that predict, one worker each: auto, cpu, cuda or cuda:N."""
     max_queue: int = Field(default=16, ge=0, le=10_000)
+    """Requests that may wait for a device."""
     max_streams: int = Field(default=4, ge=1, le=1_000)
+    """Predictions that may be in memory at once, being made or being sent."""
     max_request_bytes: int = Field(default=64 * MEBIBYTE, ge=1024, le=2**31 - 1)
+    """Bytes of a request."""
     max_nodes: int = Field(default=DEFAULT_LIMITS.max_nodes, ge=1)
+    """Nodes of an ONNX model, after functions are expanded."""
     max_graph_nodes: int = Field(default=DEFAULT_LIMITS.max_graph_nodes, ge=1)
+    """Nodes of the architecture's graph; memory grows with their square."""
     max_tensors: int = Field(default=DEFAULT_LIMITS.max_tensors, ge=1)
+    """Tensors of an ONNX model."""
     max_parameters: int = Field(default=DEFAULT_LIMITS.max_parameters, ge=1)
+    """Trainable scalars of a network."""
     max_seconds: float = Field(default=600.0, gt=0, le=86_400, allow_inf_nan=False)
+    """Seconds that a request may take, the stream included."""
     send_idle_seconds: float = Field(default=30.0, gt=0, le=86_400, allow_inf_nan=False)
+    """Seconds that a client may read nothing before its stream is cancelled."""
     keepalive_seconds: float = Field(default=60.0, ge=1, le=86_400, allow_inf_nan=False)
+    """Seconds without traffic after which the server asks a client whether it is still there."""
     keepalive_timeout_seconds: float = Field(default=20.0, gt=0, le=3_600, allow_inf_nan=False)
+    """Seconds that the answer may take before the connection is closed."""
     min_ping_seconds: float = Field(default=10.0, ge=0, le=3_600, allow_inf_nan=False)
+    """The least time between such questions of a client; one that asks more often is sent away."""
     max_connection_seconds: float = Field(default=600.0, ge=0, le=86_400, allow_inf_nan=False)
+    """Seconds after which a client is asked to connect anew, so that it sees new replicas; its running calls are
+    finished first. 0 for never."""
     reflection: bool = True
+    """Whether the server describes its protocol to tools such as grpcurl."""
     exit_on_error: bool = True
+    """Whether the server ends if a checkpoint cannot be loaded; else it stays up and is not ready."""
     drain_seconds: float = Field(default=0.0, ge=0, le=3_600, allow_inf_nan=False)
+    """Seconds between saying "not serving" and refusing calls, when the server is stopped."""
     grace_seconds: float = Field(default=30.0, ge=0, le=3_600, allow_inf_nan=False)
+    """Seconds that running requests get to finish, when the server is stopped."""
     log_format: Literal["console", "json"] = "console"
+    """How lines of the log are written: for people, or for machines."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Least level that is logged."""
 
     @field_validator("checkpoints", "device", mode="before")
     @classmethod
@@ -105,19 +118,20 @@ class Settings(BaseSettings):
         )
 
 
-def load_settings(config: Path | None = None, **flags: Any) -> Settings:
-    """Settings from flags, ``GHN_*`` variables and a TOML file, in this order of precedence.
+def load_settings(config: Path | None = None, *, arguments: Sequence[str] | None = None, **values: Any) -> Settings:
+    """Settings from the command line, ``GHN_*`` variables and a TOML file, in this order of precedence.
 
     Args:
         config: The TOML file, with the names of ``Settings`` as top-level keys; None for none.
-        **flags: What was given on the command line; None for what was not.
+        arguments: Flags of the command line; None where there is none.
+        **values: What a program chooses; None for what it leaves open.
 
     Raises:
         ConfigurationError: A value is impossible, a name is unknown, or the file cannot be read; one line.
     """
 
-    class FileSettings(Settings):
-        """Settings with a file as the last source."""
+    class WithFile(Settings):
+        __doc__ = Settings.__doc__
 
         @classmethod
         def settings_customise_sources(
@@ -130,16 +144,20 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=config)
 
+    given = {name: value for name, value in values.items() if value is not None}
     try:
         if config is not None and not config.is_file():
             raise ConfigurationError(f"there is no configuration file {str(config)!r}")
-        values = FileSettings(**{name: value for name, value in flags.items() if value is not None})
+        flags = None if arguments is None else list(arguments)
+        found = WithFile(_cli_parse_args=flags, **given)  # type: ignore[call-arg]
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
         raise ConfigurationError(f"the settings are not usable: {'; '.join(faults)}") from error
+    except SettingsError as error:
+        raise ConfigurationError(f"the options cannot be read: {error}; see ghn-server serve --help") from error
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"the configuration file {str(config)!r} cannot be read: {error}") from error
-    return Settings.model_construct(**values.model_dump())
+    return Settings.model_construct(**found.model_dump())
 
 
 def checkpoint_files(settings: Settings) -> dict[str, Path]:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from ghn_service.__main__ import app
 from ghn_service.hypernetwork.checkpoint import load_checkpoint, save_checkpoint
+from ghn_service.server.settings import Settings
 from tests.hypernetwork.small_graphs import small_ghn
 from tests.shared_data import shared_path
 
@@ -44,6 +45,16 @@ def test_import_checkpoint_writes_one_of_ours(tmp_path: Path) -> None:
     assert load_checkpoint(output)[1].digest in result.stdout
 
 
+def test_every_setting_is_a_flag_with_its_help() -> None:
+    result = runner.invoke(app, ["serve", "--help"])
+    assert result.exit_code == 0
+    for name, field in Settings.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in result.stdout
+        assert field.description, name
+    assert "--checkpoint " in result.stdout
+    assert "--no-reflection" in result.stdout
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -52,6 +63,8 @@ def test_import_checkpoint_writes_one_of_ours(tmp_path: Path) -> None:
         ["serve", "--checkpoint", "none.safetensors"],
         ["serve", "--config", "none.toml"],
         ["serve", "--port", "99999"],
+        ["serve", "--prot", "1"],
+        ["serve", "--max-queue"],
         ["serve", "--log-format", "xml"],
         ["serve", "--checkpoint", "broken.safetensors", "--port", "0"],
         ["serve", "--checkpoint", "broken.safetensors", "--device", "cuda:77", "--port", "0"],

@@ -26,7 +26,7 @@ def test_a_flag_beats_a_variable_which_beats_the_file(tmp_path: Path, monkeypatc
     config = write(tmp_path, "port = 1\nmax_queue = 1\ngrace_seconds = 1.0\n")
     monkeypatch.setenv("GHN_PORT", "2")
     monkeypatch.setenv("GHN_MAX_QUEUE", "2")
-    settings = load_settings(config, port=3)
+    settings = load_settings(config, arguments=["--port", "3"])
     assert (settings.port, settings.max_queue, settings.grace_seconds) == (3, 2, 1.0)
     assert settings.max_streams == Settings().max_streams
 
@@ -36,6 +36,20 @@ def test_lists_are_split_at_commas_in_variables(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("GHN_DEVICE", "cpu")
     settings = load_settings()
     assert (settings.checkpoints, settings.device) == (("a=one.safetensors", "two.safetensors"), ("cpu",))
+
+
+def test_flags_of_lists_may_be_repeated() -> None:
+    settings = load_settings(arguments=["--checkpoint", "a=one.safetensors", "--checkpoint", "two", "--device", "cpu"])
+    assert (settings.checkpoints, settings.device) == (("a=one.safetensors", "two"), ("cpu",))
+
+
+def test_flags_of_choices_can_be_negated() -> None:
+    assert not load_settings(arguments=["--no-reflection"]).reflection
+
+
+def test_a_program_chooses_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GHN_PORT", "2")
+    assert (load_settings(port=3).port, load_settings(port=None).port) == (3, 2)
 
 
 def test_lists_are_lists_in_files(tmp_path: Path) -> None:
