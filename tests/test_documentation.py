@@ -62,8 +62,9 @@ def code_spans(page: Path) -> list[str]:
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """Commands of ours, as words: in console blocks behind ``$``, and in inline code."""
-    lines = [line[2:] for block in blocks(page, "console") for line in block.splitlines() if line.startswith("$ ")]
+    """Commands of ours, as words: lines of every block, with ``$`` or without, and inline code."""
+    fences = re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    lines = [line.removeprefix("$ ") for fence in fences for line in fence.replace("\\\n", " ").splitlines()]
     for text in [*lines, *code_spans(page)]:
         for part in re.split(r"&&|\|", text):
             if re.match(r"(make|ghn-client|ghn-server|ghn-train|torchrun|python) ", part.strip()):
@@ -147,6 +148,22 @@ def command_fault(words: list[str]) -> str:
         return f"no module {module} to run"
     ours = module.split(".")[0] in ("benchmarks", "ghn_architectures", "tests")
     return next((flag for flag in flags(arguments) if ours and flag not in texts_of("benchmarks")), "")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "make nothing",
+        "ghn-client nothing",
+        "ghn-client predict m.onnx --nothing",
+        "ghn-server serve --nothing=1",
+        "python -m benchmarks.nothing",
+        "python -m ghn_client predict --nothing",
+        "python -m ghn_service.graph",
+    ],
+)
+def test_commands_that_do_not_exist_are_noticed(line: str) -> None:
+    assert command_fault(line.split())
 
 
 def app_fault(name: str, words: list[str]) -> str:

@@ -38,7 +38,9 @@ MAX_BYTES = 1 << 36
 
 
 class GHNClient:
-    """A connection to a server; a context manager. Threads may share it, and forked processes may inherit it.
+    """A connection to a server; a context manager that forked processes may inherit.
+
+    Threads may share it for ONNX files; of modules, which torch traces, one thread at a time must predict.
 
     Example::
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -76,53 +76,44 @@ def load_parameters(
             unchanged then.
     """
     owned = dict(module.named_parameters(remove_duplicate=False))
-    ties = _names_by_tensor(owned)
-    chosen, mismatched = _choose(owned, ties, parameters)
+    ties: dict[int, list[str]] = {}
+    for name, parameter in owned.items():
+        ties.setdefault(id(parameter), []).append(name)
+    sources: dict[str, str] = {}  # the name in ``parameters`` that each name of the module gets its value from
+    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    for names in ties.values():
+        given = [name for name in names if name in parameters]
+        fitting = [name for name in given if _fits(parameters[name].shape, owned[name].shape)]
+        if fitting:
+            sources |= dict.fromkeys(names, fitting[0])
+        for name in given:
+            if name not in fitting:
+                mismatched[name] = (tuple(owned[name].shape), tuple(parameters[name].shape))
+    statistics, unknown = _meta_buffers(module)
     report = LoadReport(
-        loaded=tuple(name for name, parameter in owned.items() if id(parameter) in chosen),
-        missing=tuple(name for name in owned if id(owned[name]) not in chosen and name not in mismatched),
+        loaded=tuple(name for name in owned if name in sources),
+        missing=tuple(name for name in owned if name not in sources and name not in mismatched),
         unexpected=tuple(name for name in parameters if name not in owned),
-        fallback=_fallback_names(owned, ties, chosen, parameters, origins or {}),
+        fallback=tuple(name for name in owned if (origins or {}).get(sources.get(name, ""), "").startswith("fallback")),
         mismatched=mismatched,
-        reset_buffers=tuple(_resettable_buffers(module)),
+        reset_buffers=tuple(statistics),
     )
     if strict and not report.is_complete:
         raise LoadError(
             f"the weights do not fit {type(module).__name__}: {report}. "
             "Nothing was loaded; strict=False loads what fits"
         )
-    _check_buffers(module, report.reset_buffers)
-    for key, value in chosen.items():
-        _put(module, ties[key], owned[ties[key][0]], value, assign=assign)
-    _reset_buffers(module)
+    if unknown:
+        raise LoadError(
+            f"the buffers {_shown(unknown)} are on the meta device, and their values cannot be told; "
+            "build the module so that buffers have memory (only the parameters on meta), or without the meta device"
+        )
+    for names in ties.values():
+        if names[0] in sources:
+            _put(module, names, owned[names[0]], parameters[sources[names[0]]], assign=assign)
+    for layer in dict.fromkeys(statistics.values()):
+        _reset_statistics(layer)
     return report
-
-
-def _names_by_tensor(owned: Mapping[str, torch.nn.Parameter]) -> dict[int, list[str]]:
-    ties: dict[int, list[str]] = {}
-    for name, parameter in owned.items():
-        ties.setdefault(id(parameter), []).append(name)
-    return ties
-
-
-Mismatched = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
-
-
-def _choose(
-    owned: Mapping[str, torch.nn.Parameter], ties: Mapping[int, list[str]], parameters: Mapping[str, torch.Tensor]
-) -> tuple[dict[int, torch.Tensor], Mismatched]:
-    """The value of each parameter: that of the first of its names that is given."""
-    chosen: dict[int, torch.Tensor] = {}
-    mismatched: Mismatched = {}
-    for key, names in ties.items():
-        given = [name for name in names if name in parameters]
-        fitting = [name for name in given if _fits(parameters[name].shape, owned[name].shape)]
-        if fitting:
-            chosen[key] = parameters[fitting[0]].reshape(owned[fitting[0]].shape)
-        for name in given:
-            if name not in fitting:
-                mismatched[name] = (tuple(owned[name].shape), tuple(parameters[name].shape))
-    return chosen, mismatched
 
 
 def _fits(given: torch.Size, expected: torch.Size) -> bool:
@@ -131,67 +122,42 @@ def _fits(given: torch.Size, expected: torch.Size) -> bool:
     return given == expected or (both_vectors and given.numel() == expected.numel())
 
 
-def _fallback_names(
-    owned: Mapping[str, torch.nn.Parameter],
-    ties: Mapping[int, list[str]],
-    chosen: Mapping[int, torch.Tensor],
-    parameters: Mapping[str, torch.Tensor],
-    origins: Mapping[str, str],
-) -> tuple[str, ...]:
-    found = []
-    for name, parameter in owned.items():
-        source = next((item for item in ties[id(parameter)] if item in parameters), "")
-        if id(parameter) in chosen and origins.get(source, "").startswith("fallback"):
-            found.append(name)
-    return tuple(found)
-
-
 def _put(
     module: torch.nn.Module, names: list[str], old: torch.nn.Parameter, value: torch.Tensor, *, assign: bool
 ) -> None:
+    """Gives ``value`` to the parameter ``old``, which has these names."""
+    value = value.detach().reshape(old.shape)
     if not assign and not old.is_meta:
         with torch.no_grad():
             old.copy_(value)
         return
-    if assign:
-        new = value.detach().contiguous()
-    else:
-        new = value.detach().to(dtype=old.dtype, copy=True).contiguous()
-    parameter = torch.nn.Parameter(new, requires_grad=old.requires_grad)
+    new = value if assign else value.to(dtype=old.dtype, copy=True)
+    parameter = torch.nn.Parameter(new.contiguous(), requires_grad=old.requires_grad)
     for name in names:
         path, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(path), leaf, parameter)
 
 
-# ---- buffers of the meta device -------------------------------------------------------------------------------------
-
-
-def _resettable_buffers(module: torch.nn.Module) -> Iterator[str]:
+def _meta_buffers(module: torch.nn.Module) -> tuple[dict[str, _NormBase], list[str]]:
+    """Buffers on the meta device: running statistics with their layers, and the names of those of unknown value."""
+    statistics: dict[str, _NormBase] = {}
+    unknown: list[str] = []
     for path, part in module.named_modules():
-        if isinstance(part, _NormBase) and part.track_running_stats:
-            for name, buffer in part.named_buffers(recurse=False):
-                if buffer.is_meta:
-                    yield f"{path}.{name}" if path else name
+        for leaf, buffer in part.named_buffers(recurse=False):
+            name = f"{path}.{leaf}" if path else leaf
+            if buffer.is_meta and isinstance(part, _NormBase) and part.track_running_stats:
+                statistics[name] = part
+            elif buffer.is_meta:
+                unknown.append(name)
+    return statistics, unknown
 
 
-def _check_buffers(module: torch.nn.Module, resettable: tuple[str, ...]) -> None:
-    unknown = [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in set(resettable)]
-    if unknown:
-        raise LoadError(
-            f"the buffers {_shown(unknown)} are on the meta device, and their values cannot be told; "
-            "build the module so that buffers have memory (only the parameters on meta), or without the meta device"
-        )
-
-
-def _reset_buffers(module: torch.nn.Module) -> None:
-    for part in module.modules():
-        if not isinstance(part, _NormBase) or not part.track_running_stats:
-            continue
-        if any(buffer.is_meta for buffer in part.buffers(recurse=False)):
-            device = next((item.device for item in part.parameters(recurse=False) if not item.is_meta), None)
-            for name, buffer in list(part.named_buffers(recurse=False)):
-                part.register_buffer(name, torch.empty_like(buffer, device=device or torch.device("cpu")))
-            part.reset_running_stats()
+def _reset_statistics(layer: _NormBase) -> None:
+    """Gives the running statistics of a layer memory beside its parameters, and their initial values."""
+    device = next((item.device for item in layer.parameters(recurse=False) if not item.is_meta), torch.device("cpu"))
+    for name, buffer in list(layer.named_buffers(recurse=False)):
+        layer.register_buffer(name, torch.empty_like(buffer, device=device))
+    layer.reset_running_stats()
 
 
 def _shown(names: list[str] | tuple[str, ...]) -> str:

@@ -58,6 +58,17 @@ def test_each_rank_rule_travels(rule: str, value: float) -> None:
     assert message.method == ghn_pb2.LOW_RANK_METHOD_SPECTRAL
 
 
+def test_text_is_the_same_as_fields() -> None:
+    assert encode_low_rank("energy=0.9, method=spectral") == encode_low_rank({"energy": 0.9, "method": "spectral"})
+    assert encode_low_rank("parameter_budget=5e6") == encode_low_rank({"parameter_budget": 5_000_000})
+
+
+@pytest.mark.parametrize("text", ["", "rank", "rank=", "ranks=1", "rank=1,energy=1", "rank=many", "energy=0.9,"])
+def test_malformed_low_rank_text_is_refused(text: str) -> None:
+    with pytest.raises(InvalidOptionError):
+        encode_low_rank(text)
+
+
 @pytest.mark.parametrize("options", [{"rank": -1}, {"rank": 0.5}, {"energy": 0.9, "method": "best"}, {"rank": 2**40}])
 def test_impossible_low_rank_options_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(InvalidOptionError):
