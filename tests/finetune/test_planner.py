@@ -48,7 +48,7 @@ def test_an_onnx_file_gives_the_same_facts_as_the_module(tmp_path, network):
         training=torch.onnx.TrainingMode.TRAINING,
     )  # fmt: skip
     of_file, of_module = facts_of_onnx(path), facts_of_module(network)
-    for name in ("parameters", "norm_parameters", "norm_kinds", "head_inputs", "head_outputs", "channels"):
+    for name in ("parameters", "norm_parameters", "norm_kinds", "head_inputs", "head_outputs", "matrices"):
         assert getattr(of_file, name) == getattr(of_module, name)
 
 

@@ -135,8 +135,9 @@ def additive(
         torch.manual_seed(seed)
         side = SideNetwork(in_features, hidden, outputs)
     reference = next(module.parameters(), torch.zeros(()))
-    side.to(device=reference.device, dtype=reference.dtype)
-    whole = AdditiveModule(module, side, head=path).train(module.training)
+    side.to(device=reference.device, dtype=reference.dtype).train(module.training)
+    whole = AdditiveModule(module, side, head=path)
+    whole.training = module.training
     config = {"depth": len(hidden) + 1, "width": list(hidden), "at": at, "head": head, "seed": seed}
     config.update(in_features=in_features, outputs=outputs, statistics=statistics)
     names = [f"side.{name}" for name, _ in side.named_parameters()]
@@ -165,11 +166,8 @@ def _hidden(
 ) -> tuple[int, ...]:
     if width == "auto":
         if samples is None:
-            raise InvalidOptionError(
-                "width='auto' needs samples=K (and changed=N, if fewer labels than all may change)"
-            )
-        changed = samples if changed is None else changed
-        return hidden_widths(depth, changed=changed, samples=samples, outputs=outputs)
+            raise InvalidOptionError("width='auto' needs samples=K (and changed=N, if not all labels may change)")
+        return hidden_widths(depth, changed=samples if changed is None else changed, samples=samples, outputs=outputs)
     if isinstance(width, str):
         raise InvalidOptionError(f"width must be 'auto', a number or one number per hidden layer, got {width!r}")
     if depth not in (2, 3):

@@ -39,7 +39,6 @@ class NetworkFacts:
         norm_parameters: Scales and shifts of norm layers.
         norm_kinds: Kinds of norm layers that occur.
         bias_parameters: Biases, those of norm layers included.
-        channels: Output channels of all matrix layers but the head.
         matrices: Rows and columns of every matrix layer, convolutions flattened; the head is the last.
         factored_parameters: Numbers in factored layers.
         head_inputs: Features that the head reads.
@@ -51,7 +50,6 @@ class NetworkFacts:
     norm_parameters: int
     norm_kinds: tuple[str, ...]
     bias_parameters: int
-    channels: int
     matrices: tuple[tuple[int, int], ...]
     factored_parameters: int
     head_inputs: int
@@ -73,7 +71,6 @@ def facts_of_module(module: nn.Module) -> NetworkFacts:
         norm_parameters=sum(value.numel() for layer in norms.values() for value in layer.parameters(recurse=False)),
         norm_kinds=tuple(sorted({kind for layer in norms.values() if (kind := norm_kind(layer))})),
         bias_parameters=sum(value.numel() for name, value in module.named_parameters() if name.endswith("bias")),
-        channels=sum(rows for rows, _ in sizes.values()),
         matrices=(*sizes.values(), last),
         factored_parameters=sum(value.numel() for _, pair in factored_modules(module) for value in pair.parameters()),
         head_inputs=last[1],

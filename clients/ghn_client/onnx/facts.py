@@ -67,7 +67,6 @@ def facts_of_onnx(path: str | Path) -> NetworkFacts:
         norm_parameters=sum(counts[name] for name in norms),
         norm_kinds=tuple(sorted(kinds)),
         bias_parameters=sum(counts[name] for name in biases),
-        channels=sum(rows for rows, _ in matrices[:-1]),
         matrices=tuple(matrices),
         factored_parameters=0,
         head_inputs=head_columns,
