@@ -22,9 +22,8 @@ from torch import nn
 
 from benchmarks.charts import bar_chart
 from benchmarks.experiment import CHOOSING_SEED, Cell, file_digest, percent, run_seeds, table, verdict, write_page
-from ghn_architectures.architecture import Architecture
+from ghn_architectures.architecture import Architecture, Configuration, Interface
 from ghn_architectures.convnext import ConvNeXtConfiguration
-from ghn_architectures.interface import Configuration, Interface
 from ghn_architectures.registry import ARCHITECTURES
 from ghn_architectures.resnet import ResNetConfiguration
 from ghn_architectures.vit import VisionTransformerConfiguration

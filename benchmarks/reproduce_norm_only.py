@@ -28,8 +28,8 @@ from torch.nn.utils import parametrize
 
 from benchmarks.charts import line_chart
 from benchmarks.experiment import Cell, file_digest, run_cells, table, write_page
+from ghn_architectures.architecture import Interface
 from ghn_architectures.convnet import ConvNetConfiguration
-from ghn_architectures.interface import Interface
 from ghn_architectures.mobilenet import MobileNetConfiguration
 from ghn_architectures.resnet import ResNetConfiguration
 from ghn_client import GHNClient

@@ -13,9 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ghn_architectures.cell_operations import ConvolutionOperation, make_operation
-from ghn_architectures.genotype import CellGenotype, Genotype
-from ghn_architectures.interface import Interface
+from ghn_architectures.architecture import Interface
+from ghn_architectures.cells import CELL_OPERATIONS, CellGenotype, Genotype, convolution
 from ghn_architectures.layers import ClassifierHead, Conv2d, conv_norm, embedding_parameter, make_norm
 
 
@@ -93,13 +92,12 @@ class Cell(nn.Module):
         for value in sorted(genotype.used_inputs):
             value_stride = input_stride if value == 0 else 1
             if configuration.preprocess or in_channels[value] != channels or value_stride > 1:
-                layer = ConvolutionOperation(
+                self.inputs[str(value)] = convolution(
                     in_channels[value], channels, 1, stride=value_stride, norm=configuration.norm
                 )
-                self.inputs[str(value)] = layer
         self.steps = nn.ModuleList(
             nn.ModuleList(
-                make_operation(name, channels, stride=stride if value < 2 else 1, norm=configuration.norm)
+                CELL_OPERATIONS[name](channels, stride=stride if value < 2 else 1, norm=configuration.norm)
                 for name, value in zip(step.operations, step.inputs, strict=True)
             )
             for step in genotype.steps

@@ -12,9 +12,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ghn_architectures.attention import TokenMlp
-from ghn_architectures.interface import Interface
-from ghn_architectures.layers import Conv2d, Linear, constant_parameter
+from ghn_architectures.architecture import Interface
+from ghn_architectures.layers import Conv2d, Linear, TokenMlp, constant_parameter
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ghn_architectures.interface import Interface
+from ghn_architectures.architecture import Interface
 from ghn_architectures.layers import ClassifierHead, Conv2d, make_activation, make_norm, round_channels
 
 

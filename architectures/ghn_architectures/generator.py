@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from ghn_architectures.architecture import CANONICAL, Architecture
+from ghn_architectures.architecture import CANONICAL, Architecture, Configuration, Interface
 from ghn_architectures.draw import Draw
 from ghn_architectures.families import (
     DEEP_FAMILIES,
@@ -24,9 +24,8 @@ from ghn_architectures.families import (
     FAMILIES,
     NORM_FREE_FAMILIES,
     Family,
+    Plan,
 )
-from ghn_architectures.interface import Configuration, Interface
-from ghn_architectures.plans import Plan
 from ghn_architectures.registry import ARCHITECTURES, reference_architecture
 from ghn_service.errors import InvalidOptionError
 

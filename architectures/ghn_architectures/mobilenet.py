@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ghn_architectures.interface import Interface
+from ghn_architectures.architecture import Interface
 from ghn_architectures.layers import ClassifierHead, SqueezeExcite, conv_norm, round_channels
 
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from ghn_architectures.architecture import Architecture
-from ghn_architectures.convnet import ConvNetConfiguration
+from ghn_architectures.architecture import Architecture, Configuration, Interface
+from ghn_architectures.convnet import ConvNetConfiguration, MlpConfiguration
 from ghn_architectures.convnext import ConvNeXtConfiguration
 from ghn_architectures.densenet import DenseNetConfiguration
-from ghn_architectures.interface import Configuration, Interface
-from ghn_architectures.mlp import MlpConfiguration
 from ghn_architectures.mobilenet import MobileNetConfiguration
 from ghn_architectures.resnet import ResNetConfiguration
 from ghn_architectures.swin import SwinConfiguration

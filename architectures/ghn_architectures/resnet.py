@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from ghn_architectures.interface import Interface
+from ghn_architectures.architecture import Interface
 from ghn_architectures.layers import (
     ClassifierHead,
     Conv2d,

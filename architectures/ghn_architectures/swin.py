@@ -13,9 +13,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ghn_architectures.attention import SelfAttention, TokenMlp, heads_for
-from ghn_architectures.interface import Interface
-from ghn_architectures.layers import Conv2d, Linear, TokenLinear, embedding_parameter
+from ghn_architectures.architecture import Interface
+from ghn_architectures.layers import (
+    Conv2d,
+    Linear,
+    SelfAttention,
+    TokenLinear,
+    TokenMlp,
+    embedding_parameter,
+    heads_for,
+)
 
 
 @dataclass(frozen=True, slots=True)

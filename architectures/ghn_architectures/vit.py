@@ -14,9 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ghn_architectures.attention import EncoderBlock, TokenMlp
-from ghn_architectures.interface import Interface
-from ghn_architectures.layers import Conv2d, Linear, embedding_parameter
+from ghn_architectures.architecture import Interface
+from ghn_architectures.layers import Conv2d, EncoderBlock, Linear, TokenMlp, embedding_parameter
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from ghn_architectures.interface import Interface
+from ghn_architectures.architecture import Interface
 from ghn_client.atomic_file import replaced_file
 from ghn_client.finetune.images import ImageSet, Normalization, measure_normalization, read_images
 from ghn_service.errors import DataError

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ghn_architectures.architecture import CANONICAL, Architecture
+from ghn_architectures.architecture import CANONICAL, Architecture, Interface
 from ghn_architectures.generator import sample_architecture
-from ghn_architectures.interface import Interface
 from ghn_architectures.registry import reference_architecture
 from ghn_client.batchnorm import use_batch_statistics
 from ghn_service.errors import GhnServiceError, TrainingError

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ghn_architectures.cells import FREE_OPERATIONS, OPERATIONS, CellGenotype, draw_genotype
 from ghn_architectures.draw import Draw
-from ghn_architectures.genotype import FREE_OPERATIONS, OPERATIONS, CellGenotype, draw_genotype
 
 GOLDEN = [33, 24, 83, 37, 79, 51]
 seeds = st.integers(0, 10**6)

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from ghn_architectures.architecture import Architecture
+from ghn_architectures.architecture import Architecture, Interface
 from ghn_architectures.examples import EXAMPLES, FOLDER
 from ghn_architectures.families import FAMILIES
 from ghn_architectures.generator import sample_architecture
-from ghn_architectures.interface import Interface
 from ghn_architectures.registry import ARCHITECTURES, reference_architecture
 from ghn_service.graph import ArchitectureGraph
 from ghn_service.graph.onnx.reader import read_onnx

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from ghn_architectures.architecture import Interface
 from ghn_architectures.families import FAMILIES
 from ghn_architectures.generator import sample_architecture
-from ghn_architectures.interface import Interface
 from ghn_architectures.layers import Conv2d, round_channels, skip_initialization
 from ghn_architectures.registry import ARCHITECTURES, build_network, reference_architecture
 from ghn_architectures.resnet import ResNetConfiguration

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from ghn_architectures.attention import SelfAttention
-from ghn_architectures.layers import SqueezeExcite
+from ghn_architectures.layers import SelfAttention, SqueezeExcite
 from ghn_architectures.registry import reference_architecture
 from ghn_architectures.tracing import trace
 from ghn_service.errors import InvalidArchitectureError, UnsupportedArchitectureError

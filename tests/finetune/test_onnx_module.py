@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from ghn_architectures.interface import Interface
+from ghn_architectures.architecture import Interface
 from ghn_architectures.registry import ARCHITECTURES
 from ghn_client.errors import UnsupportedModuleError
 from ghn_client.finetune.additive import additive

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ghn_architectures.interface import Interface
+from ghn_architectures.architecture import Interface
 from ghn_service.postprocess.distribution_shift import decode_statistics, measure_shift
 from ghn_service.training.networks import Pool
 from ghn_service.training.run import graph_statistics

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from ghn_architectures.interface import Interface
+from ghn_architectures.architecture import Interface
 from ghn_service.errors import DataError
 from ghn_service.hypernetwork.checkpoint import ModelCard, save_checkpoint
 from ghn_service.hypernetwork.ghn import GHNConfig, GraphHyperNetwork

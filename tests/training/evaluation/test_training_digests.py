@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ghn_architectures.interface import Interface
+from ghn_architectures.architecture import Interface
 from ghn_service.training.evaluation import jobs as module
 from ghn_service.training.evaluation.jobs import training_digests
 from ghn_service.training.networks import Pool, find_network

@@ -1,31 +1,102 @@
-"""Genotypes: the wiring of a cell as data, drawn at random in the manner of DeepNets-1M.
+"""Cells in the manner of DeepNets-1M: their operations, and their wiring as data, drawn at random.
 
-References: Liu et al. 2019, "DARTS" (arXiv:1806.09055); Knyazev et al. 2021 (arXiv:2110.13100), appendix A.
+References: Liu et al. 2019, "DARTS" (arXiv:1806.09055); Knyazev et al. 2021 (arXiv:2110.13100), table 1 and appendix A.
+
+Shapes: B examples, C channels, H x W positions, T = H * W tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
 
 from ghn_architectures.draw import Draw
+from ghn_architectures.layers import Conv2d, EncoderBlock, SqueezeExcite, heads_for, make_norm
 
-FREE_OPERATIONS = ("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect")
-OPERATIONS = (
-    *FREE_OPERATIONS,
-    "sep_conv_3x3",
-    "sep_conv_5x5",
-    "dil_conv_3x3",
-    "dil_conv_5x5",
-    "conv_1x1",
-    "conv_7x1_1x7",
-    "conv_3x3",
-    "conv_5x5",
-    "conv_7x7",
-    "msa",
-    "cse",
-)
-_LARGE = ("conv_5x5", "conv_7x7")
 _MAX_TRIES = 1000
+
+
+def convolution(in_channels: int, channels: int, kernel: int, *, stride: int, norm: str) -> nn.Sequential:
+    """ReLU, convolution, norm: (B, in_channels, H, W) -> (B, channels, ceil(H / stride), ceil(W / stride))."""
+    conv = Conv2d(in_channels, channels, kernel, stride=stride, padding=kernel // 2, bias=norm == "none")
+    return _after_relu(norm, channels, conv)
+
+
+def _after_relu(norm: str, channels: int, *convolutions: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.ReLU(), *convolutions, *(() if norm == "none" else (make_norm(norm, channels),)))
+
+
+def _square(channels: int, *, stride: int, norm: str, kernel: int) -> nn.Module:
+    return convolution(channels, channels, kernel, stride=stride, norm=norm)
+
+
+def _depthwise(channels: int, *, stride: int, norm: str, kernel: int, dilation: int) -> nn.Module:
+    """ReLU, depthwise convolution (dilated or not), 1x1 convolution, norm."""
+    window: dict[str, Any] = {"stride": stride, "padding": dilation * (kernel // 2), "dilation": dilation}
+    bias = norm == "none"
+    depthwise = Conv2d(channels, channels, kernel, groups=channels, bias=bias, **window)
+    return _after_relu(norm, channels, depthwise, Conv2d(channels, channels, 1, bias=bias))
+
+
+def _factorized(channels: int, *, stride: int, norm: str) -> nn.Module:
+    """ReLU, 1x7 convolution, 7x1 convolution, norm."""
+    bias = norm == "none"
+    rows = Conv2d(channels, channels, (1, 7), stride=(1, stride), padding=(0, 3), bias=bias)
+    columns = Conv2d(channels, channels, (7, 1), stride=(stride, 1), padding=(3, 0), bias=bias)
+    return _after_relu(norm, channels, rows, columns)
+
+
+def _pool(channels: int, *, stride: int, norm: str, kind: Callable[..., nn.Module]) -> nn.Module:
+    return kind(3, stride=stride, padding=1)
+
+
+def _skip(channels: int, *, stride: int, norm: str) -> nn.Module:
+    return nn.Identity() if stride == 1 else convolution(channels, channels, 1, stride=stride, norm=norm)
+
+
+def _gate(channels: int, *, stride: int, norm: str) -> nn.Module:
+    gate = SqueezeExcite(channels, max(channels // 4, 8))
+    return gate if stride == 1 else nn.Sequential(nn.MaxPool2d(3, stride=stride, padding=1), gate)
+
+
+class AttentionOperation(nn.Module):
+    """A transformer block over all positions of a feature."""
+
+    def __init__(self, channels: int, *, stride: int, norm: str) -> None:
+        super().__init__()
+        self.block = EncoderBlock(channels, num_heads=heads_for(channels, 16), mlp_ratio=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        tokens = self.block(x.flatten(2).transpose(1, 2))
+        return tokens.transpose(1, 2).unflatten(2, (x.shape[2], x.shape[3]))  # type: ignore[no-any-return]
+
+
+CELL_OPERATIONS: dict[str, Callable[..., nn.Module]] = {
+    "max_pool_3x3": partial(_pool, kind=nn.MaxPool2d),
+    "avg_pool_3x3": partial(_pool, kind=nn.AvgPool2d),
+    "skip_connect": _skip,
+    "sep_conv_3x3": partial(_depthwise, kernel=3, dilation=1),
+    "sep_conv_5x5": partial(_depthwise, kernel=5, dilation=1),
+    "dil_conv_3x3": partial(_depthwise, kernel=3, dilation=2),
+    "dil_conv_5x5": partial(_depthwise, kernel=5, dilation=2),
+    "conv_1x1": partial(_square, kernel=1),
+    "conv_7x1_1x7": _factorized,
+    "conv_3x3": partial(_square, kernel=3),
+    "conv_5x5": partial(_square, kernel=5),
+    "conv_7x7": partial(_square, kernel=7),
+    "msa": AttentionOperation,
+    "cse": _gate,
+}
+"""Makes each operation for C channels, from (B, C, H, W) to (B, C, ceil(H / stride), ceil(W / stride))."""
+
+OPERATIONS = ("none", *CELL_OPERATIONS)
+FREE_OPERATIONS = ("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect")
+_LARGE = ("conv_5x5", "conv_7x7")
 
 
 @dataclass(frozen=True, slots=True)
