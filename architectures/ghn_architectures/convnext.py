@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ghn_architectures.architecture import Interface
-from ghn_architectures.layers import Conv2d, Linear, TokenMlp, constant_parameter
+from ghn_architectures.layers import Conv2d, Linear, TokenMlp
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class ConvNeXtBlock(nn.Module):
         self.mlp = TokenMlp(channels, configuration.mlp_ratio * channels)
         self.layer_scale = None
         if configuration.layer_scale:
-            self.layer_scale = constant_parameter(channels, value=configuration.layer_scale)
+            self.layer_scale = nn.Parameter(torch.full((channels,), configuration.layer_scale))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""

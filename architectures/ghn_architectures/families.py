@@ -345,9 +345,7 @@ NORM_FREE_FAMILIES: dict[str, Family] = {
 DEEP_FAMILIES: dict[str, Family] = {
     name: FAMILIES[name] for name in ("cells", "resnet", "mobilenet", "bottleneck", "densenet", "convnext", "vit")
 }
-DENSE_FAMILIES: dict[str, Family] = {
-    "cells": Family(partial(plan_cells, steps=(4, 8), norm="batch"), 1.0),
-}
+DENSE_FAMILIES: dict[str, Family] = {"cells": Family(partial(plan_cells, steps=(4, 8), norm="batch"), 1.0)}
 _DEEPER_SHARES = {"bottleneck": 0.14, "mobilenet": 0.12, "densenet": 0.08, "convnext": 0.06, "vit": 0.05}
 DEEPER_FAMILIES: dict[str, Family] = {
     "resnet": Family(plan_deep_resnet, 0.55),

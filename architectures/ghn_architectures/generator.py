@@ -99,7 +99,6 @@ class Split:
     """A population of networks.
 
     Attributes:
-        description: What is in it.
         families: Family by name.
         budget: Budget of all its networks; None for a mixture of ``SIZES``.
         widths: Base widths that occur.
@@ -108,7 +107,6 @@ class Split:
         parts: Other splits by name and share, for a mixture of them; then nothing else of this counts.
     """
 
-    description: str
     families: dict[str, Family]
     budget: Budget | None = None
     widths: tuple[int, ...] = _WIDTHS
@@ -122,51 +120,37 @@ def _outside(least: int, most: int, *, least_nodes: int = 0, most_nodes: int = 6
 
 
 SPLITS: dict[str, Split] = {
-    "train": Split("networks to train hypernetworks on", FAMILIES),
-    "val": Split("as train, for choices during training", FAMILIES),
-    "test": Split("as train, for reported results", FAMILIES),
-    "wide": Split(
-        "more channels than any network of train: 80 to 256 in the first stage, where train has 8 to 64",
+    "train": Split(FAMILIES),  # networks to train hypernetworks on
+    "val": Split(FAMILIES),  # as train, for choices during training
+    "test": Split(FAMILIES),  # as train, for reported results
+    "wide": Split(  # more channels than any of train: 80 to 256 in the first stage, where train has 8 to 64
         FAMILIES,
         _outside(8_000_000, 240_000_000, most_nodes=200),
         widths=tuple(range(80, 272, 16)),
         usual_widths=((80, 96, 128, 128, 160),),
         scale=1,
     ),
-    "deep": Split(
-        "more nodes than any network of train: 220 to 600",
-        DEEP_FAMILIES,
-        _outside(4_000_000, 120_000_000, least_nodes=220),
-        scale=9,
-    ),
-    "dense": Split(
-        "cells of 4 to 8 steps, where train has 1 to 3",
-        DENSE_FAMILIES,
-        _outside(3_000_000, 120_000_000),
-        scale=1,
-    ),
-    "bnfree": Split("networks of convolutional families, none with batch normalisation", NORM_FREE_FAMILIES),
-    "reference": Split("the networks of the registry, in its order", {}),
-    "train_deep": Split(
-        "deeper networks to train on: 5 to 18 blocks per stage, where train has 1 to 4",
+    # more nodes than any of train: 220 to 600
+    "deep": Split(DEEP_FAMILIES, _outside(4_000_000, 120_000_000, least_nodes=220), scale=9),
+    # cells of 4 to 8 steps, where train has 1 to 3
+    "dense": Split(DENSE_FAMILIES, _outside(3_000_000, 120_000_000), scale=1),
+    "bnfree": Split(NORM_FREE_FAMILIES),  # convolutional families, none with batch normalisation
+    "reference": Split({}),  # the networks of the registry, in its order
+    "train_deep": Split(  # deeper networks to train on: 5 to 18 blocks per stage, where train has 1 to 4
         DEEPER_FAMILIES,
         Budget(3_000_000, 110_000_000, most_parameters=4_000_000, most_nodes=400, most_elements=4_000_000),
         usual_widths=((8, 8, 8, 16, 16, 24),),
         scale=5,
     ),
-    "train_wide": Split(
-        "wider networks to train on: 64 to 256 channels in the first stage, where train has 8 to 64",
+    "train_wide": Split(  # wider networks to train on: 64 to 256 channels in the first stage
         FAMILIES,
         Budget(6_000_000, 110_000_000, most_parameters=10_000_000, most_nodes=200, most_elements=3_000_000),
         widths=tuple(range(64, 272, 16)),
         usual_widths=((64, 80, 96, 128, 192, 256),),
         scale=1,
     ),
-    "broad": Split(
-        "networks to train on: those of train, deeper and wider ones",
-        {},
-        parts={"train": 0.57, "train_deep": 0.28, "train_wide": 0.15},
-    ),
+    # networks to train on: those of train, deeper and wider ones
+    "broad": Split({}, parts={"train": 0.57, "train_deep": 0.28, "train_wide": 0.15}),
 }
 
 
@@ -203,17 +187,32 @@ def sample_architecture(
         raise InvalidOptionError(f"no split is called {split!r}; known are {', '.join(SPLITS)}", field="split")
     if index < 0:
         raise InvalidOptionError(f"index must be at least 0, got {index}", field="index")
-    population = SPLITS[split]
     if split == "reference":
-        return _reference(index, interface)
+        if index >= len(ARCHITECTURES):
+            raise InvalidOptionError(
+                f"the reference split has {len(ARCHITECTURES)} networks, got index {index}", field="index"
+            )
+        return reference_architecture(tuple(ARCHITECTURES)[index], interface)
+    if size is not None and budget is not None:
+        raise InvalidOptionError("give either size or budget, not both", field="budget")
+    if size is not None and size not in SIZES:
+        raise InvalidOptionError(f"no size is called {size!r}; known are {', '.join(SIZES)}", field="size")
+    population = SPLITS[split]
     if population.parts:
         split = Draw(f"ghn-architectures/{GENERATOR_VERSION}/{split}/{index}").weighted(population.parts)
         population = SPLITS[split]
-    limit = _budget(population, size, budget)
-    shares = _shares(population, families)
-    key = ("ghn-architectures", str(GENERATOR_VERSION), split, str(index), _key(limit), ",".join(families or ()))
+    names = tuple(population.families) if families is None else families
+    unknown = [name for name in names if name not in population.families]
+    if unknown or not names:
+        known = ", ".join(population.families)
+        raise InvalidOptionError(
+            f"expected families among {known}; got {', '.join(unknown) or 'none'}", field="families"
+        )
+    limit = SIZES[size] if size is not None else budget or population.budget
+    limit_key = "" if limit is None else "-".join(str(value) for value in dataclasses.astuple(limit))
+    key = ("ghn-architectures", str(GENERATOR_VERSION), split, str(index), limit_key, ",".join(families or ()))
     draw = Draw("/".join(key))
-    name = draw.weighted(shares)
+    name = draw.weighted({name: population.families[name].share for name in names})
     chosen = limit or SIZES[draw.weighted(SIZE_MIX)]
     scale = population.scale or chosen.scale
     for _ in range(_MAX_TRIES):
@@ -241,33 +240,3 @@ def fit_width(plan: Plan, draw: Draw, budget: Budget, population: Split) -> Conf
         return None
     trial = Architecture("", plan(width), CANONICAL)
     return trial.configuration if budget.admits(trial) else None
-
-
-def _reference(index: int, interface: Interface) -> Architecture:
-    names = tuple(ARCHITECTURES)
-    if index >= len(names):
-        raise InvalidOptionError(f"the reference split has {len(names)} networks, got index {index}", field="index")
-    return reference_architecture(names[index], interface)
-
-
-def _budget(population: Split, size: str | None, budget: Budget | None) -> Budget | None:
-    if size is not None and budget is not None:
-        raise InvalidOptionError("give either size or budget, not both", field="budget")
-    if size is not None and size not in SIZES:
-        raise InvalidOptionError(f"no size is called {size!r}; known are {', '.join(SIZES)}", field="size")
-    return SIZES[size] if size is not None else budget or population.budget
-
-
-def _key(budget: Budget | None) -> str:
-    return "" if budget is None else "-".join(str(value) for value in dataclasses.astuple(budget))
-
-
-def _shares(population: Split, families: tuple[str, ...] | None) -> dict[str, float]:
-    names = tuple(population.families) if families is None else families
-    unknown = [name for name in names if name not in population.families]
-    if unknown or not names:
-        known = ", ".join(population.families)
-        raise InvalidOptionError(
-            f"expected families among {known}; got {', '.join(unknown) or 'none'}", field="families"
-        )
-    return {name: population.families[name].share for name in names}

@@ -34,6 +34,14 @@ def skip_initialization() -> Iterator[None]:
         _INITIALIZE.reset(token)
 
 
+def _initialize(layer: nn.Conv2d | nn.Linear) -> None:
+    """He-normal weights (fan-in) and zero bias, unless initialisation is skipped."""
+    if _INITIALIZE.get():
+        nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
 class Conv2d(nn.Conv2d):
     """``torch.nn.Conv2d`` with He-normal weights (fan-in) and zero bias.
 
@@ -42,12 +50,7 @@ class Conv2d(nn.Conv2d):
     (``tests/architectures/test_strided_pointwise.py``).
     """
 
-    def reset_parameters(self) -> None:
-        """Draws the weight anew, unless initialisation is skipped."""
-        if _INITIALIZE.get():
-            nn.init.kaiming_normal_(self.weight, mode="fan_in", nonlinearity="relu")
-            if self.bias is not None:
-                nn.init.zeros_(self.bias)
+    reset_parameters = _initialize
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name)
         """(B, C, H, W) -> (B, C', H', W')."""
@@ -60,12 +63,7 @@ class Conv2d(nn.Conv2d):
 class Linear(nn.Linear):
     """``torch.nn.Linear`` with He-normal weights (fan-in) and zero bias."""
 
-    def reset_parameters(self) -> None:
-        """Draws the weight anew, unless initialisation is skipped."""
-        if _INITIALIZE.get():
-            nn.init.kaiming_normal_(self.weight, mode="fan_in", nonlinearity="relu")
-            if self.bias is not None:
-                nn.init.zeros_(self.bias)
+    reset_parameters = _initialize
 
 
 class TokenLinear(nn.Linear):
@@ -85,11 +83,6 @@ def embedding_parameter(*shape: int, std: float = 0.02) -> nn.Parameter:
     if _INITIALIZE.get():
         nn.init.trunc_normal_(values, std=std)
     return nn.Parameter(values)
-
-
-def constant_parameter(*shape: int, value: float) -> nn.Parameter:
-    """A free trainable tensor that starts at ``value`` everywhere (layer scale, bias tables)."""
-    return nn.Parameter(torch.full(shape, value))
 
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {

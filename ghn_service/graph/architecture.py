@@ -18,7 +18,7 @@ from typing import Any
 import networkx
 
 from ghn_service.errors import InvalidArchitectureError
-from ghn_service.graph.op_types import OP_TYPE_BY_NAME
+from ghn_service.graph.op_types import OP_TYPES
 
 JSON_FORMAT = "ghn-architecture-graph/1"
 
@@ -135,12 +135,12 @@ class Node:
     layer: LayerAttributes | None = None
 
     def __post_init__(self) -> None:
-        row = OP_TYPE_BY_NAME.get(self.op_type)
-        if row is None:
-            known = ", ".join(OP_TYPE_BY_NAME)
+        holds_parameter = OP_TYPES.get(self.op_type)
+        if holds_parameter is None:
+            known = ", ".join(OP_TYPES)
             raise InvalidArchitectureError(f"node {self.name!r} has op type {self.op_type!r}; known are {known}")
-        if row.holds_parameter != (self.weight is not None):
-            expected = "a parameter" if row.holds_parameter else "no parameter"
+        if holds_parameter != (self.weight is not None):
+            expected = "a parameter" if holds_parameter else "no parameter"
             raise InvalidArchitectureError(f"node {self.name!r} of type {self.op_type!r} must have {expected}")
 
     @property

@@ -8,41 +8,22 @@ Reference: Knyazev et al. 2021, "Parameter Prediction for Unseen Deep Architectu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True, slots=True)
-class OpType:
-    """One row of the vocabulary.
-
-    Attributes:
-        name: Name stored in checkpoints.
-        holds_parameter: Whether a node of this type stands for a trainable tensor.
-        description: What in a network becomes such a node.
-    """
-
-    name: str
-    holds_parameter: bool
-    description: str
-
-
-OP_TYPES: tuple[OpType, ...] = (
-    OpType("max_pool", False, "max pooling over a window"),
-    OpType("avg_pool", False, "average pooling over a window"),
-    OpType("sep_conv", True, "weight of a depthwise or grouped convolution"),
-    OpType("dil_conv", True, "weight of a grouped convolution with dilation"),
-    OpType("conv", True, "weight of a convolution, linear layer or attention projection"),
-    OpType("msa", False, "softmax of self-attention"),
-    OpType("cse", False, "multiplication by a squeeze-and-excitation gate"),
-    OpType("sum", False, "addition of two or more branches"),
-    OpType("concat", False, "concatenation of two or more branches"),
-    OpType("input", False, "the input of the network"),
-    OpType("bias", True, "bias of a convolution, linear layer or attention projection"),
-    OpType("bn", True, "weight (and bias) of a batch normalization"),
-    OpType("ln", True, "weight (and bias) of a layer normalization"),
-    OpType("pos_enc", True, "position embedding or lookup table"),
-    OpType("glob_avg", False, "global or adaptive average pooling"),
-)
-
-OP_TYPE_NAMES: tuple[str, ...] = tuple(op_type.name for op_type in OP_TYPES)
-OP_TYPE_BY_NAME: dict[str, OpType] = {op_type.name: op_type for op_type in OP_TYPES}
+# Whether a node of each type stands for a trainable tensor, by the name that checkpoints store.
+OP_TYPES: dict[str, bool] = {
+    "max_pool": False,  # max pooling over a window
+    "avg_pool": False,  # average pooling over a window
+    "sep_conv": True,  # weight of a depthwise or grouped convolution
+    "dil_conv": True,  # weight of a grouped convolution with dilation
+    "conv": True,  # weight of a convolution, linear layer or attention projection
+    "msa": False,  # softmax of self-attention
+    "cse": False,  # multiplication by a squeeze-and-excitation gate
+    "sum": False,  # addition of two or more branches
+    "concat": False,  # concatenation of two or more branches
+    "input": False,  # the input of the network
+    "bias": True,  # bias of a convolution, linear layer or attention projection
+    "bn": True,  # weight (and bias) of a batch normalization
+    "ln": True,  # weight (and bias) of a layer normalization
+    "pos_enc": True,  # position embedding or lookup table
+    "glob_avg": False,  # global or adaptive average pooling
+}
+OP_TYPE_NAMES: tuple[str, ...] = tuple(OP_TYPES)

@@ -139,13 +139,7 @@ def max_pool2d(
 
 @rule(F.avg_pool2d)
 def avg_pool2d(
-    x: Symbol,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    ceil_mode: bool = False,
-    *_: Any,
-    **__: Any,
+    x: Symbol, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False, *_: Any, **__: Any
 ) -> Symbol:
     """(B, C, H, W) -> (B, C, H', W')."""
     return _pool(x, "avg_pool", kernel_size, stride, padding, ceil_mode=ceil_mode)
