@@ -15,8 +15,9 @@ import torch
 from ghn_client.atomic_file import write_file
 from ghn_client.errors import FileError, StreamCorruptedError
 from ghn_client.loading import LoadReport, load_parameters
+from ghn_client.onnx.edit import write_model
 from ghn_client.onnx.export import Architecture, ModelSource, read_source
-from ghn_client.onnx.fill import write_filled
+from ghn_client.onnx.fill import fill_model
 from ghn_client.wire import ghn_pb2
 from ghn_client.wire.codec import decode_safetensors_header
 from ghn_client.wire.metadata import PredictionMetadata, TensorInfo, decode_metadata
@@ -194,4 +195,4 @@ class Prediction(Mapping[str, torch.Tensor]):
             LoadError: The weights do not fit the model, or there is no model.
         """
         source = self.source if model is None else read_source(model, example_inputs)
-        write_filled(self, source, Path(path))
+        write_model(fill_model(self, source), Path(path))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import onnx
 import torch
@@ -32,6 +33,8 @@ TORCH_DTYPES: dict[int, torch.dtype] = {
 """Element types of ONNX tensors in torch."""
 
 ONNX_TYPES = {dtype: number for number, dtype in TORCH_DTYPES.items()}
+
+Message = TypeVar("Message", onnx.ModelProto, onnx.NodeProto)
 
 FIRST_IR_VERSION_WITHOUT_INPUTS = 4
 """Files of older versions list every initializer among the inputs."""
@@ -75,7 +78,7 @@ def write_model(model: onnx.ModelProto, path: Path) -> None:
     Raises:
         FileError: It cannot be written.
     """
-    size = sum(len(tensor.raw_data) for graph in graphs(model.graph) for tensor in graph.initializer)
+    size = sum(tensor.ByteSize() for graph in graphs(model.graph) for tensor in graph.initializer)
     if size < EXTERNAL_BYTES:
         write_file(path, model.SerializeToString())
         return
@@ -86,6 +89,21 @@ def write_model(model: onnx.ModelProto, path: Path) -> None:
         if (Path(folder) / data_name).exists():
             (Path(folder) / data_name).replace(path.parent / data_name)
         written.replace(part)
+
+
+def copied(message: Message) -> Message:
+    """A copy of a message, which may be changed."""
+    result = type(message)()
+    result.CopyFrom(message)
+    return result
+
+
+def tensor_proto(name: str, tensor: torch.Tensor, data_type: int | None = None) -> onnx.TensorProto:
+    """A torch tensor as an initializer, converted to ``data_type`` if that is given."""
+    values = tensor.detach().to(device="cpu", dtype=tensor.dtype if data_type is None else TORCH_DTYPES[data_type])
+    proto = onnx.TensorProto(name=name, dims=values.shape, data_type=data_type or ONNX_TYPES[tensor.dtype])
+    proto.raw_data = values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return proto
 
 
 def graphs(owner: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.GraphProto]:
@@ -104,8 +122,7 @@ def with_own_tensors(model: onnx.ModelProto) -> onnx.ModelProto:
     merged = [node for node in model.graph.node if node.op_type == "Identity" and node.input[0] in tensors]
     if not merged:
         return model
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     for node in merged:
         own = result.graph.initializer.add()
         own.CopyFrom(tensors[node.input[0]])

@@ -25,7 +25,7 @@ from ghn_client.onnx.edit import (
     TORCH_DTYPES,
     graphs,
     parse_onnx,
-    write_model,
+    tensor_proto,
 )
 from ghn_client.onnx.export import ModelSource
 from ghn_client.onnx.factor import factorize_onnx
@@ -35,40 +35,26 @@ from ghn_client.wire.metadata import TensorInfo
 if TYPE_CHECKING:
     from ghn_client.prediction import Prediction
 
+_LISTS_OF_VALUES = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
 _INITIAL_STATISTICS = {3: 0.0, 4: 1.0}
 
 
-def write_filled(prediction: Prediction, source: ModelSource | None, path: Path) -> None:
-    """Writes the filled model to ``path``, whole or not at all.
-
-    Args:
-        prediction: The weights.
-        source: The model that they were predicted for.
-        path: Where to write; from 2 GB on, the tensors go to ``<path>.data``.
+def fill_model(prediction: Prediction, source: ModelSource | None) -> onnx.ModelProto:
+    """The model of ``source`` with the weights in it.
 
     Raises:
         LoadError: There is no model, or the weights do not fit it.
-        FileError: The file cannot be written.
     """
     if source is None:
         raise LoadError(
             "this prediction was loaded from a file: give the model that it is for, to_onnx(path, model=...)"
         )
-    write_model(fill_model(prediction, source), path)
-
-
-def fill_model(prediction: Prediction, source: ModelSource) -> onnx.ModelProto:
-    """The model of ``source`` with the weights in it.
-
-    Raises:
-        LoadError: The weights do not fit it.
-    """
     model = parse_onnx(source.original or (source.path.read_bytes() if source.path else source.structure))
     filler = _Filler(model, source.path.parent if source.path else None)
-    dense = {name: tensor for name, tensor in prediction.items() if not name.endswith((FACTOR_IN, FACTOR_OUT))}
-    for name, tensor in dense.items():
-        filler.put(prediction.notes.get(name) or TensorInfo(name, "", initializer=name), tensor)
     pairs = factor_pairs(dict(prediction))
+    for name, tensor in prediction.items():
+        if not name.endswith((FACTOR_IN, FACTOR_OUT)):
+            filler.put(prediction.notes.get(name) or TensorInfo(name, "", initializer=name), tensor)
     layers = (prediction.metadata.low_rank or {}).get("layers", ())
     permutations = {item["parameter"]: item["permutation"] for item in layers if item.get("permutation")}
     for name, pair in pairs.items():
@@ -80,8 +66,18 @@ def fill_model(prediction: Prediction, source: ModelSource) -> onnx.ModelProto:
     filler.finish(source.values)
     if pairs:
         model = factorize_onnx(model, pairs, permutations=permutations)
-    _check_complete(model)
+    tensors = [tensor for graph in graphs(model.graph) for tensor in graph.initializer]
+    empty = [tensor.name for tensor in tensors if math.prod(tensor.dims) > 0 and not _has_data(tensor)]
+    if empty:
+        raise LoadError(
+            f"{len(empty)} tensors of the model have no values and were not predicted: {', '.join(empty[:5])}; "
+            "give the original model, not a stripped one"
+        )
     return model
+
+
+def _has_data(tensor: onnx.TensorProto) -> bool:
+    return tensor.HasField("raw_data") or any(len(getattr(tensor, field)) for field in _LISTS_OF_VALUES)
 
 
 class _Filler:
@@ -96,7 +92,8 @@ class _Filler:
         self.producers: dict[str, tuple[onnx.GraphProto, onnx.NodeProto]] = {}
         for graph in self.graphs:
             for node in graph.node:
-                self.nodes[_label(node)].append(node)
+                label = node.name or next((name for name in node.output if name), node.op_type)
+                self.nodes[label].append(node)
                 self.producers.update((output, (graph, node)) for output in node.output)
         self.inputs = {info.name: info for info in model.graph.input}
         self.filled: set[str] = set()
@@ -108,8 +105,7 @@ class _Filler:
         if note.uses:
             self._redirect(note, initializer, tensor)
         elif initializer in self.initializers:
-            _fill(self.initializers[initializer][1], tensor)
-            self.filled.add(initializer)
+            self._fill(self.initializers[initializer][1], tensor)
         elif initializer in self.inputs:
             self.model.graph.input.remove(self.inputs[initializer])
             self._add(initializer, tensor, self.inputs[initializer].type.tensor_type.elem_type)
@@ -128,8 +124,10 @@ class _Filler:
 
     def finish(self, values: Mapping[str, torch.Tensor]) -> None:
         """Fills in what is no weight, drops merged tensors that nothing reads any more, loads external data."""
-        for name in self.redirected:
-            if name in self.initializers and not self._is_read(name):
+        read = {name for nodes in self.nodes.values() for node in nodes for name in node.input}
+        read |= {output.name for output in self.model.graph.output}
+        for name in self.redirected - read:
+            if name in self.initializers:
                 graph, tensor = self.initializers.pop(name)
                 graph.initializer.remove(tensor)
         for name, value in values.items():
@@ -140,11 +138,8 @@ class _Filler:
         for name, (_, tensor) in self.initializers.items():
             if name not in self.filled and tensor.data_location == onnx.TensorProto.EXTERNAL:
                 self._load_external(tensor)
-        kept = [item for item in self.model.metadata_props if item.key not in (PARAMETERS_KEY, BUFFERS_KEY)]
-        pairs = [(item.key, item.value) for item in kept]
-        del self.model.metadata_props[:]
-        for key, text in pairs:
-            self.model.metadata_props.add(key=key, value=text)
+        for item in [item for item in self.model.metadata_props if item.key in (PARAMETERS_KEY, BUFFERS_KEY)]:
+            self.model.metadata_props.remove(item)
 
     def _redirect(self, note: TensorInfo, initializer: str, tensor: torch.Tensor) -> None:
         data_type: int = onnx.TensorProto.FLOAT
@@ -156,8 +151,7 @@ class _Filler:
         while name != initializer and (name in self.initializers or name in self.inputs or name in self.producers):
             name += "_"
         if name in self.initializers:
-            _fill(self.initializers[name][1], tensor)
-            self.filled.add(name)
+            self._fill(self.initializers[name][1], tensor)
         else:
             self._add(name, tensor, data_type)
         for use in note.uses:
@@ -180,16 +174,17 @@ class _Filler:
 
     def _add(self, name: str, tensor: torch.Tensor, data_type: int) -> None:
         proto = self.model.graph.initializer.add(name=name, data_type=data_type, dims=tensor.shape)
-        _fill(proto, tensor)
+        self._fill(proto, tensor)
         self.initializers[name] = (self.model.graph, proto)
-        self.filled.add(name)
         if self.model.ir_version < FIRST_IR_VERSION_WITHOUT_INPUTS:
             self.model.graph.input.append(onnx.helper.make_tensor_value_info(name, data_type, tuple(tensor.shape)))
 
-    def _is_read(self, name: str) -> bool:
-        return any(name in node.input for nodes in self.nodes.values() for node in nodes) or any(
-            name == output.name for output in self.model.graph.output
-        )
+    def _fill(self, proto: onnx.TensorProto, tensor: torch.Tensor) -> None:
+        if proto.data_type not in TORCH_DTYPES:
+            type_name = onnx.TensorProto.DataType.Name(proto.data_type)
+            raise LoadError(f"{proto.name!r} has the type {type_name}, which cannot be filled")
+        proto.CopyFrom(tensor_proto(proto.name, _stored(proto, tensor), proto.data_type))
+        self.filled.add(proto.name)
 
     def _initialise_statistics(self) -> None:
         """Mean 0 and variance 1 for running statistics without values, as a new module has them."""
@@ -218,56 +213,12 @@ class _Filler:
         tensor.data_location = onnx.TensorProto.DEFAULT
 
 
-def _label(node: onnx.NodeProto) -> str:
-    return node.name or next((name for name in node.output if name), node.op_type)
-
-
 def _stored(proto: onnx.TensorProto, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in the shape that the file has it in."""
     values = as_stored(tensor, proto.dims)
     if values is None:
         raise LoadError(f"{proto.name!r} has shape {tuple(proto.dims)} in the model and {tuple(tensor.shape)} here")
     return values
-
-
-def _fill(proto: onnx.TensorProto, tensor: torch.Tensor) -> None:
-    tensor = _stored(proto, tensor)
-    name, dims, data_type = proto.name, tuple(proto.dims), proto.data_type
-    if data_type not in TORCH_DTYPES:
-        raise LoadError(f"{name!r} has the type {onnx.TensorProto.DataType.Name(data_type)}, which cannot be filled")
-    proto.Clear()
-    proto.name, proto.data_type = name, data_type
-    proto.dims.extend(dims)
-    values = tensor.detach().to(device="cpu", dtype=TORCH_DTYPES[data_type]).contiguous()
-    proto.raw_data = values.reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _check_complete(model: onnx.ModelProto) -> None:
-    """Says which tensors are without values: those of a stripped file that were not predicted."""
-    empty = [
-        tensor.name
-        for graph in graphs(model.graph)
-        for tensor in graph.initializer
-        if tensor.ByteSize() < 64 and _num_elements(tensor) > 0 and not _has_data(tensor)
-    ]
-    if empty:
-        raise LoadError(
-            f"{len(empty)} tensors of the model have no values and were not predicted: {', '.join(empty[:5])}; "
-            "give the original model, not a stripped one"
-        )
-
-
-def _num_elements(tensor: onnx.TensorProto) -> int:
-    count = 1
-    for size in tensor.dims:
-        count *= size
-    return count
-
-
-def _has_data(tensor: onnx.TensorProto) -> bool:
-    return bool(
-        tensor.raw_data or tensor.float_data or tensor.int32_data or tensor.int64_data or tensor.double_data
-        or tensor.uint64_data or tensor.string_data
-    )  # fmt: skip
 
 
 # ---- what exporters compute from parameters --------------------------------------------------------------------------

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from graphlib import TopologicalSorter
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from torch import fx, nn
@@ -13,7 +13,7 @@ from torch import fx, nn
 from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.additive import AdditiveModule
 from ghn_client.finetune.side_network import ClosedFormSideNetwork, SideNetwork
-from ghn_client.onnx.edit import with_own_tensors
+from ghn_client.onnx.edit import copied, graphs, tensor_proto, with_own_tensors
 from ghn_client.onnx.to_torch import NAMES, TENSORS
 
 
@@ -41,31 +41,28 @@ def to_onnx(tuned: nn.Module, converted: fx.GraphModule, model: onnx.ModelProto)
             if head not in converted.meta[TENSORS]:
                 raise UnsupportedModuleError(f"the head {head!r} is no linear layer of the file; use at='logits'")
             reads, adds_to = converted.meta[TENSORS][head]
-        result = merge_onnx(result, additive.side, reads=reads, adds_to=adds_to, prefix=f"side{index}")  # type: ignore[arg-type]
+        result = merge_onnx(result, additive.side, reads=reads, adds_to=adds_to, prefix=f"side{index}")
     return result
 
 
 def _with_values(module: nn.Module, names: Mapping[str, tuple[str, bool]], model: onnx.ModelProto) -> onnx.ModelProto:
-    result = onnx.ModelProto()
-    result.CopyFrom(with_own_tensors(model))
+    result = copied(with_own_tensors(model))
     tensors = {tensor.name: tensor for tensor in result.graph.initializer}
-    state, written = module.state_dict(), dict[str, np.ndarray]()
+    state, written = module.state_dict(), dict[str, torch.Tensor]()
     for path, (name, transposed) in names.items():
-        value = state[path].detach().cpu()
-        array = (value.T if transposed else value).contiguous().numpy()
-        if name in written and not np.array_equal(written[name], array):
+        value = state[path].T if transposed else state[path]
+        if name in written and not torch.equal(written[name], value):
             raise UnsupportedModuleError(
                 f"layers that share {name!r} in the file have become different and fit no copy of it"
             )
-        written[name] = array
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensors[name].data_type)
-        tensors[name].CopyFrom(onnx.numpy_helper.from_array(array.astype(dtype), name))
+        written[name] = value
+        tensors[name].CopyFrom(tensor_proto(name, value, tensors[name].data_type))
     return result
 
 
 def merge_onnx(
     base: onnx.ModelProto,
-    side: SideNetwork | ClosedFormSideNetwork,
+    side: nn.Module,
     *,
     reads: str | None = None,
     adds_to: str | None = None,
@@ -75,7 +72,7 @@ def merge_onnx(
 
     Args:
         base: Filled model with one output of logits (B, C).
-        side: The side network, trained or in closed form.
+        side: The ``SideNetwork`` or ``ClosedFormSideNetwork``.
         reads: Tensor that g reads: default the first graph input; for ``at="features"`` the name of the head's input.
         adds_to: Tensor that g is added to; default the first graph output.
         prefix: Of all new names; choose another one for every stacked network.
@@ -84,14 +81,11 @@ def merge_onnx(
         InvalidOptionError: A tensor name does not exist, or the prefix is taken.
         UnsupportedModuleError: The side network is of another class.
     """
-    model: onnx.ModelProto = onnx.ModelProto()
-    model.CopyFrom(base)
+    model = copied(base)
     graph = model.graph
-    known = {value.name for value in (*graph.input, *graph.output)} | {
-        out for node in graph.node for out in node.output
-    }
-    source = reads or graph.input[0].name
-    target = adds_to or graph.output[0].name
+    known = {value.name for value in (*graph.input, *graph.output)}
+    known |= {output for node in graph.node for output in node.output}
+    source, target = reads or graph.input[0].name, adds_to or graph.output[0].name
     for name in (source, target):
         if name not in known:
             raise InvalidOptionError(f"the graph has no tensor {name!r}; it ends in {[o.name for o in graph.output]}")
@@ -99,83 +93,74 @@ def merge_onnx(
         raise InvalidOptionError(f"the graph already has initializers named {prefix}.*; choose another prefix")
     renamed = f"{prefix}.base_output"
     for node in graph.node:
-        for index, output in enumerate(node.output):
-            if output == target:
-                node.output[index] = renamed
-    builder = _Builder(graph, prefix)
-    added = _side_nodes(builder, source, side)
+        node.output[:] = [renamed if output == target else output for output in node.output]
+    writer = _Writer(graph, prefix)
+    if isinstance(side, SideNetwork):
+        added = _trained_nodes(writer, writer.node("Flatten", source, axis=1), side)
+    elif isinstance(side, ClosedFormSideNetwork):
+        added = _closed_form_nodes(writer, writer.node("Flatten", source, axis=1), side)
+    else:
+        raise UnsupportedModuleError(f"expected a side network of this package, got {type(side).__name__}")
     graph.node.append(onnx.helper.make_node("Add", [renamed, added], [target], name=f"{prefix}.add"))
     _sort_nodes(graph)
     onnx.checker.check_model(model)
     return model
 
 
-class _Builder:
-    """Appends nodes and initializers with a common prefix."""
+class _Writer:
+    """Appends nodes with a common prefix; tensors among their inputs become initializers."""
 
-    def __init__(self, graph: Any, prefix: str) -> None:
+    def __init__(self, graph: onnx.GraphProto, prefix: str) -> None:
         self.graph, self.prefix, self.count = graph, prefix, 0
 
-    def constant(self, name: str, value: torch.Tensor) -> str:
-        full = f"{self.prefix}.{name}"
-        array = value.detach().cpu().contiguous().numpy()
-        self.graph.initializer.append(onnx.numpy_helper.from_array(array, full))
-        return full
-
-    def node(self, op_type: str, inputs: Sequence[str], **attributes: Any) -> str:
+    def node(self, op_type: str, *inputs: str | tuple[str, torch.Tensor], **attributes: Any) -> str:
+        names = []
+        for item in inputs:
+            if isinstance(item, tuple):
+                self.graph.initializer.append(tensor_proto(f"{self.prefix}.{item[0]}", item[1]))
+            names.append(item if isinstance(item, str) else f"{self.prefix}.{item[0]}")
         self.count += 1
         output = f"{self.prefix}.{op_type.lower()}_{self.count}"
-        self.graph.node.append(onnx.helper.make_node(op_type, inputs, [output], name=output, **attributes))
+        self.graph.node.append(onnx.helper.make_node(op_type, names, [output], name=output, **attributes))
         return output
 
 
-def _side_nodes(builder: _Builder, source: str, side: SideNetwork | ClosedFormSideNetwork) -> str:
-    flat = builder.node("Flatten", [source], axis=1)
-    if isinstance(side, SideNetwork):
-        return _trained_nodes(builder, flat, side)
-    if isinstance(side, ClosedFormSideNetwork):
-        return _closed_form_nodes(builder, flat, side)
-    raise UnsupportedModuleError(f"expected a side network of this package, got {type(side).__name__}")
-
-
-def _trained_nodes(builder: _Builder, features: str, side: SideNetwork) -> str:
+def _trained_nodes(writer: _Writer, features: str, side: SideNetwork) -> str:
     for index, layer in enumerate(side.layers):
-        weight = builder.constant(f"layers.{index}.weight", layer.get_parameter("weight"))
-        bias = builder.constant(f"layers.{index}.bias", layer.get_parameter("bias"))
-        features = builder.node("Gemm", [features, weight, bias], transB=1)
+        weights = [(f"layers.{index}.{role}", layer.get_parameter(role)) for role in ("weight", "bias")]
+        features = writer.node("Gemm", features, *weights, transB=1)
         if index + 1 < len(side.layers):
-            features = builder.node("Relu", [features])
+            features = writer.node("Relu", features)
     return features
 
 
-def _closed_form_nodes(builder: _Builder, features: str, side: ClosedFormSideNetwork) -> str:
+def _closed_form_nodes(writer: _Writer, features: str, side: ClosedFormSideNetwork) -> str:
     double = side.center.dtype == torch.float64
     if double:
-        features = builder.node("Cast", [features], to=onnx.TensorProto.DOUBLE)
-    centred = builder.node("Sub", [features, builder.constant("center", side.center)])
-    lines = builder.node("MatMul", [centred, builder.constant("directions", side.directions.T)])
-    chosen = builder.node("Gather", [lines, builder.constant("select", side.select)], axis=1)
-    hidden = builder.node("Relu", [builder.node("Sub", [chosen, builder.constant("knots", side.knots)])])
+        features = writer.node("Cast", features, to=onnx.TensorProto.DOUBLE)
+    centred = writer.node("Sub", features, ("center", side.center))
+    lines = writer.node("MatMul", centred, ("directions", side.directions.T))
+    chosen = writer.node("Gather", lines, ("select", side.select), axis=1)
+    hidden = writer.node("Relu", writer.node("Sub", chosen, ("knots", side.knots)))
     if side.depth == 3:
-        mixed = builder.node("MatMul", [hidden, builder.constant("mixing_weight", side.mixing_weight.T)])
-        hidden = builder.node("Relu", [builder.node("Add", [mixed, builder.constant("mixing_bias", side.mixing_bias)])])
-    output = builder.node("MatMul", [hidden, builder.constant("output_weight", side.output_weight.T)])
-    output = builder.node("Add", [output, builder.constant("output_bias", side.output_bias)])
-    return builder.node("Cast", [output], to=onnx.TensorProto.FLOAT) if double else output
+        mixed = writer.node("MatMul", hidden, ("mixing_weight", side.mixing_weight.T))
+        hidden = writer.node("Relu", writer.node("Add", mixed, ("mixing_bias", side.mixing_bias)))
+    output = writer.node("MatMul", hidden, ("output_weight", side.output_weight.T))
+    output = writer.node("Add", output, ("output_bias", side.output_bias))
+    return writer.node("Cast", output, to=onnx.TensorProto.FLOAT) if double else output
 
 
-def _sort_nodes(graph: Any) -> None:
+def _sort_nodes(graph: onnx.GraphProto) -> None:
     """Orders nodes so that each comes after those it reads (a network that is added inside may come too late)."""
-    produced = {output for node in graph.node for output in node.output}
-    ready: set[str] = set()
-    waiting, ordered = list(graph.node), []
-    while waiting:
-        now = [node for node in waiting if all(name in ready or name not in produced for name in node.input)]
-        assert now, "the merged graph has a cycle"
-        ordered += now
-        ready.update(output for node in now for output in node.output)
-        taken = {id(node) for node in now}
-        waiting = [node for node in waiting if id(node) not in taken]
-    copies = [type(node).FromString(node.SerializeToString()) for node in ordered]
+    nodes = [copied(node) for node in graph.node]
+    producers = {output: index for index, node in enumerate(nodes) for output in node.output}
+    reads = {index: {*node.input, *_captured(node)} for index, node in enumerate(nodes)}
+    needs = {index: {producers[name] for name in names if name in producers} for index, names in reads.items()}
     del graph.node[:]
-    graph.node.extend(copies)
+    graph.node.extend(nodes[index] for index in TopologicalSorter(needs).static_order())
+
+
+def _captured(node: onnx.NodeProto) -> set[str]:
+    """What the graphs inside a node read."""
+    body = onnx.GraphProto(node=[node])
+    return {name for inner in list(graphs(body))[1:] for part in inner.node for name in part.input}
