@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -10,8 +11,10 @@ from typing import Any
 
 import torch
 
-from ghn_service.training.evaluation.fine_tune import mean_and_error
+from ghn_client.finetune.images import measure_normalization
+from ghn_service.training.evaluation.fine_tune import FineTuneData, mean_and_error
 from ghn_service.training.evaluation.processes import work_through
+from ghn_service.training.images import require_split, split_validation
 
 Cell = dict[str, Any]
 CHOOSING_SEED = 1000
@@ -51,6 +54,14 @@ def _on_one_thread(measure: Callable[[Cell], Cell]) -> Callable[[Cell], Cell]:
 
 def _measured(measure: Callable[[Cell], Cell], cell: Cell) -> Cell:
     return measure(cell)
+
+
+@functools.cache
+def cifar10(folder: Path, cache: Path | None, *, image_size: int, held_out: int) -> FineTuneData:
+    """Training images without the held-out ones, those, and test images, read once."""
+    everything, test = (require_split(folder, split, image_size=image_size, cache=cache) for split in ("train", "test"))
+    training, validation = split_validation(everything, held_out)
+    return FineTuneData(training, validation, test, measure_normalization(training))
 
 
 def run_seeds(

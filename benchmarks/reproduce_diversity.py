@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,22 @@ import torch
 from torch import nn
 
 from benchmarks.charts import bar_chart
-from benchmarks.experiment import CHOOSING_SEED, Cell, file_digest, percent, run_seeds, table, verdict, write_page
+from benchmarks.experiment import (
+    CHOOSING_SEED,
+    Cell,
+    cifar10,
+    file_digest,
+    percent,
+    run_seeds,
+    table,
+    verdict,
+    write_page,
+)
 from ghn_architectures.architecture import Architecture, Configuration, Interface
 from ghn_architectures.convnext import ConvNeXtConfiguration
 from ghn_architectures.registry import ARCHITECTURES
 from ghn_architectures.resnet import ResNetConfiguration
 from ghn_architectures.vit import VisionTransformerConfiguration
-from ghn_client.finetune.images import measure_normalization
 from ghn_client.options import parse_step
 from ghn_service.postprocess.diversity import measure_network
 from ghn_service.postprocess.steps import Step
@@ -40,7 +49,6 @@ from ghn_service.training.evaluation.fine_tune import (
     small_training_set,
 )
 from ghn_service.training.evaluation.zero_shot import he_module, initial_module, load_tensors
-from ghn_service.training.images import require_split, split_validation
 from ghn_service.training.precision import choose_precision
 
 HE, GHN = "He", "GHN"
@@ -90,42 +98,25 @@ def options_of(texts: Sequence[str], seed: int, layer: int) -> PredictionOptions
     return PredictionOptions(seed=seed, steps=tuple(Step(step.name, {**step.options, **options}) for step in steps))
 
 
-class Trainings:
-    """Fine-tunes one network for each cell, on images and with a hypernetwork that are read once."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments = arguments
-        self.predictor = cache(lambda: Predictor.from_checkpoint(arguments.checkpoint, device="cpu"))
-        self.data = cache(self._data)
-        self.precision = choose_precision("auto", torch.device("cpu"))
-
-    def _data(self, seed: int) -> FineTuneData:
-        """A class-balanced small training set, and what to score on: validation images if the seed is for choosing."""
-        folder, cache_folder = self.arguments.data, self.arguments.cache
-        everything = require_split(folder, "train", image_size=Interface().image_size, cache=cache_folder)
-        rest, validation = split_validation(everything, VALIDATION_IMAGES)
-        test = require_split(folder, "test", image_size=Interface().image_size, cache=cache_folder)
-        scored = test.first(self.arguments.test_images)
-        scored = validation if seed == CHOOSING_SEED else scored
-        training = small_training_set(rest, self.arguments.images, seed=seed)
-        return FineTuneData(training, validation, scored, measure_normalization(rest))
-
-    def measure(self, cell: Cell) -> Cell:
-        """Accuracy of the start of a cell before and after fine-tuning."""
-        steps, seed = cell["steps"], cell["seed"]
-        rule = FineTuneSettings(
-            learning_rates=(cell["rate"],), choose_at=0, budgets=(steps,), longest=steps, every=steps
-        )
-        architecture = find_network(cell["network"])
-        predictor = self.predictor()
-        module = start_module(cell["start"], architecture, predictor, seed, cell.get("layer", 0))
-        curve = fine_tune(module, self.data(seed), rule, steps=steps, seed=seed, precision=self.precision)
-        return {"accuracy": curve.at(steps), "before": curve.at(0)}
+def measure(cell: Cell, arguments: argparse.Namespace, predictor: Predictor) -> Cell:
+    """Accuracy of the start of a cell before and after fine-tuning on a class-balanced small training set."""
+    steps, seed = cell["steps"], cell["seed"]
+    size = Interface().image_size
+    data = cifar10(arguments.data, arguments.cache, image_size=size, held_out=VALIDATION_IMAGES)
+    scored = data.validation if seed == CHOOSING_SEED else data.test.first(arguments.test_images)
+    training = small_training_set(data.training, arguments.images, seed=seed)
+    data = FineTuneData(training, data.validation, scored, data.normalization)
+    rule = FineTuneSettings((cell["rate"],), choose_at=0, budgets=(steps,), longest=steps, every=steps)
+    module = start_module(cell["start"], find_network(cell["network"]), predictor, seed, cell.get("layer", 0))
+    precision = choose_precision("auto", torch.device("cpu"))
+    curve = fine_tune(module, data, rule, steps=steps, seed=seed, precision=precision)
+    return {"accuracy": curve.at(steps), "before": curve.at(0)}
 
 
 def run_rows(arguments: argparse.Namespace) -> list[Cell]:
     """Every training; one entry for each network, start and seed, with the chosen rate."""
-    trainings = Trainings(arguments)
+    predictor = Predictor.from_checkpoint(arguments.checkpoint, device="cpu")
+    one = partial(measure, arguments=arguments, predictor=predictor)
     digest = file_digest(arguments.checkpoint)
     finished = []
     for network in arguments.networks:
@@ -133,8 +124,7 @@ def run_rows(arguments: argparse.Namespace) -> list[Cell]:
             cell: Cell = {"network": network, "start": start, "images": arguments.images, "steps": arguments.steps}
             cell["test_images"] = arguments.test_images
             cell |= {} if start == HE else {"checkpoint": digest, "layer": arguments.layer}
-            rates, seeds = arguments.rates, arguments.seeds
-            finished += run_seeds(arguments.cells, cell, trainings.measure, rates=rates, seeds=seeds)
+            finished += run_seeds(arguments.cells, cell, one, rates=arguments.rates, seeds=arguments.seeds)
     return finished
 
 
@@ -149,17 +139,17 @@ def group_rows(results: Sequence[Cell]) -> dict[str, dict[str, list[Cell]]]:
     return rows
 
 
-def accuracy_table(rows: Scores, key: str) -> Iterator[str]:
+def accuracy_table(rows: Scores, key: str) -> list[str]:
     """Mean and standard error in percent; bold is the best of a row."""
     starts = list(dict.fromkeys(start for scores in rows.values() for start in scores))
-    yield "| network | " + " | ".join(starts) + " |"
-    yield "|---" * (len(starts) + 1) + "|"
+    lines = []
     for network, scores in rows.items():
         values = {start: [cell[key] for cell in cells] for start, cells in scores.items()}
         best = max(values, key=lambda start: sum(values[start]) / len(values[start]))
         texts = {start: percent(accuracies) for start, accuracies in values.items()}
         texts[best] = f"**{texts[best]}**"
-        yield f"| {network} | " + " | ".join(texts.get(start, "-") for start in starts) + " |"
+        lines.append([network, *(texts.get(start, "-") for start in starts)])
+    return table(["network", *starts], lines)
 
 
 def differences(rows: Scores) -> Iterator[list[str]]:

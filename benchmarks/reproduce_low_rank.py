@@ -24,23 +24,24 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from benchmarks.charts import bar_chart
-from benchmarks.experiment import CHOOSING_SEED, Cell, percent, run_seeds, verdict, write_page
+from benchmarks.experiment import CHOOSING_SEED, Cell, cifar10, percent, run_seeds, table, verdict, write_page
 from ghn_client.factors import FACTOR_IN, FACTOR_OUT
 from ghn_client.finetune import factorize_module
 from ghn_client.finetune.factored import frobenius_decay
-from ghn_client.finetune.images import ImageSet, Normalization, measure_normalization
+from ghn_client.finetune.images import ImageSet, Normalization
 from ghn_service.postprocess.low_rank.factorize import factorize, relative_function_error
 from ghn_service.training.evaluation.fine_tune import mean_and_error
 from ghn_service.training.evaluation.zero_shot import accuracy
-from ghn_service.training.images import Augmentation, Batches, require_split, split_validation
+from ghn_service.training.images import Augmentation, Batches
 
 SHAPES = ((64, 64, 1), (64, 512, 4), (256, 256, 4), (256, 256, 32), (576, 256, 4), (576, 256, 32))
 METHODS = ("spectral", "function")
@@ -55,18 +56,17 @@ FULL_RANK = 1.0
 
 def layer_errors() -> list[str]:
     """The first table, from three draws of each shape."""
-    lines = ["| inputs x width | rank | spectral | function | function, optimised |", "|---|---|---|---|---|"]
+    methods = (*METHODS, "function_optimized")
+    rows = []
     for inputs, width, rank in SHAPES:
-        errors = dict.fromkeys((*METHODS, "function_optimized"), 0.0)
+        errors = dict.fromkeys(methods, 0.0)
         for seed in range(3):
             weight = torch.randn(width, inputs, generator=torch.Generator().manual_seed(seed)) * math.sqrt(2 / inputs)
-            for method in errors:
+            for method in methods:
                 u, v = factorize(weight, rank, method=method, activation="relu")
                 errors[method] += relative_function_error(weight, u, v, activation="relu") / 3
-        lines.append(
-            f"| {inputs} x {width} | {rank} | " + " | ".join(f"{error:.4f}" for error in errors.values()) + " |"
-        )
-    return lines
+        rows.append([f"{inputs} x {width}", rank, *(f"{error:.4f}" for error in errors.values())])
+    return table(["inputs x width", "rank", *METHODS, "function, optimised"], rows)
 
 
 def build_network(*, normalize: bool) -> nn.Sequential:
@@ -134,66 +134,57 @@ def train(
         schedule.step()
 
 
-class Trainings:
-    """Trains one network for each cell, on images that are read once."""
-
-    def __init__(self, folder: Path, cache_folder: Path | None) -> None:
-        self.folder, self.cache_folder = folder, cache_folder
-        self.images = cache(self._images)
-
-    def _images(self) -> tuple[ImageSet, ImageSet, ImageSet, Normalization]:
-        everything = require_split(self.folder, "train", image_size=IMAGE_SIZE, cache=self.cache_folder)
-        rest, validation = split_validation(everything, 2000)
-        test = require_split(self.folder, "test", image_size=IMAGE_SIZE, cache=self.cache_folder)
-        return rest, validation, test, measure_normalization(rest)
-
-    def measure(self, cell: Cell) -> Cell:
-        """Accuracy and number of parameters of the network of a cell after training."""
-        rest, validation, test, normalization = self.images()
-        images = rest.first(cell["images"])
-        torch.manual_seed(cell["seed"])
-        network: nn.Module = build_network(normalize=cell["batchnorm"])
-        if cell["method"] != DENSE:
-            assert isinstance(network, nn.Sequential)
-            network = factored_network(network, size=cell["size"], method=cell["method"])
-        train(network, images, normalization, steps=cell["steps"], rate=cell["rate"], seed=cell["seed"])
-        scored = validation if cell["seed"] == CHOOSING_SEED else test
-        parameters = sum(parameter.numel() for parameter in network.parameters())
-        return {"accuracy": accuracy(network.eval(), scored, normalization, batch_size=500), "parameters": parameters}
+def measure(cell: Cell, *, folder: Path, cache: Path | None) -> Cell:
+    """Accuracy and number of parameters of the network of a cell after training."""
+    data = cifar10(folder, cache, image_size=IMAGE_SIZE, held_out=2000)
+    torch.manual_seed(cell["seed"])
+    dense = build_network(normalize=cell["batchnorm"])
+    is_dense = cell["method"] == DENSE
+    network = dense if is_dense else factored_network(dense, size=cell["size"], method=cell["method"])
+    images = data.training.first(cell["images"])
+    train(network, images, data.normalization, steps=cell["steps"], rate=cell["rate"], seed=cell["seed"])
+    scored = data.validation if cell["seed"] == CHOOSING_SEED else data.test
+    reached = accuracy(network.eval(), scored, data.normalization, batch_size=500)
+    return {"accuracy": reached, "parameters": sum(parameter.numel() for parameter in network.parameters())}
 
 
 def run_rows(arguments: argparse.Namespace) -> list[Cell]:
     """Every training of the second table; rows with the chosen rates, one entry for each seed."""
-    trainings = Trainings(arguments.data, arguments.cache)
-    finished = []
+    one = partial(measure, folder=arguments.data, cache=arguments.cache)
     sizes = [*map(float, arguments.ranks), *arguments.fractions]
+    finished = []
     for batchnorm in (False, True):
         for size, method in [(size, method) for size in sizes for method in METHODS] + [(FULL_RANK, DENSE)]:
             cell = {"batchnorm": batchnorm, "size": size, "method": method}
             cell |= {"images": arguments.images, "steps": arguments.steps}
-            rates, seeds = arguments.rates, arguments.seeds
-            finished += run_seeds(arguments.cells, cell, trainings.measure, rates=rates, seeds=seeds)
+            finished += run_seeds(arguments.cells, cell, one, rates=arguments.rates, seeds=arguments.seeds)
     return finished
 
 
-def accuracy_table(results: Sequence[Cell]) -> Iterator[str]:
+def accuracy_table(results: Sequence[Cell]) -> list[str]:
     """The second table: mean and standard error in percent."""
-    yield "| BatchNorm | rank | parameters | spectral | function | difference, paired | at chance | learning rates |"
-    yield "|---|---|---|---|---|---|---|---|"
+    rows = []
     for (batchnorm, size), methods in _rows(results).items():
-        spectral, function = (methods[name] for name in METHODS)
-        yield (
-            f"| {'yes' if batchnorm else 'no'} | {_size_name(size)} | {spectral[0]['parameters']:,} | "
-            f"{percent(_accuracies(spectral), 2)} | {percent(_accuracies(function), 2)} | "
-            f"{percent(_differences(methods), 2, '+')} | {_at_chance(spectral)}, {_at_chance(function)} | "
-            f"{spectral[0]['rate']:g}, {function[0]['rate']:g} |"
+        both = [methods[name] for name in METHODS]
+        rows.append(
+            [
+                "yes" if batchnorm else "no",
+                _size_name(size),
+                f"{both[0][0]['parameters']:,}",
+                *(percent(_accuracies(cells), 2) for cells in both),
+                percent(_differences(methods), 2, "+"),
+                ", ".join(map(_at_chance, both)),
+                ", ".join(f"{cells[0]['rate']:g}" for cells in both),
+            ]
         )
     for batchnorm in (False, True):
         dense = [cell for cell in results if cell["method"] == DENSE and cell["batchnorm"] == batchnorm]
         if dense:
-            norm, count = "yes" if batchnorm else "no", dense[0]["parameters"]
-            accuracy = percent(_accuracies(dense), 2)
-            yield f"| {norm} | dense | {count:,} | {accuracy} | - | - | {_at_chance(dense)} | {dense[0]['rate']:g} |"
+            norm, accuracies = "yes" if batchnorm else "no", percent(_accuracies(dense), 2)
+            count, rate = f"{dense[0]['parameters']:,}", f"{dense[0]['rate']:g}"
+            rows.append([norm, "dense", count, accuracies, "-", "-", _at_chance(dense), rate])
+    header = ["BatchNorm", "rank", "parameters", *METHODS, "difference, paired", "at chance", "learning rates"]
+    return table(header, rows)
 
 
 def verdicts(results: Sequence[Cell]) -> Iterator[str]:
@@ -292,35 +283,23 @@ def chart(results: Sequence[Cell]) -> str:
     return bar_chart("function minus spectral, paired by seed", groups, y_label="test accuracy, percentage points")
 
 
-def resnet50() -> Counter[Shape]:
-    """Weights of ResNet-50 as (outputs, inputs * kernel)."""
-    shapes, channels = [(64, 147)], 64
+def layer_shapes(network: str) -> Counter[Shape]:
+    """Weights of a network as (outputs, inputs * kernel), but depthwise convolutions and the classifier."""
+    if network == "vit_b_16":
+        return Counter({(768, 768): 13, (2304, 768): 12, (3072, 768): 12, (768, 3072): 12})
+    if network == "convnext_tiny":
+        stages = ((96, 3), (192, 3), (384, 9), (768, 3))
+        shapes = Counter({(wide, 4 * narrow): 1 for (narrow, _), (wide, _) in itertools.pairwise(stages)})
+        shapes.update({(96, 48): 1, **{(4 * width, width): blocks for width, blocks in stages}})
+        shapes.update({(width, 4 * width): blocks for width, blocks in stages})
+        return shapes
+    found, channels = [(64, 147)], 64  # resnet50
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for block in range(blocks):
-            shapes += [(width, channels), (width, width * 9), (4 * width, width)]
-            shapes += [(4 * width, channels)] if block == 0 else []
+            found += [(width, channels), (width, width * 9), (4 * width, width)]
+            found += [(4 * width, channels)] if block == 0 else []
             channels = 4 * width
-    return Counter(shapes)
-
-
-def vit_base() -> Counter[Shape]:
-    """Weights of ViT-B/16: patches, packed projections, output projections, feed-forward layers."""
-    return Counter({(768, 768): 13, (2304, 768): 12, (3072, 768): 12, (768, 3072): 12})
-
-
-def convnext_tiny() -> Counter[Shape]:
-    """Weights of ConvNeXt-T without its depthwise convolutions."""
-    shapes: Counter[Shape] = Counter({(96, 48): 1})
-    widths = (96, 192, 384, 768)
-    for width, blocks in zip(widths, (3, 3, 9, 3), strict=True):
-        shapes[(4 * width, width)] += blocks
-        shapes[(width, 4 * width)] += blocks
-    for narrow, wide in itertools.pairwise(widths):
-        shapes[(wide, 4 * narrow)] += 1
-    return shapes
-
-
-NETWORKS = {"resnet50": (resnet50, "relu"), "vit_b_16": (vit_base, "gelu"), "convnext_tiny": (convnext_tiny, "gelu")}
+    return Counter(found)
 
 
 def balanced(left: torch.Tensor, values: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.Tensor, ...]:
@@ -340,56 +319,44 @@ def spectral_by_sketch(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, .
     return balanced(*torch.svd_lowrank(weight, q=min(rank + 16, *weight.shape), niter=4), rank)
 
 
-def cpu_seconds(function: Callable[[], object]) -> float:
-    """CPU seconds of one call, the better of two."""
-    best = math.inf
-    for _ in range(2):
-        start = time.process_time()
-        function()
-        best = min(best, time.process_time() - start)
-    return best
-
-
-def missing_energy(weight: torch.Tensor, rank: int) -> float:
-    """Share of the energy of the best rank-r matrix that the randomised one lacks."""
-    u, v = spectral_by_sketch(weight, rank)
-    best = torch.linalg.svdvals(weight)[:rank].square().sum()
-    return float(1 - (u @ v.T).square().sum() / best)
-
-
-def measure_cost(network: str, fraction: float) -> None:
-    """Prints one row of the table."""
-    shapes, activation = NETWORKS[network]
-    totals, missing, layers = dict.fromkeys(("svd", "spectral", "function", "optimized", "sketch"), 0.0), 0.0, 0
-    for (rows, columns), count in shapes().items():
+def cost_row(network: str, fraction: float) -> list[str]:
+    """CPU seconds of each way over all layers that get smaller, the better of two calls, and the missing energy."""
+    activation = "relu" if network == "resnet50" else "gelu"
+    ways: dict[str, Callable[[torch.Tensor, int], Any]] = {
+        "full SVD": spectral_by_svd,
+        **{
+            method: partial(factorize, method=method, activation=activation)
+            for method in (*METHODS, "function_optimized")
+        },
+        "randomised SVD": spectral_by_sketch,
+    }
+    totals, missing, layers = dict.fromkeys(ways, 0.0), 0.0, 0
+    for (rows, columns), count in layer_shapes(network).items():
         rank = max(round(fraction * min(rows, columns)), 1)
         if rank * (rows + columns) >= rows * columns:
             continue
         weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * math.sqrt(2 / columns)
-        runs: dict[str, Callable[[], object]] = {
-            "svd": lambda w=weight, r=rank: spectral_by_svd(w, r),  # type: ignore[misc]
-            "spectral": lambda w=weight, r=rank: factorize(w, r, method="spectral"),  # type: ignore[misc]
-            "function": lambda w=weight, r=rank: factorize(w, r, method="function", activation=activation),  # type: ignore[misc]
-            "optimized": lambda w=weight, r=rank: factorize(  # type: ignore[misc]
-                w, r, method="function_optimized", activation=activation
-            ),
-            "sketch": lambda w=weight, r=rank: spectral_by_sketch(w, r),  # type: ignore[misc]
-        }
-        for name, run in runs.items():
-            totals[name] += count * cpu_seconds(run)
-        missing, layers = max(missing, missing_energy(weight, rank)), layers + count
-    times = " | ".join(f"{totals[name]:.2f}" for name in totals)
-    print(f"| {network} | {fraction:g} | {layers} | {activation} | {times} | {missing:.1%} |", flush=True)
+        for name, way in ways.items():
+            seconds = []
+            for _ in range(2):
+                start = time.process_time()
+                way(weight, rank)
+                seconds.append(time.process_time() - start)
+            totals[name] += count * min(seconds)
+        u, v = spectral_by_sketch(weight, rank)
+        best = torch.linalg.svdvals(weight)[:rank].square().sum()
+        missing, layers = max(missing, float(1 - (u @ v.T).square().sum() / best)), layers + count
+    times = [f"{seconds:.2f}" for seconds in totals.values()]
+    return [network, f"{fraction:g}", str(layers), activation, *times, f"{missing:.1%}"]
 
 
 def print_costs() -> None:
     """Prints the table of costs."""
-    names = "full SVD | spectral | function | function_optimized | randomised SVD | energy it misses"
-    print(f"| network | rank / full | layers | activation | {names} |")
-    print("|---" * 10 + "|")
-    for network in NETWORKS:
-        for fraction in (1 / 16, 1 / 4):
-            measure_cost(network, fraction)
+    ways = ["full SVD", "spectral", "function", "function_optimized", "randomised SVD", "energy it misses"]
+    rows = [
+        cost_row(network, size) for network in ("resnet50", "vit_b_16", "convnext_tiny") for size in (1 / 16, 1 / 4)
+    ]
+    print("\n".join(table(["network", "rank / full", "layers", "activation", *ways], rows)))
 
 
 def main(words: Sequence[str] | None = None) -> None:
