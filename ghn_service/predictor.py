@@ -9,11 +9,12 @@ from __future__ import annotations
 import fnmatch
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,6 @@ READING, ENCODING, DECODING, POST_PROCESSING = "reading", "encoding", "decoding"
 MAX_SEED = 2**64 - 1
 
 OnStage = Callable[[str], None]
-ItemT = TypeVar("ItemT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,40 +202,28 @@ class Predictor:
         """
         options = options or PredictionOptions()
         clock = _StageClock(on_stage)
-        message = (
-            f"there is not enough memory on {self.device} to predict this network now; ask for a part of it, or float16"
-        )
         try:
-            with memory_errors(message):
-                return self._run(architecture, options, clock)
+            with memory_errors(f"{self.device} has too little memory for this network; ask for a part, or float16"):
+                graph = _read(architecture, clock)
+                known = restrict_vocabulary(graph, self.ghn.config.op_types)
+                with clock.stage(ENCODING):
+                    features = build_features(known, self.ghn.config)
+                    embeddings = self.ghn.encode(collate([features]).to(self.device))
+                with clock.stage(DECODING):
+                    parameters = self._decode(known, features.targets, embeddings, options, clock)
+                if not options.has_steps:
+                    return PredictionResult(parameters, graph, clock.seconds)
+                with clock.stage(POST_PROCESSING):
+                    result = self._post_process(parameters, known, options, clock)
+                return replace(result, graph=graph)
         except OutOfMemoryError:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             raise
 
-    def _run(
-        self,
-        architecture: ArchitectureGraph | bytes,
-        options: PredictionOptions,
-        clock: _StageClock,
-    ) -> PredictionResult:
-        graph = read_architecture(architecture, clock)
-        known = restrict_vocabulary(graph, self.ghn.config.op_types)
-        with clock.stage(ENCODING):
-            features = build_features(known, self.ghn.config)
-            batch = collate([features]).to(self.device)
-            embeddings = self.ghn.encode(batch)
-        with clock.stage(DECODING):
-            parameters = self._decode(known, features.targets, embeddings, options, clock)
-        if not options.has_steps:
-            return PredictionResult(parameters, graph, clock.seconds)
-        with clock.stage(POST_PROCESSING):
-            result = self._post_process(parameters, known, options, clock)
-        return replace(result, graph=graph)
-
     def analyze(self, architecture: ArchitectureGraph | bytes) -> ArchitectureAnalysis:
         """Says what a prediction would do with each tensor, without predicting; raises as ``run`` does."""
-        graph = read_architecture(architecture, _StageClock(None))
+        graph = _read(architecture, _StageClock(None))
         known = restrict_vocabulary(graph, self.ghn.config.op_types)
         targets = {target.name: target for target in build_features(known, self.ghn.config).targets}
         specs = {spec.name: spec for spec in known.parameters()}
@@ -270,7 +258,7 @@ class Predictor:
         blocks = self.ghn.decode_blocks(
             embeddings, list(by_name.values()), seed=options.seed, max_elements=MAX_ELEMENTS_HELD
         )
-        fill_parameters(parameters, clock.ticking(DECODING, blocks), graph, seed=options.seed)
+        fill_parameters(parameters, blocks, graph, seed=options.seed, on_group=partial(clock.tick, DECODING))
         return parameters
 
     def _post_process(
@@ -316,7 +304,7 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def read_architecture(architecture: ArchitectureGraph | bytes, clock: _StageClock) -> ArchitectureGraph:
+def _read(architecture: ArchitectureGraph | bytes, clock: _StageClock) -> ArchitectureGraph:
     """The graph itself, or the one in a serialised ONNX model."""
     if isinstance(architecture, ArchitectureGraph):
         return architecture
@@ -335,12 +323,6 @@ class _StageClock:
         """Tells the caller that this stage goes on; the caller may raise."""
         if self._on_stage is not None:
             self._on_stage(name)
-
-    def ticking(self, name: str, items: Iterable[ItemT]) -> Iterator[ItemT]:
-        """The items, with a tick before each is handed on."""
-        for item in items:
-            self.tick(name)
-            yield item
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,12 @@ MAX_ELEMENTS_HELD = 4 * 2**20
 
 
 def fill_parameters(
-    parameters: ParameterSet, groups: Iterable[tuple[Sequence[Target], Tensor]], graph: ArchitectureGraph, *, seed: int
+    parameters: ParameterSet,
+    groups: Iterable[tuple[Sequence[Target], Tensor]],
+    graph: ArchitectureGraph,
+    *,
+    seed: int,
+    on_group: Callable[[], None],
 ) -> None:
     """Fills every tensor: by its decoded block, or by the fallback rule of what the hypernetwork does not predict.
 
@@ -29,12 +34,14 @@ def fill_parameters(
         groups: Targets of one shape and their blocks, (P, *block).
         graph: The architecture; its order gives each drawn tensor a generator that no other choice changes.
         seed: Seed of what is drawn.
+        on_group: Called before each group is written; may raise.
 
     Raises:
         PredictionError: A predicted value is not finite.
     """
     filled: set[str] = set()
     for targets, blocks in groups:
+        on_group()
         out = parameters[targets[0].name]
         blocks = blocks.to(device=out.device, dtype=out.dtype)
         if not torch.isfinite(blocks).all():
