@@ -71,7 +71,8 @@ class PredictionOptions:
             raise InvalidOptionError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}", field="dtype")
         if not 0 <= self.seed <= MAX_SEED:
             raise InvalidOptionError(f"seed must be from 0 to 2**64 - 1; got {self.seed}", field="seed")
-        parse_steps(self.steps)
+        if self.steps:
+            parse_steps(self.steps)
 
     @property
     def has_steps(self) -> bool:

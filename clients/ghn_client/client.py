@@ -167,7 +167,7 @@ class GHNClient:
             dtype=ghn_pb2.DataType.Value(f"DATA_TYPE_{dtype.upper()}"),
             seed=seed,
             steps=[encode_step(step) for step in steps],
-            low_rank=encode_low_rank(low_rank),
+            low_rank=None if low_rank is None else encode_low_rank(low_rank),
             include=list(include),
             request_id=uuid.uuid4().hex,
             report=report,
@@ -216,7 +216,7 @@ class GHNClient:
             model=model,
             dtype=ghn_pb2.DataType.Value(f"DATA_TYPE_{dtype.upper()}"),
             request_id=uuid.uuid4().hex,
-            low_rank=encode_low_rank(low_rank),
+            low_rank=None if low_rank is None else encode_low_rank(low_rank),
         )
         timeout_s = timeout_s or self._timeout_s or (PREDICT_TIMEOUT_S if low_rank else SHORT_TIMEOUT_S)
         reply: ghn_pb2.AnalyzeArchitectureResponse = self._unary("AnalyzeArchitecture", request, timeout_s)

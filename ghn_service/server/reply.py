@@ -59,9 +59,7 @@ def encode_values(parameters: ParameterSet) -> Iterator[memoryview]:
 
 
 def encode_report(result: PredictionResult, options: PredictionOptions, model: LoadedModel) -> str:
-    """The diversity report as JSON, with the prediction that it is about; "" if there is none."""
-    if result.report is None:
-        return ""
+    """The diversity report as JSON, with the prediction that it is about."""
     prediction = {
         "model": model.name,
         "model_digest": model.summary.digest,
@@ -70,7 +68,7 @@ def encode_report(result: PredictionResult, options: PredictionOptions, model: L
         "dtype": options.dtype,
     }
     low_rank = encode_low_rank_record(result.low_rank) if result.low_rank else None
-    return json.dumps({"prediction": prediction, **result.report, "low_rank": low_rank}, separators=(",", ":"))
+    return json.dumps({"prediction": prediction, **(result.report or {}), "low_rank": low_rank}, separators=(",", ":"))
 
 
 def _encode_header(

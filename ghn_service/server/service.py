@@ -46,6 +46,7 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
 
     def __init__(self, settings: Settings, models: ModelRegistry, work_queue: WorkQueue, watchdog: Watchdog) -> None:
         self.settings = settings
+        self.limits = settings.limits
         self.models = models
         self.work_queue = work_queue
         self.watchdog = watchdog
@@ -59,7 +60,7 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
         model = self.models.get(request.model)
         with self._admit(context) as job:
             start = time.perf_counter()
-            graph = read_onnx(request.architecture.onnx_model, limits=self.settings.limits)
+            graph = read_onnx(request.architecture.onnx_model, limits=self.limits)
             reading_s = time.perf_counter() - start
             if options.include and not any(options.includes(spec.name) for spec in graph.parameters()):
                 raise InvalidOptionError(
@@ -83,7 +84,7 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
                     watch.touch()
                 streaming_s = time.perf_counter() - start
                 seconds = {READING: reading_s, "waiting": job.wait_s, **result.seconds, "streaming": streaming_s}
-                report_json = encode_report(result, options, model)
+                report_json = encode_report(result, options, model) if result.report is not None else ""
                 yield ghn_pb2.PredictWeightsResponse(
                     trailer=ghn_pb2.StreamTrailer(seconds=seconds, report_json=report_json)
                 )
@@ -95,7 +96,7 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
         dtype = decode_dtype(request.dtype)
         low_rank = decode_low_rank(request.low_rank, with_curves=True) if request.HasField("low_rank") else None
         model = self.models.get(request.model)
-        graph = read_onnx(request.architecture.onnx_model, limits=self.settings.limits)
+        graph = read_onnx(request.architecture.onnx_model, limits=self.limits)
         analysis = model.predictors[0].analyze(graph)
         if low_rank is not None:
             with self._admit(context) as job:
