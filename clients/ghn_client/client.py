@@ -13,6 +13,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ghn_client.connection import MAX_ATTEMPTS, Connection, TlsFiles
+from ghn_client.embedded import EmbeddedServer
 from ghn_client.errors import GhnClientError, InvalidOptionError, ServerUnavailableError
 from ghn_client.info import (
     Analysis,
@@ -95,8 +96,6 @@ class GHNClient:
         Raises:
             EmbeddedServerError: ghn-service is not installed, or has no such checkpoint.
         """
-        from ghn_client.embedded import EmbeddedServer
-
         server = EmbeddedServer(checkpoint)
         client = cls(server.address, timeout_s=timeout_s)
         client._server = server
