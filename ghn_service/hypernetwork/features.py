@@ -140,9 +140,7 @@ def build_features(graph: ArchitectureGraph, config: GHNConfig) -> GraphFeatures
             "contract these nodes first"
         )
     vocabulary = shape_vocabulary(config.num_classes, config.max_shape[3])
-    generation = [0] * graph.num_nodes
-    for source, target in graph.edges:  # sorted by source, and sources precede targets
-        generation[target] = max(generation[target], generation[source] + 1)
+    generation = longest_paths(graph)
     return GraphFeatures(
         type_row=torch.tensor([type_rows[node.op_type] for node in graph.nodes]),
         shape_rows=torch.tensor([vocabulary.rows(node) for node in graph.nodes]),
@@ -243,6 +241,14 @@ def _nearest(known: tuple[int, ...], size: int) -> int:
     if above > 0 and size - known[above - 1] <= known[above] - size:
         return above - 1
     return above
+
+
+def longest_paths(graph: ArchitectureGraph) -> list[int]:
+    """Length of the longest path to each node; edges are sorted by source, and sources precede targets."""
+    generation = [0] * graph.num_nodes
+    for source, target in graph.edges:
+        generation[target] = max(generation[target], generation[source] + 1)
+    return generation
 
 
 def _targets(graph: ArchitectureGraph) -> Iterator[Target]:

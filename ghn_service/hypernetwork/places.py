@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ghn_service.graph.architecture import ArchitectureGraph, Node
 
-NUM_PLACES = 7
-"""Columns of ``find_places``."""
+RESOLUTION, BLOCK, NUM_PLACES = 2, 3, 7
+"""Two columns of ``find_places``, and how many it has."""
 PLACE_CHANNELS = 46
 """Columns of ``encode_places``."""
 
@@ -78,7 +78,8 @@ def encode_places(places: Tensor) -> Tensor:
 
     Returns:
         (T, 46): sines and cosines of pi {1, 2, 4} times each share, of the indices with periods 2 to 16, logarithms of
-        the counts, and whether a block or an occurrence is the first or the last.
+        the counts, and whether a block or an occurrence is the first or the last; scaled to a length of about 1, so
+        that the layer learns no faster than the embeddings beside it.
     """
     depth, last, resolution, block, num_blocks, occurrence, num_occurrences = places.unbind(1)
     shares = torch.stack((depth, block / num_blocks, occurrence / num_occurrences), dim=1)  # (T, 3)
@@ -90,7 +91,7 @@ def encode_places(places: Tensor) -> Tensor:
     counts = torch.stack((last, num_blocks, num_occurrences), dim=1).log2() / 8
     ends = (block == 0, block >= num_blocks - 1, occurrence == 0, occurrence == num_occurrences - 1)
     flags = torch.stack(ends, dim=1).to(places.dtype)
-    return torch.cat((angles.sin(), angles.cos(), parity, counts, flags), dim=1)
+    return torch.cat((angles.sin(), angles.cos(), parity, counts, flags), dim=1) / math.sqrt(PLACE_CHANNELS / 2)
 
 
 def _likeness(node: Node, resolution: int) -> tuple[object, ...]:

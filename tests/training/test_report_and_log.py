@@ -9,7 +9,7 @@ import pytest
 
 from ghn_service.errors import DataError
 from ghn_service.training.evaluation.fine_tune import Comparison, Curve
-from ghn_service.training.evaluation.report import fine_tune_summary, json_report, markdown_report
+from ghn_service.training.evaluation.report import fine_tune_summary, json_report, markdown_report, shape_table
 from ghn_service.training.evaluation.results import FineTuned, ZeroShot
 from ghn_service.training.evaluation.run import Evaluation
 from ghn_service.training.evaluation.settings import EvaluationSettings
@@ -51,6 +51,20 @@ def test_seeds_of_one_network_are_averaged_first():
 def test_a_partial_report_says_so():
     evaluation = dataclasses.replace(example(), fine_tuned=(), jobs=9, finished=3)
     assert "3 of 9" in markdown_report(evaluation)
+
+
+def test_accuracy_is_told_by_depth_and_width():
+    scores = (
+        ZeroShot("test", "0", 0.5, 0.4, 0.1, layers=8, width=16),
+        ZeroShot("test", "1", 0.3, 0.2, 0.1, layers=54, width=16, likeness=0.96),
+        ZeroShot("test", "2", 0.3, 0.2, 0.1),  # of an older results file
+    )
+    table = shape_table(scores).splitlines()[2:]
+    assert table[0].startswith("| 1 to 10 layers | 1 | 50.0")
+    assert table[1].startswith("| 41 to 80 layers | 1 | 30.0")
+    assert table[1].endswith("| 0.96 |")
+    assert table[2].startswith("| 1 to 16 channels in the first | 2 | 40.0")
+    assert shape_table(scores[2:]) == ""
 
 
 def test_the_report_says_how_many_training_networks_were_passed_over():

@@ -25,6 +25,7 @@ from ghn_service.graph.architecture import DIGEST_VERSION
 from ghn_service.hypernetwork.checkpoint import CheckpointSummary, load_checkpoint
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
 from ghn_service.training.evaluation.fine_tune import Curve, FineTuneData, fine_tune, small_training_set
+from ghn_service.training.evaluation.likeness import layers_and_width, likeness
 from ghn_service.training.evaluation.results import Result, ZeroShot, result_key
 from ghn_service.training.evaluation.settings import EvaluationSettings, Job
 from ghn_service.training.evaluation.zero_shot import (
@@ -237,6 +238,9 @@ def _zero_shot(job: Job, context: Context) -> ZeroShot:
     module = predict_module(context.hypernetwork, architecture, seed=0).eval()
     he = he_module(architecture, seed=0).eval()
     novelty = context.neighbours.novelty(architecture) if context.neighbours else None
+    graph = architecture.graph()
+    layers, width = layers_and_width(graph)
+    shape = {"layers": layers, "width": width, "likeness": likeness(graph, dict(module.named_parameters()))}
     with target_passes(CPU, choose_precision(settings.zero_shot_precision, CPU)):
         scores = {
             "batch": batch_accuracy(module, test, normalization),
@@ -247,7 +251,7 @@ def _zero_shot(job: Job, context: Context) -> ZeroShot:
             load_tensors(module, novelty.copies)
             scores["novelty"], scores["covered"] = novelty.distance, novelty.covered
             scores["copied"] = batch_accuracy(module, test, normalization)
-    return ZeroShot(job.split, job.name, **scores)
+    return ZeroShot(job.split, job.name, **scores, **shape)
 
 
 def _fine_tune(job: Job, learning_rate: float | None, context: Context) -> Curve:

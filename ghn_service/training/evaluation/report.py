@@ -43,6 +43,27 @@ def reference_table(results: Sequence[ZeroShot]) -> str:
     return "\n".join(lines)
 
 
+DEPTHS, WIDTHS = (0, 10, 20, 40, 80), (0, 16, 32, 64, 128)
+
+
+def shape_table(results: Sequence[ZeroShot]) -> str:
+    """Zero-shot accuracy by depth and by width in percent, and how alike predicted layers of one role are."""
+    lines = ["| | networks | batch statistics: mean ± s.e. | cosine of one role |", "|---|---|---|---|"]
+    for attribute, bounds in (("layers", DEPTHS), ("width", WIDTHS)):
+        for least, most in zip(bounds, (*bounds[1:], math.inf), strict=True):
+            members = [item for item in results if least < getattr(item, attribute) <= most]
+            if not members:
+                continue
+            cosines = [item.likeness for item in members if math.isfinite(item.likeness)]
+            name = f"more than {least}" if most == math.inf else f"{least + 1} to {most}"
+            what = "layers" if attribute == "layers" else "channels in the first"
+            lines.append(
+                f"| {name} {what} | {len(members)} | {_percent([item.batch for item in members])} "
+                f"| {f'{fmean(cosines):.2f}' if cosines else ''} |"
+            )
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 def fine_tune_summary(results: Sequence[FineTuned], budgets: Sequence[int]) -> list[dict[str, Any]]:
     """Per data size and budget (and for no steps at all): both means, mean gap, share of wins, and steps saved.
 
@@ -151,6 +172,11 @@ def markdown_report(evaluation: Evaluation) -> str:
         parts.append(zero_shot_caption(settings) + "\n\n" + zero_shot_table(evaluation.zero_shot))
     if reference := reference_table(evaluation.zero_shot):
         parts.append("Reference networks, zero-shot top-1 in percent.\n\n" + reference)
+    if shapes := shape_table(evaluation.zero_shot):
+        caption = (
+            "Zero-shot top-1 in percent by depth and width, and mean cosine between layers of one role; all splits."
+        )
+        parts.append(caption + "\n\n" + shapes)
     if fine_tuned := fine_tune_table(evaluation.fine_tuned, settings.fine_tune.budgets):
         parts.append(fine_tune_caption(settings) + "\n\n" + fine_tuned)
     if novelty := novelty_line(evaluation.zero_shot):

@@ -38,6 +38,9 @@ class ZeroShot:
         novelty: Median relative distance to the nearest training network's tensors; NaN where not measured.
         covered: Share of the values that have such a neighbour.
         copied: Accuracy (protocol ``batch``) with the nearest tensors in place of its own; NaN where not measured.
+        layers: Weighted layers.
+        width: Output channels of the first.
+        likeness: Mean cosine between predicted layers of one role (``likeness.py``); NaN where none occurs twice.
     """
 
     split: str
@@ -48,6 +51,9 @@ class ZeroShot:
     novelty: float = float("nan")
     covered: float = float("nan")
     copied: float = float("nan")
+    layers: float = float("nan")
+    width: float = float("nan")
+    likeness: float = float("nan")
 
 
 @dataclass(frozen=True)

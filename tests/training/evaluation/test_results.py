@@ -11,7 +11,7 @@ from ghn_service.training.evaluation.fine_tune import Curve
 from ghn_service.training.evaluation.results import ResultsFile, ZeroShot, decode_result, encode_result, result_key
 
 CURVE = Curve(0.03, (0, 50), (0.1, 0.25))
-SCORE = ZeroShot("test", "4", 0.5, 0.4, 0.1, novelty=0.25, covered=0.5, copied=0.375)
+SCORE = ZeroShot("test", "4", 0.5, 0.4, 0.1, novelty=0.25, covered=0.5, copied=0.375, layers=8, width=16, likeness=0.9)
 
 
 @pytest.mark.parametrize("result", [CURVE, SCORE])
