@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections import Counter
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,10 +74,7 @@ class ParameterSpec:
     @property
     def num_elements(self) -> int:
         """Number of scalars in the tensor."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 def leaky_relu_name(slope: float) -> str:
@@ -190,9 +187,14 @@ class ArchitectureGraph:
                 raise InvalidArchitectureError(
                     f"edge ({source}, {target}) does not go forward within {len(self.nodes)} nodes"
                 )
-        repeated = [name for name, count in Counter(spec.name for spec in self.parameters()).items() if count > 1]
+        names: set[str] = set()
+        repeated: dict[str, None] = {}
+        for spec in self.parameters():
+            if spec.name in names:
+                repeated[spec.name] = None
+            names.add(spec.name)
         if repeated:
-            raise InvalidArchitectureError(f"parameter names must be unique; repeated: {', '.join(repeated[:5])}")
+            raise InvalidArchitectureError(f"parameter names must be unique; repeated: {', '.join(list(repeated)[:5])}")
 
     @property
     def num_nodes(self) -> int:

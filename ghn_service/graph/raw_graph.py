@@ -8,6 +8,7 @@ of operations before it, which does not depend on the order of nodes in a file; 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,15 +77,12 @@ class Source:
     @property
     def is_vector(self) -> bool:
         """Whether at most one axis is longer than 1: biases, norm weights, layer scales."""
-        return sum(size > 1 for size in self.shape) <= 1
+        return len(self.shape) - self.shape.count(1) <= 1
 
     @property
     def num_elements(self) -> int:
         """Number of scalars."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(slots=True, eq=False)
@@ -190,11 +188,11 @@ class RawGraph:
 
     def union(self, flows: list[Flow]) -> Flow:
         """The union of flows, shared where they are equal."""
-        distinct = [flow for flow in dict.fromkeys(flows) if flow]
+        distinct = set(flows) - {NOTHING}
         if len(distinct) <= 1:
-            return distinct[0] if distinct else NOTHING
-        self.spend(sum(len(flow) for flow in distinct))
-        return frozenset().union(*distinct)
+            return distinct.pop() if distinct else NOTHING
+        self.spend(sum(map(len, distinct)))
+        return NOTHING.union(*distinct)
 
     def note_activation(self, flow: Flow, level: int, label: str) -> None:
         """Records that what comes from ``flow`` passes the activation ``label`` at ``level``; the first one counts."""

@@ -154,8 +154,7 @@ def is_constant(file: OnnxFile, name: str) -> bool:
 
 def _find_weight_inputs(file: OnnxFile, patterns: Patterns) -> None:
     undeclared = [header for header in file.inputs if header.name not in file.kinds]
-    has_weights = any(len(header.shape or ()) > 1 for header in file.initializers.values())
-    if len(undeclared) < 2 or has_weights:
+    if len(undeclared) < 2 or any(len(header.shape or ()) > 1 for header in file.initializers.values()):
         return
     names = {header.name for header in undeclared}
     slots: dict[str, str] = {}
