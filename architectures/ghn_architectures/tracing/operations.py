@@ -59,18 +59,9 @@ def conv2d(
     kernel = (int(weight.shape[2]), int(weight.shape[3]))
     height, width = (_windows(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
     op_type = "conv" if groups == 1 else ("dil_conv" if min(dilation) > 1 else "sep_conv")
-    return _layer(
-        x,
-        op_type,
-        weight,
-        bias,
-        (x.shape[0], int(weight.shape[0]), height, width),
-        groups=groups,
-        stride=stride,
-        dilations=dilation,
-        padding=(*padding, *padding),
-        positions=height * width,
-    )
+    shape = (x.shape[0], int(weight.shape[0]), height, width)
+    window = {"stride": stride, "dilations": dilation, "padding": (*padding, *padding)}
+    return _layer(x, op_type, weight, bias, shape, groups=groups, positions=height * width, **window)
 
 
 @rule(F.linear)
@@ -89,13 +80,7 @@ def _norm(x: Symbol, op_type: str, weight: Tensor, bias: Tensor | None) -> Symbo
 
 @rule(F.batch_norm)
 def batch_norm(
-    x: Symbol,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *_: Any,
-    **__: Any,
+    x: Symbol, running_mean: Any, running_var: Any, weight: Tensor, bias: Tensor | None = None, *_: Any, **__: Any
 ) -> Symbol:
     """Batch normalisation over the channels of (B, C, H, W)."""
     return _norm(x, "bn", weight, bias)
@@ -347,15 +332,9 @@ def getitem(x: Symbol, key: Any) -> Symbol:
     return x.reshaped(tuple(shape))
 
 
-@rule(F.dropout, F.dropout2d)
-def dropout(x: Symbol, *_: Any, **__: Any) -> Symbol:
-    """Dropout leaves no trace."""
-    return x.reshaped(x.shape)
-
-
-@rule(torch.roll)
-def roll(x: Symbol, shifts: Any, dims: Any = None) -> Symbol:
-    """Positions shifted in a circle."""
+@rule(F.dropout, F.dropout2d, torch.roll)
+def unchanged(x: Symbol, *_: Any, **__: Any) -> Symbol:
+    """Dropout, and positions shifted in a circle, leave no trace."""
     return x
 
 

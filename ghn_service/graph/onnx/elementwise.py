@@ -53,7 +53,7 @@ def read_concat(context: ReadContext, node: OnnxNode) -> None:
 def read_multiply(context: ReadContext, node: OnnxNode) -> None:
     """Mul: a squeeze-and-excitation gate, the second half of an activation, or a scale."""
     data = context.start(node)
-    if node.outputs[0] in context.patterns.layer_norms | context.patterns.other_norms:
+    if context.patterns.ends_norm(node):
         read_normalized(context, node, data)
         return
     flowing = [value for value in data if value.flow]
@@ -68,7 +68,7 @@ def read_multiply(context: ReadContext, node: OnnxNode) -> None:
 def read_divide(context: ReadContext, node: OnnxNode) -> None:
     """Div: the end of a written-out normalisation, or mere arithmetic."""
     data = context.start(node)
-    if node.outputs[0] in context.patterns.layer_norms | context.patterns.other_norms:
+    if context.patterns.ends_norm(node):
         read_normalized(context, node, data)
     else:
         combine(context, node, data, "ones")

@@ -56,6 +56,10 @@ class Patterns:
     input_kinds: dict[str, str] = field(default_factory=dict)
     consumers: dict[str, list[OnnxNode]] = field(default_factory=dict)
 
+    def ends_norm(self, node: OnnxNode) -> bool:
+        """Whether a node is the last one of a written-out normalisation."""
+        return node.outputs[0] in self.layer_norms or node.outputs[0] in self.other_norms
+
 
 def find_patterns(file: OnnxFile) -> Patterns:
     """Everything of the module docstring, in time proportional to the file."""
