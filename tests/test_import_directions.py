@@ -174,11 +174,13 @@ def test_the_graph_is_free_of_torch() -> None:
             assert "torch" not in {name.split(".")[0] for name in imported_modules(path)}, path.name
 
 
-def test_onnx_is_read_in_one_folder_of_the_service() -> None:
-    folder = ROOT / "ghn_service" / "graph" / "onnx"
+@pytest.mark.parametrize("package", ["ghn_service", "clients/ghn_client"])
+def test_onnx_is_touched_in_one_folder_of_a_package(package: str) -> None:
+    folder = ROOT / package / ("graph/onnx" if package == "ghn_service" else "onnx")
     for path in source_files():
-        if path.is_relative_to(ROOT / "ghn_service") and not path.is_relative_to(folder):
-            assert "onnx" not in {name.split(".")[0] for name in imported_modules(path)}, path.name
+        if path.is_relative_to(ROOT / package) and not path.is_relative_to(folder):
+            libraries = {name.split(".")[0] for name in imported_modules(path)}
+            assert not libraries & {"onnx", "onnx_ir", "onnxscript"}, path.name
 
 
 @pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(ROOT)))

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
 from safetensors.torch import save
 from torch import nn
@@ -25,7 +24,7 @@ from ghn_client.finetune.images import ImageBatches, load_images
 from ghn_client.finetune.planner import Plan, facts_of_module
 from ghn_client.finetune.planner import plan as make_plan
 from ghn_client.finetune.strategies import prepare
-from ghn_client.onnx.edit import read_model, write_model
+from ghn_client.onnx.edit import OnnxModel, read_model, write_model
 from ghn_client.onnx.export import read_source
 from ghn_client.onnx.facts import facts_of_onnx
 from ghn_client.onnx.fill import fill_model
@@ -141,7 +140,7 @@ class _Start:
     network: nn.Module
     request: dict[str, Any] | None
     image_size: int
-    to_onnx: Callable[[nn.Module], onnx.ModelProto] | None = None
+    to_onnx: Callable[[nn.Module], OnnxModel] | None = None
 
 
 def _is_factory(model: str) -> bool:
@@ -196,7 +195,7 @@ def _start(model: str, server: Server, tuning: Tuning) -> _Start:
     return _Start(network, _request(prediction), shape[-1], lambda tuned: to_onnx(tuned, network, filled))
 
 
-def _image_shape(model: onnx.ModelProto, wanted: int | None) -> tuple[int, ...]:
+def _image_shape(model: OnnxModel, wanted: int | None) -> tuple[int, ...]:
     """Shape of an example, with the sizes that the file leaves free filled in."""
     shape = input_shape(model)
     fits = len(shape) == 4 and shape[1] in (0, 3) and shape[2] == shape[3]

@@ -19,6 +19,9 @@ from onnx.external_data_helper import load_external_data_for_model
 from ghn_client.atomic_file import replaced_file, write_file
 from ghn_client.errors import InvalidArchitectureError
 
+OnnxModel = onnx.ModelProto
+"""For those who hand models on without touching them."""
+
 TORCH_DTYPES: dict[int, torch.dtype] = {
     onnx.TensorProto.FLOAT: torch.float32,
     onnx.TensorProto.DOUBLE: torch.float64,
