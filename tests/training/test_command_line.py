@@ -61,12 +61,13 @@ def test_fit_goes_on_with_a_run(tmp_path):
     assert run(*command, "--resume", "never").exit_code == 1
 
 
-def test_a_run_may_start_from_a_checkpoint(tmp_path):
+def test_a_run_may_start_from_a_checkpoint_or_another_run(tmp_path):
     write_image_folder(tmp_path / "data", classes=3)
     command = ("fit", "--data", tmp_path / "data", *TINY)
     assert run(*command, "--out", tmp_path / "one").exit_code == 0
-    start = tmp_path / "one" / "ghn.safetensors"
-    assert run(*command, "--out", tmp_path / "two", "--start-from", start).exit_code == 0
+    for name in ("ghn.safetensors", "state.pt"):
+        result = run(*command, "--out", tmp_path / f"from {name}", "--start-from", tmp_path / "one" / name)
+        assert result.exit_code == 0, result.output
 
 
 def test_evaluate_writes_its_report(tmp_path):
