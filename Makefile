@@ -59,17 +59,17 @@ bench: $(VENV)/.tests-installed  ## measure speed and memory against limits meas
 DATA ?= ../shared/data/cifar10
 GHN ?= $(firstword $(wildcard ghn_service/checkpoints/*.safetensors))
 
-reproduce-diversity: $(VENV)/.tests-installed  ## fine-tune from He, predicted and repaired starts; writes docs/diversity_results.*
+reproduce-diversity: $(VENV)/.tests-installed  ## fine-tune from He, predicted and repaired starts; fills docs/results.md
 	$(BIN)/python -m benchmarks.reproduce_diversity --data $(DATA) --checkpoint $(GHN)
 
 reproduce-low-rank: $(VENV)/.tests-installed  ## layer errors and accuracy of low-rank networks, spectral against function
 	$(BIN)/python -m benchmarks.reproduce_low_rank --data $(DATA)
 
 .PHONY: reproduce-norm-only reproduce-additive
-reproduce-norm-only: $(VENV)/.tests-installed  ## tune norm layers against controls of the same size; writes docs/norm_only_results.*
+reproduce-norm-only: $(VENV)/.tests-installed  ## tune norm layers against controls of the same size; fills docs/results.md
 	$(BIN)/python -m benchmarks.reproduce_norm_only --data $(DATA) --checkpoint $(GHN) --story --workers $(WORKERS)
 
-reproduce-additive: $(VENV)/.tests-installed  ## neurons against changed labels, closed form and trained; writes docs/additive_results.*
+reproduce-additive: $(VENV)/.tests-installed  ## neurons against changed labels, closed form and trained; fills docs/results.md
 	$(BIN)/python -m benchmarks.reproduce_additive --data $(DATA)
 
 evaluate: $(VENV)/.train-installed  ## evaluate the bundled hypernetwork on the images in DATA

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ghn_client.atomic_file import write_file
 from ghn_client.finetune.images import measure_normalization
 from ghn_service.training.evaluation.fine_tune import FineTuneData, mean_and_error
 from ghn_service.training.evaluation.processes import work_through
@@ -98,9 +99,21 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     return [lines[0], "|---" * len(header) + "|", *lines[1:]]
 
 
-def write_page(folder: Path, name: str, text: str, chart: str) -> None:
-    """Writes ``NAME_results.md`` and its chart, and prints the page."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}_results.md").write_text(text)
-    (folder / f"{name}_results.svg").write_text(chart)
-    print(text)
+def fill_page(folder: Path, blocks: Mapping[str, Sequence[str]], charts: Mapping[str, str]) -> None:
+    """Writes the lines of each block between ``<!-- NAME -->`` and ``<!-- end -->`` of ``results.md``, and the charts.
+
+    Raises:
+        ValueError: The page has no such block.
+    """
+    page = folder / "results.md"
+    text = page.read_text()
+    for name, lines in blocks.items():
+        print(f"{name}:\n", *lines, "", sep="\n")
+        before, mark, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        if not end:
+            raise ValueError(f"{page} has no block from {mark or name!r} to '<!-- end -->'")
+        text = "".join((before, mark, *(f"{line}\n" for line in lines), end, after))
+    write_file(page, text)
+    for name, chart in charts.items():
+        write_file(folder / f"{name}.svg", chart)

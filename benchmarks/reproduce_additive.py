@@ -1,7 +1,7 @@
 """How many neurons change how many labels: closed form and trained, two and three layers.
 
-``python -m benchmarks.reproduce_additive --data FOLDER`` (``make reproduce-additive``) writes the table and the plot of
-``docs/additive_results.md``. The order of growth is the claim of arXiv:2408.00359 (slope 1 and 1/2 of neurons against
+``python -m benchmarks.reproduce_additive --data FOLDER`` (``make reproduce-additive``) fills its part of
+``docs/results.md``. The order of growth is the claim of arXiv:2408.00359 (slope 1 and 1/2 of neurons against
 labels, flat in the number of samples); the constants are ours. Samples are real images as a small convolutional network
 sees them. A run can be stopped and goes on where it was.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from benchmarks.charts import line_chart
-from benchmarks.experiment import Cell, run_cells, table, write_page
+from benchmarks.experiment import Cell, fill_page, run_cells, table
 from ghn_client.finetune.additive import additive
 from ghn_client.finetune.images import ImageBatches, load_images
 from ghn_client.finetune.patch.capacity import three_layer_neurons
@@ -124,20 +124,15 @@ def cells_of(settings: dict) -> Iterator[Cell]:
     for samples in settings["samples"]:
         for changed in settings["changed"]:
             for depth, directions in ((2, "shared"), (2, "own"), (3, "shared")):
-                yield {
-                    "kind": "closed",
-                    "samples": samples,
-                    "changed": changed,
-                    "depth": depth,
-                    "directions": directions,
-                }
+                cell = {"kind": "closed", "samples": samples, "changed": changed}
+                yield {**cell, "depth": depth, "directions": directions}
     for samples, changed in settings["trained"]:
         for depth in (2, 3):
             yield {"kind": "trained", "samples": samples, "changed": changed, "depth": depth}
 
 
-def report(results: list[Cell]) -> tuple[str, str]:
-    """The document and the plot."""
+def report(results: list[Cell]) -> tuple[dict[str, list[str]], str]:
+    """The blocks of the page and the plot."""
     closed, trained = ([cell for cell in results if cell["kind"] == kind] for kind in ("closed", "trained"))
     largest = max(cell["samples"] for cell in closed)
     kinds = list(dict.fromkeys((cell["depth"], cell["directions"]) for cell in closed))
@@ -146,34 +141,27 @@ def report(results: list[Cell]) -> tuple[str, str]:
     for cell in closed:
         if cell["samples"] == largest:
             lines[names[kinds.index((cell["depth"], cell["directions"]))]].append((cell["changed"], cell["neurons"]))
-    text = [
-        "# Additive fine-tuning: neurons against labels",
-        "",
-        "Written by `make reproduce-additive`; no hypernetwork takes part. Real CIFAR-10 thumbnails (192 numbers), a",
-        "fixed random classifier, labels changed to one class. Neurons of the closed form of at most so many (the",
-        "bound is ours, `clients/ghn_client/finetune/patch/capacity.py`), with shared or own directions, and the share",
-        f"of unseen samples whose label changed as well. {sum(cell['holds'] for cell in closed)} of {len(closed)}",
-        f"certificates hold, {sum(c['precision'] == 'float64' for c in closed)} of them in float64, the others in",
-        "float32.",
-        "",
-        *table(["samples K", "labels N", *names], (_row(closed, kinds, size) for size in _sizes(closed))),
-        "",
-        "Slope of log neurons against log labels at the largest K: "
-        + ", ".join(f"{slope(points):.2f} ({name})" for name, points in lines.items() if len(points) > 1)
-        + ".",
-        "",
-        "Trained by Adam, smallest size without an error (bisection on the width), of what the closed form needs at",
-        "most. 192 inputs separate so few samples almost linearly, so that training needs less than that worst case:",
-        "",
-        *table(
-            ["samples K", "labels N", "2 layers", "3 layers, in all of at most per output"],
+    certificates = (
+        f"{sum(cell['holds'] for cell in closed)} of {len(closed)} certificates hold, "
+        f"{sum(cell['precision'] == 'float64' for cell in closed)} of them in float64, the others in float32."
+    )
+    slopes = ", ".join(f"{slope(points):.2f} ({name})" for name, points in lines.items() if len(points) > 1)
+    depths = ["2 layers", "3 layers, in all of at most per output"]
+    blocks = {
+        "additive: certificates": [certificates],
+        "additive: closed form": table(
+            ["samples K", "labels N", *names], (_row(closed, kinds, size) for size in _sizes(closed))
+        ),
+        "additive: slopes": [f"Slope of log neurons against log labels at the largest K: {slopes}."],
+        "additive: trained": table(
+            ["samples K", "labels N", *depths],
             (_row(trained, [(2, None), (3, None)], size) for size in _sizes(trained)),
         ),
-    ]
+    }
     chart = line_chart(
         f"Neurons that change N of {largest:,} labels", lines, x_label="labels N", y_label="neurons", logarithmic=True
     )
-    return "\n".join([*text, "", "![neurons against labels](additive_results.svg)", ""]), chart
+    return blocks, chart
 
 
 def _sizes(cells: list[Cell]) -> list[tuple[int, int]]:
@@ -209,8 +197,8 @@ def main(arguments: list[str] | None = None) -> None:
             return closed_form(cell, options.data)
         return smallest_trained(cell, options.data, settings["steps"])
 
-    document, chart = report(run_cells(options.cells, cells_of(settings), measure))
-    write_page(options.output, "additive", document, chart)
+    blocks, chart = report(run_cells(options.cells, cells_of(settings), measure))
+    fill_page(options.output, blocks, {"additive_results": chart})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Fine-tunes each network on 1,000 CIFAR-10 images from He initialisation and from predictions with no step, noise, QR,
 polar and auto: same number of steps, same batches per seed, learning rate of each start from the same grid on
-validation images, with a seed that is not among those reported. Writes ``docs/diversity_results.md`` with its plot.
+validation images, with a seed that is not among those reported. Fills its part of ``docs/results.md``.
 The published recipes (arXiv:2207.10049) train far longer and act from a late layer on; ``--layer`` asks for that.
 
 A run can be stopped and goes on where it was: finished trainings are kept as lines of ``--cells``, those from
@@ -26,11 +26,11 @@ from benchmarks.experiment import (
     Cell,
     cifar10,
     file_digest,
+    fill_page,
     percent,
     run_seeds,
     table,
     verdict,
-    write_page,
 )
 from ghn_architectures.architecture import Architecture, Configuration, Interface
 from ghn_architectures.convnext import ConvNeXtConfiguration
@@ -65,11 +65,6 @@ NETWORKS: Mapping[str, Configuration] = {
     "resnet8_wide": ResNetConfiguration((48, 96, 192), (1, 1, 1), stem_stride=2),
     "convnext_small": ConvNeXtConfiguration((64, 128, 256), (1, 1, 2), patch=4),
     "vit_small": VisionTransformerConfiguration(96, 2, 3),
-}
-DESCRIPTIONS = {
-    "resnet8_wide": "CIFAR ResNet of 8 layers with 48, 96 and 192 channels, first convolution of stride 2",
-    "convnext_small": "ConvNeXt with 1, 1 and 2 blocks of 64, 128 and 256 channels, patches of 4 x 4, no layer scale",
-    "vit_small": "vision transformer with 2 blocks of 96 channels, 3 heads, patches of 4 x 4",
 }
 VALIDATION_IMAGES = 1000
 RANKS = ("rank", "effective_rank")
@@ -199,55 +194,22 @@ def setting(arguments: argparse.Namespace) -> str:
         f"{arguments.steps} steps of 64 images, SGD with momentum 0.9 at a constant rate chosen for each network and "
         f"start from {rates} on {VALIDATION_IMAGES:,} validation images with a seed of its own, "
         f"{arguments.seeds} seeds, {arguments.test_images:,} test images (BatchNorm with batch statistics). "
-        f"The steps of QR and polar follow the published noise, as in the published recipes."
+        f"The hypernetwork is the one whose file has SHA-256 `{file_digest(arguments.checkpoint)}...`."
     )
 
 
-def document(results: Sequence[Cell], arguments: argparse.Namespace) -> str:
-    """The page of results."""
+def blocks(results: Sequence[Cell], arguments: argparse.Namespace) -> dict[str, list[str]]:
+    """What the page of results says of this experiment."""
     rows = group_rows(results)
-    digest = file_digest(arguments.checkpoint)
     rates = [[network, *(f"{cells[0]['rate']:g}" for cells in scores.values())] for network, scores in rows.items()]
-    text = [
-        "# Does repairing diversity help?",
-        "",
-        f"Written by `make reproduce-diversity`; the hypernetwork is the one whose file has SHA-256 `{digest}...`.",
-        "The steps are described in `postprocessing.md`.",
-        "",
-        *(f"- {name}: {DESCRIPTIONS[name]}" for name in rows if name in DESCRIPTIONS),
-        "",
-        "## Accuracy after fine-tuning",
-        "",
-        setting(arguments) + " Percent, mean ± standard error over seeds; bold is the best of a row.",
-        "",
-        *accuracy_table(rows, "accuracy"),
-        "",
-        "![accuracy after fine-tuning](diversity_results.svg)",
-        "",
-        "Differences in percentage points, paired by seed: GHN against He, the steps against GHN. Bold is what counts,",
-        "beyond two standard errors.",
-        "",
-        *table(["network", *(name for name in STARTS if name != HE)], differences(rows)),
-        "",
-        "## Accuracy before fine-tuning",
-        "",
-        "What each start knows without any training; a step that bends the weights pays for it here.",
-        "",
-        *accuracy_table(rows, "before"),
-        "",
-        "## What the steps do to the weights",
-        "",
-        "Share of tiled values, rank and effective rank of the full one, mean absolute cosine of rows; means over the",
-        "values of all weighted layers, seed 0 (`ghn-client predict --report` shows every layer).",
-        "",
-        *diversity_table(arguments),
-        "",
-        "## Chosen learning rates",
-        "",
-        *table(["network", *next(iter(rows.values()))], rates),
-        "",
-    ]
-    return "\n".join(text)
+    return {
+        "diversity: protocol": [setting(arguments)],
+        "diversity: accuracy": accuracy_table(rows, "accuracy"),
+        "diversity: differences": table(["network", *(name for name in STARTS if name != HE)], differences(rows)),
+        "diversity: before": accuracy_table(rows, "before"),
+        "diversity: weights": diversity_table(arguments),
+        "diversity: rates": table(["network", *next(iter(rows.values()))], rates),
+    }
 
 
 def chart(results: Sequence[Cell]) -> str:
@@ -265,7 +227,7 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, required=True, help="the hypernetwork")
     parser.add_argument("--cache", type=Path, help="folder for decoded images")
     parser.add_argument("--cells", type=Path, default=Path(".cache/diversity.jsonl"), help="finished trainings")
-    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of diversity_results.{md,svg}")
+    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of results.md")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=[*NETWORKS, *ARCHITECTURES])
     parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=list(STARTS))
     parser.add_argument("--seeds", type=int, default=5)
@@ -282,7 +244,7 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments: Any = parse_arguments(words)
     torch.set_num_threads(1)
     results = run_rows(arguments)
-    write_page(arguments.output, "diversity", document(results, arguments), chart(results))
+    fill_page(arguments.output, blocks(results, arguments), {"diversity_results": chart(results)})
 
 
 if __name__ == "__main__":

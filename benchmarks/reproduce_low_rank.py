@@ -1,7 +1,7 @@
 """Low-rank initialisation: exact layer errors, and accuracy of small networks trained in factored form.
 
-``python -m benchmarks.reproduce_low_rank --data FOLDER`` (``make reproduce-low-rank``) writes the tables and the plot
-of ``docs/low_rank_results.md``.
+``python -m benchmarks.reproduce_low_rank --data FOLDER`` (``make reproduce-low-rank``) fills its part of
+``docs/results.md``.
 
 1. Relative function error of He-normal layers (no data; the table of arXiv:2202.00834's setting as derived in
    ``docs/low_rank.md``).
@@ -33,7 +33,7 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.charts import bar_chart
-from benchmarks.experiment import CHOOSING_SEED, Cell, cifar10, percent, run_seeds, table, verdict, write_page
+from benchmarks.experiment import CHOOSING_SEED, Cell, cifar10, fill_page, percent, run_seeds, table, verdict
 from ghn_client.factors import FACTOR_IN, FACTOR_OUT
 from ghn_client.finetune import factorize_module
 from ghn_client.finetune.factored import frobenius_decay
@@ -236,43 +236,6 @@ def setting(arguments: argparse.Namespace) -> str:
     )
 
 
-def document(errors: Sequence[str], results: Sequence[Cell], arguments: argparse.Namespace) -> str:
-    """The page of results."""
-    text = [
-        "# Low-rank initialisation, measured",
-        "",
-        "Written by `make reproduce-low-rank`; no hypernetwork takes part. The methods are those of `low_rank.md`.",
-        "",
-        "## Error of the layer function",
-        "",
-        "Exact, relative to the second moment of the layer's output; He-normal layers, ReLU, mean of three draws.",
-        "",
-        *errors,
-    ]
-    if not results:
-        return "\n".join([*text, ""])
-    text += [
-        "",
-        "## Accuracy of networks trained in factored form",
-        "",
-        setting(arguments),
-        "",
-        *accuracy_table(results),
-        "",
-        "A difference counts beyond two standard errors; among a dozen rows one may pass by chance. As each rate was",
-        "chosen by a single run, rows whose two rates differ hold the luck of that choice as well:",
-        "",
-        *verdicts(results),
-        "",
-        "The networks are factored by the method asked for. The service itself reads the graph and uses spectral",
-        "factors where a normalisation cancels the length of rows, and says so.",
-        "",
-        "![function minus spectral](low_rank_results.svg)",
-        "",
-    ]
-    return "\n".join(text)
-
-
 def chart(results: Sequence[Cell]) -> str:
     """Paired differences by rank, with and without BatchNorm."""
     groups: dict[str, dict[str, tuple[float, float]]] = {}
@@ -365,7 +328,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10; without it only the first table is made")
     parser.add_argument("--cache", type=Path, help="folder for decoded images")
     parser.add_argument("--cells", type=Path, default=Path(".cache/low_rank.jsonl"), help="finished trainings")
-    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of low_rank_results.{md,svg}")
+    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of results.md")
     parser.add_argument("--images", type=int, default=10_000, help="training images")
     parser.add_argument("--steps", type=int, default=400, help=f"steps of {BATCH_SIZE} images")
     parser.add_argument("--seeds", type=int, default=5)
@@ -379,11 +342,11 @@ def main(words: Sequence[str] | None = None) -> None:
         print_costs()
         return
     results = run_rows(arguments) if arguments.data else []
-    page = document(layer_errors(), results, arguments)
+    blocks = {"low rank: layer errors": layer_errors()}
     if results:
-        write_page(arguments.output, "low_rank", page, chart(results))
-    else:
-        print(page)
+        blocks |= {"low rank: protocol": [setting(arguments)], "low rank: accuracy": accuracy_table(results)}
+        blocks["low rank: verdicts"] = list(verdicts(results))
+    fill_page(arguments.output, blocks, {"low_rank_results": chart(results)} if results else {})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Norm-only tuning against its controls, from random and from predicted weights.
 
-``python -m benchmarks.reproduce_norm_only --data FOLDER`` (``make reproduce-norm-only``) writes the tables and the
-plot of ``docs/norm_only_results.md``: the order of arXiv:2003.00152 (all > norm + head > norm-only > random parameters
+``python -m benchmarks.reproduce_norm_only --data FOLDER`` (``make reproduce-norm-only``) fills its part of
+``docs/results.md``: the order of arXiv:2003.00152 (all > norm + head > norm-only > random parameters
 of the same number > head only) on a size that two cores finish within the hour, the scales after training, and what
 setting those near zero to zero costs. With ``--story`` it also writes the table of three architectures, two starts and
 four strategies. The protocol follows the paper at a smaller size: momentum 0.9, running statistics follow the batches,
@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from benchmarks.charts import line_chart
-from benchmarks.experiment import Cell, file_digest, run_cells, table, write_page
+from benchmarks.experiment import Cell, file_digest, fill_page, run_cells, table
 from ghn_architectures.architecture import Interface
 from ghn_architectures.convnet import ConvNetConfiguration
 from ghn_architectures.mobilenet import MobileNetConfiguration
@@ -202,34 +202,15 @@ def predicted_starts(checkpoint: Path) -> list[Cell]:
     return [{"start": PREDICTED, "checkpoint": file_digest(checkpoint)}]
 
 
-def report(controls: list[Cell], story: list[Cell], settings: dict[str, Any]) -> tuple[str, str]:
-    """The document in Markdown and the histograms of scales as SVG.
-
-    Args:
-        controls: Results of every start, strategy and seed, the strategies in the order that is expected.
-        story: Results of the second table; may be empty.
-        settings: Sizes of the run.
-    """
-    text = [*_introduction(controls, settings), *_control_table(controls), "", *_verdicts(controls), ""]
-    text += ["![share of scales by size](norm_only_results.svg)", "", *_story_table(story)]
-    chart = line_chart("Scales after training", _histograms(controls), x_label="|gamma|", y_label="share of channels")
-    return "\n".join(text), chart
-
-
-def _introduction(controls: list[Cell], settings: dict[str, Any]) -> list[str]:
+def protocol(controls: list[Cell], settings: dict[str, Any]) -> list[str]:
+    """Sizes of the run, its seeds, and the hypernetwork."""
     seeds = ", ".join(str(seed) for seed in _values(controls, "seed"))
     digests = {cell["checkpoint"] for cell in controls if "checkpoint" in cell}
     hypernetwork = f" The hypernetwork is the one whose file has SHA-256 `{digests.pop()}...`." if digests else ""
-    return [
-        "# Norm-only tuning and its controls",
-        "",
-        "Written by `make reproduce-norm-only`: a ResNet-14 with 8, 16 and 32 channels,",
-        f"{settings['images']:,} training images of CIFAR-10, {settings['epochs']} epochs, {settings['test']:,} test",
-        f"images, seeds {seeds}; mean and standard deviation.{hypernetwork}",
-        "A much smaller setting than that of arXiv:2003.00152: the order is what is compared, not the percentages.",
-        "A channel counts as disabled where |gamma| < 0.01.",
-        "",
-    ]
+    sizes = (
+        f"{settings['images']:,} training and {settings['test']:,} test images of CIFAR-10, {settings['epochs']} epochs"
+    )
+    return [f"{sizes}, seeds {seeds}; mean and standard deviation.{hypernetwork}"]
 
 
 def _control_table(controls: list[Cell]) -> list[str]:
@@ -275,8 +256,6 @@ def _histograms(controls: list[Cell]) -> dict[str, list[tuple[float, float]]]:
 
 
 def _story_table(story: list[Cell]) -> list[str]:
-    if not story:
-        return []
     starts = _values(story, "start")
     rows: list[list[str]] = []
     for network in _values(story, "network"):
@@ -289,15 +268,7 @@ def _story_table(story: list[Cell]) -> list[str]:
             sizes = [f"{any_start['trainable']:,}", f"{any_start['delta_bytes'] / 1024:.1f} KiB"]
             results = [f"{group[start]['accuracy']:.2%} in {group[start]['seconds']:.0f} s" for start in starts]
             rows.append([network, strategy, *sizes, *results])
-    return [
-        "## Three architectures, two starts, four strategies",
-        "",
-        "Same images, epochs and batches, one seed. Random weights start with scales of one here. Seconds are",
-        "processor time of training; a delta is what has to be stored beside the start.",
-        "",
-        *table(["network", "tuned", "numbers", "delta", *(f"from {start}" for start in starts)], rows),
-        "",
-    ]
+    return table(["network", "tuned", "numbers", "delta", *(f"from {start}" for start in starts)], rows)
 
 
 def _values(cells: list[Cell], key: str) -> list[Any]:
@@ -330,8 +301,12 @@ def main(arguments: list[str] | None = None) -> None:
     run = partial(run_cells, options.cells, workers=options.workers)
     one = partial(measure, data=options.data, checkpoint=checkpoint)
     controls = run(list(control_cells(settings, seeds, predicted)), one)
-    story = run(list(story_cells(settings, seeds[0], predicted)), one) if options.story else []
-    write_page(options.output, "norm_only", *report(controls, story, settings))
+    blocks = {"norm only: protocol": protocol(controls, settings), "norm only: accuracy": _control_table(controls)}
+    blocks["norm only: order"] = _verdicts(controls)
+    if options.story:
+        blocks["norm only: story"] = _story_table(run(list(story_cells(settings, seeds[0], predicted)), one))
+    chart = line_chart("Scales after training", _histograms(controls), x_label="|gamma|", y_label="share of channels")
+    fill_page(options.output, blocks, {"norm_only_results": chart})
 
 
 if __name__ == "__main__":

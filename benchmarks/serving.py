@@ -24,9 +24,9 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grpc
 import torch
@@ -45,31 +45,12 @@ EXPORT_REPEATS = 5
 PUBLISHED_T = GHNConfig(hidden_channels=64, num_layers=3, num_heads=8, max_shape=(64, 64, 16, 16), num_classes=1000)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Figures of one network; seconds and bytes."""
-
-    model: str
-    weight_bytes: int
-    read_s: float
-    encode_s: float
-    decode_s: float
-    copy_s: float
-    call_s: float
-    stream_s: float
-    raw_stream_s: float
-    raw_share: float
-    bare_stream_s: float
-    bare_share: float
-    server_growth_bytes: int
-    client_growth_bytes: int
-    torch_export_s: float
-    export_s: float
-    module_to_weights_s: float
+Row = dict[str, Any]
+"""Figures of one network by name; seconds (``_s``), bytes (``_bytes``) and shares."""
 
 
-def measure_server(predictor: Predictor, onnx_bytes: bytes, repeats: int) -> tuple[dict[str, float], float, int]:
-    """Median seconds by stage, of a plain copy of as many bytes, and the number of bytes."""
+def measure_server(predictor: Predictor, onnx_bytes: bytes, repeats: int) -> Row:
+    """Median seconds by stage, and of a plain copy of as many bytes."""
     runs, copies, num_bytes = [], [], 0
     for _ in range(repeats + 1):
         warm_memory(num_bytes)
@@ -81,37 +62,12 @@ def measure_server(predictor: Predictor, onnx_bytes: bytes, repeats: int) -> tup
         source = torch.ones(num_bytes, dtype=torch.uint8)
         copies.append(timed(source.clone)[0])
         del source
-    stages = {name: statistics.median(run[name] for run in runs[1:]) for name in runs[0]}
-    return stages, statistics.median(copies[1:]), num_bytes
+    stages = {f"{name}_s": statistics.median(run[name] for run in runs[1:]) for name in runs[0]}
+    return {**stages, "copy_s": statistics.median(copies[1:]), "weight_bytes": num_bytes}
 
 
-@dataclass(frozen=True, slots=True)
-class ClientFigures:
-    """What ``measure_client`` finds: medians in seconds, and the most that memory grew in bytes.
-
-    Attributes:
-        call_s: A whole call.
-        stream_s: Its stream.
-        raw_stream_s: A raw stream of as many bytes into a bytearray.
-        raw_share: Median of its seconds over those of our stream, pair by pair.
-        bare_stream_s: The same into a buffer of our client's kind.
-        bare_share: Median of its seconds over those of our stream, pair by pair.
-        server_growth_bytes: Beyond what the server held before.
-        client_growth_bytes: Beyond what the client held before.
-    """
-
-    call_s: float
-    stream_s: float
-    raw_stream_s: float
-    raw_share: float
-    bare_stream_s: float
-    bare_share: float
-    server_growth_bytes: int
-    client_growth_bytes: int
-
-
-def measure_client(address: str, raw_address: str, server_pid: int, onnx_bytes: bytes, repeats: int) -> ClientFigures:
-    """Calls and raw streams in turns."""
+def measure_client(address: str, raw_address: str, server_pid: int, onnx_bytes: bytes, repeats: int) -> Row:
+    """Calls and raw streams in turns: median seconds, shares pair by pair, and the most that memory grew."""
     calls, streams, raws, bares = [], [], [], []
     server_growth, client_growth = [], []
     num_bytes = 0
@@ -132,23 +88,23 @@ def measure_client(address: str, raw_address: str, server_pid: int, onnx_bytes: 
             raws.append(timed(partial(receive_raw_bytes, raw_channel, num_bytes))[0])
             warm_memory(num_bytes)
             bares.append(timed(partial(receive_raw_bytes, raw_channel, num_bytes, allocate_buffer))[0])
-    return ClientFigures(
-        call_s=statistics.median(calls[1:]),
-        stream_s=statistics.median(streams[1:]),
-        raw_stream_s=statistics.median(raws[1:]),
-        raw_share=_median_share(raws[1:], streams[1:]),
-        bare_stream_s=statistics.median(bares[1:]),
-        bare_share=_median_share(bares[1:], streams[1:]),
-        server_growth_bytes=max(server_growth[1:]),
-        client_growth_bytes=max(client_growth[1:]),
-    )
+    return {
+        "call_s": statistics.median(calls[1:]),
+        "stream_s": statistics.median(streams[1:]),
+        "raw_stream_s": statistics.median(raws[1:]),
+        "raw_share": _median_share(raws[1:], streams[1:]),
+        "bare_stream_s": statistics.median(bares[1:]),
+        "bare_share": _median_share(bares[1:], streams[1:]),
+        "server_growth_bytes": max(server_growth[1:]),
+        "client_growth_bytes": max(client_growth[1:]),
+    }
 
 
 def _median_share(limits: Sequence[float], streams: Sequence[float]) -> float:
     return statistics.median(limit / stream for limit, stream in zip(limits, streams, strict=True))
 
 
-def measure_export(model: str, address: str, weight_bytes: int, repeats: int) -> tuple[float, float, float]:
+def measure_export(model: str, address: str, weight_bytes: int, repeats: int) -> Row:
     """Median CPU seconds of ``torch.export`` alone and of our export; seconds from module to loaded weights."""
     module, example = build_torchvision(model)
     module.train()
@@ -158,15 +114,11 @@ def measure_export(model: str, address: str, weight_bytes: int, repeats: int) ->
             warnings.simplefilter("ignore")
             return torch.export.export(module, (example,), strict=False)
 
+    export_s, ours_s = paired_cpu_seconds(export_only, lambda: export_architecture(module, example), repeats)
     with GHNClient(address) as client:
-        return (
-            *paired_cpu_seconds(export_only, lambda: export_architecture(module, example), repeats),
-            median_seconds(
-                lambda: client.predict(module, example).load_into(module),
-                repeats,
-                prepare=lambda: warm_memory(2 * weight_bytes),
-            ),
-        )
+        load = lambda: client.predict(module, example).load_into(module)  # noqa: E731
+        loaded_s = median_seconds(load, repeats, prepare=lambda: warm_memory(2 * weight_bytes))
+    return {"torch_export_s": export_s, "export_s": ours_s, "module_to_weights_s": loaded_s}
 
 
 def measure(model: str, predictor: Predictor, address: str, raw_address: str, server_pid: int, repeats: int) -> Row:
@@ -174,53 +126,40 @@ def measure(model: str, predictor: Predictor, address: str, raw_address: str, se
     module, example = build_torchvision(model)
     onnx_bytes = export_architecture(module, example)
     del module
-    stages, copy_s, weight_bytes = measure_server(predictor, onnx_bytes, repeats)
+    server = measure_server(predictor, onnx_bytes, repeats)
     client = measure_client(address, raw_address, server_pid, onnx_bytes, repeats)
-    torch_export_s, export_s, module_to_weights_s = measure_export(
-        model, address, weight_bytes, min(repeats, EXPORT_REPEATS)
-    )
-    return Row(
-        model=model,
-        weight_bytes=weight_bytes,
-        read_s=stages["reading"],
-        encode_s=stages["encoding"],
-        decode_s=stages["decoding"],
-        copy_s=copy_s,
-        **asdict(client),
-        torch_export_s=torch_export_s,
-        export_s=export_s,
-        module_to_weights_s=module_to_weights_s,
-    )
+    exports = measure_export(model, address, server["weight_bytes"], min(repeats, EXPORT_REPEATS))
+    return {"model": model, **server, **client, **exports}
 
 
 Column = tuple[str, Callable[[Row], str]]
 SERVER_COLUMNS: tuple[Column, ...] = (
-    ("network", lambda row: row.model),
-    ("MiB", lambda row: f"{row.weight_bytes / MIB:.0f}"),
-    ("read", lambda row: f"{row.read_s:.4f}"),
-    ("encode", lambda row: f"{row.encode_s:.4f}"),
-    ("decode", lambda row: f"{row.decode_s:.4f}"),
+    ("network", lambda row: row["model"]),
+    ("MiB", lambda row: f"{row['weight_bytes'] / MIB:.0f}"),
+    ("read", lambda row: f"{row['reading_s']:.4f}"),
+    ("encode", lambda row: f"{row['encoding_s']:.4f}"),
+    ("decode", lambda row: f"{row['decoding_s']:.4f}"),
     ("total", lambda row: f"{_server_seconds(row):.4f}"),
-    ("plain copy", lambda row: f"{row.copy_s:.4f}"),
-    ("total / copy", lambda row: f"{_server_seconds(row) / row.copy_s:.1f}"),
+    ("plain copy", lambda row: f"{row['copy_s']:.4f}"),
+    ("total / copy", lambda row: f"{_server_seconds(row) / row['copy_s']:.1f}"),
 )
 CLIENT_COLUMNS: tuple[Column, ...] = (
-    ("network", lambda row: row.model),
-    ("call", lambda row: f"{row.call_s:.3f}"),
-    ("stream", lambda row: f"{row.stream_s:.3f}"),
-    ("raw", lambda row: f"{row.raw_stream_s:.3f}"),
-    ("raw / stream", lambda row: f"{row.raw_share:.0%}"),
-    ("bare", lambda row: f"{row.bare_stream_s:.3f}"),
-    ("bare / stream", lambda row: f"{row.bare_share:.0%}"),
-    ("server, MiB", lambda row: f"{(row.server_growth_bytes - row.weight_bytes) / MIB:.0f}"),
-    ("client", lambda row: f"{row.client_growth_bytes / row.weight_bytes:.2f}"),
+    ("network", lambda row: row["model"]),
+    ("call", lambda row: f"{row['call_s']:.3f}"),
+    ("stream", lambda row: f"{row['stream_s']:.3f}"),
+    ("raw", lambda row: f"{row['raw_stream_s']:.3f}"),
+    ("raw / stream", lambda row: f"{row['raw_share']:.0%}"),
+    ("bare", lambda row: f"{row['bare_stream_s']:.3f}"),
+    ("bare / stream", lambda row: f"{row['bare_share']:.0%}"),
+    ("server, MiB", lambda row: f"{(row['server_growth_bytes'] - row['weight_bytes']) / MIB:.0f}"),
+    ("client", lambda row: f"{row['client_growth_bytes'] / row['weight_bytes']:.2f}"),
 )
 EXPORT_COLUMNS: tuple[Column, ...] = (
-    ("network", lambda row: row.model),
-    ("torch.export alone", lambda row: f"{row.torch_export_s:.2f}"),
-    ("export_architecture", lambda row: f"{row.export_s:.2f}"),
-    ("ratio", lambda row: f"{row.export_s / row.torch_export_s:.2f}"),
-    ("module to loaded weights", lambda row: f"{row.module_to_weights_s:.2f}"),
+    ("network", lambda row: row["model"]),
+    ("torch.export alone", lambda row: f"{row['torch_export_s']:.2f}"),
+    ("export_architecture", lambda row: f"{row['export_s']:.2f}"),
+    ("ratio", lambda row: f"{row['export_s'] / row['torch_export_s']:.2f}"),
+    ("module to loaded weights", lambda row: f"{row['module_to_weights_s']:.2f}"),
 )
 
 
@@ -236,7 +175,7 @@ def report(rows: Sequence[Row]) -> None:
 
 
 def _server_seconds(row: Row) -> float:
-    return row.read_s + row.encode_s + row.decode_s
+    return row["reading_s"] + row["encoding_s"] + row["decoding_s"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -260,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ]
     report(rows)
     if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
 
 

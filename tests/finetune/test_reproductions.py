@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 
 from benchmarks import reproduce_additive, reproduce_norm_only
-from benchmarks.experiment import run_cells
+from benchmarks.experiment import fill_page, run_cells
 from tests.shared_data import shared_path
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_cells_are_measured_once(tmp_path):
@@ -54,9 +57,20 @@ def test_cells_of_predicted_starts_depend_on_the_hypernetwork_and_others_do_not(
 )
 def test_quick_runs_write_tables_and_plots(tmp_path, module, name, extra):
     data = shared_path("data/cifar10")
+    page = tmp_path / "results.md"
+    page.write_text((ROOT / "docs" / "results.md").read_text().replace("| ", "old"))
     module.main(
         ["--data", str(data), "--output", str(tmp_path), "--cells", str(tmp_path / "cells.jsonl"), "--quick", *extra]
     )
-    assert "| " in (tmp_path / f"{name}_results.md").read_text()
-    assert "FAIL" not in (tmp_path / f"{name}_results.md").read_text()
+    assert page.read_text().count("| ") > 20
+    assert "FAIL" not in page.read_text()
     assert ElementTree.parse(tmp_path / f"{name}_results.svg").getroot().tag.endswith("svg")
+
+
+def test_filling_a_page_changes_its_blocks_alone(tmp_path):
+    (tmp_path / "results.md").write_text("one\n<!-- a -->\nold\n<!-- end -->\ntwo\n<!-- b -->\nstays\n<!-- end -->\n")
+    fill_page(tmp_path, {"a": ["new", r"\1"]}, {})
+    text = (tmp_path / "results.md").read_text()
+    assert text == "one\n<!-- a -->\nnew\n\\1\n<!-- end -->\ntwo\n<!-- b -->\nstays\n<!-- end -->\n"
+    with pytest.raises(ValueError):
+        fill_page(tmp_path, {"c": ["new"]}, {})
