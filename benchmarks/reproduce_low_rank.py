@@ -4,7 +4,7 @@
 ``docs/results.md``.
 
 1. Relative function error of He-normal layers (no data; the table of arXiv:2202.00834's setting as derived in
-   ``docs/low_rank.md``).
+   ``docs/postprocessing.md``).
 2. Test accuracy of a convolutional network trained from factors on small CIFAR-10 images, with and without BatchNorm.
    Spectral and function factors of one seed come from the same dense weights and see the same batches, so their
    difference is paired. The learning rate is chosen per row and method from one grid on validation images, with a seed

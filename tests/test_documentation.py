@@ -257,10 +257,10 @@ def test_every_setting_is_documented(name: str) -> None:
 
 @pytest.mark.parametrize("row", STATUSES.values(), ids=lambda row: row.reason)
 def test_every_status_is_documented(row: StatusRow) -> None:
-    assert f"| `{row.code.name}` | `{row.reason}` |" in (ROOT / "docs" / "protocol.md").read_text()
+    assert f"| `{row.code.name}` | `{row.reason}` |" in (ROOT / "docs" / "server.md").read_text()
 
 
 def test_every_key_of_the_metadata_is_documented() -> None:
-    page = (ROOT / "docs" / "protocol.md").read_text()
+    page = (ROOT / "docs" / "server.md").read_text()
     for key in encode_metadata(PredictionMetadata("", "", "", 0, "", ())):
         assert f"`{key}`" in page, key

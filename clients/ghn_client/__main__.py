@@ -1,4 +1,4 @@
-"""The command ``ghn-client``; what it does is in ``cli``, and ``docs/cli.md`` describes it."""
+"""The command ``ghn-client``; what it does is in ``cli``, and ``docs/client.md`` describes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The client's exceptions: one family, and for each the exit code that the command line gives (``docs/cli.md``).
+"""The client's exceptions: one family, and for each the exit code that the command line gives (``docs/client.md``).
 
 A message says what was expected, what came and what to do about it; where the server found the fault, it is the
 server's own sentence. A class of its own has what a caller may want to handle in its own way.

@@ -2,7 +2,7 @@
 
 This is the only place that catches every exception. Nothing of a stack trace or of the server's files reaches a
 client: an error of ours has a row in ``STATUSES``, and of any other the client learns where to look for it. Clients
-tell causes apart by code and ``ErrorInfo.reason``; ``docs/protocol.md`` lists both.
+tell causes apart by code and ``ErrorInfo.reason``; ``docs/server.md`` lists both.
 """
 
 from __future__ import annotations

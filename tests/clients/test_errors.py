@@ -1,4 +1,4 @@
-"""One family of errors: every class has the exit code that ``docs/cli.md`` promises for its cause."""
+"""One family of errors: every class has the exit code that ``docs/client.md`` promises for its cause."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_family_is_in_one_file_and_in_the_table() -> None:
 
 @pytest.mark.parametrize(("name", "code"), EXIT_CODES.items(), ids=EXIT_CODES)
 def test_a_command_ends_with_the_documented_code(name: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "cli.md").read_text()
+    page = (Path(__file__).resolve().parents[2] / "docs" / "client.md").read_text()
     with pytest.raises(typer.Exit) as caught, ending_well():
         raise getattr(errors, name)("why it ended")
     assert caught.value.exit_code == code

@@ -15,7 +15,7 @@ from tests.zoo_support import build_torchvision, export
 
 # Nodes, edges, pairs with a distance: `tests/data/reference_counts.json`, from the reference's own runs.
 COUNTS: dict[str, list[int]] = json.loads((Path(__file__).parents[1] / "data" / "reference_counts.json").read_text())
-# Ill-formed in the reference (cycles; an orphaned head): we build the sensible graph, see docs/graph.md.
+# Ill-formed in the reference (cycles; an orphaned head): we build the sensible graph, see docs/hypernetworks.md.
 ILL_FORMED = {"swin_v2_t": [206, 241, 17647], "swin_v2_s": None, "swin_v2_b": None, "maxvit_t": [451, 516, 90515]}
 # Their initialisation or their integer buffers need real memory.
 NEEDS_MEMORY = ("regnet", "swin", "maxvit")

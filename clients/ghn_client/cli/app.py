@@ -1,4 +1,4 @@
-"""The commands. Data goes to stdout, words to stderr; ``docs/cli.md`` has the exit codes."""
+"""The commands. Data goes to stdout, words to stderr; ``docs/client.md`` has the exit codes."""
 
 from __future__ import annotations
 

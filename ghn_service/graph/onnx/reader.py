@@ -1,4 +1,4 @@
-"""ONNX bytes to an ``ArchitectureGraph``: the whole reading on one screen. See docs/graph.md."""
+"""ONNX bytes to an ``ArchitectureGraph``: the whole reading on one screen. See docs/hypernetworks.md."""
 
 from __future__ import annotations
 
