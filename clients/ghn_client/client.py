@@ -4,34 +4,23 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ghn_client.connection import MAX_ATTEMPTS, Connection, TlsFiles
-from ghn_client.embedded import EmbeddedServer
+from ghn_client.connection import MAX_ATTEMPTS, Connection
+from ghn_client.embedded import start_embedded_server
 from ghn_client.errors import GhnClientError, InvalidOptionError, ServerUnavailableError
-from ghn_client.info import (
-    Analysis,
-    Health,
-    ModelInfo,
-    ServerInfo,
-    decode_analysis,
-    decode_models,
-    decode_server_info,
-)
-from ghn_client.onnx.export import Architecture, ModelSource, read_source
-from ghn_client.options import LowRankLike, StepLike, encode_low_rank, encode_step
+from ghn_client.info import Analysis, Health, ModelInfo, ServerInfo, decode_analysis, decode_models, decode_server_info
+from ghn_client.onnx.export import Architecture, read_source
+from ghn_client.options import LowRankLike, StepLike, encode_dtype, encode_low_rank, encode_step
 from ghn_client.prediction import Prediction
 from ghn_client.wire import ghn_pb2
 from ghn_client.wire.codec import SERVICE, Progress, open_prediction_stream, receive_stream
 from ghn_client.wire.ghn_pb2_grpc import GhnServiceStub
 
-DTYPES = ("float32", "bfloat16", "float16")
 PREDICT_TIMEOUT_S = 300.0
 SHORT_TIMEOUT_S = 30.0
 MAX_BYTES = 1 << 36
@@ -41,7 +30,7 @@ MAX_BYTES = 1 << 36
 class GHNClient:
     """A connection to a server; a context manager that forked processes may inherit.
 
-    Threads may share it for ONNX files; of modules, which torch traces, one thread at a time must predict.
+    Threads may share it; exports of modules take turns, since torch traces one at a time.
 
     Example::
 
@@ -79,11 +68,11 @@ class GHNClient:
         max_bytes: int = MAX_BYTES,
     ) -> None:
         paths = [Path(item) if item else None for item in (root_certificates, client_certificate, client_key)]
-        files = TlsFiles(*paths) if tls or any(paths) else None
+        files = paths if tls or any(paths) else None
         self._connection = Connection(address, token=token, tls=files, max_attempts=max_attempts)
         self._timeout_s = timeout_s
         self._max_bytes = max_bytes
-        self._server: AbstractContextManager[object] | None = None
+        self._server: Any = None
 
     @classmethod
     def embedded(cls, checkpoint: str | Path | None = None, *, timeout_s: float | None = None) -> GHNClient:
@@ -96,7 +85,7 @@ class GHNClient:
         Raises:
             EmbeddedServerError: ghn-service is not installed, or has no such checkpoint.
         """
-        server = EmbeddedServer(checkpoint)
+        server = start_embedded_server(checkpoint)
         client = cls(server.address, timeout_s=timeout_s)
         client._server = server
         return client
@@ -104,9 +93,7 @@ class GHNClient:
     def __enter__(self) -> GHNClient:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     @property
@@ -119,7 +106,7 @@ class GHNClient:
         self._connection.close()
         server, self._server = self._server, None
         if server is not None:
-            server.__exit__(None, None, None)
+            server.stop(0.0)
 
     def predict(
         self,
@@ -155,31 +142,21 @@ class GHNClient:
         Raises:
             GhnClientError: One of its kinds per cause; see ``ghn_client.errors``.
         """
-        if dtype not in DTYPES:
-            raise InvalidOptionError(f"expected a dtype of {', '.join(DTYPES)}, got {dtype!r}", field="dtype")
         if not 0 <= seed < 1 << 64:
             raise InvalidOptionError(f"expected a seed from 0 to 2**64 - 1, got {seed}", field="seed")
         source = read_source(architecture, example_inputs)
         request = ghn_pb2.PredictWeightsRequest(
             architecture=ghn_pb2.Architecture(onnx_model=source.structure),
             model=model,
-            dtype=ghn_pb2.DataType.Value(f"DATA_TYPE_{dtype.upper()}"),
+            dtype=encode_dtype(dtype),
             seed=seed,
             steps=[encode_step(step) for step in steps],
-            low_rank=None if low_rank is None else encode_low_rank(low_rank),
+            low_rank=encode_low_rank(low_rank),
             include=list(include),
             request_id=uuid.uuid4().hex,
             report=report,
         )
-        return self._predict(request, source, timeout_s, on_progress)
 
-    def _predict(
-        self,
-        request: ghn_pb2.PredictWeightsRequest,
-        source: ModelSource,
-        timeout_s: float | None,
-        on_progress: Callable[[Progress], None] | None,
-    ) -> Prediction:
         def attempt(channel: grpc.Channel, remaining_s: float) -> Prediction:
             events = open_prediction_stream(channel)(request, timeout=remaining_s, metadata=self._connection.metadata)
             try:
@@ -208,56 +185,51 @@ class GHNClient:
         Nothing is predicted, unless ``low_rank`` is given: then the answer tells what each layer would become, and
         what other ranks would cost and save.
         """
-        if dtype not in DTYPES:
-            raise InvalidOptionError(f"expected a dtype of {', '.join(DTYPES)}, got {dtype!r}", field="dtype")
         request = ghn_pb2.AnalyzeArchitectureRequest(
             architecture=ghn_pb2.Architecture(onnx_model=read_source(architecture, example_inputs).structure),
             model=model,
-            dtype=ghn_pb2.DataType.Value(f"DATA_TYPE_{dtype.upper()}"),
+            dtype=encode_dtype(dtype),
             request_id=uuid.uuid4().hex,
-            low_rank=None if low_rank is None else encode_low_rank(low_rank),
+            low_rank=encode_low_rank(low_rank),
         )
         timeout_s = timeout_s or self._timeout_s or (PREDICT_TIMEOUT_S if low_rank else SHORT_TIMEOUT_S)
-        reply: ghn_pb2.AnalyzeArchitectureResponse = self._unary("AnalyzeArchitecture", request, timeout_s)
-        return decode_analysis(reply)
+        return decode_analysis(self._unary("AnalyzeArchitecture", request, timeout_s))
 
     def models(self, *, timeout_s: float | None = None) -> tuple[ModelInfo, ...]:
         """The hypernetworks that the server has loaded, the default one first."""
-        reply: ghn_pb2.ListModelsResponse = self._unary("ListModels", ghn_pb2.ListModelsRequest(), timeout_s)
-        return decode_models(reply)
+        return decode_models(self._unary("ListModels", ghn_pb2.ListModelsRequest(), timeout_s))
 
     def steps(self, *, timeout_s: float | None = None) -> tuple[str, ...]:
         """Names of the post-processing steps that the server knows."""
-        reply: ghn_pb2.ListModelsResponse = self._unary("ListModels", ghn_pb2.ListModelsRequest(), timeout_s)
-        return tuple(reply.steps)
+        return tuple(self._unary("ListModels", ghn_pb2.ListModelsRequest(), timeout_s).steps)
 
     def server_info(self, *, timeout_s: float | None = None) -> ServerInfo:
         """Version, devices and limits of the server."""
-        reply: ghn_pb2.GetServerInfoResponse = self._unary("GetServerInfo", ghn_pb2.GetServerInfoRequest(), timeout_s)
-        return decode_server_info(reply)
+        return decode_server_info(self._unary("GetServerInfo", ghn_pb2.GetServerInfoRequest(), timeout_s))
 
     def health(self, *, timeout_s: float | None = None) -> Health:
         """Whether the server is there and can predict; asks once, and an absent server is no error."""
-        statuses = []
+        serving = []
         for service in ("", SERVICE):
             request = health_pb2.HealthCheckRequest(service=service)
-
-            def attempt(
-                channel: grpc.Channel, remaining_s: float, request: health_pb2.HealthCheckRequest = request
-            ) -> int:
-                stub = health_pb2_grpc.HealthStub(channel)
-                return int(stub.Check(request, timeout=remaining_s, metadata=self._connection.metadata).status)
-
             try:
-                seconds = timeout_s or self._timeout_s or SHORT_TIMEOUT_S
-                statuses.append(self._connection.call(attempt, timeout_s=seconds, max_attempts=1))
+                reply = self._unary("Check", request, timeout_s, stub=health_pb2_grpc.HealthStub, max_attempts=1)
             except ServerUnavailableError:
                 return Health(alive=False, ready=False)
-        return Health(*(status == health_pb2.HealthCheckResponse.SERVING for status in statuses))
+            serving.append(reply.status == health_pb2.HealthCheckResponse.SERVING)
+        return Health(*serving)
 
-    def _unary(self, method: str, request: Any, timeout_s: float | None) -> Any:
+    def _unary(
+        self,
+        method: str,
+        request: Any,
+        timeout_s: float | None,
+        *,
+        stub: Callable[[grpc.Channel], Any] = GhnServiceStub,
+        max_attempts: int | None = None,
+    ) -> Any:
         def attempt(channel: grpc.Channel, remaining_s: float) -> Any:
-            call = getattr(GhnServiceStub(channel), method)
-            return call(request, timeout=remaining_s, metadata=self._connection.metadata)
+            return getattr(stub(channel), method)(request, timeout=remaining_s, metadata=self._connection.metadata)
 
-        return self._connection.call(attempt, timeout_s=timeout_s or self._timeout_s or SHORT_TIMEOUT_S)
+        seconds = timeout_s or self._timeout_s or SHORT_TIMEOUT_S
+        return self._connection.call(attempt, timeout_s=seconds, max_attempts=max_attempts)

@@ -1,4 +1,4 @@
-"""A connection to a server: address, credentials, deadlines and retries, safe in forked processes.
+"""A connection to a server: address, credentials, deadlines, retries and statuses as errors, safe in forked processes.
 
 Retries repeat the whole call: it is deterministic, so nothing is lost but time, and a stream that breaks in the middle
 is covered as well (gRPC's own retry policy ends with the first message). See gRFC A6 for the pushback.
@@ -11,14 +11,15 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 
+from ghn_client import errors
 from ghn_client.errors import (
     AuthenticationError,
     DeadlineExceededError,
@@ -27,75 +28,50 @@ from ghn_client.errors import (
     OverloadedError,
     TemporaryError,
 )
-from ghn_client.rpc_errors import error_from_rpc
 
 MAX_ATTEMPTS = 4
 FIRST_BACKOFF_S = 0.25
 LAST_BACKOFF_S = 5.0
-MAX_MESSAGE_BYTES = 64 << 20
 KEEPALIVE_MS = 30_000
-KEEPALIVE_TIMEOUT_MS = 10_000
 
 _OPTIONS: Sequence[tuple[str, int]] = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
     ("grpc.enable_retries", 0),
     # A server that has vanished is noticed during a call; one that is only busy answers these questions.
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
-    ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
 )
 _SCHEMES = ("dns:", "ipv4:", "ipv6:")
+_PUSHBACK_KEY = "grpc-retry-pushback-ms"
+_CODE = grpc.StatusCode
+_BY_REASON: Mapping[str, type[GhnClientError]] = {
+    "INVALID_ARCHITECTURE": errors.InvalidArchitectureError,
+    "INVALID_OPTION": InvalidOptionError,
+    "UNSUPPORTED_ARCHITECTURE": errors.UnsupportedArchitectureError,
+    "UNSUPPORTED_OPTION": errors.UnsupportedOptionError,
+    "LIMIT_EXCEEDED": errors.LimitExceededError,
+    "OVERLOADED": OverloadedError,
+    "OUT_OF_MEMORY": OverloadedError,
+    "UNKNOWN_MODEL": errors.UnknownModelError,
+}
+_BY_CODE: Mapping[grpc.StatusCode, type[GhnClientError]] = {
+    _CODE.INVALID_ARGUMENT: InvalidOptionError,
+    _CODE.OUT_OF_RANGE: InvalidOptionError,
+    _CODE.UNIMPLEMENTED: errors.UnsupportedOptionError,
+    _CODE.RESOURCE_EXHAUSTED: errors.LimitExceededError,
+    _CODE.NOT_FOUND: errors.UnknownModelError,
+    _CODE.UNAVAILABLE: errors.ServerUnavailableError,
+    _CODE.DEADLINE_EXCEEDED: DeadlineExceededError,
+    _CODE.UNAUTHENTICATED: AuthenticationError,
+    _CODE.PERMISSION_DENIED: AuthenticationError,
+    _CODE.DATA_LOSS: errors.StreamCorruptedError,
+}
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True)
-class TlsFiles:
-    """How to trust the server, and how to be trusted by it.
-
-    Attributes:
-        root_certificates: PEM file of the authorities to trust; None for those of the system.
-        certificate: PEM file of the client's own certificate, for servers that ask for one.
-        private_key: PEM file of its key.
-    """
-
-    root_certificates: Path | None = None
-    certificate: Path | None = None
-    private_key: Path | None = None
-
-    def credentials(self) -> grpc.ChannelCredentials:
-        """The files as gRPC takes them.
-
-        Raises:
-            AuthenticationError: A file cannot be read.
-        """
-        try:
-            contents = [path.read_bytes() if path else None for path in self._paths()]
-        except OSError as error:
-            raise AuthenticationError(f"cannot read the TLS file {error.filename!r}: {error.strerror}") from error
-        roots, certificate, key = contents
-        return grpc.ssl_channel_credentials(roots, private_key=key, certificate_chain=certificate)
-
-    def _paths(self) -> tuple[Path | None, Path | None, Path | None]:
-        return self.root_certificates, self.certificate, self.private_key
-
-
-def is_loopback(address: str) -> bool:
-    """Whether what is sent to ``address`` stays on this machine."""
-    if address.startswith("unix:"):
-        return True
-    target = address.rpartition("/")[2]
-    target = target.partition(":")[2] if target.startswith(_SCHEMES) else target
-    host = target.rpartition(":")[0].strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class Connection:
@@ -104,8 +80,12 @@ class Connection:
     Args:
         address: ``host:port``, or any gRPC target.
         token: Bearer token; sent over TLS or to this machine only.
-        tls: How to encrypt; None for plain text.
+        tls: PEM files of the authorities to trust (None: the system's), of the client's certificate and of its key;
+            None for plain text.
         max_attempts: Attempts per call.
+
+    Attributes:
+        metadata: What goes with every call.
 
     Raises:
         InvalidOptionError: The address is empty.
@@ -113,41 +93,21 @@ class Connection:
     """
 
     def __init__(
-        self, address: str, *, token: str | None = None, tls: TlsFiles | None = None, max_attempts: int = MAX_ATTEMPTS
+        self, address: str, *, token: str | None, tls: Sequence[Path | None] | None, max_attempts: int
     ) -> None:
         if not address.strip():
             raise InvalidOptionError("expected an address such as 'localhost:50051', got an empty one", field="address")
-        if token and tls is None and not is_loopback(address):
+        if token and tls is None and not _is_loopback(address):
             raise AuthenticationError(
                 f"the token would be sent to {address} in plain text; use TLS (tls=True), or a server on this machine"
             )
         self.address = address
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self.metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._tls = tls
         self._max_attempts = max_attempts
         self._lock = threading.Lock()
         self._channel: grpc.Channel | None = None
         self._pid = 0
-
-    def __enter__(self) -> Connection:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @property
-    def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What goes with every call."""
-        return self._metadata
-
-    def channel(self) -> grpc.Channel:
-        """The channel of this process; a forked process must not use its parent's."""
-        with self._lock:
-            if self._channel is None or self._pid != os.getpid():
-                self._channel, self._pid = self._dial(), os.getpid()
-            return self._channel
 
     def close(self) -> None:
         """Closes the channel; the next call would open a new one."""
@@ -164,11 +124,7 @@ class Connection:
         self._lock = threading.Lock()
 
     def call(
-        self,
-        attempt: Callable[[grpc.Channel, float], Result],
-        *,
-        timeout_s: float,
-        max_attempts: int | None = None,
+        self, attempt: Callable[[grpc.Channel, float], Result], *, timeout_s: float, max_attempts: int | None = None
     ) -> Result:
         """Runs ``attempt`` until it succeeds, fails for good, or runs out of time or attempts.
 
@@ -186,21 +142,53 @@ class Connection:
         last = self._max_attempts if max_attempts is None else max_attempts
         for number in range(1, last + 1):
             try:
-                return attempt(self.channel(), max(end - time.monotonic(), 0.001))
+                return attempt(self._dialled(), max(end - time.monotonic(), 0.001))
             except grpc.RpcError as raised:
-                error = error_from_rpc(raised, address=self.address)
+                error = _error_from_rpc(cast("grpc.Call", raised), self.address)  # what a channel raises is both
                 wait_s = _wait_s(error, number)
                 if wait_s is None or number == last:
                     raise error from raised
                 if time.monotonic() + wait_s >= end:
-                    raise _out_of_time(error, timeout_s) from raised
+                    if isinstance(error, OverloadedError):
+                        raise error from raised
+                    raise DeadlineExceededError(
+                        f"no answer within {timeout_s:g} seconds; the last failure: {error}"
+                    ) from raised
                 time.sleep(wait_s)
         raise AssertionError("the last attempt returns or raises")
 
-    def _dial(self) -> grpc.Channel:
-        if self._tls is None:
-            return grpc.insecure_channel(self.address, options=_OPTIONS)
-        return grpc.secure_channel(self.address, self._tls.credentials(), options=_OPTIONS)
+    def _dialled(self) -> grpc.Channel:
+        """The channel of this process; a forked process must not use its parent's."""
+        with self._lock:
+            if self._channel is None or self._pid != os.getpid():
+                self._pid = os.getpid()
+                if self._tls is None:
+                    self._channel = grpc.insecure_channel(self.address, options=_OPTIONS)
+                else:
+                    self._channel = grpc.secure_channel(self.address, _credentials(self._tls), options=_OPTIONS)
+            return self._channel
+
+
+def _is_loopback(address: str) -> bool:
+    """Whether what is sent to ``address`` stays on this machine."""
+    if address.startswith("unix:"):
+        return True
+    target = address.rpartition("/")[2]
+    target = target.partition(":")[2] if target.startswith(_SCHEMES) else target
+    host = target.rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _credentials(files: Sequence[Path | None]) -> grpc.ChannelCredentials:
+    """The PEM files as gRPC takes them."""
+    try:
+        roots, certificate, key = (path.read_bytes() if path else None for path in files)
+    except OSError as error:
+        raise AuthenticationError(f"cannot read the TLS file {error.filename!r}: {error.strerror}") from error
+    return grpc.ssl_channel_credentials(roots, private_key=key, certificate_chain=certificate)
 
 
 def _wait_s(error: GhnClientError, number: int) -> float | None:
@@ -214,7 +202,39 @@ def _wait_s(error: GhnClientError, number: int) -> float | None:
     return min(FIRST_BACKOFF_S * 2.0 ** (number - 1), LAST_BACKOFF_S) * random.uniform(0.8, 1.2)
 
 
-def _out_of_time(error: GhnClientError, timeout_s: float) -> GhnClientError:
-    if isinstance(error, OverloadedError):
-        return error
-    return DeadlineExceededError(f"no answer within {timeout_s:g} seconds; the last failure: {error}")
+def _error_from_rpc(call: grpc.Call, address: str) -> GhnClientError:
+    """The exception of ours that a failed call to ``address`` becomes: code, google.rpc details and retry pushback."""
+    reason, fields, retry_after_s = "", {}, _pushback_s(call)
+    try:
+        status = rpc_status.from_call(call)
+    except ValueError:  # the details contradict the status: a proxy has changed one of them
+        status = None
+    info, request, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    for packed in status.details if status is not None else ():
+        if packed.Unpack(info):
+            reason, fields["request_id"] = info.reason, info.metadata.get("request_id", "")
+        elif packed.Unpack(request) and request.field_violations:
+            fields["field"] = request.field_violations[0].field
+        elif packed.Unpack(retry) and retry_after_s is None:
+            retry_after_s = retry.retry_delay.ToTimedelta().total_seconds()
+    kind = _BY_REASON.get(reason) or _BY_CODE.get(call.code(), errors.ServerError)
+    text = call.details() or ""
+    if kind is errors.ServerUnavailableError:
+        cause = text or "connection lost"
+        text = f"no server answers at {address} ({cause}); check the address, and TLS on both sides"
+    elif kind is DeadlineExceededError:
+        text = f"the server at {address} did not finish in time ({text or 'deadline exceeded'}); raise timeout_s"
+    error = kind(text or f"the server at {address} gave no reason", **fields)
+    if isinstance(error, TemporaryError):
+        error.retry_after_s = retry_after_s
+    return error
+
+
+def _pushback_s(call: grpc.Call) -> float | None:
+    for key, value in call.trailing_metadata() or ():
+        if key == _PUSHBACK_KEY and isinstance(value, str):
+            try:
+                return int(value) / 1000
+            except ValueError:
+                return -1.0  # malformed means "do not retry" (gRFC A6)
+    return None

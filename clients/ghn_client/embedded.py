@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from ghn_client.errors import EmbeddedServerError
@@ -15,66 +14,34 @@ from ghn_client.errors import EmbeddedServerError
 READY_TIMEOUT_S = 300.0
 
 
-class EmbeddedServer:
-    """Runs until it is stopped; a context manager that stops it.
+def start_embedded_server(checkpoint: str | Path | None = None) -> Any:
+    """A running server (``ghn_service.server.app.RunningServer``) with its ``address``, to be stopped with ``stop``.
 
     Args:
         checkpoint: A hypernetwork; None for the trained one that comes with ghn-service.
-        device: ``auto``, ``cpu`` or ``cuda``.
-
-    Attributes:
-        address: Where it listens.
 
     Raises:
         EmbeddedServerError: ghn-service is not installed, has no such checkpoint, or cannot load it.
     """
-
-    def __init__(self, checkpoint: str | Path | None = None, *, device: str = "auto") -> None:
-        app, settings, errors = _import_service()
-        flags: dict[str, Any] = {
-            "host": "127.0.0.1",
-            "port": 0,
-            "device": (device,),
-            "reflection": False,
-            "drain_seconds": 0.0,
-            "checkpoints": (str(checkpoint),) if checkpoint is not None else None,
-        }
-        self._server: Any = None
-        try:
-            self._server = app.start_server(settings.load_settings(**flags))
-            self._server.wait_ready(READY_TIMEOUT_S)
-        except errors.GhnServiceError as error:
-            self.stop()
-            raise EmbeddedServerError(f"the server inside this process cannot start: {error}") from error
-        except BaseException:
-            self.stop()
-            raise
-        self.address = str(self._server.address)
-
-    def __enter__(self) -> EmbeddedServer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Stops it at once; calls on their way are ended."""
-        server, self._server = self._server, None
-        if server is not None:
-            server.stop(0.0)
-
-
-def _import_service() -> tuple[Any, Any, Any]:
     try:
-        return (
-            importlib.import_module("ghn_service.server.app"),
-            importlib.import_module("ghn_service.server.settings"),
-            importlib.import_module("ghn_service.errors"),
-        )
+        app: Any = importlib.import_module("ghn_service.server.app")
+        settings: Any = importlib.import_module("ghn_service.server.settings")
+        errors: Any = importlib.import_module("ghn_service.errors")
     except ModuleNotFoundError as error:
         raise EmbeddedServerError(
             f"a server inside this process needs the package ghn-service ({error.name!r} is missing): "
             "pip install ghn-service, or give the address of a server"
         ) from error
+    flags = {"host": "127.0.0.1", "port": 0, "device": ("auto",), "reflection": False, "drain_seconds": 0.0}
+    server: Any = None
+    try:
+        chosen = (str(checkpoint),) if checkpoint is not None else None
+        server = app.start_server(settings.load_settings(**flags, checkpoints=chosen))
+        server.wait_ready(READY_TIMEOUT_S)
+    except BaseException as error:
+        if server is not None:
+            server.stop(0.0)
+        if isinstance(error, errors.GhnServiceError):
+            raise EmbeddedServerError(f"the server inside this process cannot start: {error}") from error
+        raise
+    return server

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from ghn_client.options import decode_method
 from ghn_client.wire import ghn_pb2
 from ghn_client.wire.metadata import TensorInfo, TensorUse
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,59 +119,41 @@ class Health:
 
 def decode_analysis(reply: ghn_pb2.AnalyzeArchitectureResponse) -> Analysis:
     """The value of a reply."""
-    return Analysis(
-        model=reply.model,
-        graph_digest=reply.graph_digest,
-        num_nodes=reply.num_nodes,
-        num_edges=reply.num_edges,
-        num_parameters=reply.num_parameters,
-        num_predicted_parameters=reply.num_predicted_parameters,
-        total_bytes=reply.total_bytes,
-        tensors=tuple(
-            TensorInfo(
-                name=item.name,
-                origin=item.origin,
-                initializer=item.initializer,
-                torch_name=item.torch_name,
-                permutation=tuple(item.permutation),
-                uses=tuple(TensorUse(use.node, use.input_index) for use in item.uses),
-                shape=tuple(item.shape),
-                op_type=item.op_type,
-            )
-            for item in reply.tensors
-        ),
-        buffers=tuple(reply.buffers),
-        warnings=tuple(reply.warnings),
-        op_type_counts=dict(reply.op_type_counts),
-        unknown_operators=tuple(reply.unknown_operators),
-        low_rank=tuple(_decode_layer(layer) for layer in reply.low_rank_layers),
+    tensors = (_decode(TensorInfo, item, uses=_decode_all(TensorUse, item.uses)) for item in reply.tensors)
+    layers = (
+        _decode(
+            LowRankLayer,
+            layer,
+            method=decode_method(layer.method),
+            dense=_decode(RankCost, layer.dense),
+            chosen=_decode(RankCost, layer.chosen),
+            curve=_decode_all(RankCost, layer.curve),
+        )
+        for layer in reply.low_rank_layers
     )
-
-
-def _decode_layer(layer: ghn_pb2.LowRankLayer) -> LowRankLayer:
-    def decode_cost(cost: ghn_pb2.RankCost) -> RankCost:
-        return RankCost(cost.rank, cost.function_error, cost.parameters, cost.multiply_adds)
-
-    return LowRankLayer(
-        parameter=layer.parameter,
-        method=decode_method(layer.method),
-        activation=layer.activation,
-        normalized=layer.normalized,
-        note=layer.note,
-        dense=decode_cost(layer.dense),
-        chosen=decode_cost(layer.chosen),
-        curve=tuple(decode_cost(cost) for cost in layer.curve),
-    )
+    counts = dict(reply.op_type_counts)
+    return _decode(Analysis, reply, tensors=tuple(tensors), op_type_counts=counts, low_rank=tuple(layers))
 
 
 def decode_models(reply: ghn_pb2.ListModelsResponse) -> tuple[ModelInfo, ...]:
     """The values of a reply, the default model first."""
-    return tuple(
-        ModelInfo(**{name: getattr(item, name) for name in ModelInfo.__dataclass_fields__}) for item in reply.models
-    )
+    return _decode_all(ModelInfo, reply.models)
 
 
 def decode_server_info(reply: ghn_pb2.GetServerInfoResponse) -> ServerInfo:
     """The value of a reply."""
-    limits: dict[str, Any] = {item.name: getattr(reply.limits, item.name) for item in reply.limits.DESCRIPTOR.fields}
-    return ServerInfo(reply.version, reply.torch_version, tuple(reply.devices), limits, reply.uptime_seconds)
+    limits = {item.name: getattr(reply.limits, item.name) for item in reply.limits.DESCRIPTOR.fields}
+    return _decode(ServerInfo, reply, limits=limits)
+
+
+def _decode(kind: type[Value], message: Any, **known: Any) -> Value:
+    """A value whose fields are those of the message with the same name, but for those that are ``known``."""
+    for item in dataclasses.fields(cast("Any", kind)):
+        if item.name not in known:
+            value = getattr(message, item.name)
+            known[item.name] = tuple(value) if item.type.startswith("tuple") else value
+    return kind(**known)
+
+
+def _decode_all(kind: type[Value], messages: Iterable[Any]) -> tuple[Value, ...]:
+    return tuple(_decode(kind, message) for message in messages)

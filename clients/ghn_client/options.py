@@ -12,6 +12,7 @@ from ghn_client.wire import ghn_pb2
 # The rules and methods are those of the protocol, under its names.
 RANK_RULES = tuple(field.name for field in ghn_pb2.LowRankOutput.DESCRIPTOR.oneofs_by_name["rank_rule"].fields)
 METHOD_PREFIX = "LOW_RANK_METHOD_"
+DTYPES = ("float32", "bfloat16", "float16")
 LOW_RANK_METHODS = tuple(name.removeprefix(METHOD_PREFIX).lower() for name in ghn_pb2.LowRankMethod.keys()[1:])
 
 
@@ -120,21 +121,15 @@ def decode_method(number: ghn_pb2.LowRankMethod.ValueType) -> str:
     return ghn_pb2.LowRankMethod.Name(number).removeprefix(METHOD_PREFIX).lower() if number in known else str(number)
 
 
-def parse_low_rank(text: str) -> dict[str, Any]:
-    """Reads ``rule=value`` or ``rule=value,method=name`` as the fields of ``LowRankOptions``.
+def encode_dtype(dtype: str) -> ghn_pb2.DataType.ValueType:
+    """The element type as the protocol has it.
 
     Raises:
-        InvalidOptionError: The text has another form.
+        InvalidOptionError: It is none that a reply can have.
     """
-    values: dict[str, Any] = {}
-    for key, value in parse_pairs(text.split(","), "low rank as RULE=VALUE[,method=M]").items():
-        try:
-            number = float(value)
-        except ValueError:
-            values[key] = value
-        else:
-            values[key] = int(number) if number.is_integer() else number
-    return values
+    if dtype not in DTYPES:
+        raise InvalidOptionError(f"expected a dtype of {', '.join(DTYPES)}, got {dtype!r}", field="dtype")
+    return ghn_pb2.DataType.Value(f"DATA_TYPE_{dtype.upper()}")
 
 
 def encode_low_rank(options: LowRankLike | None) -> ghn_pb2.LowRankOutput | None:
@@ -146,7 +141,8 @@ def encode_low_rank(options: LowRankLike | None) -> ghn_pb2.LowRankOutput | None
     if options is None:
         return None
     if isinstance(options, str):
-        options = parse_low_rank(options)
+        pairs = parse_pairs(options.split(","), "low rank as RULE=VALUE[,method=M]")
+        options = {key: value if key == "method" else _number(value) for key, value in pairs.items()}
     if isinstance(options, Mapping):
         given = ", ".join(options)
         try:
@@ -162,3 +158,11 @@ def encode_low_rank(options: LowRankLike | None) -> ghn_pb2.LowRankOutput | None
         )
     except (ValueError, TypeError) as error:
         raise InvalidOptionError(f"low_rank.{rule}: {error}", field=f"low_rank.{rule}") from error
+
+
+def _number(text: str) -> int | float | str:
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    return int(value) if value.is_integer() else value
