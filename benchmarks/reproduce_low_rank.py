@@ -19,7 +19,6 @@ that matching the function need not cost more) and a randomised SVD with the ene
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import time
 from collections import Counter
@@ -42,6 +41,7 @@ from ghn_service.postprocess.low_rank.factorize import factorize, relative_funct
 from ghn_service.training.evaluation.fine_tune import mean_and_error
 from ghn_service.training.evaluation.zero_shot import accuracy
 from ghn_service.training.images import Augmentation, Batches
+from tests.zoo_support import build_torchvision
 
 SHAPES = ((64, 64, 1), (64, 512, 4), (256, 256, 4), (256, 256, 32), (576, 256, 4), (576, 256, 32))
 METHODS = ("spectral", "function")
@@ -52,6 +52,7 @@ IMAGE_SIZE = 16
 BATCH_SIZE = 64
 AT_CHANCE = 0.12
 FULL_RANK = 1.0
+DEPTHWISE = 49  # inputs of the depthwise convolutions of the networks here: kernels of 7 x 7
 
 
 def layer_errors() -> list[str]:
@@ -247,46 +248,24 @@ def chart(results: Sequence[Cell]) -> str:
 
 
 def layer_shapes(network: str) -> Counter[Shape]:
-    """Weights of a network as (outputs, inputs * kernel), but depthwise convolutions and the classifier."""
-    if network == "vit_b_16":
-        return Counter({(768, 768): 13, (2304, 768): 12, (3072, 768): 12, (768, 3072): 12})
-    if network == "convnext_tiny":
-        stages = ((96, 3), (192, 3), (384, 9), (768, 3))
-        shapes = Counter({(wide, 4 * narrow): 1 for (narrow, _), (wide, _) in itertools.pairwise(stages)})
-        shapes.update({(96, 48): 1, **{(4 * width, width): blocks for width, blocks in stages}})
-        shapes.update({(width, 4 * width): blocks for width, blocks in stages})
-        return shapes
-    found, channels = [(64, 147)], 64  # resnet50
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            found += [(width, channels), (width, width * 9), (4 * width, width)]
-            found += [(4 * width, channels)] if block == 0 else []
-            channels = 4 * width
-    return Counter(found)
+    """Weights of a torchvision network as (outputs, inputs * kernel), but depthwise convolutions and the classifier."""
+    module, _ = build_torchvision(network)
+    *weights, _ = [weight.flatten(1).shape for weight in module.parameters() if weight.dim() in (2, 4)]
+    return Counter((rows, columns) for rows, columns in weights if columns != DEPTHWISE)
 
 
-def balanced(left: torch.Tensor, values: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.Tensor, ...]:
-    """Factors of equal size from a decomposition ``left @ diag(values) @ right.T``."""
+def spectral_by_sketch(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Balanced factors of a randomised SVD with four power iterations."""
+    left, values, right = torch.svd_lowrank(weight, q=min(rank + 16, *weight.shape), niter=4)
     roots = values[:rank].sqrt()
     return left[:, :rank] * roots, right[:, :rank] * roots
-
-
-def spectral_by_svd(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, ...]:
-    """The baseline: a full SVD, truncated and balanced."""
-    left, values, right = torch.linalg.svd(weight, full_matrices=False)
-    return balanced(left, values, right.T, rank)
-
-
-def spectral_by_sketch(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, ...]:
-    """Randomised SVD with four power iterations."""
-    return balanced(*torch.svd_lowrank(weight, q=min(rank + 16, *weight.shape), niter=4), rank)
 
 
 def cost_row(network: str, fraction: float) -> list[str]:
     """CPU seconds of each way over all layers that get smaller, the better of two calls, and the missing energy."""
     activation = "relu" if network == "resnet50" else "gelu"
     ways: dict[str, Callable[[torch.Tensor, int], Any]] = {
-        "full SVD": spectral_by_svd,
+        "full SVD": lambda weight, _: torch.linalg.svd(weight, full_matrices=False),
         **{
             method: partial(factorize, method=method, activation=activation)
             for method in (*METHODS, "function_optimized")
