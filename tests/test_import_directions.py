@@ -67,12 +67,6 @@ HOMES = {
 }
 
 
-# Files that still import ours inside functions; this list only shrinks, and is to be empty.
-HIDDEN_TODAY: dict[str, set[str]] = {
-    "clients/ghn_client/finetune/__init__.py": {"ghn_client.onnx.from_torch"},
-}
-
-
 def source_files() -> list[Path]:
     folders = ("ghn_service", "architectures", "clients/ghn_client")
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py") if "_pb2" not in path.name)
@@ -186,10 +180,8 @@ def test_onnx_is_touched_in_one_folder_of_a_package(package: str) -> None:
 @pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_our_modules_are_imported_on_top(path: Path) -> None:
     """Imports inside functions hide cycles; commands may import late what is slow to load."""
-    is_command = path.name in ("__main__.py", "embedded.py") or "cli" in path.relative_to(ROOT).parts
-    place = path.relative_to(ROOT).as_posix()
-    if not is_command:
-        assert imported_in_functions(path) <= HIDDEN_TODAY.get(place, set())
+    if path.name not in ("__main__.py", "embedded.py") and "cli" not in path.relative_to(ROOT).parts:
+        assert not set(imported_in_functions(path))
 
 
 def test_there_is_no_import_cycle() -> None:

@@ -6,9 +6,6 @@ Works on any torch module. ``STRATEGIES`` lists what can be tuned; every entry r
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
 from ghn_client.finetune.additive import AdditiveModule, additive
 from ghn_client.finetune.delta import load_complete_model, load_delta, save_delta
 from ghn_client.finetune.express.pairing import random_norm_network
@@ -23,9 +20,6 @@ from ghn_client.finetune.patch.solver import patch
 from ghn_client.finetune.peft_format import export_peft, import_peft
 from ghn_client.finetune.planner import plan
 from ghn_client.finetune.strategies import STRATEGIES, all_parameters, bias_only, head_only, prepare
-
-if TYPE_CHECKING:
-    from ghn_client.onnx.from_torch import merge_onnx
 
 __all__ = [
     "STRATEGIES",
@@ -51,7 +45,6 @@ __all__ = [
     "load_delta",
     "low_rank",
     "low_rank_update",
-    "merge_onnx",
     "norm_only",
     "patch",
     "plan",
@@ -59,10 +52,3 @@ __all__ = [
     "random_norm_network",
     "save_delta",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """Imports ``merge_onnx`` when it is first used: who trains a torch module needs no ONNX."""
-    if name == "merge_onnx":
-        return importlib.import_module("ghn_client.onnx.from_torch").merge_onnx
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
