@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from ghn_client.finetune.factored import FactoredLinear
+from ghn_client.finetune.factored import FactoredLayer
 
 
 def small_cnn(*, seed: int = 0, classes: int = 4) -> nn.Sequential:
@@ -21,7 +21,7 @@ def small_cnn(*, seed: int = 0, classes: int = 4) -> nn.Sequential:
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        FactoredLinear(8, 8, 2),
+        FactoredLayer(nn.Linear(8, 8), 2),
         nn.Linear(8, classes),
     )
     randomize_statistics(network)

@@ -9,25 +9,25 @@ from torch import nn
 from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.factors import FactorPair
 from ghn_client.finetune import factorize_module
-from ghn_client.finetune.factored import FactoredConv2d, FactoredLinear, frobenius_decay, low_rank
+from ghn_client.finetune.factored import FactoredLayer, frobenius_decay, low_rank
 from ghn_client.finetune.lora import low_rank_update
 from tests.finetune.networks import ResidualNetwork, mlp, train_a_little
 
 
 def test_linear_is_the_product():
-    layer, inputs = FactoredLinear(5, 4, 2), torch.randn(3, 5)
+    layer, inputs = FactoredLayer(nn.Linear(5, 4), 2), torch.randn(3, 5)
     expected = nn.functional.linear(inputs, layer.dense_weight(), layer.u.bias)
     torch.testing.assert_close(layer(inputs), expected)
 
 
 def test_convolution_is_the_product():
-    layer, images = FactoredConv2d(3, 6, 3, 2, stride=2, padding=1), torch.randn(2, 3, 9, 9)
+    layer, images = FactoredLayer(nn.Conv2d(3, 6, 3, stride=2, padding=1), 2), torch.randn(2, 3, 9, 9)
     expected = nn.functional.conv2d(images, layer.dense_weight(), layer.u.bias, stride=2, padding=1)
     torch.testing.assert_close(layer(images), expected)
 
 
 def test_decay_is_half_the_squared_norm_of_the_products():
-    network = nn.Sequential(FactoredConv2d(3, 6, 3, 2), nn.Flatten(), FactoredLinear(6, 4, 2))
+    network = nn.Sequential(FactoredLayer(nn.Conv2d(3, 6, 3), 2), nn.Flatten(), FactoredLayer(nn.Linear(6, 4), 2))
     slow = sum(layer.dense_weight().square().sum() for layer in (network[0], network[2]))
     torch.testing.assert_close(frobenius_decay(network), 0.5 * slow)
     assert frobenius_decay(nn.Linear(2, 2)) == 0
@@ -36,7 +36,7 @@ def test_decay_is_half_the_squared_norm_of_the_products():
 @pytest.mark.parametrize("rank", [0, 5])
 def test_impossible_ranks_are_refused(rank):
     with pytest.raises(InvalidOptionError):
-        FactoredLinear(5, 4, rank)
+        FactoredLayer(nn.Linear(5, 4), rank)
 
 
 def test_low_rank_needs_factors():

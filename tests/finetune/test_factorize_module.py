@@ -11,7 +11,7 @@ from torch import nn
 from ghn_client.errors import InvalidOptionError
 from ghn_client.factors import FactorPair, factor_pairs
 from ghn_client.finetune import defactorize_module, factorize_module
-from ghn_client.finetune.factored import FactoredConv2d, FactoredLinear, frobenius_decay
+from ghn_client.finetune.factored import FactoredLayer, frobenius_decay
 
 
 class Attention(nn.Module):
@@ -107,7 +107,7 @@ def test_the_given_module_is_left_alone() -> None:
 def test_in_place_changes_the_module_itself() -> None:
     module = convolutions()
     assert factorize_module(module, low_rank_state(module, ["0.weight"]), inplace=True) is module
-    assert isinstance(module[0], FactoredConv2d)
+    assert isinstance(module[0], FactoredLayer)
 
 
 def test_a_factored_network_trains_with_frobenius_decay() -> None:
@@ -129,7 +129,7 @@ def test_a_factored_network_trains_with_frobenius_decay() -> None:
 def test_a_single_linear_layer_can_be_factored() -> None:
     layer = nn.Linear(12, 9)
     factored = factorize_module(layer, low_rank_state(layer, ["weight"]))
-    assert isinstance(factored, FactoredLinear)
+    assert isinstance(factored, FactoredLayer)
     assert isinstance(defactorize_module(factored), nn.Linear)
 
 

@@ -120,6 +120,16 @@ def test_names_may_be_hyphenated():
     assert prepare(small_cnn(), "norm-only").strategy == "norm_only"
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_unknown_choice_of_statistics_changes_nothing(strategy):
+    network = small_cnn()
+    before = [(name, type(child)) for name, child in network.named_modules()]
+    options = {"samples": 4} if strategy == "additive" else {}
+    with pytest.raises(InvalidOptionError, match="statistics"):
+        prepare(network, strategy, statistics="sometimes", **options)
+    assert [(name, type(child)) for name, child in network.named_modules()] == before
+
+
 def test_combine_tunes_the_union_and_restores_everything():
     network = small_cnn().eval()
     before = values(network)

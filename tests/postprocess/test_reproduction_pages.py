@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import reproduce_diversity, reproduce_low_rank
 from benchmarks.charts import bar_chart
-from ghn_client.finetune.factored import FactoredConv2d, FactoredLinear
+from ghn_client.finetune.factored import FactoredLayer
 
 
 def low_rank_cells(*, gain: float) -> list[dict]:
@@ -50,7 +50,7 @@ def test_the_networks_of_one_seed_start_from_the_same_dense_weights() -> None:
         torch.manual_seed(3)
         dense = reproduce_low_rank.build_network(normalize=False)
         networks.append(reproduce_low_rank.factored_network(dense, size=0.25, method=method))
-    first, second = ([m for m in n.modules() if isinstance(m, FactoredConv2d | FactoredLinear)] for n in networks)
+    first, second = ([m for m in n.modules() if isinstance(m, FactoredLayer)] for n in networks)
     assert len(first) == 5
     for spectral, function in zip(first, second, strict=True):
         torch.testing.assert_close(spectral.v.weight, function.v.weight)

@@ -143,10 +143,8 @@ def additive(
     names = [f"side.{name}" for name, _ in side.named_parameters()]
     buffers = [f"base.{name}" for name in travelling_statistics(module, statistics)]
     part = Part("additive", config, whole, {"side": names}, buffers)
-    switch = Lifecycle(
-        enable=(partial(setattr, whole, "enabled", True),), disable=(partial(setattr, whole, "enabled", False),)
-    )
-    return FineTuneHandle(part, base=module, statistics=statistics, lifecycle=switch)
+    lifecycle = Lifecycle(switch=partial(setattr, whole, "enabled"))
+    return FineTuneHandle(part, base=module, statistics=statistics, lifecycle=lifecycle)
 
 
 def _sizes(module: nn.Module, head: str | None, example: torch.Tensor | None) -> tuple[int, int]:

@@ -30,7 +30,6 @@ from ghn_client.finetune.lora import base_name
 from ghn_client.finetune.strategies import prepare
 
 FORMAT, VERSION = "ghn-delta", "1"
-WEIGHTS, REQUEST = "weights", "request"
 _LOG = logging.getLogger(__name__)
 
 
@@ -40,19 +39,15 @@ class DeltaInfo:
 
     Attributes:
         parts: Strategy name and options of every part, in order.
-        base_kind: ``weights`` or ``request``.
         digest: SHA-256 of the base values.
         replaced: Names in the base whose values the delta replaces; they are not in the digest.
         request: The request that regenerates the base, or ``None``.
-        num_numbers: Numbers in the file.
     """
 
     parts: tuple[tuple[str, dict[str, Any]], ...]
-    base_kind: str
     digest: str
     replaced: tuple[str, ...]
     request: dict[str, Any] | None
-    num_numbers: int
 
 
 def base_digest(module: nn.Module, *, without: Collection[str] = ()) -> str:
@@ -98,7 +93,7 @@ def save_delta(handle: FineTuneHandle, path: str | Path, *, request: Mapping[str
         "format": FORMAT,
         "version": VERSION,
         "parts": json.dumps([[part.strategy, dict(part.config)] for part in handle.parts]),
-        "base": WEIGHTS if request is None else REQUEST,
+        "base": "weights" if request is None else "request",
         "digest": base_digest(handle.base, without=replaced),
         "replaced": json.dumps(replaced),
         "request": json.dumps(None if request is None else dict(request), sort_keys=True),
@@ -123,11 +118,9 @@ def read_delta(path: str | Path) -> tuple[DeltaInfo, dict[str, torch.Tensor]]:
             raise ValueError(f"expected {FORMAT} of version {VERSION}, got {kind[0]} {kind[1]}")
         info = DeltaInfo(
             parts=tuple((name, config) for name, config in json.loads(metadata["parts"])),
-            base_kind=metadata["base"],
             digest=metadata["digest"],
             replaced=tuple(json.loads(metadata["replaced"])),
             request=json.loads(metadata["request"]),
-            num_numbers=sum(tensor.numel() for tensor in tensors.values()),
         )
     except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
         raise FileError(f"{Path(path).name} is no delta file: {error}") from error
@@ -163,7 +156,7 @@ def load_delta(module: nn.Module, path: str | Path, *, request: Mapping[str, Any
         for handle in reversed(handles):
             handle.restore()
         raise LoadError(f"{Path(path).name} does not fit this module: {error}") from error
-    return handles[0] if len(handles) == 1 else combine(*handles)
+    return combine(*handles)
 
 
 def load_complete_model(
@@ -197,7 +190,7 @@ def _check_base(module: nn.Module, info: DeltaInfo, request: Mapping[str, Any] |
     actual = base_digest(module, without=info.replaced)
     if actual == info.digest:
         return
-    if info.base_kind == REQUEST and request is not None:
+    if info.request is not None and request is not None:
         if json.dumps(dict(request), sort_keys=True) != json.dumps(info.request, sort_keys=True):
             raise LoadError(f"the delta belongs to the request {info.request}, this base came from {dict(request)}")
         _LOG.warning(
@@ -213,8 +206,7 @@ def _check_base(module: nn.Module, info: DeltaInfo, request: Mapping[str, Any] |
 
 def _belongs_to_base(name: str) -> bool:
     pieces = name.split(".")
-    added = CHILD in pieces or ".parametrizations.weight.0." in name
-    return not added and pieces[-1] != "num_batches_tracked"
+    return not (CHILD in pieces or ".parametrizations.weight.0." in name or pieces[-1] == "num_batches_tracked")
 
 
 @torch.no_grad()

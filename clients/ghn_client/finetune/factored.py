@@ -1,7 +1,7 @@
 """Networks whose weights are products of two thin matrices: made from a low-rank prediction, trained, made dense again.
 
-    FactoredLinear   x -> U (V x) + b             V: (R, in)                U: (out, R)
-    FactoredConv2d   x -> 1x1 conv of k x k conv  V: (R, in / groups, k, k)  U: (out, R, 1, 1)
+    x -> U (V x) + b             V: (R, in)                 U: (out, R)         in place of a linear layer
+    x -> 1x1 conv of k x k conv  V: (R, in / groups, k, k)  U: (out, R, 1, 1)   in place of a plain convolution
 
 A prediction with low-rank output holds ``<name>.factor_in`` (V) and ``<name>.factor_out`` (U) in the place of a weight
 ``<name>``. Linear layers and plain convolutions become the pairs above. Where the dense weight is read by other code
@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,82 +27,49 @@ from ghn_client.batchnorm import UPDATE, travelling_statistics
 from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.factors import FACTOR_IN, FACTOR_OUT, FactorPair, factor_pairs
 from ghn_client.finetune.handle import FineTuneHandle, Part
-from ghn_client.finetune.matrix_layers import resolve_head
+from ghn_client.finetune.matrix_layers import parameter_groups, parameters_under, resolve_head
 from ghn_client.prediction import Prediction
 
 
-class FactoredLinear(nn.Module):
-    """A linear layer through a bottleneck of ``rank`` numbers.
+class FactoredLayer(nn.Module):
+    """Stands in for a linear layer or plain convolution: ``v`` to a bottleneck of ``rank`` channels, ``u`` out of it.
 
     Args:
-        in_features: Inputs.
-        out_features: Outputs.
-        rank: Width R of the bottleneck, at most the smaller of the two.
-        bias: Whether the output has a bias.
+        layer: The dense layer; its sizes and options are taken, its values are not.
+        rank: Width R of the bottleneck, at most the full rank.
     """
 
-    def __init__(self, in_features: int, out_features: int, rank: int, *, bias: bool = True) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int) -> None:
         super().__init__()
-        _check_rank(rank, min(in_features, out_features))
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.v = nn.Linear(in_features, rank, bias=False)
-        self.u = nn.Linear(rank, out_features, bias=bias)
+        outputs, has_bias = len(layer.weight), layer.bias is not None
+        full = min(outputs, layer.weight[0].numel())
+        if not 1 <= rank <= full:
+            raise InvalidOptionError(f"rank must be from 1 to {full} (full rank), got {rank}")
+        self.v = _like(layer, rank)
+        self.u: nn.Linear | nn.Conv2d
+        if isinstance(layer, nn.Linear):
+            self.u = nn.Linear(rank, outputs, bias=has_bias)
+        else:
+            self.u = nn.Conv2d(rank, outputs, 1, bias=has_bias)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """(..., in_features) to (..., out_features)."""
+        """What the dense layer takes and returns."""
         output: torch.Tensor = self.u(self.v(inputs))
         return output
 
     def dense_weight(self) -> torch.Tensor:
-        """The product, (out_features, in_features)."""
-        return self.u.weight @ self.v.weight
-
-
-class FactoredConv2d(nn.Module):
-    """A k x k convolution to ``rank`` channels and a 1 x 1 convolution out of them.
-
-    Args:
-        in_channels: Input channels.
-        out_channels: Output channels.
-        kernel_size: Height and width of the kernel.
-        rank: Channels in between.
-        stride: As in ``Conv2d``; belongs to the first factor, like padding and dilation.
-        padding: Zero padding.
-        dilation: Dilation.
-        bias: Whether the output has a bias.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        rank: int,
-        *,
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
-        bias: bool = True,
-    ) -> None:
-        super().__init__()
-        self.v = nn.Conv2d(in_channels, max(rank, 1), kernel_size, stride, padding, dilation, bias=False)
-        _check_rank(rank, min(self.v.weight[0].numel(), out_channels))
-        self.u = nn.Conv2d(rank, out_channels, 1, bias=bias)
-        self.in_channels, self.out_channels, self.rank = in_channels, out_channels, rank
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """(B, in_channels, H, W) to (B, out_channels, H', W')."""
-        output: torch.Tensor = self.u(self.v(inputs))
-        return output
-
-    def dense_weight(self) -> torch.Tensor:
-        """The product, (out_channels, in_channels, k, k)."""
+        """The product, of the shape of the dense layer's weight."""
+        if isinstance(self.v, nn.Linear):
+            return self.u.weight @ self.v.weight
         return torch.einsum("or,rikl->oikl", self.u.weight[:, :, 0, 0], self.v.weight)
 
 
-def _check_rank(rank: int, full: int) -> None:
-    if not 1 <= rank <= full:
-        raise InvalidOptionError(f"rank must be from 1 to {full} (full rank), got {rank}")
+def _like(layer: nn.Linear | nn.Conv2d, outputs: int) -> nn.Linear | nn.Conv2d:
+    """A new layer without bias that reads what ``layer`` reads, with its kernel, stride, padding and dilation."""
+    if isinstance(layer, nn.Linear):
+        return nn.Linear(layer.in_features, outputs, bias=False)
+    options: Any = {name: getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation")}
+    return nn.Conv2d(layer.in_channels, outputs, bias=False, **options)
 
 
 def factorize_module(
@@ -157,10 +125,10 @@ def defactorize_module(module: nn.Module, *, inplace: bool = False) -> nn.Module
         inplace: Change and return ``module`` itself.
     """
     result = module if inplace else copy.deepcopy(module)
-    if isinstance(result, FactoredLinear | FactoredConv2d):
+    if isinstance(result, FactoredLayer):
         return _dense_layer(result)
     for path, child in list(result.named_modules()):
-        if isinstance(child, FactoredLinear | FactoredConv2d):
+        if isinstance(child, FactoredLayer):
             _replace(result, path, _dense_layer(child))
     for _, owner, leaf in list(_products(result)):
         # A class of its own: copies of a parametrized module share theirs, and torch would take the weight off all.
@@ -242,24 +210,12 @@ def _factored_layer(owner: nn.Module, leaf: str, pair: FactorPair) -> nn.Module 
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
     if leaf != "weight" or parametrize.is_parametrized(owner) or any(getattr(owner, hook, None) for hook in hooks):
         return None
-    weight = owner.get_parameter(leaf)
-    layer: FactoredLinear | FactoredConv2d
-    if type(owner) is nn.Linear:
-        layer = FactoredLinear(owner.in_features, owner.out_features, pair.rank, bias=owner.bias is not None)
-    elif type(owner) is nn.Conv2d and owner.groups == 1 and owner.padding_mode == "zeros":
-        layer = FactoredConv2d(
-            owner.in_channels,
-            owner.out_channels,
-            (owner.kernel_size[0], owner.kernel_size[1]),
-            pair.rank,
-            stride=(owner.stride[0], owner.stride[1]),
-            padding=owner.padding if isinstance(owner.padding, str) else (owner.padding[0], owner.padding[1]),
-            dilation=(owner.dilation[0], owner.dilation[1]),
-            bias=owner.bias is not None,
-        )
-    else:
+    if not isinstance(owner, nn.Linear | nn.Conv2d) or type(owner) not in (nn.Linear, nn.Conv2d):
         return None
-    layer = layer.to(device=weight.device, dtype=weight.dtype)
+    if isinstance(owner, nn.Conv2d) and (owner.groups != 1 or owner.padding_mode != "zeros"):
+        return None
+    weight = owner.weight
+    layer = FactoredLayer(owner, pair.rank).to(device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
         layer.v.weight.copy_(pair.factor_in)
         layer.u.weight.copy_(pair.factor_out)
@@ -270,23 +226,9 @@ def _factored_layer(owner: nn.Module, leaf: str, pair: FactorPair) -> nn.Module 
     return layer.train(owner.training)
 
 
-def _dense_layer(pair: FactoredLinear | FactoredConv2d) -> nn.Module:
-    layer: nn.Linear | nn.Conv2d
-    if isinstance(pair, FactoredLinear):
-        layer = nn.Linear(pair.in_features, pair.out_features, bias=False)
-    else:
-        v = pair.v
-        layer = nn.Conv2d(
-            v.in_channels,
-            pair.out_channels,
-            (v.kernel_size[0], v.kernel_size[1]),
-            (v.stride[0], v.stride[1]),
-            v.padding if isinstance(v.padding, str) else (v.padding[0], v.padding[1]),
-            (v.dilation[0], v.dilation[1]),
-            bias=False,
-        )
+def _dense_layer(pair: FactoredLayer) -> nn.Module:
+    layer = _like(pair.v, len(pair.u.weight)).to(device=pair.u.weight.device, dtype=pair.u.weight.dtype)
     with torch.no_grad():
-        layer = layer.to(device=pair.u.weight.device, dtype=pair.u.weight.dtype)
         layer.weight.copy_(pair.dense_weight())
     layer.bias = pair.u.bias
     layer.weight.requires_grad_(pair.u.weight.requires_grad)
@@ -303,15 +245,12 @@ def _replace(module: nn.Module, path: str, replacement: nn.Module) -> None:
     setattr(module.get_submodule(parent), name, replacement)
 
 
-def is_factored(module: nn.Module) -> bool:
-    """True for a pair of bias-free inner ``v`` and outer ``u`` matrix layers, of this library or another."""
-    u, v = getattr(module, "u", None), getattr(module, "v", None)
-    return isinstance(u, (nn.Linear, nn.Conv2d)) and isinstance(v, (nn.Linear, nn.Conv2d)) and v.bias is None
-
-
 def factored_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All factored pairs of ``module`` with their dotted paths."""
-    return ((name, child) for name, child in module.named_modules() if is_factored(child))
+    """Dotted paths and modules of all pairs of matrix layers of any library: ``v`` without bias, then ``u``."""
+    for name, child in module.named_modules():
+        u, v = getattr(child, "u", None), getattr(child, "v", None)
+        if isinstance(u, nn.Linear | nn.Conv2d) and isinstance(v, nn.Linear | nn.Conv2d) and v.bias is None:
+            yield name, child
 
 
 def _products(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -331,25 +270,15 @@ def _factor_names(module: nn.Module) -> list[tuple[str, str]]:
     return [(u.removeprefix("."), v.removeprefix(".")) for u, v in pairs]
 
 
-def frobenius_norm_squared(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """``||U V||_F^2 = tr((U^T U)(V V^T))``, without forming the product: O(R^2 (in + out)).
-
-    Args:
-        u: (out, R, ...), flattened behind R.
-        v: (R, in, ...), flattened behind R.
-    """
-    u, v = u.flatten(1), v.flatten(1)
-    return ((u.T @ u) * (v @ v.T)).sum()
-
-
 def frobenius_decay(module: nn.Module) -> torch.Tensor:
     """Half the sum of ``||U V||_F^2`` over all factored layers and weights of ``module``."""
-    pairs = [(module.get_parameter(u), module.get_parameter(v)) for u, v in _factor_names(module)]
-    return _decay(pairs, 1.0)
+    return _decay([(module.get_parameter(u), module.get_parameter(v)) for u, v in _factor_names(module)], 1.0)
 
 
 def _decay(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]], factor: float) -> torch.Tensor:
-    terms = [frobenius_norm_squared(u, v) for u, v in pairs]
+    """Uses ``||U V||_F^2 = tr((U^T U)(V V^T))``, without forming the product: O(R^2 (in + out))."""
+    flat = [(u.flatten(1), v.flatten(1)) for u, v in pairs]
+    terms = [((u.T @ u) * (v @ v.T)).sum() for u, v in flat]
     return 0.5 * factor * torch.stack(terms).sum() if terms else torch.zeros(())
 
 
@@ -364,7 +293,7 @@ def low_rank(
 
     Args:
         module: Network with factored layers, for example from ``factorize_module``.
-        head: As in ``norm_only``.
+        head: The classifier to tune too, as in ``norm_only``.
         frobenius_decay: Weight of ``1/2 ||U V||_F^2``, added to the loss by ``handle.loss_penalty()``; 0 for none.
         statistics: What happens to running statistics; see ``ghn_client.batchnorm``.
 
@@ -380,13 +309,11 @@ def low_rank(
             f"{type(module).__name__} has no factored layer; factorize it first, or use low_rank_update (LoRA)"
         )
     head_names = resolve_head(module, head)
-    factors = [f"{name}.{local}" for name, pair in factored_modules(module) for local, _ in pair.named_parameters()]
+    factors = parameters_under(module, (name for name, _ in factored_modules(module)))
     factors += [name for names in pairs for name in names if name not in factors]
-    heads = [f"{name}.{local}" for name in head_names for local, _ in module.get_submodule(name).named_parameters()]
-    heads = [name for name in heads if name not in factors]
-    groups = {"factors": factors, **({"head": heads} if heads else {})}
     config = {"head": list(head_names), "frobenius_decay": frobenius_decay, "statistics": statistics}
     products = [(module.get_parameter(u), module.get_parameter(v)) for u, v in pairs]
     penalty = partial(_decay, products, frobenius_decay) if frobenius_decay else None
+    groups = parameter_groups(module, "factors", factors, head_names)
     part = Part("low_rank", config, module, groups, travelling_statistics(module, statistics))
     return FineTuneHandle(part, penalty=penalty, statistics=statistics)

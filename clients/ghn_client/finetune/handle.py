@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +13,6 @@ from torch import nn
 
 from ghn_client.batchnorm import UPDATE, hold_statistics
 from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
-
-Action = Callable[[], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,21 +43,23 @@ class Part:
         return {**{name: value.detach() for name, value in self.named_parameters().items()}, **buffers}
 
 
+def nothing(*_arguments: object) -> None:
+    """The step of a strategy that has nothing to do there."""
+
+
 @dataclass(frozen=True, eq=False)
 class Lifecycle:
     """How a strategy undoes or makes permanent what it changed besides values: structure, flags, hooks.
 
     Attributes:
-        enable: Makes the tuned behaviour active again after ``disable``.
-        disable: Makes the base behaviour active; the tuned values stay in memory.
+        switch: Makes the tuned (``True``) or the base behaviour active; the tuned values stay in memory.
         restore: Takes the structural changes back.
         merge: Makes them permanent.
     """
 
-    enable: Sequence[Action] = ()
-    disable: Sequence[Action] = ()
-    restore: Sequence[Action] = ()
-    merge: Sequence[Action] = ()
+    switch: Callable[[bool], object] = nothing
+    restore: Callable[[], object] = nothing
+    merge: Callable[[], object] = nothing
 
 
 class FineTuneHandle:
@@ -94,9 +94,7 @@ class FineTuneHandle:
         self._aside = ({name: tensor.clone() for name, tensor in part.state().items()},)
         self._flags = tuple((parameter, parameter.requires_grad) for parameter in self.module.parameters())
         let_go = hold_statistics(self.base, statistics)
-        cycle = lifecycle or Lifecycle()
-        cycle = replace(cycle, restore=(let_go, *cycle.restore), merge=(let_go, *cycle.merge))
-        self._lifecycles: tuple[Lifecycle, ...] = (cycle,)
+        self._lifecycles = (lifecycle or Lifecycle(), Lifecycle(restore=let_go, merge=let_go))
         self._open, self._enabled = True, True
         self.freeze_rest()
 
@@ -163,36 +161,32 @@ class FineTuneHandle:
 
     def disable(self) -> None:
         """Switches the module to its base function; the tuned values are kept aside."""
-        self._require_open()
-        if self._enabled:
-            self._swap()
-            self._run("disable", reversed(self._lifecycles))
-            self._enabled = False
+        self._switch(False)
 
     def enable(self) -> None:
         """Switches the module back to its tuned function."""
-        self._require_open()
-        if not self._enabled:
-            self._swap()
-            self._run("enable", self._lifecycles)
-            self._enabled = True
+        self._switch(True)
 
     @torch.no_grad()
-    def _swap(self) -> None:
-        """Exchanges the values in the module with those kept aside."""
+    def _switch(self, active: bool) -> None:
+        """Exchanges the values in the module with those kept aside, and the behaviour with them."""
+        if not self._open:
+            raise InvalidOptionError("this handle was merged or restored; prepare the module again to tune it further")
+        if active == self._enabled:
+            return
         for part, aside in zip(self.parts, self._aside, strict=True):
             for name, current in part.state().items():
                 other, aside[name] = aside[name], current.clone()
                 current.copy_(other)
+        for lifecycle in self._lifecycles if active else reversed(self._lifecycles):
+            lifecycle.switch(active)
+        self._enabled = active
 
     def restore(self) -> nn.Module:
-        """Puts the base back exactly - values, structure, flags - and closes the handle.
-
-        Returns:
-            The module as it was given.
-        """
+        """Puts the base back exactly - values, structure, flags - closes the handle, and returns the given module."""
         self.disable()
-        self._run("restore", reversed(self._lifecycles))
+        for lifecycle in reversed(self._lifecycles):
+            lifecycle.restore()
         self._close()
         return self.base
 
@@ -202,25 +196,16 @@ class FineTuneHandle:
         Returns:
             The module with the tuned function and as little extra structure as possible.
         """
-        self._require_open()
         self.enable()
-        self._run("merge", reversed(self._lifecycles))
+        for lifecycle in reversed(self._lifecycles):
+            lifecycle.merge()
         self._close()
         return self.module
-
-    def _run(self, event: str, lifecycles: Iterable[Lifecycle]) -> None:
-        for lifecycle in lifecycles:
-            for action in getattr(lifecycle, event):
-                action()
 
     def _close(self) -> None:
         for parameter, flag in reversed(self._flags):
             parameter.requires_grad_(flag)
         self._open = False
-
-    def _require_open(self) -> None:
-        if not self._open:
-            raise InvalidOptionError("this handle was merged or restored; prepare the module again to tune it further")
 
     def __repr__(self) -> str:
         share = self.num_trainable / max(self.num_total, 1)

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ghn_client.batchnorm import UPDATE, travelling_statistics
+from ghn_client.batchnorm import UPDATE, check_statistics, travelling_statistics
 from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.handle import FineTuneHandle, Lifecycle, Part
-from ghn_client.finetune.matrix_layers import find_head, matrix_layers, resolve_head
+from ghn_client.finetune.matrix_layers import find_head, matrix_layers, parameter_groups, resolve_head
 
 
 class LowRankUpdate(nn.Module):
@@ -29,7 +29,7 @@ class LowRankUpdate(nn.Module):
         generator: Source of the Gaussian start of A.
     """
 
-    def __init__(self, weight: torch.Tensor, rank: int, alpha: float, *, generator: torch.Generator | None) -> None:
+    def __init__(self, weight: torch.Tensor, rank: int, alpha: float, *, generator: torch.Generator) -> None:
         super().__init__()
         out_features, in_features = weight.shape[0], weight[0].numel()
         start = torch.randn(rank, in_features, generator=generator) / in_features**0.5
@@ -68,8 +68,9 @@ def low_rank_update(
 
     Raises:
         UnsupportedModuleError: There is no layer to change.
-        InvalidOptionError: A path is no matrix layer, or a rank is below 1.
+        InvalidOptionError: An option is impossible; nothing has been changed then.
     """
+    check_statistics(statistics)
     if min([rank] if isinstance(rank, int) else rank.values(), default=0) < 1:
         raise InvalidOptionError(f"rank must be at least 1, got {rank}")
     known, head_names = matrix_layers(module), resolve_head(module, head)
@@ -97,8 +98,7 @@ def low_rank_update(
         )
         parametrize.register_parametrization(known[name], "weight", updates[name], unsafe=True)
     names = [f"{name}.parametrizations.weight.0.{local}" for name in chosen for local in ("a", "b")]
-    heads = [f"{name}.{local}" for name in head_names for local, _ in module.get_submodule(name).named_parameters()]
-    groups = {"low_rank": names, **({"head": heads} if heads else {})}
+    groups = parameter_groups(module, "low_rank", names, head_names)
     config = {
         "rank": ranks,
         "alpha": alphas if any(value is not None for value in alphas.values()) else None,
@@ -109,10 +109,9 @@ def low_rank_update(
     }
     part = Part("low_rank_update", config, module, groups, travelling_statistics(module, statistics))
     lifecycle = Lifecycle(
-        enable=(partial(_set_active, updates, True),),
-        disable=(partial(_set_active, updates, False),),
-        restore=(partial(_detach, module, tuple(updates), False),),
-        merge=(partial(_detach, module, tuple(updates), True),),
+        switch=partial(_set_active, updates),
+        restore=partial(_detach, module, tuple(updates), False),
+        merge=partial(_detach, module, tuple(updates), True),
     )
     return FineTuneHandle(part, statistics=statistics, lifecycle=lifecycle)
 

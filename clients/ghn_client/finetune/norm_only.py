@@ -18,7 +18,7 @@ from torch import nn
 
 from ghn_client.batchnorm import UPDATE, check_statistics, travelling_statistics
 from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
-from ghn_client.finetune.handle import FineTuneHandle, Lifecycle, Part
+from ghn_client.finetune.handle import FineTuneHandle, Lifecycle, Part, nothing
 from ghn_client.finetune.inserted_norms import (
     add_affine,
     fold_inserted_norms,
@@ -31,7 +31,8 @@ from ghn_client.finetune.matrix_layers import norm_layers, parameter_groups, par
 
 #: What to do about layers without a norm layer, and norm layers without affine parameters.
 MISSING = ("ignore", "insert")
-DEFAULT_THRESHOLD = 1e-2
+#: Bins of the histograms of |gamma|, and their upper end.
+BINS, HISTOGRAM_LIMIT = 20, 2.0
 
 
 def norm_only(
@@ -88,10 +89,14 @@ def norm_only(
     buffers = {f"{name}.{buffer}" for name in inserted for buffer in ("running_mean", "running_var")}
     buffers |= set(travelling_statistics(module, statistics))
     part = Part("norm_only", config, module, parameter_groups(module, "norm", tuned, head_names), sorted(buffers))
-    undo = [partial(remove_inserted_norms, module)] if inserted else []
-    undo += [partial(remove_affine, module, affine)] if affine else []
-    fold = [partial(fold_inserted_norms, module)] if inserted else []
-    return FineTuneHandle(part, statistics=statistics, lifecycle=Lifecycle(restore=undo, merge=fold))
+
+    def restore() -> None:
+        if inserted:
+            remove_inserted_norms(module)
+        remove_affine(module, affine)
+
+    lifecycle = Lifecycle(restore=restore, merge=partial(fold_inserted_norms, module) if inserted else nothing)
+    return FineTuneHandle(part, statistics=statistics, lifecycle=lifecycle)
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class LayerGammas:
         channels: Number of scales.
         disabled: How many are below the threshold in absolute value.
         mean_absolute: Mean of their absolute values.
-        histogram: Counts in equal bins of |gamma| from 0 to ``histogram_limit``; larger ones are in the last bin.
+        histogram: Counts in equal bins of |gamma| from 0 to ``HISTOGRAM_LIMIT``; larger ones are in the last bin.
     """
 
     name: str
@@ -120,14 +125,12 @@ class GammaReport:
     Attributes:
         layers: One entry per norm layer with scales.
         threshold: Below it a scale counts as off.
-        histogram_limit: Upper end of the histograms.
         score: Of ``evaluate`` as the module is, ``None`` without it.
         score_zeroed: With all disabled scales set to exactly zero.
     """
 
     layers: tuple[LayerGammas, ...]
     threshold: float
-    histogram_limit: float
     score: float | None = None
     score_zeroed: float | None = None
 
@@ -157,10 +160,8 @@ class GammaReport:
 def gamma_report(
     module: nn.Module,
     *,
-    threshold: float = DEFAULT_THRESHOLD,
+    threshold: float = 1e-2,
     evaluate: Callable[[nn.Module], float] | None = None,
-    bins: int = 20,
-    histogram_limit: float = 2.0,
 ) -> GammaReport:
     """Counts scales near zero; leaves the module as it is.
 
@@ -168,8 +169,6 @@ def gamma_report(
         module: Network with norm layers.
         threshold: Scales below it in absolute value count as off.
         evaluate: Gives a score such as accuracy; is called twice, the second time with those scales at exactly zero.
-        bins: Of the histograms.
-        histogram_limit: Upper end of the histograms.
 
     Raises:
         UnsupportedModuleError: The network has no norm layer with scales.
@@ -184,7 +183,7 @@ def gamma_report(
     layers = []
     for name, scale in scales.items():
         size = scale.abs().float()
-        counts = torch.histc(size.clamp_max(histogram_limit), bins=bins, min=0.0, max=histogram_limit)
+        counts = torch.histc(size.clamp_max(HISTOGRAM_LIMIT), bins=BINS, min=0.0, max=HISTOGRAM_LIMIT)
         histogram = tuple(int(count) for count in counts.tolist())
         layers.append(LayerGammas(name, len(size), int((size < threshold).sum()), float(size.mean()), histogram))
     score = score_zeroed = None
@@ -198,4 +197,4 @@ def gamma_report(
         finally:
             for name, scale in scales.items():
                 scale.copy_(kept[name])
-    return GammaReport(tuple(layers), threshold, histogram_limit, score, score_zeroed)
+    return GammaReport(tuple(layers), threshold, score, score_zeroed)

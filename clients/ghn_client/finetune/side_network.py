@@ -57,15 +57,6 @@ class ClosedFormSideNetwork(nn.Module):
         mixing: (M2, M1) and (M2,) of the second hidden layer, or ``None``.
     """
 
-    center: torch.Tensor
-    directions: torch.Tensor
-    select: torch.Tensor
-    knots: torch.Tensor
-    output_weight: torch.Tensor
-    output_bias: torch.Tensor
-    mixing_weight: torch.Tensor
-    mixing_bias: torch.Tensor
-
     def __init__(
         self,
         *,
@@ -78,12 +69,11 @@ class ClosedFormSideNetwork(nn.Module):
         mixing: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
-        tensors = {"center": center, "directions": directions, "select": select, "knots": knots}
-        tensors |= {"output_weight": output_weight, "output_bias": output_bias}
+        self.center, self.directions = nn.Buffer(center), nn.Buffer(directions)
+        self.select, self.knots = nn.Buffer(select), nn.Buffer(knots)
+        self.output_weight, self.output_bias = nn.Buffer(output_weight), nn.Buffer(output_bias)
         if mixing is not None:
-            tensors |= {"mixing_weight": mixing[0], "mixing_bias": mixing[1]}
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
+            self.mixing_weight, self.mixing_bias = map(nn.Buffer, mixing)
         self.depth = 2 if mixing is None else 3
 
     @property

@@ -29,11 +29,6 @@ class Domain:
     radius: torch.Tensor
     covariance: torch.Tensor
 
-    def distance(self, rows: torch.Tensor) -> torch.Tensor:
-        """Largest distance of rows (groups, S, p) from the center over the radius; at most 1 inside."""
-        ratios: torch.Tensor = (rows - self.center[:, None]).norm(dim=2) / self.radius[:, None]
-        return ratios.max()
-
 
 def layer_rows(layer: Matrix, inputs: torch.Tensor) -> torch.Tensor:
     """What each output of ``layer`` is a linear function of, as float64 rows (groups, S, p)."""
@@ -51,20 +46,16 @@ def layer_rows(layer: Matrix, inputs: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def watch_inputs(
-    module: nn.Module,
-    pairs: Sequence[BlockPair],
-    inputs: torch.Tensor,
-    see: Callable[[str, torch.Tensor], None],
-    batch: int,
+    module: nn.Module, pairs: Sequence[BlockPair], inputs: torch.Tensor, see: Callable[[str, torch.Tensor], None]
 ) -> None:
-    """Runs ``module`` on ``inputs`` and hands every layer's rows (groups, S, p) to ``see``, batch by batch."""
+    """Runs ``module`` on ``inputs``, 32 at a time, and hands every layer's rows (groups, S, p) to ``see``."""
 
     def hook_of(pair: BlockPair) -> Callable[..., None]:
         return lambda _module, given: see(pair.name, layer_rows(pair.layer, given[0]))
 
     hooks = [pair.layer.register_forward_pre_hook(hook_of(pair)) for pair in pairs]
     try:
-        for chunk in torch.split(inputs, batch):
+        for chunk in torch.split(inputs, 32):
             module(chunk)
     finally:
         for hook in hooks:
@@ -72,17 +63,9 @@ def watch_inputs(
 
 
 def measure_domains(
-    module: nn.Module, pairs: Sequence[BlockPair], inputs: torch.Tensor, *, slack: float, batch: int = 32
+    module: nn.Module, pairs: Sequence[BlockPair], inputs: torch.Tensor, *, slack: float
 ) -> dict[str, Domain]:
-    """Balls round the mean input of every layer that hold all measured inputs, larger by the factor ``1 + slack``.
-
-    Args:
-        module: The target.
-        pairs: Its layers.
-        inputs: (S, ...) samples.
-        slack: Room for unseen inputs.
-        batch: Samples per forward pass.
-    """
+    """Balls round the mean input of every layer that hold all measured inputs, larger by the factor ``1 + slack``."""
     counts: dict[str, int] = {}
     sums: dict[str, torch.Tensor] = {}
     squares: dict[str, torch.Tensor] = {}
@@ -97,9 +80,9 @@ def measure_domains(
         distances = (rows - means[name][:, None]).norm(dim=2).max(dim=1).values
         largest[name] = torch.maximum(largest.get(name, torch.zeros_like(distances)), distances)
 
-    watch_inputs(module, pairs, inputs, moments, batch)
+    watch_inputs(module, pairs, inputs, moments)
     means = {name: total / counts[name] for name, total in sums.items()}
-    watch_inputs(module, pairs, inputs, radii, batch)
+    watch_inputs(module, pairs, inputs, radii)
     return {
         name: Domain(
             mean,

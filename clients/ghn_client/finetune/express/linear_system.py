@@ -105,12 +105,7 @@ def memory_shortage(pair: BlockPair) -> str:
 
 
 def solve_layer(pair: BlockPair, domain: Domain, *, mode: str) -> ExpressedLayer:
-    """Gains and shifts of one block.
-
-    Args:
-        pair: The layer and its block.
-        domain: Where the inner ReLU must stay linear; with mean and covariance of the inputs for least squares.
-        mode: ``exact`` or ``least_squares``.
+    """Gains and shifts of one block, whose inner ReLU stays linear on ``domain``.
 
     Raises:
         InfeasibleError: ``exact`` is asked for and impossible.
@@ -164,10 +159,7 @@ def unit_rows(outer: torch.Tensor, inner: torch.Tensor) -> tuple[torch.Tensor, t
 def solve_gains(outer: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor) -> GainSolution:
     """The gains with ``A diag(g) B = W`` that round best, or the least-squares ones where there are none.
 
-    Args:
-        outer: A (o, n).
-        inner: B (n, p); whitened by the caller for least squares in function space.
-        weight: W (o, p), whitened likewise.
+    Of A (o, n), B (n, p) and W (o, p); B and W are whitened by the caller for least squares in function space.
     """
     system, lengths = unit_rows(outer, inner)
     wanted = weight.flatten()[:, None]

@@ -27,14 +27,7 @@ PAIR_DISTANCE = 8
 
 
 class FrozenBlock(nn.Module):
-    """Two frozen matrices with a norm layer behind each and a ReLU in between, in place of one layer of a target.
-
-    Args:
-        inner: B, to n channels.
-        norm1: Behind B.
-        outer: A, from n channels.
-        norm2: Behind A.
-    """
+    """Two frozen matrices with a norm layer behind each and a ReLU in between, in place of one layer of a target."""
 
     def __init__(self, inner: Matrix, norm1: nn.Module, outer: Matrix, norm2: nn.Module) -> None:
         super().__init__()
@@ -86,17 +79,8 @@ class BlockPair:
         return weight.reshape(groups, outputs, fan_in), bias.reshape(groups, outputs)
 
 
-@dataclass(frozen=True, eq=False)
-class Pairing:
-    """Everything in a frozen network that stands for something in a target.
-
-    Attributes:
-        blocks: One entry per matrix layer of the target.
-        norms: BatchNorm of the target and of the frozen network that shall be the same map.
-    """
-
-    blocks: list[BlockPair]
-    norms: list[tuple[nn.Module, nn.Module]]
+#: Blocks for the matrix layers of a target; its other BatchNorm layers, each with the frozen one that shall equal it.
+Pairing = tuple[list[BlockPair], list[tuple[nn.Module, nn.Module]]]
 
 
 def norm_map(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
@@ -259,16 +243,15 @@ def pair_blocks(target: nn.Module, frozen: nn.Module) -> Pairing:
     if len(blocks) == len(layers):
         pairs = [BlockPair(name, layers[name], block) for name, block in blocks.items()]
         norms = [(child, known[name]) for name, child in target.named_modules() if norm_kind(child) == BATCH_NORM]
-        pairing = Pairing(pairs, norms)
     else:
-        pairing = _sequential_pairs(_leaves(target), _leaves(frozen))
-    for pair in pairing.blocks:
+        pairs, norms = _sequential_pairs(_leaves(target), _leaves(frozen))
+    for pair in pairs:
         check_norm(f"{pair.name} norm1", pair.block.norm1)
         check_norm(f"{pair.name} norm2", pair.block.norm2)
         _check_shapes(pair)
-    for _, norm in pairing.norms:
+    for _, norm in norms:
         check_norm("a norm layer of the frozen network", norm)
-    return pairing
+    return pairs, norms
 
 
 def _leaves(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -289,7 +272,8 @@ def _leaves(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _sequential_pairs(wanted: list[tuple[str, nn.Module]], given: list[tuple[str, nn.Module]]) -> Pairing:
     """Pairs the leaves of a target with those of a frozen network; consumes both lists."""
-    pairing = Pairing([], [])
+    pairs: list[BlockPair] = []
+    norms: list[tuple[nn.Module, nn.Module]] = []
     while wanted:
         name, layer = wanted.pop(0)
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
@@ -305,7 +289,7 @@ def _sequential_pairs(wanted: list[tuple[str, nn.Module]], given: list[tuple[str
                     f" {[type(leaf).__name__ for leaf in five]}"
                 )
             block = FrozenBlock(five[0], five[1], five[3], five[4])  # type: ignore[arg-type]
-            pairing.blocks.append(BlockPair(name, layer, block, folded))
+            pairs.append(BlockPair(name, layer, block, folded))
             continue
         other = given.pop(0)[1] if given else None
         if type(other) is not type(layer):
@@ -314,10 +298,10 @@ def _sequential_pairs(wanted: list[tuple[str, nn.Module]], given: list[tuple[str
             )
         if norm_kind(layer) == BATCH_NORM:
             assert other is not None
-            pairing.norms.append((layer, other))
+            norms.append((layer, other))
     if given:
         raise UnsupportedModuleError(f"the frozen network goes on after the target ends: {[n for n, _ in given][:5]}")
-    return pairing
+    return pairs, norms
 
 
 def _check_shapes(pair: BlockPair) -> None:

@@ -17,8 +17,14 @@ import torch
 from torch import nn
 
 from ghn_client.errors import InfeasibleError, InvalidOptionError, UnsupportedModuleError
-from ghn_client.finetune.express.bounds import layer_bound, network_bound
-from ghn_client.finetune.express.certificate import ExpressCertificate, Feasibility, LayerCertificate, LayerFeasibility
+from ghn_client.finetune.express.certificate import (
+    ExpressCertificate,
+    Feasibility,
+    LayerCertificate,
+    LayerFeasibility,
+    layer_bound,
+    network_bound,
+)
 from ghn_client.finetune.express.domain import Domain, measure_domains, watch_inputs
 from ghn_client.finetune.express.linear_system import (
     EXACT,
@@ -32,7 +38,6 @@ from ghn_client.finetune.express.linear_system import (
 from ghn_client.finetune.express.pairing import (
     BlockPair,
     Matrix,
-    Pairing,
     check_norm,
     check_target,
     express_width,
@@ -69,9 +74,10 @@ class Expression:
             distances: list[float] = []
 
             def see(name: str, rows: torch.Tensor, seen: list[float] = distances) -> None:
-                seen.append(float(self.domains[name].distance(rows)))
+                domain = self.domains[name]
+                seen.append(float(((rows - domain.center[:, None]).norm(dim=2) / domain.radius[:, None]).max()))
 
-            watch_inputs(self._target, self._pairs, one[None], see, 1)
+            watch_inputs(self._target, self._pairs, one[None], see)
             inside.append(max(distances) <= 1.0)
         return torch.tensor(inside)
 
@@ -108,30 +114,27 @@ def express(
         raise InvalidOptionError(f"expected mode exact|least_squares and slack >= 0, got {mode=}, {slack=}")
     check_target(target)
     exact_target = copy.deepcopy(target).double().eval()
-    pairing = pair_blocks(exact_target, frozen)
-    for pair in pairing.blocks:
+    pairs, norms = pair_blocks(exact_target, frozen)
+    for pair in pairs:
         if too_large := memory_shortage(pair):
             raise InfeasibleError(f"layer {pair.name!r}: {too_large}")
-    domains = measure_domains(exact_target, pairing.blocks, inputs.double(), slack=slack)
-    layers = [solve_layer(pair, domains[pair.name], mode=mode) for pair in pairing.blocks]
-    values = _norm_parameters(frozen, pairing, layers)
+    domains = measure_domains(exact_target, pairs, inputs.double(), slack=slack)
+    layers = [solve_layer(pair, domains[pair.name], mode=mode) for pair in pairs]
+    values = _norm_parameters(frozen, layers, norms)
     double = _with_parameters(frozen, values, torch.float64)
     single = _with_parameters(frozen, values, next(frozen.parameters()).dtype)
     certificate = _certify(exact_target, double, single, layers, domains, inputs, mode, batch_size, values)
-    return Expression(single, values, certificate, domains, exact_target, pairing.blocks)
+    return Expression(single, values, certificate, domains, exact_target, pairs)
 
 
 def feasibility(target: nn.Module, frozen: nn.Module, *, largest_system: int = 4096) -> Feasibility:
     """Says before solving what each block has, needs and is short of.
 
-    Args:
-        target: As in :func:`express`.
-        frozen: As in :func:`express`.
-        largest_system: Conditions are computed for layers with up to so many weights per group.
+    Conditions are computed for layers with up to ``largest_system`` weights per group.
     """
     check_target(target)
     found = []
-    for pair in pair_blocks(target, frozen).blocks:
+    for pair in pair_blocks(target, frozen)[0]:
         groups, outputs, fan_in, channels = pair.sizes
         needed, condition = outputs * fan_in, None
         if channels >= needed and needed <= largest_system:
@@ -151,7 +154,9 @@ def feasibility(target: nn.Module, frozen: nn.Module, *, largest_system: int = 4
     return Feasibility(tuple(found))
 
 
-def _norm_parameters(frozen: nn.Module, pairing: Pairing, layers: Sequence[ExpressedLayer]) -> dict[str, torch.Tensor]:
+def _norm_parameters(
+    frozen: nn.Module, layers: Sequence[ExpressedLayer], norms: Sequence[tuple[nn.Module, nn.Module]]
+) -> dict[str, torch.Tensor]:
     """All norm parameters by dotted path in ``frozen``, float64."""
     names = {id(child): name for name, child in frozen.named_modules()}
     values: dict[str, torch.Tensor] = {}
@@ -172,7 +177,7 @@ def _norm_parameters(frozen: nn.Module, pairing: Pairing, layers: Sequence[Expre
         block, shift2 = layer.pair.block, layer.shift2.flatten()
         put(block.norm1, layer.gains.flatten(), layer.shift1.flatten(), block.inner)
         put(block.norm2, torch.ones_like(shift2), shift2, block.outer)
-    for wanted, norm in pairing.norms:
+    for wanted, norm in norms:
         put(norm, *norm_map(wanted))
     return values
 

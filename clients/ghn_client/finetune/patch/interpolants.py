@@ -55,13 +55,7 @@ def neighbour_gaps(projections: torch.Tensor, positions: torch.Tensor) -> torch.
 
 
 def best_line(
-    center: torch.Tensor,
-    centred: torch.Tensor,
-    changed: torch.Tensor,
-    *,
-    draws: int,
-    generator: torch.Generator,
-    chunk: int = 32,
+    center: torch.Tensor, centred: torch.Tensor, changed: torch.Tensor, *, draws: int, generator: torch.Generator
 ) -> Line:
     """Of ``draws`` random directions, the one whose smallest gap round a changed sample is the largest.
 
@@ -71,15 +65,15 @@ def best_line(
         center: (D,).
         centred: (K, D) samples less the center.
         changed: (N,) indices of the changed samples.
-        draws: Directions to try.
+        draws: Directions to try, 32 per matrix product.
         generator: Source of the directions.
-        chunk: Directions per matrix product.
     """
     scale = centred.std(0, correction=0).clamp_min(1e-12)
     best, largest = None, centred.new_tensor(-torch.inf)
-    for start in range(0, draws, chunk):
-        count = min(chunk, draws - start)
-        raw = torch.randn(centred.shape[1], count, generator=generator, dtype=torch.float64).to(centred.device)
+    for start in range(0, draws, 32):
+        raw = torch.randn(centred.shape[1], min(32, draws - start), generator=generator, dtype=torch.float64).to(
+            centred.device
+        )
         directions = raw / scale[:, None]
         directions = directions / directions.norm(dim=0)
         for direction, projections in zip(directions.T, (centred @ directions).T.contiguous(), strict=True):
@@ -89,9 +83,6 @@ def best_line(
                 best, largest = Line(center, direction, projections), gap
     assert best is not None
     return best
-
-
-# ---- one hidden layer, every sample along its own direction ---------------------------------------------------------
 
 
 def own_directions(
@@ -134,23 +125,20 @@ def own_directions(
     )
 
 
-def outstanding_directions(centred: torch.Tensor, changed: torch.Tensor, *, ridge: float = 1e-3) -> torch.Tensor:
+def outstanding_directions(centred: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
     """For every changed sample the direction in which it stands out most from the cloud, ``Sigma^-1 z``, (N, D).
 
     In many dimensions a sample is nearly always the extreme one along its own whitened direction, so that a single
-    neuron sees it alone (a linear discriminant of one sample against the rest; derived by us). ``ridge`` times the mean
-    variance is added to the covariance.
+    neuron sees it alone (a linear discriminant of one sample against the rest; derived by us). A thousandth of
+    the mean variance is added to the covariance.
     """
     covariance = centred.T @ centred / max(len(centred) - 1, 1)
-    level = ridge * covariance.diagonal().mean().clamp_min(1e-12)
+    level = 1e-3 * covariance.diagonal().mean().clamp_min(1e-12)
     identity = torch.eye(centred.shape[1], dtype=centred.dtype, device=centred.device)
     factor = torch.linalg.cholesky(covariance + level * identity)
     directions = torch.cholesky_solve(centred[changed].T, factor).T
     unit: torch.Tensor = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-300)
     return unit
-
-
-# ---- one hidden layer, all samples on a line ------------------------------------------------------------------------
 
 
 def shared_line(line: Line, changed: torch.Tensor, values: torch.Tensor, *, reach: float) -> ClosedFormSideNetwork:
@@ -216,9 +204,6 @@ def bump_knots(
     return positions[fresh], heights[fresh]
 
 
-# ---- two hidden layers ----------------------------------------------------------------------------------------------
-
-
 def three_layers(line: Line, changed: torch.Tensor, values: torch.Tensor, *, reach: float) -> ClosedFormSideNetwork:
     """The network with two hidden layers that has ``values`` (N, C) at the changed samples and zero at all others.
 
@@ -230,17 +215,14 @@ def three_layers(line: Line, changed: torch.Tensor, values: torch.Tensor, *, rea
     first layers are stacked. Arguments as in :func:`shared_line`.
     """
     knots, mixings, biases, weights = [], [], [], []
-    for index in range(values.shape[1]):
+    for index in (values != 0).any(dim=0).nonzero()[:, 0].tolist():
         mine = values[:, index] != 0
-        if not bool(mine.any()):
-            continue
         first, mixing, bias, weight = _one_output(line.projections, changed[mine], values[mine, index], reach)
         knots.append(first)
         mixings.append(mixing)
         biases.append(bias)
-        row = values.new_zeros(values.shape[1], len(weight))
-        row[index] = weight
-        weights.append(row)
+        weights.append(values.new_zeros(values.shape[1], len(weight)))
+        weights[-1][index] = weight
     all_knots = torch.cat(knots)
     return ClosedFormSideNetwork(
         center=line.center,
