@@ -35,19 +35,12 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DeltaInfo:
-    """What a delta file says about itself.
+    """What a delta file says about itself."""
 
-    Attributes:
-        parts: Strategy name and options of every part, in order.
-        digest: SHA-256 of the base values.
-        replaced: Names in the base whose values the delta replaces; they are not in the digest.
-        request: The request that regenerates the base, or ``None``.
-    """
-
-    parts: tuple[tuple[str, dict[str, Any]], ...]
-    digest: str
-    replaced: tuple[str, ...]
-    request: dict[str, Any] | None
+    parts: tuple[tuple[str, dict[str, Any]], ...]  # strategy name and options of every part, in order
+    digest: str  # SHA-256 of the base values
+    replaced: tuple[str, ...]  # names in the base whose values the delta replaces; they are not in the digest
+    request: dict[str, Any] | None  # the request that regenerates the base, or ``None``
 
 
 def base_digest(module: nn.Module, *, without: Collection[str] = ()) -> str:

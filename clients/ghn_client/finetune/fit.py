@@ -27,23 +27,14 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": torch.opti
 
 @dataclass(frozen=True)
 class EpochReport:
-    """One epoch.
+    """One epoch."""
 
-    Attributes:
-        epoch: From 1.
-        train_loss: Mean loss over the training batches, penalty included.
-        accuracy: On the validation batches in eval mode; ``None`` without them.
-        loss: Mean loss there.
-        learning_rate: At the end of the epoch.
-        seconds: Wall time, evaluation included.
-    """
-
-    epoch: int
-    train_loss: float
-    accuracy: float | None
-    loss: float | None
-    learning_rate: float
-    seconds: float
+    epoch: int  # from 1
+    train_loss: float  # mean loss over the training batches, penalty included
+    accuracy: float | None  # on the validation batches in eval mode; ``None`` without them
+    loss: float | None  # mean loss there
+    learning_rate: float  # at the end of the epoch
+    seconds: float  # wall time, evaluation included
 
 
 @dataclass(frozen=True)

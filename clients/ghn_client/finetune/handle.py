@@ -17,20 +17,14 @@ from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What one strategy did to a module, enough to do it again (see ``delta.py``).
+    """What one strategy did to a module, enough to do it again (see ``delta.py``)."""
 
-    Attributes:
-        strategy: Name in ``STRATEGIES``.
-        config: Options in JSON types with which the strategy rebuilds the same structure.
-        module: The module that the names below belong to.
-        groups: Group name to the dotted paths of its parameters, such as ``{"norm": [...], "head": [...]}``.
-        buffers: Dotted paths of buffers that travel with the tuned parameters (updated running statistics).
-    """
-
-    strategy: str
-    config: Mapping[str, Any]
-    module: nn.Module
+    strategy: str  # name in ``STRATEGIES``
+    config: Mapping[str, Any]  # options in JSON types with which the strategy rebuilds the same structure
+    module: nn.Module  # the module that the names below belong to
+    # group name to the dotted paths of its parameters, such as ``{"norm": [...], "head": [...]}``
     groups: Mapping[str, Sequence[str]]
+    # dotted paths of buffers that travel with the tuned parameters (updated running statistics)
     buffers: Sequence[str] = ()
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -49,17 +43,12 @@ def nothing(*_arguments: object) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Lifecycle:
-    """How a strategy undoes or makes permanent what it changed besides values: structure, flags, hooks.
+    """How a strategy undoes or makes permanent what it changed besides values: structure, flags, hooks."""
 
-    Attributes:
-        switch: Makes the tuned (``True``) or the base behaviour active; the tuned values stay in memory.
-        restore: Takes the structural changes back.
-        merge: Makes them permanent.
-    """
-
+    # makes the tuned (``True``) or the base behaviour active; the tuned values stay in memory
     switch: Callable[[bool], object] = nothing
-    restore: Callable[[], object] = nothing
-    merge: Callable[[], object] = nothing
+    restore: Callable[[], object] = nothing  # takes the structural changes back
+    merge: Callable[[], object] = nothing  # makes them permanent
 
 
 class FineTuneHandle:

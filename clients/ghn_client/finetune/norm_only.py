@@ -101,20 +101,13 @@ def norm_only(
 
 @dataclass(frozen=True)
 class LayerGammas:
-    """Scales of one norm layer.
+    """Scales of one norm layer."""
 
-    Attributes:
-        name: Dotted path.
-        channels: Number of scales.
-        disabled: How many are below the threshold in absolute value.
-        mean_absolute: Mean of their absolute values.
-        histogram: Counts in equal bins of |gamma| from 0 to ``HISTOGRAM_LIMIT``; larger ones are in the last bin.
-    """
-
-    name: str
-    channels: int
-    disabled: int
-    mean_absolute: float
+    name: str  # dotted path
+    channels: int  # number of scales
+    disabled: int  # how many are below the threshold in absolute value
+    mean_absolute: float  # mean of their absolute values
+    # counts in equal bins of |gamma| from 0 to ``HISTOGRAM_LIMIT``; larger ones are in the last bin
     histogram: tuple[int, ...]
 
 
@@ -140,8 +133,8 @@ class GammaReport:
         return sum(layer.disabled for layer in self.layers) / sum(layer.channels for layer in self.layers)
 
     def to_json(self) -> str:
-        """All fields and the share."""
-        return json.dumps({**asdict(self), "share": self.share})
+        """All fields, the share, and the upper end of the histograms."""
+        return json.dumps({**asdict(self), "histogram_limit": HISTOGRAM_LIMIT, "share": self.share})
 
     def __str__(self) -> str:
         rows = [f"{'layer':<40}{'channels':>10}{'off':>8}{'share':>9}{'mean':>9}"]

@@ -32,29 +32,18 @@ _NO_THEORY = "no capacity theory for a trained strategy of this kind; try it aga
 
 @dataclass(frozen=True)
 class NetworkFacts:
-    """What ``plan`` counts.
+    """What ``plan`` counts."""
 
-    Attributes:
-        parameters: All of them.
-        norm_parameters: Scales and shifts of norm layers.
-        norm_kinds: Kinds of norm layers that occur.
-        bias_parameters: Biases, those of norm layers included.
-        matrices: Rows and columns of every matrix layer, convolutions flattened; the head is the last.
-        factored_parameters: Numbers in factored layers.
-        head_inputs: Features that the head reads.
-        head_outputs: Classes.
-        head_parameters: Weight and bias of the head.
-    """
-
-    parameters: int
-    norm_parameters: int
-    norm_kinds: tuple[str, ...]
-    bias_parameters: int
+    parameters: int  # all of them
+    norm_parameters: int  # scales and shifts of norm layers
+    norm_kinds: tuple[str, ...]  # kinds of norm layers that occur
+    bias_parameters: int  # biases, those of norm layers included
+    # rows and columns of every matrix layer, convolutions flattened; the head is the last
     matrices: tuple[tuple[int, int], ...]
-    factored_parameters: int
-    head_inputs: int
-    head_outputs: int
-    head_parameters: int
+    factored_parameters: int  # numbers in factored layers
+    head_inputs: int  # features that the head reads
+    head_outputs: int  # classes
+    head_parameters: int  # weight and bias of the head
 
 
 def facts_of_module(module: nn.Module) -> NetworkFacts:
@@ -81,25 +70,15 @@ def facts_of_module(module: nn.Module) -> NetworkFacts:
 
 @dataclass(frozen=True)
 class StrategyPlan:
-    """One strategy for one network.
+    """One strategy for one network."""
 
-    Attributes:
-        strategy: Name in ``STRATEGIES``, or ``patch``.
-        trainable: Numbers that are trained or computed.
-        delta_bytes: Size of the delta file.
-        training_bytes: Memory for gradients and optimizer state, without activations.
-        capacity: Labels that can surely be changed, ``None`` where no theory says.
-        capacity_source: Where that comes from, or why it is not known.
-        cannot: What it cannot do for this network; empty if nothing stands against it.
-    """
-
-    strategy: str
-    trainable: int
-    delta_bytes: int
-    training_bytes: int
-    capacity: int | None
-    capacity_source: str
-    cannot: str = ""
+    strategy: str  # name in ``STRATEGIES``, or ``patch``
+    trainable: int  # numbers that are trained or computed
+    delta_bytes: int  # size of the delta file
+    training_bytes: int  # memory for gradients and optimizer state, without activations
+    capacity: int | None  # labels that can surely be changed, ``None`` where no theory says
+    capacity_source: str  # where that comes from, or why it is not known
+    cannot: str = ""  # what it cannot do for this network; empty if nothing stands against it
 
 
 @dataclass(frozen=True)

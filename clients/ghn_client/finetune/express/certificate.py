@@ -26,25 +26,16 @@ from ghn_client.finetune.matrix_layers import BATCH_NORM, norm_kind
 
 @dataclass(frozen=True)
 class LayerFeasibility:
-    """Whether a block of the frozen network can express a layer of the target.
+    """Whether a block of the frozen network can express a layer of the target."""
 
-    Attributes:
-        name: Dotted path of the layer.
-        needed: Channels per group that the theorem asks for, one per weight: fan-in times fan-out of a group.
-        recommended: The same with a quarter more, which conditions the system well (measured by us).
-        channels: Channels per group that the block has.
-        condition: Of the system that would be solved; infinity without full rank, ``None`` where it was not computed.
-        system_bytes: Memory for the system in float64.
-        short_of: What is missing, in words; empty if nothing is.
-    """
-
-    name: str
-    needed: int
-    recommended: int
-    channels: int
+    name: str  # dotted path of the layer
+    needed: int  # channels per group that the theorem asks for, one per weight: fan-in times fan-out of a group
+    recommended: int  # the same with a quarter more, which conditions the system well (measured by us)
+    channels: int  # channels per group that the block has
+    # of the system that would be solved; infinity without full rank, ``None`` where it was not computed
     condition: float | None
-    system_bytes: int
-    short_of: str
+    system_bytes: int  # memory for the system in float64
+    short_of: str  # what is missing, in words; empty if nothing is
 
     @property
     def feasible(self) -> bool:
@@ -75,31 +66,18 @@ class Feasibility:
 
 @dataclass(frozen=True)
 class LayerCertificate:
-    """How well one layer was expressed.
+    """How well one layer was expressed."""
 
-    Attributes:
-        name: Dotted path.
-        channels: Channels n of the block.
-        equations: Weights of the layer, one equation each.
-        full_rank: Whether the system could express any weight.
-        condition: Of the system.
-        largest_gain: Largest |gamma| before it is folded into BatchNorm.
-        weight_residual: Largest error of an expressed weight over the largest weight, before rounding.
-        radius: Of the ball round the mean input on which the inner ReLU is linear.
-        bound_float64: Bound on the error of any output of this layer on the ball, with float64 norm parameters.
-        bound_float32: The same after the norm parameters are rounded to float32 and float32 arithmetic is used.
-    """
-
-    name: str
-    channels: int
-    equations: int
-    full_rank: bool
-    condition: float
-    largest_gain: float
-    weight_residual: float
-    radius: float
-    bound_float64: float
-    bound_float32: float
+    name: str  # dotted path
+    channels: int  # channels n of the block
+    equations: int  # weights of the layer, one equation each
+    full_rank: bool  # whether the system could express any weight
+    condition: float  # of the system
+    largest_gain: float  # largest |gamma| before it is folded into BatchNorm
+    weight_residual: float  # largest error of an expressed weight over the largest weight, before rounding
+    radius: float  # of the ball round the mean input on which the inner ReLU is linear
+    bound_float64: float  # bound on the error of any output of this layer on the ball, with float64 norm parameters
+    bound_float32: float  # the same after the norm parameters are rounded to float32 and float32 arithmetic is used
 
 
 @dataclass(frozen=True)

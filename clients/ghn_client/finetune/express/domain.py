@@ -17,17 +17,11 @@ from ghn_client.finetune.express.pairing import BlockPair, Matrix
 
 @dataclass(frozen=True, eq=False)
 class Domain:
-    """A ball in the input space of one layer, per group of its channels; all float64.
+    """A ball in the input space of one layer, per group of its channels; all float64."""
 
-    Attributes:
-        center: (groups, p).
-        radius: (groups,).
-        covariance: (groups, p, p) of the measured inputs round the center.
-    """
-
-    center: torch.Tensor
-    radius: torch.Tensor
-    covariance: torch.Tensor
+    center: torch.Tensor  # (groups, p)
+    radius: torch.Tensor  # (groups,)
+    covariance: torch.Tensor  # (groups, p, p) of the measured inputs round the center
 
 
 def layer_rows(layer: Matrix, inputs: torch.Tensor) -> torch.Tensor:

@@ -33,46 +33,27 @@ MEMORY_LIMIT_BYTES = 16 * 2**30
 
 @dataclass(frozen=True, eq=False)
 class GainSolution:
-    """Gains of one group of one layer.
+    """Gains of one group of one layer."""
 
-    Attributes:
-        gains: (n,) float64.
-        condition: Largest over smallest singular value of M; infinity where it has no full rank.
-        residual: Largest entry of ``A diag(g) B - W`` over the largest of W.
-        full_rank: Whether every W can be expressed.
-    """
-
-    gains: torch.Tensor
-    condition: float
-    residual: float
-    full_rank: bool
+    gains: torch.Tensor  # (n,) float64
+    condition: float  # largest over smallest singular value of M; infinity where it has no full rank
+    residual: float  # largest entry of ``A diag(g) B - W`` over the largest of W
+    full_rank: bool  # whether every W can be expressed
 
 
 @dataclass(frozen=True, eq=False)
 class ExpressedLayer:
-    """The solution for one layer: ``norm1`` is ``gains * y + shift1``, ``norm2`` is ``y + shift2``; all float64.
+    """The solution for one layer: ``norm1`` is ``gains * y + shift1``, ``norm2`` is ``y + shift2``; all float64."""
 
-    Attributes:
-        pair: The layer and its block.
-        weight: (groups, o, p) of the target, its BatchNorm folded in.
-        bias: (groups, o).
-        inner: B (groups, n, p).
-        outer: A (groups, o, n).
-        gains: (groups, n).
-        shift1: (groups, n).
-        shift2: (groups, o).
-        solutions: One per group.
-    """
-
-    pair: BlockPair
-    weight: torch.Tensor
-    bias: torch.Tensor
-    inner: torch.Tensor
-    outer: torch.Tensor
-    gains: torch.Tensor
-    shift1: torch.Tensor
-    shift2: torch.Tensor
-    solutions: Sequence[GainSolution]
+    pair: BlockPair  # the layer and its block
+    weight: torch.Tensor  # (groups, o, p) of the target, its BatchNorm folded in
+    bias: torch.Tensor  # (groups, o)
+    inner: torch.Tensor  # B (groups, n, p)
+    outer: torch.Tensor  # A (groups, o, n)
+    gains: torch.Tensor  # (groups, n)
+    shift1: torch.Tensor  # (groups, n)
+    shift2: torch.Tensor  # (groups, o)
+    solutions: Sequence[GainSolution]  # one per group
 
 
 def shortage(pair: BlockPair, *, full_rank: bool = True) -> str:

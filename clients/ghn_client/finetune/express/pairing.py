@@ -41,19 +41,12 @@ class FrozenBlock(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class BlockPair:
-    """A layer of the target and the block of the frozen network that shall equal it.
+    """A layer of the target and the block of the frozen network that shall equal it."""
 
-    Attributes:
-        name: Dotted path of the target's layer.
-        layer: The target's layer.
-        block: Its layers are those of the frozen network.
-        folded: BatchNorm of the target that the block has to include, or ``None``.
-    """
-
-    name: str
-    layer: Matrix
-    block: FrozenBlock
-    folded: nn.Module | None = None
+    name: str  # dotted path of the target's layer
+    layer: Matrix  # the target's layer
+    block: FrozenBlock  # its layers are those of the frozen network
+    folded: nn.Module | None = None  # BatchNorm of the target that the block has to include, or ``None``
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:

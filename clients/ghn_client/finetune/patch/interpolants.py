@@ -29,17 +29,11 @@ Knots = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """One direction along which all samples are told apart.
+    """One direction along which all samples are told apart."""
 
-    Attributes:
-        center: (D,) what is subtracted from samples first.
-        direction: (D,) unit vector.
-        projections: (K,) of all samples.
-    """
-
-    center: torch.Tensor
-    direction: torch.Tensor
-    projections: torch.Tensor
+    center: torch.Tensor  # (D,) what is subtracted from samples first
+    direction: torch.Tensor  # (D,) unit vector
+    projections: torch.Tensor  # (K,) of all samples
 
 
 def neighbour_gaps(projections: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -43,21 +43,13 @@ class Patch:
 
 @dataclass(frozen=True, eq=False)
 class _Problem:
-    """Inputs of the construction: distinct samples, changed ones first.
+    """Inputs of the construction: distinct samples, changed ones first."""
 
-    Attributes:
-        inputs: (K, ...) network inputs, those to change first.
-        features: (K, D) what the side network reads, in the precision of the network.
-        logits: (K, C) of the frozen network.
-        wanted: (N,) labels.
-        values: (N, C) float64, what g must add.
-    """
-
-    inputs: torch.Tensor
-    features: torch.Tensor
-    logits: torch.Tensor
-    wanted: torch.Tensor
-    values: torch.Tensor
+    inputs: torch.Tensor  # (K, ...) network inputs, those to change first
+    features: torch.Tensor  # (K, D) what the side network reads, in the precision of the network
+    logits: torch.Tensor  # (K, C) of the frozen network
+    wanted: torch.Tensor  # (N,) labels
+    values: torch.Tensor  # (N, C) float64, what g must add
 
 
 def patch(
