@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ghn_service.errors import InvalidOptionError, OutOfMemoryError, PredictionError, memory_errors
-from ghn_service.graph import ArchitectureGraph, ParameterSpec
+from ghn_service.graph.architecture import ArchitectureGraph, ParameterSpec
 from ghn_service.graph.onnx.reader import read_onnx
 from ghn_service.graph.passes import restrict_vocabulary
 from ghn_service.hypernetwork.checkpoint import CheckpointSummary, load_checkpoint

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ghn_service.graph import ArchitectureGraph, Node, shortest_distances
+from ghn_service.graph.architecture import ArchitectureGraph, Node, shortest_distances
 
 
 def torch_names(graph: ArchitectureGraph) -> set[str]:

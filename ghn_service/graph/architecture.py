@@ -15,12 +15,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import networkx
+import numpy
+import numpy.typing
 
 from ghn_service.errors import InvalidArchitectureError
 from ghn_service.graph.op_types import OP_TYPES
 
 JSON_FORMAT = "ghn-architecture-graph/1"
+MAX_DISTANCE = 50
+"""Where the distances of trained hypernetworks are cut off."""
+_UNREACHABLE = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,7 @@ class ParameterSpec:
     uses: tuple[ParameterUse, ...] = ()
 
     def __post_init__(self) -> None:
-        if any(size < 1 for size in self.shape):
+        if min(self.shape, default=1) < 1:
             raise InvalidArchitectureError(
                 f"parameter {self.name!r} has shape {self.shape}; every size must be at least 1"
             )
@@ -143,7 +147,9 @@ class Node:
     @property
     def parameters(self) -> tuple[ParameterSpec, ...]:
         """The tensors predicted from this node."""
-        return tuple(spec for spec in (self.weight, self.norm_bias) if spec is not None)
+        if self.weight is None:
+            return ()
+        return (self.weight,) if self.norm_bias is None else (self.weight, self.norm_bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,14 +218,6 @@ class ArchitectureGraph:
             yield from node.parameters
         yield from self.other_parameters
 
-    def to_networkx(self) -> networkx.DiGraph[int]:
-        """The graph as a ``networkx.DiGraph`` with the node index as key and ``Node`` fields as attributes."""
-        graph: networkx.DiGraph[int] = networkx.DiGraph()
-        for index, node in enumerate(self.nodes):
-            graph.add_node(index, **{item.name: getattr(node, item.name) for item in dataclasses.fields(node)})
-        graph.add_edges_from(self.edges)
-        return graph
-
     def digest(self) -> str:
         """A sha256 that two graphs share exactly if they are the same architecture.
 
@@ -228,7 +226,29 @@ class ArchitectureGraph:
         refinement it may give two non-isomorphic regular graphs one digest; architecture graphs with their single
         input are far from that.)
         """
-        return _refined_digest(self)
+        predecessors: list[list[int]] = [[] for _ in self.nodes]
+        successors: list[list[int]] = [[] for _ in self.nodes]
+        for source, target in self.edges:
+            successors[source].append(target)
+            predecessors[target].append(source)
+        colours = []
+        for node in self.nodes:
+            weight = node.weight.torch_shape if node.weight else None
+            norm_bias = node.norm_bias.torch_shape if node.norm_bias else None
+            label = (node.op_type, weight, norm_bias, node.kernel_shape, node.is_head, node.layer)
+            colours.append(_hash(repr(label)))
+        num_colours = 0
+        while len(set(colours)) > num_colours:
+            num_colours = len(set(colours))
+            forward: list[str] = []
+            for index, colour in enumerate(colours):
+                forward.append(_hash(colour, *sorted([forward[source] for source in predecessors[index]])))
+            backward = [""] * len(colours)
+            for index in range(len(colours) - 1, -1, -1):
+                backward[index] = _hash(forward[index], *sorted([backward[target] for target in successors[index]]))
+            colours = backward
+        others = sorted([repr((spec.torch_shape, spec.fallback)) for spec in self.other_parameters])
+        return _hash(*sorted(colours), "others", *others)
 
 
 DIGEST_VERSION = 2
@@ -239,31 +259,41 @@ def _hash(*parts: str) -> str:
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()
 
 
-def _node_label(node: Node) -> str:
-    weight = node.weight.torch_shape if node.weight else None
-    norm_bias = node.norm_bias.torch_shape if node.norm_bias else None
-    return repr((node.op_type, weight, norm_bias, node.kernel_shape, node.is_head, node.layer))
+def shortest_distances(graph: ArchitectureGraph, *, cutoff: int = MAX_DISTANCE) -> numpy.typing.NDArray[numpy.uint8]:
+    """The directed distance of every pair of nodes: the virtual edges of GHN-2 and GHN-3 (arXiv:2110.13100, sec. 4.2).
 
+    Edges only go forward, so the distances from a node are one more than the smallest of its successors' distances,
+    taken from the last node to the first: O(edges * N) bytes touched.
 
-def _refined_digest(graph: ArchitectureGraph) -> str:
-    predecessors: list[list[int]] = [[] for _ in graph.nodes]
-    successors: list[list[int]] = [[] for _ in graph.nodes]
+    Args:
+        graph: The architecture.
+        cutoff: Largest distance that counts, in edges, at most 253.
+
+    Returns:
+        (N, N) uint8: entry [i, j] is the number of edges on a shortest path from node i to node j, 1 for an edge;
+        0 on the diagonal, for unreachable pairs and for pairs farther apart than ``cutoff``.
+    """
+    if not 1 <= cutoff < _UNREACHABLE - 1:
+        raise ValueError(f"cutoff must be in [1, {_UNREACHABLE - 2}], got {cutoff}")
+    num_nodes = graph.num_nodes
+    successors: list[list[int]] = [[] for _ in range(num_nodes)]
     for source, target in graph.edges:
         successors[source].append(target)
-        predecessors[target].append(source)
-    colours = [_hash(_node_label(node)) for node in graph.nodes]
-    num_colours = 0
-    while len(set(colours)) > num_colours:
-        num_colours = len(set(colours))
-        forward: list[str] = []
-        for index, colour in enumerate(colours):
-            forward.append(_hash(colour, *sorted(forward[source] for source in predecessors[index])))
-        backward = [""] * len(colours)
-        for index in range(len(colours) - 1, -1, -1):
-            backward[index] = _hash(forward[index], *sorted(backward[target] for target in successors[index]))
-        colours = backward
-    others = sorted(repr((spec.torch_shape, spec.fallback)) for spec in graph.other_parameters)
-    return _hash(*sorted(colours), "others", *others)
+    distances = numpy.full((num_nodes, num_nodes), _UNREACHABLE, dtype=numpy.uint8)
+    for index in range(num_nodes - 1, -1, -1):
+        targets = successors[index]
+        if not targets:
+            continue
+        # Columns before index + 1 cannot be reached.
+        row = distances[targets[0], index + 1 :].copy()
+        for target in targets[1:]:
+            numpy.minimum(row, distances[target, index + 1 :], out=row)
+        row[row >= cutoff] = _UNREACHABLE - 1
+        row += 1
+        row[numpy.asarray(targets) - (index + 1)] = 1
+        distances[index, index + 1 :] = row
+    distances[distances == _UNREACHABLE] = 0
+    return distances
 
 
 def encode_graph(graph: ArchitectureGraph) -> str:

@@ -48,7 +48,7 @@ def simplify(graph: RawGraph, limits: GraphLimits) -> Skeleton:
     merge_tied(graph)
     readers = find_live(graph)
     classify_average_pools(graph, readers)
-    skeleton = contract(graph, readers, find_final_softmax(graph, readers) | find_squeezes(graph, readers), limits)
+    skeleton = contract(graph, readers, find_dropped(graph, readers), limits)
     if skeleton.outputs and len(skeleton.outputs[0]) == 1:
         move_final_pool(graph, skeleton)
         place_head(graph, skeleton)
@@ -65,7 +65,7 @@ def merge_tied(graph: RawGraph) -> None:
     for index, node in enumerate(graph.nodes):
         if node.weight is not None:
             uses.setdefault(node.weight.key, []).append(index)
-    if all(len(members) == 1 for members in uses.values()):
+    if sum(map(len, uses.values())) == len(uses):
         return
     places = [(node.level, node.rank) for node in graph.nodes]
     replaced: dict[int, int] = {}
@@ -112,26 +112,20 @@ def find_live(graph: RawGraph) -> Readers:
     return readers
 
 
-def find_final_softmax(graph: RawGraph, readers: Readers) -> set[int]:
-    """A softmax that weighs nothing and that nothing reads is the end of a classifier, not attention: no node."""
-    return {
-        index
-        for index, following in readers.items()
-        if graph.nodes[index].op_type == "msa" and not graph.nodes[index].is_attention and not following
-    }
+def find_dropped(graph: RawGraph, readers: Readers) -> set[int]:
+    """A softmax at the end of a classifier and the pools before gates have no node.
 
-
-def find_squeezes(graph: RawGraph, readers: Readers) -> set[int]:
-    """Global pools that only feed the gate of a squeeze-and-excitation block have no node.
-
-    From each gate, the pass walks back over nodes all of whose readers lie on the gate's branch, up to the pool.
+    The softmax weighs nothing, and nothing reads it. The pools only feed the gate of a squeeze-and-excitation block:
+    from each gate, the pass walks back over nodes all of whose readers lie on the gate's branch, up to the pool.
     """
-    squeezes: set[int] = set()
-    for gate in readers:
-        raw = graph.nodes[gate]
+    dropped: set[int] = set()
+    for place, following in readers.items():
+        raw = graph.nodes[place]
+        if raw.op_type == "msa" and not raw.is_attention and not following:
+            dropped.add(place)
         if raw.op_type != "cse":
             continue
-        branch = {gate}
+        branch = {place}
         waiting = sorted(raw.gate - raw.feature)
         while waiting:
             index = waiting.pop()
@@ -139,10 +133,10 @@ def find_squeezes(graph: RawGraph, readers: Readers) -> set[int]:
                 continue
             branch.add(index)
             if graph.nodes[index].op_type == "glob_avg":
-                squeezes.add(index)
+                dropped.add(index)
             else:
                 waiting.extend(graph.nodes[index].predecessors)
-    return squeezes
+    return dropped
 
 
 def classify_average_pools(graph: RawGraph, readers: Readers) -> None:
@@ -169,9 +163,8 @@ def contract(graph: RawGraph, readers: Readers, dropped: set[int], limits: Graph
     Raises:
         LimitExceededError: The result has too many nodes or edges.
     """
-    order: list[int] = list(readers)
-    if not graph.is_ordered:
-        order.sort(key=lambda index: (graph.nodes[index].level, graph.nodes[index].rank))
+    places = [(node.level, node.rank) for node in graph.nodes]
+    order = list(readers) if graph.is_ordered else sorted(readers, key=places.__getitem__)
     kept: dict[int, None] = {}
     predecessors: dict[int, set[int]] = {}
     num_edges = 0
@@ -236,7 +229,7 @@ def place_head(graph: RawGraph, skeleton: Skeleton) -> None:
     if not head or not (graph.nodes[head[0]].is_linear or _is_pointwise(graph.nodes[head[0]])):
         return
     others = [index for index in skeleton.order if index not in head]
-    if any(not skeleton.predecessors[index].isdisjoint(head) for index in others):
+    if not set().union(*[skeleton.predecessors[index] for index in others]).isdisjoint(head):
         return
     skeleton.head = head
     skeleton.order = others + head
@@ -300,13 +293,12 @@ def _layer_attributes(graph: RawGraph, index: int, readers: Readers) -> LayerAtt
     activation, normalized = _what_follows(graph, index, readers)
     packed = 1
     end = raw.bias if raw.bias >= 0 else index
-    feeds_attention_alone = any(
-        graph.nodes[reader].op_type == "msa" and graph.nodes[reader].predecessors == {end}
-        for reader in readers.get(end, ())
-    )
-    if feeds_attention_alone and raw.is_linear and raw.weight is not None:  # with queries, keys and values
-        out_axis = raw.weight.permutation[0] if raw.weight.permutation else 0
-        packed = 3 if raw.weight.source.shape[out_axis] % 3 == 0 else 1
+    weight = raw.weight if raw.is_linear else None
+    for reader in readers.get(end, ()):
+        follower = graph.nodes[reader]
+        if weight and follower.op_type == "msa" and follower.predecessors == {end}:  # with queries, keys and values
+            out_axis = weight.permutation[0] if weight.permutation else 0
+            packed = 3 if weight.source.shape[out_axis] % 3 == 0 else 1
     return LayerAttributes(activation=activation, normalized=normalized, packed=packed, **raw.attributes)
 
 

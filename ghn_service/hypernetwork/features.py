@@ -20,8 +20,7 @@ from torch import Tensor
 from torch_geometric.data import Batch, Data
 
 from ghn_service.errors import UnsupportedArchitectureError
-from ghn_service.graph.architecture import ArchitectureGraph, Node, ParameterSpec
-from ghn_service.graph.distances import shortest_distances
+from ghn_service.graph.architecture import ArchitectureGraph, Node, ParameterSpec, shortest_distances
 from ghn_service.hypernetwork.config import GHNConfig
 from ghn_service.hypernetwork.places import find_places
 

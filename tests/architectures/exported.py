@@ -6,7 +6,7 @@ import torch
 
 from ghn_architectures.architecture import Architecture
 from ghn_client import export_architecture
-from ghn_service.graph import ArchitectureGraph
+from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.graph.onnx.reader import read_onnx
 
 

@@ -11,7 +11,7 @@ from ghn_architectures.examples import EXAMPLES, FOLDER
 from ghn_architectures.families import FAMILIES
 from ghn_architectures.generator import sample_architecture
 from ghn_architectures.registry import ARCHITECTURES, reference_architecture
-from ghn_service.graph import ArchitectureGraph
+from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.graph.onnx.reader import read_onnx
 from tests.architectures.exported import exported_graph
 

@@ -11,7 +11,7 @@ from ghn_architectures.layers import SelfAttention, SqueezeExcite
 from ghn_architectures.registry import reference_architecture
 from ghn_architectures.tracing import trace
 from ghn_service.errors import InvalidArchitectureError, UnsupportedArchitectureError
-from ghn_service.graph import ArchitectureGraph
+from ghn_service.graph.architecture import ArchitectureGraph
 
 
 def wiring(graph: ArchitectureGraph) -> set[tuple[str, str]]:

@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from ghn_service.graph import ArchitectureGraph
+from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.graph.onnx.reader import read_onnx
 
 

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from ghn_service.errors import InvalidArchitectureError
-from ghn_service.graph import ArchitectureGraph, Node, ParameterSpec, decode_graph, encode_graph
+from ghn_service.graph.architecture import ArchitectureGraph, Node, ParameterSpec, decode_graph, encode_graph
 from ghn_service.graph.onnx.reader import read_onnx
 from tests.data.regenerate import stored_model
 

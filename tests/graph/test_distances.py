@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ghn_service.graph import ArchitectureGraph, Node, shortest_distances
+from ghn_service.graph.architecture import ArchitectureGraph, Node, shortest_distances
 
 
 def chain(length: int) -> ArchitectureGraph:
@@ -28,7 +28,8 @@ def random_graphs(draw: st.DrawFn) -> ArchitectureGraph:
 @given(random_graphs(), st.integers(1, 50))
 def test_distances_are_those_of_breadth_first_search(graph: ArchitectureGraph, cutoff: int) -> None:
     expected = np.zeros((graph.num_nodes, graph.num_nodes), dtype=np.uint8)
-    for source, lengths in networkx.all_pairs_shortest_path_length(graph.to_networkx(), cutoff=cutoff):
+    reference = networkx.DiGraph(list(graph.edges))
+    for source, lengths in networkx.all_pairs_shortest_path_length(reference, cutoff=cutoff):
         for target, length in lengths.items():
             expected[source, target] = length
     assert np.array_equal(shortest_distances(graph, cutoff=cutoff), expected)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from onnx import TensorProto, helper
 
-from ghn_service.graph import ArchitectureGraph, LayerAttributes
+from ghn_service.graph.architecture import ArchitectureGraph, LayerAttributes
 from ghn_service.graph.onnx.reader import read_onnx
 from tests.data.regenerate import stored_model
 from tests.graph.onnx_models import Model

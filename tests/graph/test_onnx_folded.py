@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 import pytest
 
-from ghn_service.graph import ArchitectureGraph, ParameterSpec, ParameterUse
+from ghn_service.graph.architecture import ArchitectureGraph, ParameterSpec, ParameterUse
 from ghn_service.graph.onnx.folded import FOLDED_KEY, folded_parameters, string_list, table_shape, token_shape
 from ghn_service.graph.onnx.reader import read_onnx
 from tests.data.regenerate import stored_model

@@ -13,8 +13,8 @@ from ghn_service.errors import (
     LimitExceededError,
     UnsupportedArchitectureError,
 )
-from ghn_service.graph import GraphLimits
 from ghn_service.graph.onnx.reader import read_onnx
+from ghn_service.graph.raw_graph import GraphLimits
 from tests.graph.onnx_models import Model
 
 

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from ghn_service.errors import InvalidArchitectureError
-from ghn_service.graph import ArchitectureGraph, ParameterSpec, ParameterUse
+from ghn_service.graph.architecture import ArchitectureGraph, ParameterSpec, ParameterUse
 from ghn_service.graph.onnx.reader import read_onnx
 from tests.data.regenerate import stored_model
 from tests.graph.onnx_models import Model, edges_by_name, fallbacks, op_types

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ghn_service.errors import InvalidArchitectureError, LimitExceededError, UnsupportedArchitectureError
-from ghn_service.graph import ArchitectureGraph, decode_graph, encode_graph
+from ghn_service.graph.architecture import ArchitectureGraph, decode_graph, encode_graph
 from ghn_service.graph.onnx.reader import read_onnx
 from tests.data.regenerate import stored_model
 

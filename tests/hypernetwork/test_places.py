@@ -16,7 +16,7 @@ from ghn_architectures.families import FAMILIES
 from ghn_architectures.generator import sample_architecture
 from ghn_architectures.registry import reference_architecture
 from ghn_architectures.resnet import ResNetConfiguration
-from ghn_service.graph import ArchitectureGraph
+from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.graph.onnx.reader import read_onnx
 from ghn_service.hypernetwork.features import build_features, collate
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork

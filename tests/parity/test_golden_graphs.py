@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ghn_service.graph import ArchitectureGraph, shortest_distances
+from ghn_service.graph.architecture import ArchitectureGraph, shortest_distances
 from ghn_service.graph.onnx.reader import read_onnx
 from tests.data.regenerate import FORMS, WITHOUT_BATCH_NORM, stored_model
 from tests.golden_graphs import GOLDEN_CIFAR_MODELS, GOLDEN_MODELS, golden_distances, load_golden

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ghn_service.graph.distances import shortest_distances
+from ghn_service.graph.architecture import shortest_distances
 from ghn_service.hypernetwork.features import GraphBatch, build_features, collate
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
 from ghn_service.parameters import PREDICTED, TILED

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ghn_service.graph import shortest_distances
+from ghn_service.graph.architecture import shortest_distances
 from ghn_service.graph.onnx.reader import read_onnx
 from tests.data.regenerate import stored_model
 from tests.zoo_support import build_torchvision, export

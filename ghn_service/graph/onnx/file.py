@@ -59,10 +59,6 @@ class OnnxNode:
         """An integer attribute, or ``default`` where it is absent."""
         return self.attributes[name].i if name in self.attributes else default
 
-    def real(self, name: str, default: float) -> float:
-        """A floating-point attribute, or ``default`` where it is absent."""
-        return self.attributes[name].f if name in self.attributes else default
-
     def integers(self, name: str) -> tuple[int, ...]:
         """A list-of-integers attribute; empty if it is absent."""
         return tuple(self.attributes[name].ints) if name in self.attributes else ()

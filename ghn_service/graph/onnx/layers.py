@@ -1,4 +1,4 @@
-"""Handlers of the operators of convolutions, linear layers and normalisations, with their biases.
+"""Handlers of convolutions, linear layers, normalisations, attention, embedding tables and recurrence.
 
 Shape legend: convolution weight (out, in / groups, kernel height, kernel width); linear weight (out, in) in torch,
 (in, out) as the right operand of MatMul.
@@ -8,253 +8,97 @@ from __future__ import annotations
 
 import math
 
-from ghn_service.graph.onnx.attention import attended
 from ghn_service.graph.onnx.file import OnnxNode
 from ghn_service.graph.onnx.values import ReadContext, Value, View
-from ghn_service.graph.raw_graph import INPUT, Flow, RawNode, TensorUse
-
-_BUFFER_SLOTS = {3: "running_mean", 4: "running_var"}
+from ghn_service.graph.raw_graph import INPUT, NOTHING, Flow, RawNode, TensorUse
 
 
-def read_convolution(context: ReadContext, node: OnnxNode) -> None:
+def read_convolution(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """Conv: a weight node, then a bias node. Convolutions over other than two axes get fallback weights."""
-    data = context.start(node)
     view = context.weight(node, 1)
     if view is None:
-        context.emit(node, context.joined(data[:2]))
-        return
+        return context.joined(data[:2])
     kernel = view.shape if view.shape is not None else view.source.shape
     spatial = convolved(node, data[0].spatial, kernel[2:])
     if spatial is None:  # after a slice, say; then the file may state the size
         stated = context.file.value_shape(node.outputs[0])
         spatial = stated[2:] if stated is not None and len(stated) == len(kernel) else None
     if len(kernel) != 4:
-        _pass_weighted(context, node, data[0], spatial)
-        return
+        return _pass_weighted(context, node, data[0], spatial)
     groups = max(1, node.integer("group", 1))
     dilations = node.integers("dilations") or (1, 1)
-    op_type = "conv" if groups == 1 else "dil_conv" if min(dilations) > 1 else "sep_conv"
-    index = _add_layer(context, node, 1, view, (0, 1, 2, 3), op_type, data[0].flow)
-    layer = context.graph.nodes[index]
-    layer.attributes = {
+    attributes = {
         "groups": groups,
         "stride": node.integers("strides") or (1, 1),
         "dilations": dilations,
         "padding": node.integers("pads") or (0, 0, 0, 0),
         "positions": _count(spatial),
     }
+    op_type = "conv" if groups == 1 else "dil_conv" if min(dilations) > 1 else "sep_conv"
+    layer = _add_layer(context, node, 1, view, (0, 1, 2, 3), op_type, data[0].flow, attributes)
     bias = context.weight(node, 2)
     is_folded = context.names.has_folded_norm(node, bias.source if bias is not None else None)
     if is_folded:
         context.folded.append(node.label)
-    _finish_layer(context, node, index, bias, 2, spatial, is_folded=is_folded)
+    return _with_bias(context, node, layer, bias, 2, spatial, is_folded=is_folded)
 
 
-def read_transposed_convolution(context: ReadContext, node: OnnxNode) -> None:
+def read_transposed_convolution(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """ConvTranspose and other layers outside the vocabulary: fallback weights, and data passes."""
-    data = context.start(node)
     if context.weight(node, 1) is None:
-        context.emit(node, context.joined(data[:2]))
-    else:
-        _pass_weighted(context, node, data[0], None)
+        return context.joined(data[:2])
+    return _pass_weighted(context, node, data[0], None)
 
 
-def read_gemm(context: ReadContext, node: OnnxNode) -> None:
+def read_gemm(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """Gemm: a weight node, then a bias node; the weight may be either factor."""
-    data = context.start(node)
     for index, other, attribute in ((1, 0, "transB"), (0, 1, "transA")):
         view = context.weight(node, index) if data[other].flow or index == 1 else None
         if view is not None:
             is_output_first = bool(node.integer(attribute, 0)) == (index == 1)
-            _read_linear(context, node, index, view, data[other], is_output_first=is_output_first, bias_index=2)
-            return
-    context.emit(node, context.joined(data))
+            flow, extra = data[other].flow, data[2] if len(data) > 2 else None
+            value = _read_linear(context, node, index, view, flow, is_output_first=is_output_first, bias_index=2)
+            if extra is None or not extra.flow or len(view.shape or view.source.shape) != 2:
+                return value
+            return meeting(context, node, "sum", [Value(flow=value.flow), extra])
+    return context.joined(data)
 
 
-def read_matmul(context: ReadContext, node: OnnxNode) -> None:
+def read_matmul(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """MatMul: a linear layer if one factor is a weight; attention if one is a softmax; else a mere product."""
-    data = context.start(node)
     left, right = data[0], data[1]
     if left.flow and right.flow:
-        context.emit(node, attended(context, left, right))
-        return
+        return _attended(context, left, right)
     index, other = (1, left) if not right.flow else (0, right)
-    if not other.flow:
-        context.claim_operand(node, 1 - index)
-    view = context.weight(node, index)
-    if view is None or not (other.flow or context.is_trainable(view.source) or context.is_computed(view.source)):
-        context.emit(node, context.joined(data))
-        return
-    rank = len(view.shape) if view.shape is not None else len(view.source.shape)
+    if not other.flow:  # a layer that computes on a table of coordinates, say: a buffer
+        for view in data[1 - index].views:
+            if not view.source.uses and view.source.kind != "PARAMETER":
+                context.use(node, 1 - index, view, "buffer")
+    weight = context.weight(node, index)
+    if weight is None or not (other.flow or context.is_trainable(weight.source) or context.is_computed(weight.source)):
+        return context.joined(data)
+    rank = len(weight.shape if weight.shape is not None else weight.source.shape)
     if rank != 2:
-        context.use(node, index, view, "kaiming_normal" if rank > 2 else "ones")
-        context.emit(node, Value(flow=other.flow or INPUT))
-        return
+        context.use(node, index, weight, "kaiming_normal" if rank > 2 else "ones")
+        return Value(flow=other.flow or INPUT)
     is_output_first = (index == 0) != bool(node.integer("transB", 0))
-    _read_linear(context, node, index, view, other, is_output_first=is_output_first, bias_index=-1)
+    return _read_linear(context, node, index, weight, other.flow, is_output_first=is_output_first)
 
 
-def read_einsum(context: ReadContext, node: OnnxNode) -> None:
+def read_einsum(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """Einsum: a linear layer if one operand is a matrix; attention if one is a softmax."""
-    data = context.start(node)
     flowing = [value for value in data if value.flow]
     if len(flowing) == 2:
-        context.emit(node, attended(context, *flowing))
-        return
+        return _attended(context, *flowing)
     if len(flowing) == 1 and len(data) == 2:
         index = 1 if data[0].flow else 0
         view = context.weight(node, index)
         if view is not None:
             axes = _einsum_axes(node.text("equation"), index)
             if axes is not None and view.shape is not None and len(view.shape) == 2:
-                _read_linear(context, node, index, view, flowing[0], is_output_first=axes == (0, 1), bias_index=-1)
-                return
+                return _read_linear(context, node, index, view, flowing[0].flow, is_output_first=axes == (0, 1))
             context.use(node, index, view, "kaiming_normal")
-    context.emit(node, context.joined(data))
-
-
-def add_bias(
-    context: ReadContext, node: OnnxNode, layer: int, index: int, view: View, *, is_folded: bool = False
-) -> int:
-    """Gives a layer its bias node and returns the node's index; torch knows no name for a folded bias."""
-    use = context.use(node, index, view, "node", slot="bias")
-    if is_folded:
-        use.torch_name = ""
-    raw = context.graph.nodes[layer]
-    raw.bias = context.add(RawNode("bias", 0, 1, use.torch_name or view.source.name, {layer}, use))
-    return raw.bias
-
-
-def convolved(node: OnnxNode, spatial: tuple[int, ...] | None, kernel: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Spatial sizes after a convolution or pooling; None where they are unknown."""
-    if spatial is None or len(spatial) != len(kernel):
-        return None
-    rank = len(kernel)
-    strides = node.integers("strides") or (1,) * rank
-    dilations = node.integers("dilations") or (1,) * rank
-    pads = node.integers("pads") or (0,) * (2 * rank)
-    if len(strides) != rank or len(dilations) != rank or len(pads) != 2 * rank or min(strides) < 1:
-        return None
-    if node.text("auto_pad").startswith("SAME"):
-        return tuple(-(-size // stride) for size, stride in zip(spatial, strides, strict=True))
-    extra = [stride - 1 if node.integer("ceil_mode", 0) else 0 for stride in strides]
-    return tuple(
-        (size + pads[axis] + pads[axis + rank] - dilations[axis] * (kernel[axis] - 1) - 1 + extra[axis])
-        // strides[axis]
-        + 1
-        for axis, size in enumerate(spatial)
-    )
-
-
-def _read_linear(
-    context: ReadContext,
-    node: OnnxNode,
-    index: int,
-    view: View,
-    data: Value,
-    *,
-    is_output_first: bool,
-    bias_index: int,
-) -> None:
-    rank = len(view.shape) if view.shape is not None else len(view.source.shape)
-    if rank != 2:
-        context.use(node, index, view, "kaiming_normal")
-        context.emit(node, Value(flow=data.flow))
-        return
-    axes = (0, 1) if is_output_first else (1, 0)
-    layer = _add_layer(context, node, index, view, axes, "conv", data.flow)
-    raw = context.graph.nodes[layer]
-    raw.is_linear = True
-    raw.attributes = {"positions": _rows(context, node)}
-    bias = context.weight(node, bias_index) if 0 <= bias_index < len(node.inputs) else None
-    _finish_layer(context, node, layer, bias, bias_index, None)
-    extra = context.values[node.inputs[bias_index]] if 0 <= bias_index < len(node.inputs) else None
-    if extra is not None and extra.flow:
-        flow = context.graph.union([context.values[node.outputs[0]].flow, extra.flow])
-        total = context.add(RawNode("sum", 0, 2, node.label, set(flow)))
-        context.emit(node, Value(flow=frozenset({total})))
-
-
-def _add_layer(
-    context: ReadContext, node: OnnxNode, index: int, view: View, axes: tuple[int, ...], op_type: str, flow: Flow
-) -> int:
-    use = context.use(node, index, view, "node", slot="weight", axes=axes)
-    name = use.torch_name or view.source.name
-    return context.add(RawNode(op_type, 0, 0, name, set(flow), use))
-
-
-def _finish_layer(
-    context: ReadContext,
-    node: OnnxNode,
-    layer: int,
-    bias: View | None,
-    bias_index: int,
-    spatial: tuple[int, ...] | None,
-    *,
-    is_folded: bool = False,
-) -> None:
-    """Adds the bias that a layer has, or had before the exporter dropped it, and emits the layer's output."""
-    if bias is not None and bias.source.num_elements == out_features(context, layer):
-        end = add_bias(context, node, layer, bias_index, bias, is_folded=is_folded)
-        context.emit(node, Value(flow=frozenset({end}), spatial=spatial))
-        return
-    if bias is not None:
-        context.use(node, bias_index, bias, "zeros")
-    torch_name, token = context.names.dropped_bias(node) if bias is None and bias_index >= 0 else ("", "")
-    if torch_name:
-        end = _restore_bias(context, node, layer, bias_index, torch_name, token)
-        context.emit(node, Value(flow=frozenset({end}), spatial=spatial))
-        return
-    context.emit(node, Value(flow=frozenset({layer}), layer=layer, spatial=spatial))
-
-
-def _restore_bias(context: ReadContext, node: OnnxNode, layer: int, index: int, torch_name: str, token: str) -> int:
-    source = context.new_source(torch_name, (out_features(context, layer),), kind="PARAMETER", is_literal=True)
-    if source is None:
-        raise AssertionError("a layer has at least one output feature")
-    source.initializer = ""
-    use = TensorUse(source, "node", context.level, node.label, index, torch_name, token)
-    source.uses.append(use)
-    context.restored.append(torch_name)
-    raw = context.graph.nodes[layer]
-    raw.bias = context.add(RawNode("bias", 0, 1, torch_name, {layer}, use))
-    return raw.bias
-
-
-def out_features(context: ReadContext, layer: int) -> int:
-    """Output features of a layer; 0 if it is no layer."""
-    use = context.graph.nodes[layer].weight
-    if use is None:
-        return 0
-    axis = use.permutation[0] if use.permutation else 0
-    return use.source.shape[axis] if use.source.shape else 0
-
-
-def _pass_weighted(context: ReadContext, node: OnnxNode, data: Value, spatial: tuple[int, ...] | None) -> None:
-    context.fall_back(node, 1, "kaiming_normal", literal=True)
-    context.fall_back(node, 2, "zeros", literal=True)
-    context.emit(node, Value(flow=data.flow or INPUT, spatial=spatial))
-
-
-def _rows(context: ReadContext, node: OnnxNode) -> int:
-    """Rows per example that a linear layer is applied to; 0 if unknown.
-
-    Examples need not be the first axis: attention puts tokens there, or windows together with examples.
-    """
-    shapes = (context.file.value_shape(name) for name in (node.outputs[0], *node.inputs))
-    shape = next((shape for shape in shapes if shape is not None and len(shape) >= 2), None)
-    if shape is None:
-        return 0
-    rows, examples = math.prod(shape[:-1]), context.num_examples
-    if examples and rows % examples == 0:
-        return _count((rows // examples,))
-    return _count(shape[1:-1])
-
-
-def _count(sizes: tuple[int, ...] | None) -> int:
-    """Places per example at which a layer's weight is applied; 0 if unknown."""
-    count = math.prod(sizes) if sizes is not None else 0
-    return count if 0 < count < 2**31 else 0
+    return context.joined(data)
 
 
 def _einsum_axes(equation: str, index: int) -> tuple[int, int] | None:
@@ -272,65 +116,253 @@ def _einsum_axes(equation: str, index: int) -> tuple[int, int] | None:
     return None
 
 
-def read_batch_norm(context: ReadContext, node: OnnxNode) -> None:
+def add_bias(
+    context: ReadContext, node: OnnxNode, layer: int, index: int, view: View, *, is_folded: bool = False
+) -> Flow:
+    """Gives a layer its bias node, from which data flows on; torch knows no name for a folded bias."""
+    use = context.use(node, index, view, "node", slot="bias")
+    if is_folded:
+        use.torch_name = ""
+    raw = RawNode("bias", context.level, 1, use.torch_name or view.source.name, {layer}, use)
+    context.graph.nodes[layer].bias = end = context.graph.add(raw)
+    return frozenset({end})
+
+
+def convolved(node: OnnxNode, spatial: tuple[int, ...] | None, kernel: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Spatial sizes after a convolution or pooling; None where they are unknown."""
+    if spatial is None or len(spatial) != len(kernel):
+        return None
+    rank = len(kernel)
+    strides = node.integers("strides") or (1,) * rank
+    dilations = node.integers("dilations") or (1,) * rank
+    pads = node.integers("pads") or (0,) * (2 * rank)
+    if len(strides) != rank or len(dilations) != rank or len(pads) != 2 * rank or min(strides) < 1:
+        return None
+    is_same, rounds_up = node.text("auto_pad").startswith("SAME"), bool(node.integer("ceil_mode", 0))
+    sizes = []
+    for axis, (size, stride) in enumerate(zip(spatial, strides, strict=True)):
+        room = size + pads[axis] + pads[axis + rank] - dilations[axis] * (kernel[axis] - 1) - 1
+        sizes.append(-(-size // stride) if is_same else (room + (stride - 1 if rounds_up else 0)) // stride + 1)
+    return tuple(sizes)
+
+
+def _read_linear(
+    context: ReadContext,
+    node: OnnxNode,
+    index: int,
+    view: View,
+    flow: Flow,
+    *,
+    is_output_first: bool,
+    bias_index: int = -1,
+) -> Value:
+    """A linear layer on ``flow``; its positions are the rows per example that it is applied to.
+
+    Examples need not be the first axis: attention puts tokens there, or windows together with examples.
+    """
+    if len(view.shape if view.shape is not None else view.source.shape) != 2:
+        context.use(node, index, view, "kaiming_normal")
+        return Value(flow=flow)
+    positions = 0
+    for name in (node.outputs[0], *node.inputs):
+        shape = context.file.value_shape(name)
+        if shape is not None and len(shape) >= 2:
+            rows, examples = math.prod(shape[:-1]), context.num_examples
+            is_whole = examples > 0 and rows % examples == 0
+            positions = _count((rows // examples,) if is_whole else shape[1:-1])
+            break
+    axes = (0, 1) if is_output_first else (1, 0)
+    layer = _add_layer(context, node, index, view, axes, "conv", flow, {"positions": positions})
+    context.graph.nodes[layer].is_linear = True
+    bias = context.weight(node, bias_index) if 0 <= bias_index < len(node.inputs) else None
+    return _with_bias(context, node, layer, bias, bias_index, None)
+
+
+def _add_layer(
+    context: ReadContext,
+    node: OnnxNode,
+    index: int,
+    view: View,
+    axes: tuple[int, ...],
+    op_type: str,
+    flow: Flow,
+    attributes: dict[str, object],
+) -> int:
+    use = context.use(node, index, view, "node", slot="weight", axes=axes)
+    name = use.torch_name or view.source.name
+    return context.graph.add(RawNode(op_type, context.level, 0, name, set(flow), use, attributes=attributes))
+
+
+def _with_bias(
+    context: ReadContext,
+    node: OnnxNode,
+    layer: int,
+    bias: View | None,
+    bias_index: int,
+    spatial: tuple[int, ...] | None,
+    *,
+    is_folded: bool = False,
+) -> Value:
+    """A layer's output behind the bias that it has, or had before the exporter dropped it."""
+    if bias is not None:
+        if bias.source.num_elements == out_features(context, layer):
+            return Value(flow=add_bias(context, node, layer, bias_index, bias, is_folded=is_folded), spatial=spatial)
+        context.use(node, bias_index, bias, "zeros")
+    torch_name, token = context.names.dropped_bias(node) if bias is None and bias_index >= 0 else ("", "")
+    if not torch_name:
+        return Value(flow=frozenset({layer}), layer=layer, spatial=spatial)
+    source = context.new_source(torch_name, (out_features(context, layer),), kind="PARAMETER", is_literal=True)
+    assert source is not None, "a layer has at least one output feature"
+    source.initializer = ""
+    use = TensorUse(source, "node", context.level, node.label, bias_index, torch_name, token)
+    source.uses.append(use)
+    context.restored.append(torch_name)
+    end = context.graph.add(RawNode("bias", context.level, 1, torch_name, {layer}, use))
+    context.graph.nodes[layer].bias = end
+    return Value(flow=frozenset({end}), spatial=spatial)
+
+
+def out_features(context: ReadContext, layer: int) -> int:
+    """Output features of a layer; 0 if it is no layer."""
+    use = context.graph.nodes[layer].weight
+    if use is None:
+        return 0
+    axis = use.permutation[0] if use.permutation else 0
+    return use.source.shape[axis] if use.source.shape else 0
+
+
+def _pass_weighted(context: ReadContext, node: OnnxNode, data: Value, spatial: tuple[int, ...] | None) -> Value:
+    context.fall_back(node, 1, "kaiming_normal", literal=True)
+    context.fall_back(node, 2, "zeros", literal=True)
+    return Value(flow=data.flow or INPUT, spatial=spatial)
+
+
+def _count(sizes: tuple[int, ...] | None) -> int:
+    """Places per example at which a layer's weight is applied; 0 if unknown."""
+    count = math.prod(sizes) if sizes is not None else 0
+    return count if 0 < count < 2**31 else 0
+
+
+def meeting(context: ReadContext, node: OnnxNode, op_type: str, branches: list[Value]) -> Value:
+    """A node in which branches meet."""
+    flow = context.graph.union([value.flow for value in branches])
+    index = context.graph.add(RawNode(op_type, context.level, 2, node.label, set(flow)))
+    return Value(flow=frozenset({index}), spatial=branches[0].spatial)
+
+
+def read_batch_norm(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """BatchNormalization: one node for weight and bias; the statistics are buffers."""
-    data = context.start(node)
-    for index, slot in _BUFFER_SLOTS.items():
+    for index, slot in ((3, "running_mean"), (4, "running_var")):
         for view in data[index].views if index < len(data) else ():
             context.use(node, index, view, "buffer", slot=slot)
-    if not data[0].flow and data[0].views:  # a weight that is standardised before it is used
-        context.fall_back(node, 1, "ones")
-        context.fall_back(node, 2, "zeros")
-        context.emit(node, context.joined(data[:1]))
-    else:
-        _read_norm(context, node, "bn", data[0], literal=True)
+    if data[0].flow or not data[0].views:
+        return _read_norm(context, node, "bn", data[0], literal=True)
+    context.fall_back(node, 1, "ones")  # a weight that is standardised before it is used
+    context.fall_back(node, 2, "zeros")
+    return context.joined(data[:1])
 
 
-def read_layer_norm(context: ReadContext, node: OnnxNode) -> None:
+def read_layer_norm(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """LayerNormalization: one node for weight and bias; without weights, nothing."""
-    data = context.start(node)
-    _read_norm(context, node, "ln", data[0], literal=False)
+    return _read_norm(context, node, "ln", data[0], literal=False)
 
 
-def read_other_norm(context: ReadContext, node: OnnxNode) -> None:
+def read_other_norm(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """Group, instance and RMS normalisation: outside the vocabulary, so ones and zeros."""
-    data = context.start(node)
     context.fall_back(node, 1, "ones")
     context.fall_back(node, 2, "zeros")
-    context.emit(node, Value(flow=data[0].flow, normalized="other", spatial=data[0].spatial))
+    return Value(flow=data[0].flow, normalized="other", spatial=data[0].spatial)
 
 
-def _read_norm(context: ReadContext, node: OnnxNode, op_type: str, data: Value, *, literal: bool) -> None:
+def _read_norm(context: ReadContext, node: OnnxNode, op_type: str, data: Value, *, literal: bool) -> Value:
     view = context.weight(node, 1, literal=literal)
     if view is None or not view.source.is_vector:
         context.fall_back(node, 1, "ones", literal=literal)
         context.fall_back(node, 2, "zeros", literal=literal)
-        context.emit(node, Value(flow=data.flow, normalized="layer" if op_type == "ln" else "other"))
-        return
+        return Value(flow=data.flow, normalized="layer" if op_type == "ln" else "other")
     weight = context.use(node, 1, view, "node", slot="weight", is_scale=True)
     bias_view = context.weight(node, 2, literal=literal)
     bias = context.use(node, 2, bias_view, "node", slot="bias") if bias_view is not None else None
     name = weight.torch_name or view.source.name
-    raw = RawNode(op_type, 0, 0, name, set(data.flow), weight, bias)
-    context.emit(node, Value(flow=frozenset({context.add(raw)}), spatial=data.spatial))
+    index = context.graph.add(RawNode(op_type, context.level, 0, name, set(data.flow), weight, bias))
+    return Value(flow=frozenset({index}), spatial=data.spatial)
 
 
-def read_skip_norm(context: ReadContext, node: OnnxNode) -> None:
+def read_skip_norm(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """SkipLayerNormalization of ONNX Runtime: two branches meet, then a layer normalisation."""
-    data = context.start(node)
     flow = context.graph.union([value.flow for value in data[:2]])
-    index = context.add(RawNode("sum", 0, 0, node.label, set(flow)))
+    total = frozenset({context.graph.add(RawNode("sum", context.level, 0, node.label, set(flow)))})
     context.fall_back(node, 4, "zeros")
-    total = frozenset({index})
     view = context.weight(node, 2, literal=False)
     if view is None or node.op_type != "SkipLayerNormalization":
         context.fall_back(node, 2, "ones")
-        context.emit(node, Value(flow=total))
-        return
+        return Value(flow=total)
     weight = context.use(node, 2, view, "node", slot="operand", is_scale=True)
     bias_view = context.weight(node, 3, literal=False)
     bias = context.use(node, 3, bias_view, "node", slot="operand") if bias_view is not None else None
-    norm = context.add(RawNode("ln", 0, 1, view.source.name, set(total), weight, bias))
-    context.emit(node, Value(flow=frozenset({norm})))
+    norm = context.graph.add(RawNode("ln", context.level, 1, view.source.name, set(total), weight, bias))
     if len(node.outputs) > 3 and node.outputs[3]:
         context.values[node.outputs[3]] = Value(flow=total)
+    return Value(flow=frozenset({norm}))
+
+
+def _attended(context: ReadContext, left: Value, right: Value) -> Value:
+    """The product of two activations; where one is a softmax, the other is the values that it weighs.
+
+    The values become a source of the softmax node instead of going past it, as queries and keys are already.
+    """
+    if not left.attention and right.attention:
+        left, right = right, left
+    if not left.attention:
+        return Value(flow=context.graph.union([left.flow, right.flow]))
+    late: set[int] = set()
+    for softmax in left.attention:
+        raw = context.graph.nodes[softmax]
+        raw.is_attention = True
+        context.graph.spend(len(right.flow))
+        for index in right.flow - left.flow:
+            earlier = context.graph.nodes[index].level < raw.level
+            (raw.predecessors if earlier else late).add(index)
+    return Value(flow=context.graph.union([left.flow, frozenset(late)]))
+
+
+def read_softmax(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
+    """Softmax: an attention node; the passes drop it again where it ends the network."""
+    if not data[0].flow:
+        return context.joined(data[:1])
+    raw = RawNode("msa", context.level, name=node.label, predecessors=set(data[0].flow))
+    flow = frozenset({context.graph.add(raw)})
+    return Value(flow=flow, attention=flow)
+
+
+def read_fused_attention(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
+    """Attention as one operator (opset 23): its queries, keys and values meet in an attention node."""
+    flow = context.graph.union([value.flow for value in data[:3]])
+    raw = RawNode("msa", context.level, name=node.label, predecessors=set(flow), is_attention=True)
+    index = context.graph.add(raw)
+    for position in range(len(data)):
+        context.fall_back(node, position, "truncated_normal")
+    return Value(flow=frozenset({index}) if flow else NOTHING)
+
+
+def read_gather(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
+    """Gather: a selection of data, an embedding table read by data, or a part of a weight."""
+    table, indices = data[:2]
+    if table.flow or not indices.flow:
+        return context.joined([table])
+    view = context.weight(node, 0, literal=False)
+    if view is None:
+        return Value(flow=indices.flow)
+    use = context.use(node, 0, view, "node", slot="weight", axes=tuple(range(len(view.source.shape))))
+    raw = RawNode("pos_enc", context.level, 0, view.source.name, set(indices.flow), use)
+    return Value(flow=frozenset({context.graph.add(raw)}))
+
+
+def read_recurrent(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
+    """LSTM, GRU and RNN: outside the vocabulary; data passes."""
+    for index in range(1, len(data)):
+        if index < 4:
+            context.fall_back(node, index, "recurrent_uniform", literal=True)
+        else:
+            context.fall_back(node, index, "zeros")
+    return Value(flow=data[0].flow)

@@ -11,27 +11,28 @@ from collections.abc import Callable
 import onnx
 
 from ghn_service.errors import UnsupportedArchitectureError
-from ghn_service.graph.onnx import attention, elementwise, layers, plain
+from ghn_service.graph.onnx import elementwise, layers, plain
 from ghn_service.graph.onnx.file import FLOAT_TYPES, OnnxNode, subgraphs
 from ghn_service.graph.onnx.patterns import WEIGHT_SLOTS
-from ghn_service.graph.onnx.values import ReadContext
+from ghn_service.graph.onnx.values import ReadContext, Value
 
-Handler = Callable[[ReadContext, OnnxNode], None]
+Handler = Callable[[ReadContext, OnnxNode, list[Value]], Value]
+"""The value of a node's outputs, from the values of its inputs."""
 
 
-def read_bias_gelu(context: ReadContext, node: OnnxNode) -> None:
+def read_bias_gelu(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """BiasGelu of ONNX Runtime: a bias, then an activation."""
-    elementwise.read_add(context, node)
-    context.note_activation(context.values[node.outputs[0]], "gelu")
+    value = elementwise.read_add(context, node, data)
+    context.graph.note_activation(value.flow, context.level, "gelu")
+    return value
 
 
-def read_scatter(context: ReadContext, node: OnnxNode) -> None:
+def read_scatter(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """Scatter operators: data of the first and last operand."""
-    data = context.start(node)
-    elementwise.combine(context, node, [data[0], *data[2:3]], "zeros")
+    return elementwise.combine(context, node, [data[0], *data[2:3]], "zeros")
 
 
-def read_control_flow(context: ReadContext, node: OnnxNode) -> None:
+def read_control_flow(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """If, Loop and Scan: data passes; weights inside are refused.
 
     Raises:
@@ -50,18 +51,16 @@ def read_control_flow(context: ReadContext, node: OnnxNode) -> None:
                 )
             for item in body.node:
                 waiting.extend(subgraphs(item))
-    elementwise.combine(context, node, context.start(node), "zeros")
+    return elementwise.combine(context, node, data, "zeros")
 
 
-def read_dequantized(context: ReadContext, node: OnnxNode) -> None:
+def read_dequantized(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """DequantizeLinear: passes what QuantizeLinear took; a weight stored as integers is refused."""
-    header = context.file.initializers.get(node.inputs[0])
-    if header is not None:
-        refuse_quantised(context, node)
-    plain.read_view(context, node)
+    is_stored = node.inputs[0] in context.file.initializers
+    return refuse_quantised(context, node, data) if is_stored else plain.read_view(context, node, data)
 
 
-def refuse_quantised(context: ReadContext, node: OnnxNode) -> None:
+def refuse_quantised(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """Operators on integer weights.
 
     Raises:
@@ -72,17 +71,16 @@ def refuse_quantised(context: ReadContext, node: OnnxNode) -> None:
     )
 
 
-def read_unknown(context: ReadContext, node: OnnxNode) -> None:
+def read_unknown(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """An operator without a handler: data of all operands passes, weights get a fallback by their rank."""
     name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
     context.unknown_operators[name] = context.unknown_operators.get(name, 0) + 1
-    data = context.start(node)
     if any(value.flow for value in data):
         for index, value in enumerate(data):
             for view in value.views:
                 if context.is_trainable(view.source) and not value.flow:
                     context.use(node, index, view, "zeros" if view.source.is_vector else "kaiming_normal")
-    context.emit(node, context.joined(data))
+    return context.joined(data)
 
 
 def _rows(handler: Handler, names: str, domain: str = "") -> dict[tuple[str, str], Handler]:
@@ -95,13 +93,13 @@ OPERATORS: dict[tuple[str, str], Handler] = {
     **_rows(layers.read_gemm, "Gemm"),
     **_rows(layers.read_matmul, "MatMul"),
     **_rows(layers.read_einsum, "Einsum"),
-    **_rows(attention.read_softmax, "Softmax"),
-    **_rows(attention.read_fused_attention, "Attention"),
+    **_rows(layers.read_softmax, "Softmax"),
+    **_rows(layers.read_fused_attention, "Attention"),
     **_rows(layers.read_batch_norm, "BatchNormalization"),
     **_rows(layers.read_layer_norm, "LayerNormalization"),
     **_rows(layers.read_other_norm, "GroupNormalization InstanceNormalization RMSNormalization"),
-    **_rows(attention.read_gather, "Gather"),
-    **_rows(attention.read_recurrent, "LSTM GRU RNN"),
+    **_rows(layers.read_gather, "Gather"),
+    **_rows(layers.read_recurrent, "LSTM GRU RNN"),
     **_rows(plain.read_prelu, "PRelu"),
     **_rows(elementwise.read_add, "Add Sum Mean"),
     **_rows(elementwise.read_concat, "Concat ConcatFromSequence SequenceConstruct"),
@@ -138,8 +136,7 @@ OPERATORS: dict[tuple[str, str], Handler] = {
         " NonMaxSuppression SequenceLength SequenceEmpty OptionalHasElement HannWindow HammingWindow BlackmanWindow"
         " MelWeightMatrix",
     ),
-    **_rows(plain.read_max_pool, "MaxPool"),
-    **_rows(plain.read_average_pool, "AveragePool"),
+    **_rows(plain.read_window_pool, "MaxPool AveragePool"),
     **_rows(plain.read_global_pool, "GlobalAveragePool ReduceMean"),
     **_rows(read_control_flow, "If Loop Scan SequenceMap"),
     **_rows(read_dequantized, "DequantizeLinear"),
@@ -147,7 +144,7 @@ OPERATORS: dict[tuple[str, str], Handler] = {
     **_rows(layers.read_convolution, "FusedConv", "com.microsoft"),
     **_rows(layers.read_gemm, "FusedGemm", "com.microsoft"),
     **_rows(layers.read_matmul, "FusedMatMul", "com.microsoft"),
-    **_rows(attention.read_fused_attention, "MultiHeadAttention", "com.microsoft"),
+    **_rows(layers.read_fused_attention, "MultiHeadAttention", "com.microsoft"),
     **_rows(plain.read_activation, "Gelu FastGelu QuickGelu", "com.microsoft"),
     **_rows(read_bias_gelu, "BiasGelu", "com.microsoft"),
     **_rows(layers.read_skip_norm, "SkipLayerNormalization SkipSimplifiedLayerNormalization", "com.microsoft"),

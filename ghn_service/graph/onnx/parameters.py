@@ -31,8 +31,9 @@ def settle_tensors(context: ReadContext, skeleton: Skeleton) -> tuple[list[Param
         Specs of the tensors that no kept node stands for, and the tensors that are no weights.
     """
     _name_siblings(context)
-    raws = [context.graph.nodes[index] for index in skeleton.order]
-    kept = {id(use) for raw in raws for use in (raw.weight, raw.norm_bias) if use is not None}
+    kept = set()
+    for index in skeleton.order:
+        kept |= {id(context.graph.nodes[index].weight), id(context.graph.nodes[index].norm_bias)}
     others: list[ParameterSpec] = []
     buffers: list[BufferSpec] = []
     taken: set[str] = set()
@@ -50,7 +51,7 @@ def settle_tensors(context: ReadContext, skeleton: Skeleton) -> tuple[list[Param
             spec = _spec(source, use, group, taken, is_shared=len(groups) > 1)
             for item in group:
                 item.spec = spec
-            if not any(id(item) in kept for item in group):
+            if kept.isdisjoint(map(id, group)):
                 others.append(spec)
         if groups or (source.name in aliased and source.name == source.initializer):
             continue
@@ -145,19 +146,7 @@ def reading_warnings(context: ReadContext) -> Iterator[str]:
                 f" and get no values: {_listed(lost)}. What was computed ({_listed(computed)}) is initialised by a"
                 f" rule where it acts as a weight. To get all weights, {_EXPORT_INSTEAD}"
             )
-    yield from _about_undeclared(context)
-    if context.unknown_operators:
-        names = [f"{name} ({count})" for name, count in sorted(context.unknown_operators.items())]
-        yield f"not understood, so data passes through as if element-wise: {_listed(names)}"
-    if context.restored:
-        yield (
-            f"{len(context.restored)} biases were dropped by the exporter because they were zero, and are predicted"
-            f" all the same under their torch names: {_listed(context.restored)}"
-        )
-
-
-def _about_undeclared(context: ReadContext) -> Iterator[str]:
-    """Tensors that an exporter computed without saying from what."""
+    # Tensors that an exporter computed without saying from what.
     if context.file.is_torch and context.file.kinds:  # a file that declares its parameters
         undeclared = [source for source in context.sources if not source.kind and source.folded is None]
         names = [source.name for source in undeclared if any(not use.torch_name for use in source.uses)]
@@ -183,6 +172,14 @@ def _about_undeclared(context: ReadContext) -> Iterator[str]:
         yield (
             f"{len(met)} constants were computed by the exporter, which does not say from what ({_listed(list(met))});"
             f" they keep their values. If parameters went into them, these get none: {_EXPORT_INSTEAD}"
+        )
+    if context.unknown_operators:
+        names = [f"{name} ({count})" for name, count in sorted(context.unknown_operators.items())]
+        yield f"not understood, so data passes through as if element-wise: {_listed(names)}"
+    if context.restored:
+        yield (
+            f"{len(context.restored)} biases were dropped by the exporter because they were zero, and are predicted"
+            f" all the same under their torch names: {_listed(context.restored)}"
         )
 
 

@@ -19,23 +19,18 @@ _ACTIVATION_LABELS = {
 }  # fmt: skip
 
 
-def read_view(context: ReadContext, node: OnnxNode) -> None:
+def read_view(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """Operators that show the same elements in another shape or type."""
-    data = context.start(node)[0]
-    if data.flow or not data.views:
-        context.emit(node, data)
-    elif context.names.is_alias(node) and node.inputs[0] in context.file.initializers:
-        context.emit(node, _alias(context, node, data))
-    else:
-        context.emit(node, Value(views=tuple(_seen(context, node, view) for view in data.views)))
-
-
-def _alias(context: ReadContext, node: OnnxNode, data: Value) -> Value:
-    """The older exporter merges equal tensors and gives each its own name back with an Identity."""
-    root, name = data.views[0].source, node.outputs[0]
-    kind = context.kind_of(name, root.shape)
-    source = context.new_source(name, root.shape, kind=kind, initializer=root.initializer)
-    return Value(views=(View.of(source),)) if source is not None else data
+    value = data[0]
+    if value.flow or not value.views:
+        return value
+    if context.names.is_alias(node) and node.inputs[0] in context.file.initializers:
+        # The older exporter merges equal tensors and gives each its own name back with an Identity.
+        root, name = value.views[0].source, node.outputs[0]
+        kind = context.kind_of(name, root.shape)
+        source = context.new_source(name, root.shape, kind=kind, initializer=root.initializer)
+        return Value(views=(View.of(source),)) if source is not None else value
+    return Value(views=tuple(_seen(context, node, view) for view in value.views))
 
 
 def _seen(context: ReadContext, node: OnnxNode, view: View) -> View:
@@ -46,9 +41,7 @@ def _seen(context: ReadContext, node: OnnxNode, view: View) -> View:
     if node.op_type in ("Squeeze", "Unsqueeze", "Flatten"):
         axes = node.integers("axes") or (context.file.integers(node.inputs[1]) if len(node.inputs) > 1 else None)
         return view.reshaped(_resized(node, view.shape, axes))
-    if node.op_type == "Expand":
-        return view.derived(keeps_shape=False)
-    return view
+    return view.derived(keeps_shape=False) if node.op_type == "Expand" else view
 
 
 def _reshaped(shape: tuple[int, ...] | None, target: tuple[int, ...] | None) -> tuple[int, ...] | None:
@@ -82,102 +75,80 @@ def _resized(node: OnnxNode, shape: tuple[int, ...] | None, axes: tuple[int, ...
     return tuple(1 if axis in added else next(rest, 1) for axis in range(rank))
 
 
-def read_first(context: ReadContext, node: OnnxNode) -> None:
+def read_first(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """Operators whose first operand is the data and whose other operands are sizes, indices or limits."""
-    data = context.start(node)
-    value = context.joined(data[:1])
-    context.emit(node, dataclasses.replace(value, spatial=None))
+    return dataclasses.replace(context.joined(data[:1]), spatial=None)
 
 
-def read_activation(context: ReadContext, node: OnnxNode) -> None:
+def read_activation(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """Element-wise functions of one value; a sigmoid makes a gate."""
-    data = context.start(node)[0]
-    if not data.flow:
-        context.emit(node, context.joined([data]))
-        return
+    value = data[0]
+    if not value.flow:
+        return context.joined([value])
     label = _ACTIVATION_LABELS.get(node.op_type)
     if label == "leaky_relu":
-        label = leaky_relu_name(node.real("alpha", 0.01))
+        label = leaky_relu_name(node.attributes["alpha"].f if "alpha" in node.attributes else 0.01)
     if label is not None:
-        context.note_activation(data, label)
-    is_gate = node.op_type in ("Sigmoid", "HardSigmoid") or (node.op_type == "Clip" and data.shifted)
-    gate = node.inputs[0] if is_gate else data.gate
-    context.emit(node, Value(flow=data.flow, gate=gate, attention=data.attention, spatial=data.spatial))
+        context.graph.note_activation(value.flow, context.level, label)
+    is_gate = node.op_type in ("Sigmoid", "HardSigmoid") or (node.op_type == "Clip" and value.shifted)
+    gate = node.inputs[0] if is_gate else value.gate
+    return Value(flow=value.flow, gate=gate, attention=value.attention, spatial=value.spatial)
 
 
-def read_constant(context: ReadContext, node: OnnxNode) -> None:
+def read_constant(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """Constant: integers are read where they are needed; a float tensor may be a weight written as a literal."""
-    context.start(node)
     attribute = node.attributes.get("value")
-    context.emit(node, CONSTANT)
-    if attribute is not None and attribute.t.data_type in FLOAT_TYPES:
-        shape = tuple(attribute.t.dims)
-        source = context.new_source(node.outputs[0], shape, kind="CONSTANT", is_literal=True) if shape else None
-        if source is not None:
-            context.emit(node, Value(views=(View.of(source),)))
+    if attribute is None or attribute.t.data_type not in FLOAT_TYPES or not attribute.t.dims:
+        return CONSTANT
+    source = context.new_source(node.outputs[0], tuple(attribute.t.dims), kind="CONSTANT", is_literal=True)
+    return CONSTANT if source is None else Value(views=(View.of(source),))
 
 
-def read_filled(context: ReadContext, node: OnnxNode) -> None:
+def read_filled(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """ConstantOfShape: shape arithmetic in torch's exports, a weight without values elsewhere."""
-    context.start(node)
-    context.emit(node, CONSTANT)
     attribute = node.attributes.get("value")
     is_float = attribute is None or attribute.t.data_type in FLOAT_TYPES
     shape = context.file.integers(node.inputs[0]) if is_float and not context.file.is_torch else None
-    if shape:
-        kind = "CONSTANT" if all(size == 1 for size in shape) else ""
-        source = context.new_source(node.outputs[0], shape, kind=kind)
-        if source is not None:
-            context.emit(node, Value(views=(View.of(source),)))
+    if not shape:
+        return CONSTANT
+    source = context.new_source(node.outputs[0], shape, kind="CONSTANT" if all(size == 1 for size in shape) else "")
+    return CONSTANT if source is None else Value(views=(View.of(source),))
 
 
-def read_nothing(context: ReadContext, node: OnnxNode) -> None:
+def read_nothing(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """Operators whose result carries no data that could be differentiated: shapes, indices, comparisons, noise."""
-    context.start(node)
-    context.emit(node, CONSTANT)
+    return CONSTANT
 
 
-def read_max_pool(context: ReadContext, node: OnnxNode) -> None:
-    """MaxPool over two axes: a node. Over other axes, data passes."""
-    _read_pool(context, node, "max_pool")
+def read_window_pool(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
+    """MaxPool and AveragePool over two axes: a node, which the passes may find to be adaptive pooling.
 
-
-def read_average_pool(context: ReadContext, node: OnnxNode) -> None:
-    """AveragePool over two axes: a node, which the passes may find to be adaptive pooling."""
-    raw, spatial = _read_pool(context, node, "avg_pool")
-    if raw is None:
-        return
-    raw.from_adaptive = _ADAPTIVE_CLASSES.get(context.names.module_class(node))
-    tiles = (node.integers("strides") or (1, 1)) == raw.window and not any(node.integers("pads"))
-    raw.covers_input = tiles or spatial == (1, 1)
-
-
-def _read_pool(context: ReadContext, node: OnnxNode, op_type: str) -> tuple[RawNode | None, tuple[int, ...] | None]:
-    """The node of a pooling window over two axes, or ``None`` where data only passes; and the size behind it."""
-    data = context.start(node)[0]
+    Over other axes, data passes.
+    """
+    flow = data[0].flow
     window = node.integers("kernel_shape")
-    spatial = convolved(node, data.spatial, window)
-    if len(window) != 2 or not data.flow:
-        context.emit(node, Value(flow=data.flow, spatial=spatial))
-        return None, spatial
-    raw = RawNode(op_type, 0, name=node.label, predecessors=set(data.flow), window=(window[0], window[1]))
-    context.emit(node, Value(flow=frozenset({context.add(raw)}), spatial=spatial))
-    return raw, spatial
+    spatial = convolved(node, data[0].spatial, window)
+    if len(window) != 2 or not flow:
+        return Value(flow=flow, spatial=spatial)
+    op_type = "max_pool" if node.op_type == "MaxPool" else "avg_pool"
+    raw = RawNode(op_type, context.level, name=node.label, predecessors=set(flow), window=(window[0], window[1]))
+    if op_type == "avg_pool":
+        raw.from_adaptive = _ADAPTIVE_CLASSES.get(context.names.module_class(node))
+        tiles = (node.integers("strides") or (1, 1)) == raw.window and not any(node.integers("pads"))
+        raw.covers_input = tiles or spatial == (1, 1)
+    return Value(flow=frozenset({context.graph.add(raw)}), spatial=spatial)
 
 
-def read_global_pool(context: ReadContext, node: OnnxNode) -> None:
+def read_global_pool(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """GlobalAveragePool and ReduceMean: a node, except inside a written-out normalisation."""
-    data = context.start(node)[0]
-    if not data.flow or node.outputs[0] in context.patterns.norm_means:
-        context.emit(node, context.joined([data]))
-        return
-    raw = RawNode("glob_avg", 0, name=node.label, predecessors=set(data.flow))
-    context.emit(node, Value(flow=frozenset({context.add(raw)}), spatial=(1, 1)))
+    if not data[0].flow or node.outputs[0] in context.patterns.norm_means:
+        return context.joined(data[:1])
+    raw = RawNode("glob_avg", context.level, name=node.label, predecessors=set(data[0].flow))
+    return Value(flow=frozenset({context.graph.add(raw)}), spatial=(1, 1))
 
 
-def read_prelu(context: ReadContext, node: OnnxNode) -> None:
+def read_prelu(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """PRelu: the slope gets a fallback."""
-    data = context.start(node)
     context.fall_back(node, 1, "prelu", literal=True)
-    context.note_activation(data[0], "prelu")
-    context.emit(node, context.joined(data[:1]))
+    context.graph.note_activation(data[0].flow, context.level, "prelu")
+    return context.joined(data[:1])

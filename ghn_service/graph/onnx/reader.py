@@ -42,7 +42,7 @@ def read_onnx(data: bytes, *, limits: GraphLimits = DEFAULT_LIMITS) -> Architect
                     f"node {node.label!r} ({node.op_type}) has {len(node.inputs)} inputs and {len(node.outputs)}"
                     f" outputs; expected at least {MINIMUM_INPUTS.get(key, 0)} and 1"
                 )
-            OPERATORS.get(key, read_unknown)(context, node)
+            context.read(node, OPERATORS.get(key, read_unknown))
         context.graph.outputs = [context.values[name].flow for name in context.file.outputs]
         skeleton = simplify(context.graph, limits)
         others, buffers = settle_tensors(context, skeleton)

@@ -6,6 +6,7 @@ in the order in which the view has them, or is None once they are mixed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import onnx
@@ -21,7 +22,6 @@ from ghn_service.graph.raw_graph import (
     Flow,
     GraphLimits,
     RawGraph,
-    RawNode,
     Source,
     TensorUse,
     exceeded,
@@ -143,7 +143,7 @@ class ReadContext:
         folded: Labels of convolutions with a batch normalization folded into them.
         restored: Torch names of zero biases that the exporter dropped.
         batch: First axis of the first data input that states a shape.
-        num_examples: The same for inputs of two axes or more; 0 where none states a shape.
+        num_examples: The same for data inputs of two axes or more; 0 where none states a shape.
         level: Level of the node that is being read.
     """
 
@@ -158,6 +158,7 @@ class ReadContext:
         self.folded: list[str] = []
         self.restored: list[str] = []
         self.batch: int | None = None
+        self.num_examples = 0
         self.level = 0
         self._limits = limits
         self._levels: dict[str, int] = {"": 0}
@@ -175,29 +176,23 @@ class ReadContext:
             _check_tensor(header.name, (), limits)
             if self.batch is None and header.shape:
                 self.batch = header.shape[0]
+            if not self.num_examples and header.shape is not None and len(header.shape) >= 2:
+                self.num_examples = header.shape[0]
             spatial = header.shape[2:] if header.shape is not None and len(header.shape) > 2 else None
             self.values[header.name] = Value(flow=INPUT, spatial=spatial)
-        stated = (header.shape for header in file.inputs if header.name not in file.kinds)
-        self.num_examples = next((shape[0] for shape in stated if shape is not None and len(shape) >= 2), 0)
 
-    # ---- values -------------------------------------------------------------------------------------------------
-
-    def start(self, node: OnnxNode) -> list[Value]:
-        """The values of a node's inputs; sets the level of what the node writes."""
-        known, levels, level = self.values, self._levels, 0
-        values = []
+    def read(self, node: OnnxNode, handler: Callable[[ReadContext, OnnxNode, list[Value]], Value]) -> None:
+        """Gives the outputs of a node, but those that ``handler`` wrote itself, the value that it returns."""
+        values, levels, level, data = self.values, self._levels, 0, []
         for name in node.inputs:
-            values.append(known[name])
+            data.append(values[name])
             if levels.get(name, 0) > level:
                 level = levels[name]
         self.level = level + 1
-        return values
-
-    def emit(self, node: OnnxNode, value: Value) -> None:
-        """Gives every output of the node this value."""
-        for name in node.outputs:
-            self.values[name] = value
-            self._levels[name] = self.level
+        value = handler(self, node, data)
+        for name in filter(None, node.outputs):
+            values.setdefault(name, value)
+            levels[name] = self.level
 
     def joined(self, values: list[Value]) -> Value:
         """A value computed from several by an operator without weights; data wins over weights and constants."""
@@ -215,12 +210,6 @@ class ReadContext:
         flow = self.graph.union([value.flow for value in data])
         attention = self.graph.union([value.attention for value in data])
         return Value(flow=flow, attention=attention, spatial=data[0].spatial)
-
-    def note_activation(self, value: Value, label: str) -> None:
-        """Records that the output of the nodes behind ``value`` passes the activation ``label`` next."""
-        self.graph.note_activation(value.flow, self.level, label)
-
-    # ---- weights ------------------------------------------------------------------------------------------------
 
     def weight(self, node: OnnxNode, index: int, *, literal: bool = True) -> View | None:
         """The weight at an operand, or None where the operand is absent, data, or not trainable.
@@ -298,9 +287,7 @@ class ReadContext:
         if view.source.folded and role != "node" and node.outputs[0] not in self.patterns.logit_additions:
             parameter_shape = token_shape(view.source.shape, self.batch)
         if view.source.folded and role != "node" and not (parameter_shape or view.source.is_vector):
-            torch_name = token = (
-                ""  # how the exporter computed the tensor is not known, so neither is its origin's shape
-            )
+            torch_name = token = ""  # how the tensor was computed is not known, so neither is its origin's shape
         use = TensorUse(
             source=view.source,
             role=role,
@@ -316,21 +303,12 @@ class ReadContext:
         view.source.uses.append(use)
         return use
 
-    def fall_back(self, node: OnnxNode, index: int, rule: str, *, literal: bool = False) -> bool:
-        """Gives every weight at an operand the fallback rule; says whether there was one."""
+    def fall_back(self, node: OnnxNode, index: int, rule: str, *, literal: bool = False) -> None:
+        """Gives every weight at an operand the fallback rule."""
         name = node.inputs[index] if index < len(node.inputs) else ""
-        found = False
         for view in self.values[name].views:
             if self.is_trainable(view.source, literal=literal):
                 self.use(node, index, view, rule)
-                found = True
-        return found
-
-    def claim_operand(self, node: OnnxNode, index: int) -> None:
-        """Declares what a layer computes on, where it is no data, to be a buffer: a table of coordinates, say."""
-        for view in self.values[node.inputs[index]].views:
-            if not view.source.uses and view.source.kind != "PARAMETER":
-                self.use(node, index, view, "buffer")
 
     def new_source(
         self, name: str, shape: tuple[int, ...], *, kind: str = "", initializer: str = "", is_literal: bool = False
@@ -350,13 +328,6 @@ class ReadContext:
         source = Source(name, initializer or name, shape, kind, is_literal)
         self.sources.append(source)
         return source
-
-    def add(self, node: RawNode) -> int:
-        """Appends a raw node at the present level."""
-        node.level = self.level
-        return self.graph.add(node)
-
-    # ---- roots --------------------------------------------------------------------------------------------------
 
     def kind_of(self, name: str, shape: tuple[int, ...]) -> str:
         """The kind of an initializer or input, as in ``Source.kind``."""
