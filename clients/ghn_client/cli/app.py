@@ -54,9 +54,6 @@ def root(
     """Options of the command as a whole."""
 
 
-# ---- predictions ---------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Targets:
     """Where the results of a prediction go."""
@@ -113,7 +110,7 @@ def predict(
     with server.connect() as client, tables.shown_progress() as on_progress:
         prediction = client.predict(
             model_file,
-            dtype=dtype.value,
+            dtype=dtype,
             seed=seed,
             steps=step or (),
             low_rank=low_rank or None,
@@ -127,10 +124,10 @@ def predict(
         prediction.to_onnx(targets.onnx_out)
     for sentence in prediction.warnings:
         warn(sentence)
-    if targets.report is not None and prediction.report is None:
-        warn("the server sent no report; it may be older than this client")
-    elif targets.report is not None and prediction.report is not None:
+    if targets.report is not None and prediction.report is not None:
         tables.write_report(prediction.report, targets.report)
+    elif targets.report is not None:
+        warn("the server sent no report; it may be older than this client")
     seconds = time.perf_counter() - start
     written = [str(path) for path in (weights, targets.onnx_out) if path is not None]
     if as_json:
@@ -153,16 +150,13 @@ def analyze(
     from ghn_client.cli import tables
 
     with server.connect() as client:
-        analysis = client.analyze(model_file, dtype=dtype.value, model=model, low_rank=low_rank or None)
+        analysis = client.analyze(model_file, dtype=dtype, model=model, low_rank=low_rank or None)
     for sentence in analysis.warnings:
         warn(sentence)
     if as_json:
         print_json(dataclasses.asdict(analysis))
     else:
         tables.print_analysis(analysis, show_all=show_all)
-
-
-# ---- servers -------------------------------------------------------------------------------------------------------
 
 
 @command(app)
@@ -187,9 +181,8 @@ def health(
     """Say whether a server is alive and can predict; exits with 0 if so, 1 if it is not ready, 5 if it is not there."""
     # Health needs no token, and a server inside this process would be pointless.
     address, timeout = server.address or DEFAULT_HEALTH_ADDRESS, server.timeout or HEALTH_TIMEOUT_S
-    with dataclasses.replace(
-        server, address=address, timeout=timeout, checkpoint=None, token_file=None
-    ).connect() as client:
+    server = dataclasses.replace(server, address=address, timeout=timeout, checkpoint=None, token_file=None)
+    with server.connect() as client:
         state = client.health()
     if as_json:
         print_json(dataclasses.asdict(state))
@@ -197,9 +190,6 @@ def health(
         typer.echo("ready" if state.ready else "alive, but not ready" if state.alive else "not there")
     if not (state.ready or (live and state.alive)):
         raise typer.Exit(1 if state.alive else 5)
-
-
-# ---- fine-tuning ---------------------------------------------------------------------------------------------------
 
 
 @command(app)

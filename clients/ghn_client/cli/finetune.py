@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 from collections.abc import Callable
@@ -49,23 +50,24 @@ def plan_network(model: str, memory: str, **settings: Any) -> Plan:
 
 
 def tune(model: str, server: Server, tuning: Tuning) -> tuple[dict[str, Any], str]:
-    """Tunes the network that ``model`` names and writes the delta.
-
-    Returns:
-        The outcome for programs, and a sentence for people.
-
-    Raises:
-        GhnClientError: An option is impossible, the network or the data cannot be read, or no weights come.
-    """
+    """Tunes the network that ``model`` names and writes the delta; the outcome for programs, and one for people."""
     if tuning.weights is not None and tuning.own_start:
         raise InvalidOptionError("--weights and --own-start ask for different starts; give one")
     torch.manual_seed(tuning.seed)
     start = _start(model, server, tuning)
     if tuning.model_out is not None and tuning.model_out.suffix == ".onnx" and start.to_onnx is None:
         raise InvalidOptionError("--model-out can be an ONNX file only where the network was given as one")
+
+    def show(epoch: EpochReport) -> None:
+        accuracy = "" if epoch.accuracy is None else f", accuracy {epoch.accuracy:.2%}"
+        messages().print(f"epoch {epoch.epoch}: loss {epoch.train_loss:.4f}{accuracy} ({epoch.seconds:.1f} s)")
+
     training, held_out = load_images(tuning.data, image_size=start.image_size, limit=tuning.limit)
     batches = ImageBatches(training, batch_size=tuning.batch_size, augment=True, seed=tuning.seed)
-    if start.request is not None:
+    request = None
+    if start.prediction is not None:
+        keys = ("graph_digest", "model", "model_digest", "seed", "dtype")
+        request = {key: getattr(start.prediction.metadata, key) for key in keys}
         recalibrate_batchnorm(start.network, batches, num_batches=CALIBRATION_BATCHES)
     handle = prepare(start.network, tuning.strategy, **_strategy_options(tuning, len(training.labels)))
     messages().print(repr(handle))
@@ -76,11 +78,15 @@ def tune(model: str, server: Server, tuning: Tuning) -> tuple[dict[str, Any], st
         validation=ImageBatches(held_out, batch_size=tuning.batch_size, augment=False),
         device=tuning.device,
         checkpoint=tuning.resume,
-        on_epoch=_show,
+        on_epoch=show,
     )
-    size = save_delta(handle, tuning.output, request=start.request if _is_complete(handle) else None)
-    if tuning.model_out is not None:
-        _save_model(handle, start, tuning.model_out)
+    size = save_delta(handle, tuning.output, request=request if _is_complete(handle) else None)
+    if tuning.model_out is not None and tuning.model_out.suffix == ".onnx":
+        assert start.to_onnx is not None
+        write_model(start.to_onnx(handle.merge()), tuning.model_out)
+    elif tuning.model_out is not None:
+        values = {name: value.cpu().contiguous().clone() for name, value in handle.merge().state_dict().items()}
+        write_file(tuning.model_out, save(values))
     document = {
         "strategy": handle.strategy,
         "trainable": handle.num_trainable,
@@ -90,26 +96,21 @@ def tune(model: str, server: Server, tuning: Tuning) -> tuple[dict[str, Any], st
         "epochs": len(report.epochs),
         "delta": str(tuning.output),
         "delta_bytes": size,
-        "request": start.request,
+        "request": request,
     }
     accuracy = "" if report.accuracy is None else f", accuracy {report.accuracy:.2%} (epoch {report.best_epoch})"
     tuned = f"{handle.num_trainable:,} of {handle.num_total:,} parameters tuned{accuracy}"
     return document, f"{tuned}; {tuning.output} has {size:,} bytes"
 
 
-def _show(epoch: EpochReport) -> None:
-    accuracy = "" if epoch.accuracy is None else f", accuracy {epoch.accuracy:.2%}"
-    messages().print(f"epoch {epoch.epoch}: loss {epoch.train_loss:.4f}{accuracy} ({epoch.seconds:.1f} s)")
-
-
 def _strategy_options(tuning: Tuning, samples: int) -> dict[str, Any]:
     """The options of the strategy; values are JSON where they can be read as such, else text."""
     values: dict[str, Any] = {}
     for key, value in parse_pairs(tuning.option or (), "--option KEY=VALUE").items():
-        try:
-            values[key.replace("-", "_")] = json.loads(value)
-        except json.JSONDecodeError:
-            values[key.replace("-", "_")] = value
+        name = key.replace("-", "_")
+        values[name] = value
+        with contextlib.suppress(json.JSONDecodeError):
+            values[name] = json.loads(value)
     if tuning.strategy == "additive" and "width" not in values:
         values.setdefault("samples", samples)
         values.setdefault("changed", max(1, samples // 20))
@@ -123,22 +124,19 @@ def _is_complete(handle: FineTuneHandle) -> bool:
     return measured <= travelling
 
 
-# ---- networks ------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False)
 class _Start:
     """A network with its starting weights.
 
     Attributes:
         network: The module.
-        request: What the prediction was asked, ``None`` for its own weights.
+        prediction: What it starts from, ``None`` for its own weights.
         image_size: Pixels per side.
         to_onnx: Turns the tuned module into a filled file, where the network came from one.
     """
 
     network: nn.Module
-    request: dict[str, Any] | None
+    prediction: Prediction | None
     image_size: int
     to_onnx: Callable[[nn.Module], OnnxModel] | None = None
 
@@ -176,7 +174,7 @@ def _start(model: str, server: Server, tuning: Tuning) -> _Start:
         prediction = _predict(network, torch.zeros(1, 3, size, size), server, tuning)
         if prediction is not None:
             messages().print(str(prediction.load_into(network)))
-        return _Start(network, _request(prediction), size)
+        return _Start(network, prediction, size)
     path = Path(model)
     if not path.is_file():
         raise InvalidOptionError(
@@ -192,7 +190,7 @@ def _start(model: str, server: Server, tuning: Tuning) -> _Start:
     shape = _image_shape(filled, tuning.image_size)
     example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     network = module_from_onnx(filled, example, parameters=parameters)
-    return _Start(network, _request(prediction), shape[-1], lambda tuned: to_onnx(tuned, network, filled))
+    return _Start(network, prediction, shape[-1], lambda tuned: to_onnx(tuned, network, filled))
 
 
 def _image_shape(model: OnnxModel, wanted: int | None) -> tuple[int, ...]:
@@ -216,19 +214,3 @@ def _predict(architecture: nn.Module | Path, example: Any, server: Server, tunin
         return Prediction.load(tuning.weights)
     with server.connect() as client:
         return client.predict(architecture, example, seed=tuning.seed, model=tuning.hypernetwork)
-
-
-def _request(prediction: Prediction | None) -> dict[str, Any] | None:
-    if prediction is None:
-        return None
-    keys = ("graph_digest", "model", "model_digest", "seed", "dtype")
-    return {key: getattr(prediction.metadata, key) for key in keys}
-
-
-def _save_model(handle: FineTuneHandle, start: _Start, path: Path) -> None:
-    if path.suffix == ".onnx":
-        assert start.to_onnx is not None
-        write_model(start.to_onnx(handle.merge()), path)
-        return
-    values = {name: value.cpu().contiguous().clone() for name, value in handle.merge().state_dict().items()}
-    write_file(path, save(values))

@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from typer import Option
 
 from ghn_client.errors import AuthenticationError, GhnClientError, InvalidOptionError
@@ -31,6 +31,7 @@ if typing.TYPE_CHECKING:
 
 INTERRUPTED = 130
 TERMINATED = 143
+DELTA = Path("delta.safetensors")
 
 
 class Dtype(StrEnum):
@@ -41,12 +42,12 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
-def _server_option(name: str, text: str, **settings: Any) -> Any:
-    return Option(envvar=f"GHN_{name}", help=text, rich_help_panel="Server", **settings)
+def _server(name: str, metavar: str | None, text: str, **settings: Any) -> Any:
+    return Option(envvar=f"GHN_{name}", metavar=metavar, help=text, rich_help_panel="Server", **settings)
 
 
 ModelFile = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The network; its weights stay here.")]
-Model = Annotated[str, _server_option("MODEL", "One of `ghn-client models`.", metavar="NAME")]
+Model = Annotated[str, _server("MODEL", "NAME", "One of `ghn-client models`.")]
 ElementType = Annotated[Dtype, Option(help="Element type of the weights.")]
 LowRank = Annotated[
     str, Option(metavar="RULE=VALUE[,method=M]", help="Factors instead of dense weights, such as energy=0.9.")
@@ -59,40 +60,25 @@ Json = Annotated[bool, Option("--json", help="Print JSON for programs instead of
 class Server:
     """Which server a command asks; a flag beats the environment (``GHN_*``)."""
 
-    address: Annotated[
-        str,
-        _server_option(
-            "ADDRESS", "A running server; without it, one is started inside this process.", metavar="HOST:PORT"
-        ),
-    ] = ""
+    address: Annotated[str, _server("ADDRESS", "HOST:PORT", "A running server; else one starts in this process.")] = ""
     checkpoint: Annotated[
-        Path | None,
-        _server_option(
-            "CHECKPOINT", "Hypernetwork of the server inside this process; else the bundled one.", metavar="FILE"
-        ),
+        Path | None, _server("CHECKPOINT", "FILE", "Hypernetwork of the server in this process; else the bundled one.")
     ] = None
     token_file: Annotated[
-        Path | None,
-        _server_option("TOKEN_FILE", "The server's token; sent over TLS or to this machine only.", metavar="FILE"),
+        Path | None, _server("TOKEN_FILE", "FILE", "The server's token; sent over TLS or to this machine only.")
     ] = None
-    tls: Annotated[bool, _server_option("TLS", "Encrypt the connection.")] = False
-    ca_file: Annotated[Path | None, _server_option("CA_FILE", "Authorities to trust.", metavar="PEM")] = None
+    tls: Annotated[bool, _server("TLS", None, "Encrypt the connection.")] = False
+    ca_file: Annotated[Path | None, _server("CA_FILE", "PEM", "Authorities to trust.")] = None
     cert_file: Annotated[
-        Path | None,
-        _server_option("CERT_FILE", "Certificate of this client, for servers that ask for one.", metavar="PEM"),
+        Path | None, _server("CERT_FILE", "PEM", "Certificate of this client, for servers that ask for one.")
     ] = None
-    key_file: Annotated[Path | None, _server_option("KEY_FILE", "Its key.", metavar="PEM")] = None
+    key_file: Annotated[Path | None, _server("KEY_FILE", "PEM", "Its key.")] = None
     timeout: Annotated[
-        float | None,
-        _server_option("TIMEOUT", "Seconds that the call may take, retries included.", metavar="SECONDS", min=0.001),
+        float | None, _server("TIMEOUT", "SECONDS", "Seconds that the call may take, retries included.", min=0.001)
     ] = None
 
     def connect(self) -> GHNClient:
-        """A client of the server that the options name.
-
-        Raises:
-            GhnClientError: The options are impossible, or the server inside this process cannot start.
-        """
+        """A client of the server that the options name."""
         from ghn_client.client import GHNClient
 
         if self.address and self.checkpoint is not None:
@@ -129,23 +115,14 @@ class Tuning:
     data: Annotated[Path, Option(metavar="DIR", help="Images: parquet, cifar-10-batches-py or class folders.")]
     strategy: Annotated[str, Option(help="norm-only, additive, low-rank-update, all, ...")] = "norm-only"
     option: Annotated[list[str] | None, Option(metavar="KEY=VALUE", help="Of the strategy; may be repeated.")] = None
-    output: Annotated[Path, Option("--output", "-o", metavar="FILE", help="Where the delta goes.")] = Path(
-        "delta.safetensors"
-    )
-    model_out: Annotated[
-        Path | None,
-        Option(metavar="FILE", help="Write the tuned network, too: .safetensors, or .onnx for an ONNX file."),
-    ] = None
-    weights: Annotated[
-        Path | None, Option(metavar="FILE", help="Predicted weights to start from, instead of asking a server.")
-    ] = None
+    output: Annotated[Path, Option("--output", "-o", metavar="FILE", help="Where the delta goes.")] = DELTA
+    model_out: Annotated[Path | None, Option(metavar="FILE", help="The tuned network: .safetensors or .onnx.")] = None
+    weights: Annotated[Path | None, Option(metavar="FILE", help="Start from these, without asking a server.")] = None
     own_start: Annotated[bool, Option("--own-start", help="Start from the network's own initial weights.")] = False
     epochs: Annotated[int, Option(min=1)] = 10
     learning_rate: Annotated[float, Option("--lr", min=0.0)] = 0.05
     batch_size: Annotated[int, Option(min=1)] = 64
-    image_size: Annotated[int | None, Option(min=1, help="Pixels per side; what the file says, or 32, by default.")] = (
-        None
-    )
+    image_size: Annotated[int | None, Option(min=1, help="Pixels per side; else the file's, or 32.")] = None
     limit: Annotated[int | None, Option(min=1, help="Use at most so many images of each split.")] = None
     patience: Annotated[int | None, Option(min=1, help="Stop after so many epochs without progress.")] = None
     resume: Annotated[Path | None, Option(metavar="FILE", help="Checkpoint to write, and to go on from.")] = None
@@ -154,31 +131,27 @@ class Tuning:
     hypernetwork: Model = ""
 
 
-# ---- commands ------------------------------------------------------------------------------------------------------
-
-
 def command(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a command; each field of a parameter that is a dataclass (``Server``) becomes an option of its own."""
 
     def register(body: Callable[..., None]) -> Callable[..., None]:
-        hints = typing.get_type_hints(body, include_extras=True)
-        groups: dict[str, Any] = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
-        parameters = [_parameter("context", typer.Context)]
-        for name, parameter in inspect.signature(body).parameters.items():
-            if name in groups:
-                fields = typing.get_type_hints(groups[name], include_extras=True)
-                defaults = {field.name: field.default for field in dataclasses.fields(groups[name])}
-                parameters += [_parameter(key, kind, defaults[key]) for key, kind in fields.items()]
-            else:
-                parameters.append(_parameter(name, hints[name], parameter.default))
+        parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+        groups: dict[str, Callable[..., Any]] = {}
+        for name, parameter in inspect.signature(body, eval_str=True).parameters.items():
+            kind: Any = parameter.annotation
+            fields = [parameter]
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+                groups[name], fields = kind, [*inspect.signature(kind, eval_str=True).parameters.values()]
+            parameters += [field.replace(kind=inspect.Parameter.KEYWORD_ONLY) for field in fields]
 
         def run(context: typer.Context, **values: Any) -> None:
             with ending_well(as_json=values.get("as_json", False)):
-                typed = [name for name in ("address", "checkpoint") if _is_typed(context, name)]
+                sources = {name: context.get_parameter_source(name) for name in ("address", "checkpoint")}
+                typed = [name for name, source in sources.items() if getattr(source, "name", "") == "COMMANDLINE"]
                 if len(typed) == 1:  # it beats the other one, which is from the environment
                     values |= {"address": "", "checkpoint": None, typed[0]: values[typed[0]]}
-                for name, kind in groups.items():
-                    values[name] = kind(**{field.name: values.pop(field.name) for field in dataclasses.fields(kind)})
+                for name, group in groups.items():
+                    values[name] = group(**{field: values.pop(field) for field in inspect.signature(group).parameters})
                 body(**values)
 
         run.__name__, run.__doc__ = body.__name__, body.__doc__
@@ -190,24 +163,15 @@ def command(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., N
     return register
 
 
-def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
-    default = inspect.Parameter.empty if default is dataclasses.MISSING else default
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
-
-
-def _is_typed(context: typer.Context, name: str) -> bool:
-    return getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-
-
 @contextlib.contextmanager
 def ending_well(*, as_json: bool = False) -> Iterator[None]:
     """Ends the command with the exit code of whatever the body raises, and one line, or JSON, that says why."""
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         yield
     except GhnClientError as error:
         where = f" (request {error.request_id})" if error.request_id else ""
-        messages().print(f"[bold red]error:[/bold red] {_escape(str(error))}{where}")
+        messages().print(f"[bold red]error:[/bold red] {escape(str(error))}{where}")
         if as_json:
             fields = {"message": str(error), "field": error.field, "request_id": error.request_id}
             print_json({"error": {"kind": type(error).__name__, "exit_code": error.exit_code, **fields}})
@@ -221,10 +185,6 @@ def ending_well(*, as_json: bool = False) -> Iterator[None]:
         raise typer.Exit(1) from error
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(TERMINATED)
 
 
 def print_json(document: Any) -> None:
@@ -241,8 +201,4 @@ def messages() -> Console:
 
 def warn(sentence: str) -> None:
     """Tells the user something that does not end the command."""
-    messages().print(f"[yellow]warning:[/yellow] {_escape(sentence)}")
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", "\\[")
+    messages().print(f"[yellow]warning:[/yellow] {escape(sentence)}")

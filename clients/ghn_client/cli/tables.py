@@ -22,6 +22,7 @@ from ghn_client.cli.options import messages
 from ghn_client.info import Analysis, LowRankLayer, ModelInfo
 from ghn_client.prediction import Prediction
 from ghn_client.wire.codec import Progress as Event
+from ghn_client.wire.metadata import TensorInfo
 
 MAX_ROWS = 80
 """Layers that are shown unless all are asked for."""
@@ -58,14 +59,6 @@ def shown_progress() -> Iterator[Callable[[Event], None]]:
         yield show
 
 
-# ---- tables --------------------------------------------------------------------------------------------------------
-
-
-def data_console() -> Console:
-    """Where data goes: stdout, wide where no terminal says how wide it is."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
-
-
 class _Row(NamedTuple):
     """A tensor in a table; ``spread`` is its standard deviation."""
 
@@ -79,11 +72,10 @@ def print_prediction(prediction: Prediction, written: Sequence[str], seconds: fl
     """One line a layer, the totals, and where the weights went."""
     rows = []
     for name, tensor in prediction.items():
-        note = prediction.notes.get(name)
+        note = prediction.notes.get(name) or TensorInfo(name, "")
         spread = float(torch.std(tensor.float(), correction=0)) if tensor.numel() else None
-        label, origin = (note.torch_name or name, note.origin) if note else (name, "")
-        rows.append(_Row(label, tuple(tensor.shape), origin, spread))
-    console, metadata = data_console(), prediction.metadata
+        rows.append(_Row(note.torch_name or name, tuple(tensor.shape), note.origin, spread))
+    console, metadata = _data_console(), prediction.metadata
     _print_layers(console, rows, show_all=show_all)
     files = " and ".join([f"{written[0]} ({_bytes_text(len(prediction.buffer))})", *written[1:]])
     console.print(f"written to {files} in {seconds:.1f} s; hypernetwork {metadata.model}, seed {metadata.seed}")
@@ -91,7 +83,7 @@ def print_prediction(prediction: Prediction, written: Sequence[str], seconds: fl
 
 def print_analysis(analysis: Analysis, *, show_all: bool) -> None:
     """One line a layer, then what the graph is made of, then what low rank would do."""
-    console = data_console()
+    console = _data_console()
     rows = [_Row(item.torch_name or item.name, item.shape, item.origin) for item in analysis.tensors]
     _print_layers(console, rows, show_all=show_all)
     types = ", ".join(f"{count} {name}" for name, count in sorted(analysis.op_type_counts.items()))
@@ -164,9 +156,14 @@ def print_models(models: Sequence[ModelInfo], steps: Sequence[str]) -> None:
         name = f"{model.name} (default)" if model.is_default else model.name
         size, trained_on = _count_text(model.num_parameters), model.dataset or "unknown"
         table.add_row(name, model.kind, size, str(model.num_classes), trained_on, model.device, model.digest[:12])
-    console = data_console()
+    console = _data_console()
     console.print(table)
     console.print(f"post-processing steps: {', '.join(steps) or 'none'}")
+
+
+def _data_console() -> Console:
+    """Where data goes: stdout, wide where no terminal says how wide it is."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
 def _table(*columns: str) -> Table:
@@ -183,20 +180,15 @@ def _change_text(costs: tuple[int, int]) -> str:
 
 def _count_text(count: int) -> str:
     """A count with a unit that reads at a glance, such as ``25.6 M``."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return str(count)
+    return _with_unit(count, {"G": 10**9, "M": 10**6, "k": 10**3}, "")
 
 
 def _bytes_text(count: int) -> str:
-    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if count >= 1 << power:
-            return f"{count / (1 << power):.1f} {unit}"
-    return f"{count} bytes"
+    return _with_unit(count, {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10}, " bytes")
 
 
-# ---- documents -----------------------------------------------------------------------------------------------------
+def _with_unit(count: int, units: Mapping[str, int], unit: str) -> str:
+    return next((f"{count / size:.1f} {name}" for name, size in units.items() if count >= size), f"{count}{unit}")
 
 
 def prediction_document(prediction: Prediction, written: Sequence[str], seconds: float) -> dict[str, Any]:
@@ -209,13 +201,9 @@ def prediction_document(prediction: Prediction, written: Sequence[str], seconds:
         **{key: getattr(metadata, key) for key in ("model", "model_digest", "graph_digest", "seed", "dtype")},
         "num_parameters": prediction.num_parameters,
         "tensors": [
-            {
-                "name": name,
-                "shape": list(tensor.shape),
-                "origin": notes[name].origin if name in notes else "",
-                "torch_name": notes[name].torch_name if name in notes else "",
-            }
+            {"name": name, "shape": list(tensor.shape), "origin": note.origin, "torch_name": note.torch_name}
             for name, tensor in prediction.items()
+            for note in [notes.get(name) or TensorInfo(name, "")]
         ],
         "warnings": list(prediction.warnings),
         "server_seconds": dict(prediction.seconds),
@@ -232,11 +220,7 @@ def render_report_html(report: Mapping[str, Any]) -> str:
 
 
 def write_report(report: Mapping[str, Any], path: Path) -> None:
-    """Writes a diversity report as one self-contained page, or as JSON, by the name of the file.
-
-    Raises:
-        FileError: The file cannot be written.
-    """
+    """Writes a diversity report as one self-contained page, or as JSON, by the name of the file."""
     is_page = path.suffix.lower() == ".html"
     text = render_report_html(report) if is_page else json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     write_file(path, text)
