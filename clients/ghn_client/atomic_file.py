@@ -28,12 +28,14 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
     """
     part: Path | None = None
     try:
-        old = _status(path)
+        old = os.stat(path) if os.path.exists(path) else None
         streams = old is not None and (stat.S_ISFIFO(old.st_mode) or stat.S_ISCHR(old.st_mode))
         if old is not None and not streams and not stat.S_ISREG(old.st_mode):
             raise OSError(errno.EINVAL, "it is neither a file nor a pipe")
         target = Path(os.path.realpath(path))
-        part = _new_file(Path(tempfile.gettempdir()) if streams else target.parent, target.name)
+        folder = Path(tempfile.gettempdir()) if streams else target.parent
+        part = folder / f".{target.name[:50]}.{secrets.token_hex(4)}.part"  # a name may be as long as a name can be
+        part.touch(exist_ok=False)
         mode = stat.S_IMODE(old.st_mode if old is not None else part.stat().st_mode)
         yield part
         with part.open("rb") as written:
@@ -59,17 +61,3 @@ def write_file(path: str | Path, content: str | bytes | bytearray | memoryview) 
     """
     with replaced_file(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def _status(path: str | Path) -> os.stat_result | None:
-    try:
-        return os.stat(path)
-    except FileNotFoundError:
-        return None
-
-
-def _new_file(folder: Path, name: str) -> Path:
-    """An empty file of the usual permissions, named after ``name``, which may be as long as a name can be."""
-    part = folder / f".{name[:50]}.{secrets.token_hex(4)}.part"
-    part.touch(exist_ok=False)
-    return part

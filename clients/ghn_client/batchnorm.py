@@ -23,8 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ghn_client.errors import InvalidOptionError
 
-UPDATE, KEEP, FREEZE = "update", "keep", "freeze"
-STATISTICS = (UPDATE, KEEP, FREEZE)
+UPDATE, KEEP, FREEZE = STATISTICS = ("update", "keep", "freeze")
 
 
 def recalibrate_batchnorm(
@@ -109,11 +108,7 @@ def use_batch_statistics(module: nn.Module) -> nn.Module:
 
 
 def check_statistics(choice: str) -> None:
-    """Refuses what is none of ``update``, ``keep`` and ``freeze``.
-
-    Raises:
-        InvalidOptionError: It is none of them.
-    """
+    """Refuses what is none of ``update``, ``keep`` and ``freeze``."""
     if choice not in STATISTICS:
         raise InvalidOptionError(f"statistics must be one of {', '.join(STATISTICS)}, got {choice!r}")
 
@@ -121,9 +116,7 @@ def check_statistics(choice: str) -> None:
 def hold_statistics(module: nn.Module, choice: str) -> Callable[[], None]:
     """Makes all layers of ``module`` with running statistics follow ``choice`` until the returned function is called.
 
-    Args:
-        module: The network; layers of other libraries count too, by their ``running_mean``.
-        choice: ``update``, ``keep`` or ``freeze``.
+    Layers of other libraries count too, by their ``running_mean``.
 
     Raises:
         InvalidOptionError: ``choice`` is unknown.
@@ -133,7 +126,11 @@ def hold_statistics(module: nn.Module, choice: str) -> Callable[[], None]:
     momenta = [(layer, layer.momentum) for layer in layers if choice == KEEP]
     for layer, _ in momenta:
         layer.momentum = 0.0
-    hooks = [layer.register_forward_pre_hook(_use_running_statistics) for layer in layers if choice == FREEZE]
+
+    def use_running_statistics(layer: nn.Module, _inputs: Any) -> None:
+        layer.training = False
+
+    hooks = [layer.register_forward_pre_hook(use_running_statistics) for layer in layers if choice == FREEZE]
 
     def let_go() -> None:
         for hook in hooks:
@@ -142,10 +139,6 @@ def hold_statistics(module: nn.Module, choice: str) -> Callable[[], None]:
             layer.momentum = momentum
 
     return let_go
-
-
-def _use_running_statistics(layer: nn.Module, _inputs: Any) -> None:
-    layer.training = False
 
 
 def travelling_statistics(module: nn.Module, choice: str) -> list[str]:

@@ -26,9 +26,6 @@ class GhnClientError(Exception):
         self.request_id = request_id
 
 
-# ---- what was asked for --------------------------------------------------------------------------------------------
-
-
 class InvalidOptionError(GhnClientError):
     """An option has an impossible value, or names something unknown; the message lists what is known."""
 
@@ -83,9 +80,6 @@ class InfeasibleError(GhnClientError):
     exit_code = 4
 
 
-# ---- the server and the way to it ----------------------------------------------------------------------------------
-
-
 class TemporaryError(GhnClientError):
     """The same request may succeed later.
 
@@ -135,9 +129,6 @@ class StreamCorruptedError(GhnClientError):
 
 class EmbeddedServerError(GhnClientError):
     """The server inside the process cannot start (not installed, or no trained checkpoint to serve)."""
-
-
-# ---- this side -----------------------------------------------------------------------------------------------------
 
 
 class FileError(GhnClientError, OSError):

@@ -112,7 +112,11 @@ def load_parameters(
         if names[0] in sources:
             _put(module, names, owned[names[0]], parameters[sources[names[0]]], assign=assign)
     for layer in dict.fromkeys(statistics.values()):
-        _reset_statistics(layer)
+        devices = (item.device for item in layer.parameters(recurse=False) if not item.is_meta)
+        device = next(devices, torch.device("cpu"))
+        for name, buffer in list(layer.named_buffers(recurse=False)):
+            layer.register_buffer(name, torch.empty_like(buffer, device=device))
+        layer.reset_running_stats()
     return report
 
 
@@ -150,14 +154,6 @@ def _meta_buffers(module: torch.nn.Module) -> tuple[dict[str, _NormBase], list[s
             elif buffer.is_meta:
                 unknown.append(name)
     return statistics, unknown
-
-
-def _reset_statistics(layer: _NormBase) -> None:
-    """Gives the running statistics of a layer memory beside its parameters, and their initial values."""
-    device = next((item.device for item in layer.parameters(recurse=False) if not item.is_meta), torch.device("cpu"))
-    for name, buffer in list(layer.named_buffers(recurse=False)):
-        layer.register_buffer(name, torch.empty_like(buffer, device=device))
-    layer.reset_running_stats()
 
 
 def _shown(names: list[str] | tuple[str, ...]) -> str:

@@ -74,11 +74,9 @@ class Prediction(Mapping[str, torch.Tensor]):
         for name, item in placed.items():
             dtype = DTYPES[item.dtype]
             count = (item.stop - item.start) // dtype.itemsize
-            flat = (
-                torch.frombuffer(buffer, dtype=dtype, count=count, offset=item.start)
-                if count
-                else torch.empty(0, dtype=dtype)
-            )
+            flat = torch.empty(0, dtype=dtype)
+            if count:  # torch takes no empty buffer
+                flat = torch.frombuffer(buffer, dtype=dtype, count=count, offset=item.start)
             tensors[name] = flat.reshape(item.shape)
         return Prediction(
             buffer=buffer,
@@ -106,8 +104,6 @@ class Prediction(Mapping[str, torch.Tensor]):
         except StreamCorruptedError as error:
             raise FileError(f"{str(path)!r} is no whole safetensors file: {error}") from error
 
-    # ---- mapping ----------------------------------------------------------------------------------------------------
-
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]
 
@@ -119,8 +115,6 @@ class Prediction(Mapping[str, torch.Tensor]):
 
     def __repr__(self) -> str:
         return f"Prediction({len(self)} tensors, {self.num_parameters} parameters, model={self.metadata.model!r})"
-
-    # ---- what is known ----------------------------------------------------------------------------------------------
 
     @cached_property
     def digest(self) -> str:
@@ -154,13 +148,10 @@ class Prediction(Mapping[str, torch.Tensor]):
         """
         state: dict[str, torch.Tensor] = {}
         for name, tensor in self.tensors.items():
-            note = self.notes.get(name)
-            known = note.torch_name if note else ""
-            key = known if known and known not in state else name
-            state[key] = tensor.permute(note.permutation) if note and note.permutation else tensor
+            note = self.notes.get(name) or TensorInfo(name, "")
+            key = note.torch_name if note.torch_name and note.torch_name not in state else name
+            state[key] = tensor.permute(note.permutation) if note.permutation else tensor
         return state
-
-    # ---- where it goes ----------------------------------------------------------------------------------------------
 
     def load_into(self, module: torch.nn.Module, *, strict: bool = True, assign: bool = False) -> LoadReport:
         """Puts the weights into ``module``; see ``load_parameters``.
@@ -173,11 +164,7 @@ class Prediction(Mapping[str, torch.Tensor]):
         return load_parameters(module, state, strict=strict, assign=assign, origins=origins)
 
     def save(self, path: str | Path) -> None:
-        """Writes the safetensors file; it is there whole or not at all.
-
-        Raises:
-            FileError: It cannot be written.
-        """
+        """Writes the safetensors file whole, or raises a ``FileError`` and leaves what was there."""
         write_file(path, self.buffer)
 
     def to_onnx(self, path: str | Path, *, model: Architecture | None = None, example_inputs: Any = None) -> None:

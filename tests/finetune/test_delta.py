@@ -6,6 +6,8 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ghn_client.errors import FileError, LoadError
 from ghn_client.finetune.additive import additive
@@ -59,6 +61,20 @@ def test_another_base_is_refused_and_left_alone(tmp_path, strategy, options):
         load_delta(other, tmp_path / "delta.safetensors")
     assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
     assert all(parameter.requires_grad for parameter in other.parameters())
+
+
+def test_a_part_that_cannot_be_prepared_leaves_the_module_as_it_was(tmp_path):
+    path, impossible = tmp_path / "delta.safetensors", ["head_only", {"head": False}]
+    save_delta(tuned(small_cnn(), "low_rank_update", {"rank": 2}), path)
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    metadata["parts"] = json.dumps([*json.loads(metadata["parts"]), impossible])
+    save_file(tensors, path, metadata)
+    network = small_cnn()
+    with pytest.raises(LoadError):
+        load_delta(network, path)
+    assert network.state_dict().keys() == small_cnn().state_dict().keys()
+    assert all(parameter.requires_grad for parameter in network.parameters())
 
 
 def test_combined_strategies_travel_together(tmp_path):
@@ -119,8 +135,6 @@ def test_a_base_that_was_rounded_differently_needs_the_same_request(tmp_path):
 
 
 def test_files_that_are_no_deltas_are_refused(tmp_path):
-    from safetensors.torch import save_file
-
     (tmp_path / "text").write_text("hello")
     save_file({"a": torch.zeros(2)}, str(tmp_path / "plain"))
     handle = tuned(small_cnn(), "norm_only", {})

@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import nn
 
 from ghn_client.atomic_file import write_file
-from ghn_client.errors import FileError, InvalidOptionError, LoadError
+from ghn_client.errors import FileError, GhnClientError, LoadError
 from ghn_client.finetune.handle import FineTuneHandle, combine
 from ghn_client.finetune.inserted_norms import CHILD
 from ghn_client.finetune.lora import base_name
@@ -145,7 +145,7 @@ def load_delta(module: nn.Module, path: str | Path, *, request: Mapping[str, Any
             handles.append(prepare(current, strategy, **config))
             current = handles[-1].module
             _fill(handles[-1], tensors, index)
-    except (InvalidOptionError, TypeError, LoadError) as error:
+    except (GhnClientError, TypeError, AttributeError) as error:
         for handle in reversed(handles):
             handle.restore()
         raise LoadError(f"{Path(path).name} does not fit this module: {error}") from error

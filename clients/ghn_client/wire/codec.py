@@ -1,14 +1,11 @@
 """Weights as a stream of bytes: the safetensors header, the chunks that carry the file, and the side that checks them.
 
-The stream of a prediction is one safetensors file (https://huggingface.co/docs/safetensors): 8 bytes with the length
-of the JSON header as a little-endian integer, the header padded with spaces to a multiple of 8 bytes, then the tensors
-in the order of the header without gaps. The library writes whole files only, so the header writer is ours; the tests
-check it against the library.
+The stream of a prediction is one safetensors file (https://huggingface.co/docs/safetensors). The library writes whole
+files only, so the header writer is ours; the tests check it against the library.
 
-Chunks are written and read by hand, following https://protobuf.dev/programming-guides/encoding: through the generated
-classes a mebibyte of weights is copied three times on its way out and twice on its way in, here once and not at all.
-That is worth a quarter of the stream's speed (docs/performance.md). The bytes are those that the generated classes
-write, so any client reads them, and whatever is written in another way is left to the generated classes.
+Chunks are written and read by hand (https://protobuf.dev/programming-guides/encoding), which saves copies that cost a
+quarter of the stream's speed (docs/performance.md). The bytes are those that the generated classes write, so any
+client reads them, and whatever is written in another way is left to the generated classes.
 """
 
 from __future__ import annotations
@@ -83,9 +80,6 @@ class Progress:
     total_bytes: int = 0
 
 
-# ---- the file -------------------------------------------------------------------------------------------------------
-
-
 def encode_safetensors_header(tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
     """The first bytes of a safetensors file, length and JSON header; the values follow in the order of ``tensors``.
 
@@ -114,13 +108,7 @@ def encode_safetensors_header(tensors: Mapping[str, tuple[str, Sequence[int]]], 
 
 
 def decode_safetensors_header(buffer: Buffer) -> tuple[dict[str, PlacedTensor], dict[str, str]]:
-    """What ``encode_safetensors_header`` wrote, from a whole file.
-
-    Args:
-        buffer: The whole file.
-
-    Returns:
-        The tensors by name in file order, and the metadata.
+    """What ``encode_safetensors_header`` wrote, from a whole file: tensors by name in file order, and the metadata.
 
     Raises:
         StreamCorruptedError: The header is malformed, or its tensors do not cover the file exactly.
@@ -147,9 +135,6 @@ def decode_safetensors_header(buffer: Buffer) -> tuple[dict[str, PlacedTensor], 
     if position != len(buffer):
         raise StreamCorruptedError(f"the tensors end at byte {position} of a file of {len(buffer)} bytes")
     return tensors, metadata
-
-
-# ---- sending --------------------------------------------------------------------------------------------------------
 
 
 def encode_chunks(pieces: Iterable[Buffer], *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
@@ -194,9 +179,6 @@ def _encode_varint(value: int) -> bytes:
         value >>= 7
     encoded.append(value)
     return bytes(encoded)
-
-
-# ---- receiving ------------------------------------------------------------------------------------------------------
 
 
 def open_prediction_stream(
