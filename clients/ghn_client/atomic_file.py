@@ -27,8 +27,10 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
         FileError: The folder is missing or cannot be written to, or ``path`` is neither a file nor a pipe.
     """
     part: Path | None = None
+    old: os.stat_result | None = None
     try:
-        old = os.stat(path) if os.path.exists(path) else None
+        with contextlib.suppress(FileNotFoundError):
+            old = os.stat(path)
         streams = old is not None and (stat.S_ISFIFO(old.st_mode) or stat.S_ISCHR(old.st_mode))
         if old is not None and not streams and not stat.S_ISREG(old.st_mode):
             raise OSError(errno.EINVAL, "it is neither a file nor a pipe")

@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ghn_client.connection import MAX_ATTEMPTS, Connection
 from ghn_client.embedded import start_embedded_server
 from ghn_client.errors import GhnClientError, InvalidOptionError, ServerUnavailableError
-from ghn_client.info import Analysis, Health, ModelInfo, ServerInfo, decode_analysis, decode_models, decode_server_info
+from ghn_client.info import Analysis, Health, ModelInfo, ServerInfo, decode_all, decode_analysis, decode_server_info
 from ghn_client.onnx.export import Architecture, read_source
 from ghn_client.options import LowRankLike, StepLike, encode_dtype, encode_low_rank, encode_step
 from ghn_client.prediction import Prediction
@@ -197,7 +197,7 @@ class GHNClient:
 
     def models(self, *, timeout_s: float | None = None) -> tuple[ModelInfo, ...]:
         """The hypernetworks that the server has loaded, the default one first."""
-        return decode_models(self._unary("ListModels", ghn_pb2.ListModelsRequest(), timeout_s))
+        return decode_all(ModelInfo, self._unary("ListModels", ghn_pb2.ListModelsRequest(), timeout_s).models)
 
     def steps(self, *, timeout_s: float | None = None) -> tuple[str, ...]:
         """Names of the post-processing steps that the server knows."""

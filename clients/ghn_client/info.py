@@ -119,7 +119,7 @@ class Health:
 
 def decode_analysis(reply: ghn_pb2.AnalyzeArchitectureResponse) -> Analysis:
     """The value of a reply."""
-    tensors = (_decode(TensorInfo, item, uses=_decode_all(TensorUse, item.uses)) for item in reply.tensors)
+    tensors = (_decode(TensorInfo, item, uses=decode_all(TensorUse, item.uses)) for item in reply.tensors)
     layers = (
         _decode(
             LowRankLayer,
@@ -127,17 +127,12 @@ def decode_analysis(reply: ghn_pb2.AnalyzeArchitectureResponse) -> Analysis:
             method=decode_method(layer.method),
             dense=_decode(RankCost, layer.dense),
             chosen=_decode(RankCost, layer.chosen),
-            curve=_decode_all(RankCost, layer.curve),
+            curve=decode_all(RankCost, layer.curve),
         )
         for layer in reply.low_rank_layers
     )
     counts = dict(reply.op_type_counts)
     return _decode(Analysis, reply, tensors=tuple(tensors), op_type_counts=counts, low_rank=tuple(layers))
-
-
-def decode_models(reply: ghn_pb2.ListModelsResponse) -> tuple[ModelInfo, ...]:
-    """The values of a reply, the default model first."""
-    return _decode_all(ModelInfo, reply.models)
 
 
 def decode_server_info(reply: ghn_pb2.GetServerInfoResponse) -> ServerInfo:
@@ -155,5 +150,6 @@ def _decode(kind: type[Value], message: Any, **known: Any) -> Value:
     return kind(**known)
 
 
-def _decode_all(kind: type[Value], messages: Iterable[Any]) -> tuple[Value, ...]:
+def decode_all(kind: type[Value], messages: Iterable[Any]) -> tuple[Value, ...]:
+    """The values of messages; the fields of ``kind`` are named as theirs."""
     return tuple(_decode(kind, message) for message in messages)

@@ -64,10 +64,7 @@ def tune(model: str, server: Server, tuning: Tuning) -> tuple[dict[str, Any], st
 
     training, held_out = load_images(tuning.data, image_size=start.image_size, limit=tuning.limit)
     batches = ImageBatches(training, batch_size=tuning.batch_size, augment=True, seed=tuning.seed)
-    request = None
-    if start.prediction is not None:
-        keys = ("graph_digest", "model", "model_digest", "seed", "dtype")
-        request = {key: getattr(start.prediction.metadata, key) for key in keys}
+    if start.request is not None:
         recalibrate_batchnorm(start.network, batches, num_batches=CALIBRATION_BATCHES)
     handle = prepare(start.network, tuning.strategy, **_strategy_options(tuning, len(training.labels)))
     messages().print(repr(handle))
@@ -80,7 +77,7 @@ def tune(model: str, server: Server, tuning: Tuning) -> tuple[dict[str, Any], st
         checkpoint=tuning.resume,
         on_epoch=show,
     )
-    size = save_delta(handle, tuning.output, request=request if _is_complete(handle) else None)
+    size = save_delta(handle, tuning.output, request=start.request if _is_complete(handle) else None)
     if tuning.model_out is not None and tuning.model_out.suffix == ".onnx":
         assert start.to_onnx is not None
         write_model(start.to_onnx(handle.merge()), tuning.model_out)
@@ -96,7 +93,7 @@ def tune(model: str, server: Server, tuning: Tuning) -> tuple[dict[str, Any], st
         "epochs": len(report.epochs),
         "delta": str(tuning.output),
         "delta_bytes": size,
-        "request": request,
+        "request": start.request,
     }
     accuracy = "" if report.accuracy is None else f", accuracy {report.accuracy:.2%} (epoch {report.best_epoch})"
     tuned = f"{handle.num_trainable:,} of {handle.num_total:,} parameters tuned{accuracy}"
@@ -130,13 +127,13 @@ class _Start:
 
     Attributes:
         network: The module.
-        prediction: What it starts from, ``None`` for its own weights.
+        request: What the prediction was asked, ``None`` for its own weights.
         image_size: Pixels per side.
         to_onnx: Turns the tuned module into a filled file, where the network came from one.
     """
 
     network: nn.Module
-    prediction: Prediction | None
+    request: dict[str, Any] | None
     image_size: int
     to_onnx: Callable[[nn.Module], OnnxModel] | None = None
 
@@ -171,16 +168,16 @@ def _start(model: str, server: Server, tuning: Tuning) -> _Start:
     """The network that ``model`` names, with the weights to start from."""
     if _is_factory(model):
         network, size = build_network(model), tuning.image_size or DEFAULT_IMAGE_SIZE
-        prediction = _predict(network, torch.zeros(1, 3, size, size), server, tuning)
+        prediction, request = _predict(network, torch.zeros(1, 3, size, size), server, tuning)
         if prediction is not None:
             messages().print(str(prediction.load_into(network)))
-        return _Start(network, prediction, size)
+        return _Start(network, request, size)
     path = Path(model)
     if not path.is_file():
         raise InvalidOptionError(
             f"expected SCRIPT.py:FACTORY, package.module:FACTORY or an ONNX file, {model!r} is none of them"
         )
-    prediction, parameters = _predict(path, None, server, tuning), None
+    (prediction, request), parameters = _predict(path, None, server, tuning), None
     if prediction is None:
         filled = read_model(path)
     else:
@@ -190,7 +187,7 @@ def _start(model: str, server: Server, tuning: Tuning) -> _Start:
     shape = _image_shape(filled, tuning.image_size)
     example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     network = module_from_onnx(filled, example, parameters=parameters)
-    return _Start(network, prediction, shape[-1], lambda tuned: to_onnx(tuned, network, filled))
+    return _Start(network, request, shape[-1], lambda tuned: to_onnx(tuned, network, filled))
 
 
 def _image_shape(model: OnnxModel, wanted: int | None) -> tuple[int, ...]:
@@ -206,11 +203,16 @@ def _image_shape(model: OnnxModel, wanted: int | None) -> tuple[int, ...]:
     return (shape[0] or 1, 3, size, size)
 
 
-def _predict(architecture: nn.Module | Path, example: Any, server: Server, tuning: Tuning) -> Prediction | None:
-    """The weights to start from; None for the network's own."""
+def _predict(
+    architecture: nn.Module | Path, example: Any, server: Server, tuning: Tuning
+) -> tuple[Prediction | None, dict[str, Any] | None]:
+    """The weights to start from and what they were asked with; None for the network's own."""
     if tuning.own_start:
-        return None
+        return None, None
     if tuning.weights is not None:
-        return Prediction.load(tuning.weights)
-    with server.connect() as client:
-        return client.predict(architecture, example, seed=tuning.seed, model=tuning.hypernetwork)
+        prediction = Prediction.load(tuning.weights)
+    else:
+        with server.connect() as client:
+            prediction = client.predict(architecture, example, seed=tuning.seed, model=tuning.hypernetwork)
+    keys = ("graph_digest", "model", "model_digest", "seed", "dtype")
+    return prediction, {key: getattr(prediction.metadata, key) for key in keys}
