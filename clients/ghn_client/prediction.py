@@ -124,7 +124,8 @@ class Prediction(Mapping[str, torch.Tensor]):
     @cached_property
     def notes(self) -> Mapping[str, TensorInfo]:
         """What is known of each tensor, by its name."""
-        return {note.name: note for note in self.metadata.tensors}
+        unknown = {name: TensorInfo(name, "", initializer=name) for name in self.tensors}
+        return unknown | {note.name: note for note in self.metadata.tensors}
 
     @property
     def origins(self) -> Mapping[str, str]:
@@ -148,7 +149,7 @@ class Prediction(Mapping[str, torch.Tensor]):
         """
         state: dict[str, torch.Tensor] = {}
         for name, tensor in self.tensors.items():
-            note = self.notes.get(name) or TensorInfo(name, "")
+            note = self.notes[name]
             key = note.torch_name if note.torch_name and note.torch_name not in state else name
             state[key] = tensor.permute(note.permutation) if note.permutation else tensor
         return state
@@ -160,7 +161,7 @@ class Prediction(Mapping[str, torch.Tensor]):
             LoadError: They do not fit, and ``strict``; the module is unchanged then.
         """
         state = self.state_dict()
-        origins = {key: self.origins.get(name, "") for key, name in zip(state, self.tensors, strict=True)}
+        origins = {key: self.notes[name].origin for key, name in zip(state, self.tensors, strict=True)}
         return load_parameters(module, state, strict=strict, assign=assign, origins=origins)
 
     def save(self, path: str | Path) -> None:

@@ -22,7 +22,6 @@ from ghn_client.cli.options import messages
 from ghn_client.info import Analysis, LowRankLayer, ModelInfo
 from ghn_client.prediction import Prediction
 from ghn_client.wire.codec import Progress as Event
-from ghn_client.wire.metadata import TensorInfo
 
 MAX_ROWS = 80
 """Layers that are shown unless all are asked for."""
@@ -72,7 +71,7 @@ def print_prediction(prediction: Prediction, written: Sequence[str], seconds: fl
     """One line a layer, the totals, and where the weights went."""
     rows = []
     for name, tensor in prediction.items():
-        note = prediction.notes.get(name) or TensorInfo(name, "")
+        note = prediction.notes[name]
         spread = float(torch.std(tensor.float(), correction=0)) if tensor.numel() else None
         rows.append(_Row(note.torch_name or name, tuple(tensor.shape), note.origin, spread))
     console, metadata = _data_console(), prediction.metadata
@@ -201,9 +200,13 @@ def prediction_document(prediction: Prediction, written: Sequence[str], seconds:
         **{key: getattr(metadata, key) for key in ("model", "model_digest", "graph_digest", "seed", "dtype")},
         "num_parameters": prediction.num_parameters,
         "tensors": [
-            {"name": name, "shape": list(tensor.shape), "origin": note.origin, "torch_name": note.torch_name}
+            {
+                "name": name,
+                "shape": list(tensor.shape),
+                "origin": notes[name].origin,
+                "torch_name": notes[name].torch_name,
+            }
             for name, tensor in prediction.items()
-            for note in [notes.get(name) or TensorInfo(name, "")]
         ],
         "warnings": list(prediction.warnings),
         "server_seconds": dict(prediction.seconds),
