@@ -343,3 +343,11 @@ def _node_from_json(item: Mapping[str, Any]) -> Node:
         }
         values["layer"] = LayerAttributes(**layer)
     return Node(**values)
+
+
+def longest_paths(graph: ArchitectureGraph) -> list[int]:
+    """Length of the longest path to each node; edges are sorted by source, and sources precede targets."""
+    generation = [0] * graph.num_nodes
+    for source, target in graph.edges:
+        generation[target] = max(generation[target], generation[source] + 1)
+    return generation

@@ -109,40 +109,28 @@ def load_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> tuple[
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             config, card = _decode_metadata(file.metadata(), path.name)
-            names = list(file.keys())
-            ghn = _empty_ghn(config)
-            _check_names(names, ghn, path.name)
-            tensors = {name: file.get_tensor(name) for name in names}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         digest, num_bytes = _digest(path), path.stat().st_size
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read the checkpoint {path.name!r}: {_reason(error)}") from error
-    fill_ghn(ghn, tensors, source=path.name)
-    return ghn.eval(), CheckpointSummary(config, card, digest, ghn.num_parameters, num_bytes)
+    ghn = build_ghn(config, tensors, source=path.name)
+    return ghn, CheckpointSummary(config, card, digest, ghn.num_parameters, num_bytes)
 
 
 def build_ghn(config: GHNConfig, tensors: Mapping[str, Tensor], *, source: str) -> GraphHyperNetwork:
-    """A hypernetwork of this configuration that holds these tensors.
-
-    Args:
-        config: Sizes and choices.
-        tensors: Values by state dict name.
-        source: What to call their origin in messages.
+    """A hypernetwork of this configuration that holds these tensors, as float32; ``source`` names them in messages.
 
     Raises:
         CheckpointError: Names, shapes or dtypes do not fit the configuration.
     """
-    ghn = _empty_ghn(config)
-    _check_names(list(tensors), ghn, source)
-    fill_ghn(ghn, tensors, source=source)
-    return ghn.eval()
-
-
-def fill_ghn(ghn: GraphHyperNetwork, tensors: Mapping[str, Tensor], *, source: str) -> None:
-    """Puts tensors in the place of a hypernetwork's parameters, as float32.
-
-    Raises:
-        CheckpointError: A shape or dtype does not fit.
-    """
+    with torch.device("meta"):
+        ghn = GraphHyperNetwork(config)
+    missing, surplus = sorted(set(ghn.state_dict()) - set(tensors)), sorted(set(tensors) - set(ghn.state_dict()))
+    if missing or surplus:
+        raise CheckpointError(
+            f"{source!r} does not fit its configuration ({config.kind}): "
+            f"missing tensors {missing[:MAX_NAMED_KEYS]}, surplus tensors {surplus[:MAX_NAMED_KEYS]}"
+        )
     for name, expected in ghn.state_dict().items():
         tensor = tensors[name]
         if tensor.shape != expected.shape or not tensor.is_floating_point():
@@ -153,21 +141,7 @@ def fill_ghn(ghn: GraphHyperNetwork, tensors: Mapping[str, Tensor], *, source: s
     # Copies, because tensors of a file are views of it: they would change with the file, and are not aligned in memory,
     # on which the last bit of products depends.
     ghn.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}, assign=True)
-
-
-def _empty_ghn(config: GHNConfig) -> GraphHyperNetwork:
-    with torch.device("meta"):
-        return GraphHyperNetwork(config)
-
-
-def _check_names(names: list[str], ghn: GraphHyperNetwork, source: str) -> None:
-    expected = set(ghn.state_dict())
-    missing, surplus = sorted(expected - set(names)), sorted(set(names) - expected)
-    if missing or surplus:
-        raise CheckpointError(
-            f"{source!r} does not fit its configuration ({ghn.config.kind}): "
-            f"missing tensors {missing[:MAX_NAMED_KEYS]}, surplus tensors {surplus[:MAX_NAMED_KEYS]}"
-        )
+    return ghn.eval()
 
 
 def _decode_metadata(metadata: Mapping[str, str] | None, source: str) -> tuple[GHNConfig, ModelCard]:

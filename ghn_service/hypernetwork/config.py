@@ -14,16 +14,11 @@ from typing import Any
 from ghn_service.errors import CheckpointError
 from ghn_service.graph.op_types import OP_TYPE_NAMES
 
-ENCODER_NAMES = ("gated_gnn", "graphormer")
-DECODER_NAMES = ("tiled", "low_rank")
-KERNEL_CROPS = ("corner", "center")
-ACTIVATION_NAMES = ("relu", "leaky_relu")
-
 _NAMES = {
-    "encoder": ENCODER_NAMES,
-    "decoder": DECODER_NAMES,
-    "kernel_crop": KERNEL_CROPS,
-    "decoder_activation": ACTIVATION_NAMES,
+    "encoder": ("gated_gnn", "graphormer"),
+    "decoder": ("tiled", "low_rank"),
+    "kernel_crop": ("corner", "center"),
+    "decoder_activation": ("relu", "leaky_relu"),
 }
 _LARGEST = {
     "hidden_channels": 8192,
@@ -106,11 +101,6 @@ class GHNConfig:
         if self.decoder == "low_rank":
             return "logah"
         return "ghn2" if self.encoder == "gated_gnn" else "ghn3"
-
-    @property
-    def vector_length(self) -> int:
-        """Length of the vectors that are decoded for normalisation weights and biases."""
-        return max(self.max_shape[:2])
 
 
 def _check_size(field: str, value: object, largest: int) -> None:

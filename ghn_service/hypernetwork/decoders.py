@@ -2,7 +2,7 @@
 
 ``TiledDecoder`` (GHN-2 and GHN-3) gives blocks of at most ``max_shape`` channels, which are repeated to fit;
 ``LowRankDecoder`` (LoGAH) gives two factors that cover a weight whole; both share ``VectorDecoder``. Tensors that agree
-in role and shape are decoded together. A new decoder is a class with the call of ``ParameterDecoder`` and a line in
+in role and shape are decoded together. A new decoder is a class with the methods of these two and a line in
 ``DECODERS``.
 
 Legend: T nodes, P tensors of a group, C hidden channels, (h, w) kernel, (o, i) channels of a block, g side of a
@@ -17,9 +17,9 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeVar
+from operator import attrgetter
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,6 @@ from torch.nn import functional
 
 from ghn_service.hypernetwork.config import GHNConfig
 from ghn_service.hypernetwork.features import Role, Target
-from ghn_service.hypernetwork.initialization import shrink_layer
 from ghn_service.hypernetwork.sliced_linear import layer_slices, sliced_linear
 
 CLASS_TOKEN_STD = 0.02
@@ -38,79 +37,44 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "leaky_relu": partial(functional.leaky_relu, negative_slope=0.1),
 }
+LAST_LAYER_SHRINKAGE = 5.0
 FIRST_PRODUCT_STD = 0.1
 # Linear layers start uniform with variance 1 / (3 fan-in); He's variance before a ReLU is 2 / fan-in.
 DEFAULT_TO_HE = 1 / math.sqrt(6)
 
 Item = TypeVar("Item")
 Key = TypeVar("Key")
+# Tensors that agree in this are decoded together.
+role_and_shape = attrgetter("role", "shape")
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Request:
-    """A tensor to decode: what it is, and the row of its node's embedding among all T."""
-
-    target: Target
-    row: int
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class DecodedGroup:
-    """Blocks for tensors of one shape.
-
-    Attributes:
-        requests: The P tensors.
-        blocks: Scaled values, (P, *block), with the tensor's axes; smaller than the tensor where it must be repeated.
-    """
-
-    requests: Sequence[Request]
-    blocks: Tensor
-
-
-class ParameterDecoder(Protocol):
-    """What turns node embeddings into blocks."""
-
-    def __call__(
-        self, embeddings: Tensor, requests: Sequence[Request], *, seed: int, max_elements: int | None
-    ) -> Iterator[DecodedGroup]:
-        """Decodes every request once.
-
-        Args:
-            embeddings: Node embeddings, (T, C).
-            requests: What to decode.
-            seed: Seeds the rows that are drawn (class tokens of position embeddings).
-            max_elements: Largest number of values to hold for one group; None for no limit.
-        """
-        ...
+DecodedGroup = tuple[list[Target], Tensor]
+"""P tensors of one shape, and their scaled values (P, *block): with their axes, shorter where these repeat a block."""
 
 
 class VectorDecoder(nn.Module):
-    """Weights of normalisations (first row) and biases (second row), and the classifier's bias.
-
-    Args:
-        config: Sizes.
-    """
+    """Weights of normalisations (first row) and biases (second row), and the classifier's bias."""
 
     def __init__(self, config: GHNConfig) -> None:
         super().__init__()
-        channels, length = config.hidden_channels, config.vector_length
+        channels, length = config.hidden_channels, max(config.max_shape[:2])
         self.weight_norm = config.weight_norm
         self.activation = ACTIVATIONS[config.decoder_activation]
         self.hidden = nn.Linear(channels, 2 * channels)
         self.output = nn.Linear(2 * channels, 2 * length)
         self.class_bias = nn.Linear(length, config.num_classes)
 
-    def forward(self, embeddings: Tensor, requests: Sequence[Request]) -> Iterator[DecodedGroup]:
-        """Decodes the vectors among the requests."""
-        wanted = [request for request in requests if request.target.role in VECTOR_ROLES]
+    def forward(self, embeddings: Tensor, targets: Sequence[Target]) -> Iterator[DecodedGroup]:
+        """Decodes the vectors among the targets."""
+        wanted = [target for target in targets if target.role in VECTOR_ROLES]
         if not wanted:
             return
-        rows = sorted({request.row for request in wanted})
-        place = {row: position for position, row in enumerate(rows)}
+        rows = sorted({target.node for target in wanted})
+        place = dict(zip(rows, range(len(rows)), strict=True))
         hidden = self.activation(self.hidden(embeddings[rows]))
         decoded = torch.unflatten(self.output(hidden), 1, (2, -1))  # (nodes, 2, length)
         values = {Role.VECTOR: decoded[:, 0], Role.BIAS: decoded[:, 1]}
-        if any(request.target.role is Role.CLASS_BIAS for request in wanted):
+        if Role.CLASS_BIAS in {target.role for target in wanted}:
             values[Role.CLASS_BIAS] = self.class_bias(self.activation(decoded[:, 1]))
         if self.weight_norm:  # weights between 0 and 2 around 1, biases between -1 and 1
             for role, value in values.items():
@@ -118,8 +82,8 @@ class VectorDecoder(nn.Module):
         for (role, shape), members in grouped(wanted, role_and_shape).items():
             length = min(math.prod(shape), values[role].shape[1])
             block = [length if size > 1 else 1 for size in shape] if math.prod(shape) > 1 else shape
-            nodes = [place[request.row] for request in members]
-            yield DecodedGroup(members, values[role][nodes, :length].reshape(len(nodes), *block))
+            places = [place[target.node] for target in members]
+            yield members, values[role][places, :length].reshape(len(places), *block)
 
 
 class TiledDecoder(nn.Module):
@@ -127,9 +91,6 @@ class TiledDecoder(nn.Module):
 
     An embedding is spread over a grid of ``max_shape[2:]`` positions; every position is decoded on its own to
     ``max_shape[:2]`` channels. Smaller kernels take a part of the grid, larger ones are interpolated from it.
-
-    Args:
-        config: Sizes.
     """
 
     def __init__(self, config: GHNConfig) -> None:
@@ -152,29 +113,36 @@ class TiledDecoder(nn.Module):
             shrink_layer(layer)
 
     def forward(
-        self, embeddings: Tensor, requests: Sequence[Request], *, seed: int = 0, max_elements: int | None = None
+        self, embeddings: Tensor, targets: Sequence[Target], *, seed: int = 0, max_elements: int | None = None
     ) -> Iterator[DecodedGroup]:
-        """Decodes every request once; see ``ParameterDecoder``."""
-        yield from self.vectors(embeddings, requests)
-        matrices = [request for request in requests if request.target.role not in VECTOR_ROLES]
-        by_kernel = grouped(matrices, lambda request: request.target.kernel)
+        """Decodes every target once.
+
+        Args:
+            embeddings: Node embeddings, (T, C).
+            targets: What to decode; ``node`` is the row of the embedding.
+            seed: Seeds the rows that are drawn (class tokens of position embeddings).
+            max_elements: Largest number of values to hold for one group; None for no limit.
+        """
+        yield from self.vectors(embeddings, targets)
+        matrices = [target for target in targets if target.role not in VECTOR_ROLES]
+        by_kernel = grouped(matrices, attrgetter("kernel"))
         kernels, limits = sorted(by_kernel), self.max_shape[2:]
         crops = [(slice(None), *kernel_slices(kernel, limits, is_centered=self.is_centered)) for kernel in kernels]
         grids = dict(zip(kernels, layer_slices(self.grid, (-1, *limits), crops), strict=True))  # (4C, h, w, C)
-        sizes = sorted({self._block_sizes(request.target) for request in matrices})
+        sizes = sorted({self._block_sizes(target) for target in matrices})
         corners = [(slice(0, out_channels), slice(0, in_channels)) for out_channels, in_channels in sizes]
         outputs = dict(zip(sizes, layer_slices(self.output, self.max_shape[:2], corners), strict=True))  # (o, i, 8C)
         for kernel, same_kernel in by_kernel.items():
-            grid = self.activation(sliced_linear(embeddings[[request.row for request in same_kernel]], *grids[kernel]))
+            grid = self.activation(sliced_linear(embeddings[[target.node for target in same_kernel]], *grids[kernel]))
             hidden = self.activation(self.hidden(grid.permute(0, 2, 3, 1)))  # (P, 4C, h, w) -> (P, h, w, 8C)
-            by_size = grouped(enumerate(same_kernel), lambda item: self._block_sizes(item[1].target))
+            by_size = grouped(enumerate(same_kernel), lambda item: self._block_sizes(item[1]))
             for (out_channels, in_channels), members in by_size.items():
                 elements = hidden.shape[1] * hidden.shape[2] * out_channels * in_channels
                 for part in parts(members, elements, max_elements):
                     features = hidden[[place for place, _ in part]]
                     blocks = sliced_linear(features, *outputs[out_channels, in_channels])  # (P, h, w, o, i)
                     blocks = resize(blocks.permute(0, 3, 4, 1, 2), kernel)
-                    yield from self._finish(blocks, [request for _, request in part], seed)
+                    yield from self._finish(blocks, [target for _, target in part], seed)
 
     def _block_sizes(self, target: Target) -> tuple[int, int]:
         """(o, i) to decode: what the tensor needs, rounded up to a power of two so that more tensors share a batch."""
@@ -183,18 +151,18 @@ class TiledDecoder(nn.Module):
             out_channels = max_out
         return min(max_out, 1 << (out_channels - 1).bit_length()), min(max_in, 1 << (in_channels - 1).bit_length())
 
-    def _finish(self, blocks: Tensor, requests: Sequence[Request], seed: int) -> Iterator[DecodedGroup]:
+    def _finish(self, blocks: Tensor, targets: list[Target], seed: int) -> Iterator[DecodedGroup]:
         """Cuts blocks to their tensors' sizes, gives them the tensors' axes, and scales them, shape by shape."""
-        place = {request: position for position, request in enumerate(requests)}
-        for (role, shape), members in grouped(requests, role_and_shape).items():
-            some = blocks if len(members) == len(requests) else blocks[[place[request] for request in members]]
-            out_channels, in_channels = members[0].target.channels
+        place = dict(zip(targets, range(len(targets)), strict=True))
+        for (role, shape), members in grouped(targets, role_and_shape).items():
+            some = blocks if len(members) == len(targets) else blocks[[place[target] for target in members]]
+            out_channels, in_channels = members[0].channels
             some = some[:, :, :in_channels]
             if role is Role.CLASS_MATRIX:  # (P, Mo, i, 1, 1) -> (P, K, i, 1, 1)
                 classes = self.class_output(self.activation(some[..., 0, 0]).transpose(1, 2))
                 some = classes.transpose(1, 2)[..., None, None]
             values = as_tensors(some[:, :out_channels], members, seed=seed)
-            yield DecodedGroup(members, values * weight_scale(shape) if self.weight_norm else values)
+            yield members, values * weight_scale(shape) if self.weight_norm else values
 
 
 # (side: 0 out or 1 in, channels, first position, position after the last)
@@ -210,9 +178,6 @@ class LowRankDecoder(nn.Module):
     A multilayer perceptron gives 2r vectors of r features per node; one linear layer shared by all nodes spreads each
     over ``max_shape[0]`` channels times ``max_shape[2]`` positions (A) or ``max_shape[1]`` times ``max_shape[3]`` (B).
     Only layers wider than ``max_shape`` are repeated.
-
-    Args:
-        config: Sizes.
     """
 
     def __init__(self, config: GHNConfig) -> None:
@@ -245,27 +210,27 @@ class LowRankDecoder(nn.Module):
         shrink_layer(self.vectors.output)
 
     def forward(
-        self, embeddings: Tensor, requests: Sequence[Request], *, seed: int = 0, max_elements: int | None = None
+        self, embeddings: Tensor, targets: Sequence[Target], *, seed: int = 0, max_elements: int | None = None
     ) -> Iterator[DecodedGroup]:
-        """Decodes every request once; see ``ParameterDecoder``."""
-        yield from self.vectors(embeddings, requests)
-        matrices = [request for request in requests if request.target.role not in VECTOR_ROLES]
+        """As ``TiledDecoder``."""
+        yield from self.vectors(embeddings, targets)
+        matrices = [target for target in targets if target.role not in VECTOR_ROLES]
         if not matrices:
             return
-        features = self.activation(self.expand(embeddings[[request.row for request in matrices]]))
+        features = self.activation(self.expand(embeddings[[target.node for target in matrices]]))
         features = self.factors(self.activation(self.hidden(features)))
         features = self.activation(torch.unflatten(features, 1, (2, self.rank, self.rank)))  # (nodes, 2, r, r)
         layers: dict[Corner, Layer] = {}  # weight and bias of the last layers for each corner of each target
         for side, layer in enumerate((self.out_output, self.in_output)):
-            corners = sorted({self._corners(request.target)[side] for request in matrices})
+            corners = sorted({self._corners(target)[side] for target in matrices})
             indices = [(slice(0, channels), slice(start, stop)) for _, channels, start, stop in corners]
             layers.update(zip(corners, layer_slices(layer, (self.max_shape[side], -1), indices), strict=True))
         for (_, shape), members in grouped(enumerate(matrices), lambda item: role_and_shape(item[1])).items():
             scale = weight_scale(shape) if self.weight_norm else 1.0
             for part in parts(members, math.prod(shape), max_elements):
-                some = [request for _, request in part]
-                blocks = self._product(features[[place for place, _ in part]], some[0].target, layers, scale)
-                yield DecodedGroup(some, as_tensors(blocks, some, seed=seed))
+                some = [target for _, target in part]
+                blocks = self._product(features[[place for place, _ in part]], some[0], layers, scale)
+                yield some, as_tensors(blocks, some, seed=seed)
 
     def _corners(self, target: Target) -> tuple[Corner, Corner]:
         """What a target needs of each of the two last layers."""
@@ -293,9 +258,11 @@ DECODERS: dict[str, Callable[[GHNConfig], TiledDecoder | LowRankDecoder]] = {
 }
 
 
-def role_and_shape(request: Request) -> tuple[Role, tuple[int, ...]]:
-    """Tensors that agree in this are decoded together."""
-    return request.target.role, request.target.shape
+@torch.no_grad()
+def shrink_layer(layer: nn.Linear, shrinkage: float = LAST_LAYER_SHRINKAGE) -> None:
+    """Divides a layer's weight and clears its bias."""
+    layer.weight.div_(shrinkage)
+    layer.bias.zero_()
 
 
 def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
@@ -347,39 +314,27 @@ def weight_scale(shape: tuple[int, ...]) -> float:
     return math.sqrt(beta / math.prod(shape[1:]))
 
 
-def as_tensors(blocks: Tensor, requests: Sequence[Request], *, seed: int) -> Tensor:
+def as_tensors(blocks: Tensor, targets: Sequence[Target], *, seed: int) -> Tensor:
     """Blocks (P, o, i, h, w), already of the right sizes, with the axes of their tensors: (P, *shape).
 
     A position embedding (1, tokens, i) has drawn rows for class and other prefix tokens, then the grid in row-major
     order. Hypernetworks were trained without class tokens, so these rows are N(0, 0.02) as in the reference, but drawn
-    from the request's seed.
-
-    Args:
-        blocks: Decoded blocks.
-        requests: What they belong to; all agree in role and shape.
-        seed: The request's seed.
+    from the request's seed. All targets agree in role and shape.
     """
-    role, shape = role_and_shape(requests[0])
-    if role is not Role.POSITION:
-        return blocks.reshape(len(requests), *blocks.shape[1:3], *shape[2:])
+    shape = targets[0].shape
+    if targets[0].role is not Role.POSITION:
+        return blocks.reshape(len(targets), *blocks.shape[1:3], *shape[2:])
     grid = blocks.flatten(3).transpose(2, 3)  # (P, 1, g * g, i)
     num_prefix = shape[1] - grid.shape[2]
     if num_prefix > 0:
-        drawn = [
-            torch.randn(1, num_prefix, grid.shape[3], generator=drawn_generator(seed, request.target.draw))
-            for request in requests
-        ]
+        generators = (drawn_generator(seed, target.draw) for target in targets)
+        drawn = [torch.randn(1, num_prefix, grid.shape[3], generator=generator) for generator in generators]
         grid = torch.cat(((torch.stack(drawn) * CLASS_TOKEN_STD).to(grid), grid), dim=2)
     return grid[:, :, : shape[1]]
 
 
 def drawn_generator(seed: int, draw: int) -> torch.Generator:
-    """A generator for one tensor, so that its values do not depend on what else is drawn.
-
-    Args:
-        seed: The request's seed.
-        draw: Index of the tensor among all parameters of its graph.
-    """
+    """A generator for one tensor (``draw`` is its index), so that its values do not depend on what else is drawn."""
     mixed = (seed * 0x9E3779B97F4A7C15 + (draw + 1) * 0xD1B54A32D192ED03) % 2**64
     mixed ^= mixed >> 31
     mixed = mixed * 0xBF58476D1CE4E5B9 % 2**64

@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import enum
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,13 @@ from torch import Tensor
 from torch_geometric.data import Batch, Data
 
 from ghn_service.errors import UnsupportedArchitectureError
-from ghn_service.graph.architecture import ArchitectureGraph, Node, ParameterSpec, shortest_distances
+from ghn_service.graph.architecture import (
+    ArchitectureGraph,
+    Node,
+    ParameterSpec,
+    longest_paths,
+    shortest_distances,
+)
 from ghn_service.hypernetwork.config import GHNConfig
 from ghn_service.hypernetwork.places import find_places
 
@@ -39,7 +46,7 @@ class Role(enum.Enum):
     CLASS_BIAS = "class_bias"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Target:
     """One tensor to decode.
 
@@ -47,7 +54,7 @@ class Target:
         name: Key of the tensor.
         shape: Shape in torch's layout.
         role: Which decoder it comes from.
-        node: Index of the node whose embedding it is decoded from, within its graph.
+        node: Index of the node whose embedding it is decoded from, within its graph (for a decoder: within the batch).
         draw: Index of the tensor among all parameters of its graph; seeds what must be drawn for it.
     """
 
@@ -131,17 +138,16 @@ def build_features(graph: ArchitectureGraph, config: GHNConfig) -> GraphFeatures
         UnsupportedArchitectureError: A node's type is not in the vocabulary; contract such nodes before
             (``graph.passes.restrict_vocabulary``).
     """
-    type_rows = {name: row for row, name in enumerate(config.op_types)}
-    unknown = sorted({node.op_type for node in graph.nodes} - set(type_rows))
+    unknown = sorted({node.op_type for node in graph.nodes} - set(config.op_types))
     if unknown:
         raise UnsupportedArchitectureError(
-            f"node types {', '.join(unknown)} are not in the hypernetwork's vocabulary ({', '.join(type_rows)}); "
+            f"node types {', '.join(unknown)} are not in the hypernetwork's vocabulary ({', '.join(config.op_types)}); "
             "contract these nodes first"
         )
     vocabulary = shape_vocabulary(config.num_classes, config.max_shape[3])
     generation = longest_paths(graph)
     return GraphFeatures(
-        type_row=torch.tensor([type_rows[node.op_type] for node in graph.nodes]),
+        type_row=torch.tensor([config.op_types.index(node.op_type) for node in graph.nodes]),
         shape_rows=torch.tensor([vocabulary.rows(node) for node in graph.nodes]),
         generation=torch.tensor(generation),
         places=find_places(graph, generation) if config.places else torch.empty(graph.num_nodes, 0),
@@ -157,7 +163,7 @@ def is_tiled(target: Target, config: GHNConfig) -> bool:
     if target.role in (Role.CLASS_MATRIX, Role.CLASS_BIAS):
         max_out = config.num_classes
     elif target.role in (Role.VECTOR, Role.BIAS):
-        max_out = config.vector_length
+        max_out = max(config.max_shape[:2])
     out_channels, in_channels = target.channels
     return out_channels > max_out or in_channels > max_in
 
@@ -177,7 +183,7 @@ def collate(features: Sequence[GraphFeatures]) -> GraphBatch:
             for item in features
         ]
     )
-    largest = max(len(item.type_row) for item in features)
+    largest = int(data.ptr.diff().max())
     distances = torch.zeros(len(features), largest, largest, dtype=torch.uint8)
     for row, item in zip(distances, features, strict=True):
         row[: len(item.type_row), : len(item.type_row)] = item.distances
@@ -189,12 +195,17 @@ class ShapeVocabulary:
     """The sizes that have an embedding of their own; every other size takes the nearest one's.
 
     Attributes:
-        channels: Known channel counts, ascending; the row after the last stands for "no shape".
-        spatial: Known kernel sizes, ascending; the row after the last stands for "no shape".
+        channels: Known channel counts, ascending; the row after the last stands for "no shape". 4 to 7 count as 8 where
+            they are not known themselves.
+        spatial: Known kernel sizes, ascending; the row after the last stands for "no shape". 2 counts as 3.
+        channel_bounds: The largest size that takes each row but the last: of two equally near ones, the smaller.
+        spatial_bounds: The same for kernel sizes.
     """
 
     channels: tuple[int, ...]
     spatial: tuple[int, ...]
+    channel_bounds: tuple[float, ...]
+    spatial_bounds: tuple[float, ...]
 
     def rows(self, node: Node) -> tuple[int, int, int, int]:
         """Rows of the embeddings for (out channels, in channels, kernel height, kernel width) of a node."""
@@ -206,48 +217,21 @@ class ShapeVocabulary:
             shape = node.weight.torch_shape
             if len(shape) == 3 and shape[0] == 1 and min(shape[1:]) > 1:  # a grid of positions
                 shape = 1, shape[2], math.isqrt(shape[1]), math.isqrt(shape[1])
-        out_channels, in_channels, height, width = (*shape, 1, 1, 1, 1)[:4]
-        channel_rows = self.channel_row(out_channels), self.channel_row(in_channels)
-        return *channel_rows, self.spatial_row(height), self.spatial_row(width)
-
-    def channel_row(self, size: int) -> int:
-        """Row of a channel count; 4 to 7 count as 8 where they are not known themselves."""
-        return _nearest(self.channels, 8 if 4 <= size <= 7 and size not in self.channels else size)
-
-    def spatial_row(self, size: int) -> int:
-        """Row of a kernel size; 2 counts as 3."""
-        return _nearest(self.spatial, 3 if size == 2 else size)
+        shape = (*shape, 1, 1, 1, 1)[:4]
+        channels = [8 if 4 <= size <= 7 and size not in self.channels else size for size in shape[:2]]
+        spatial = [3 if size == 2 else size for size in shape[2:]]
+        out_row, in_row = [bisect.bisect_left(self.channel_bounds, size) for size in channels]
+        height_row, width_row = [bisect.bisect_left(self.spatial_bounds, size) for size in spatial]
+        return out_row, in_row, height_row, width_row
 
 
 @functools.lru_cache(maxsize=32)
 def shape_vocabulary(num_classes: int, max_width: int) -> ShapeVocabulary:
-    """The shape vocabulary of GHN-2 and GHN-3.
-
-    Args:
-        num_classes: Classes the hypernetwork was made for.
-        max_width: Widest kernel that it decodes.
-    """
+    """The shape vocabulary of GHN-2 and GHN-3; ``max_width`` is the widest kernel that is decoded."""
     channels = {1, 3, num_classes, *range(8, 64, 8), *range(64, 4096, 16), *range(4096, 8193, 32)}
     spatial = {*range(1, max(12, max_width), 2), 14, 16}
-    return ShapeVocabulary(tuple(sorted(channels)), tuple(sorted(spatial)))
-
-
-def _nearest(known: tuple[int, ...], size: int) -> int:
-    """Index of the entry nearest to ``size``; of two equally near ones, the smaller."""
-    above = bisect.bisect_left(known, size)
-    if above == len(known):
-        return above - 1
-    if above > 0 and size - known[above - 1] <= known[above] - size:
-        return above - 1
-    return above
-
-
-def longest_paths(graph: ArchitectureGraph) -> list[int]:
-    """Length of the longest path to each node; edges are sorted by source, and sources precede targets."""
-    generation = [0] * graph.num_nodes
-    for source, target in graph.edges:
-        generation[target] = max(generation[target], generation[source] + 1)
-    return generation
+    known = tuple(sorted(channels)), tuple(sorted(spatial))
+    return ShapeVocabulary(*known, *(tuple(sum(pair) / 2 for pair in itertools.pairwise(sizes)) for sizes in known))
 
 
 def _targets(graph: ArchitectureGraph) -> Iterator[Target]:

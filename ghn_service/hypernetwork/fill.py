@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -10,13 +11,49 @@ from torch import Tensor
 from ghn_service.errors import PredictionError
 from ghn_service.graph.architecture import ArchitectureGraph, ParameterSpec
 from ghn_service.hypernetwork.decoders import drawn_generator
-from ghn_service.hypernetwork.fallbacks import fallback_rule
 from ghn_service.hypernetwork.features import Target
 from ghn_service.hypernetwork.tiling import write_tiled
 from ghn_service.parameters import ParameterSet
 
 MAX_ELEMENTS_HELD = 4 * 2**20
 """Values of decoded blocks that are in memory beside the tensors they fill, as far as single tensors allow."""
+
+SMALL_STD = 0.02
+
+FallbackRule = Callable[[Tensor, torch.Generator], object]
+
+
+def _kaiming_normal(out: Tensor, generator: torch.Generator) -> None:
+    """N(0, 2 / fan-in) (arXiv:1502.01852); without a fan-in (fewer than two axes) ``truncated_normal``."""
+    if out.dim() < 2:
+        _truncated_normal(out, generator)
+    else:
+        out.normal_(0.0, math.sqrt(2.0 / math.prod(out.shape[1:])), generator=generator)
+
+
+def _truncated_normal(out: Tensor, generator: torch.Generator) -> None:
+    """N(0, 0.02) within two standard deviations, as vision transformers initialise tokens."""
+    torch.nn.init.trunc_normal_(out, std=SMALL_STD, a=-2 * SMALL_STD, b=2 * SMALL_STD, generator=generator)
+
+
+def _recurrent_uniform(out: Tensor, generator: torch.Generator) -> None:
+    """Uniform within the inverse square root of the last axis, which is the hidden size for recurrent weights."""
+    bound = 1.0 / math.sqrt(out.shape[-1]) if out.dim() else 1.0
+    out.uniform_(-bound, bound, generator=generator)
+
+
+# What initialises tensors that no hypernetwork predicts, by ``ParameterSpec.fallback``; their origin in a reply is
+# ``fallback:<rule>``.
+FALLBACKS: dict[str, FallbackRule] = {
+    "zeros": lambda out, generator: out.zero_(),  # relative position tables, biases
+    "ones": lambda out, generator: out.fill_(1.0),  # normalisations without a node type of their own
+    "layer_scale": lambda out, generator: out.fill_(1e-6),  # ConvNeXt (arXiv:2201.03545)
+    "prelu": lambda out, generator: out.fill_(0.25),  # first slope of a PReLU (arXiv:1502.01852)
+    "kaiming_normal": _kaiming_normal,
+    "truncated_normal": _truncated_normal,
+    "embedding_normal": lambda out, generator: out.normal_(0.0, SMALL_STD, generator=generator),  # lookup tables
+    "recurrent_uniform": _recurrent_uniform,
+}
 
 
 def fill_parameters(
@@ -55,7 +92,7 @@ def fill_parameters(
     for draw, spec in enumerate(graph.parameters()):
         if spec.name in parameters and spec.name not in filled:
             values = torch.empty(spec.torch_shape)
-            fallback_rule(spec.fallback)(values, drawn_generator(seed, draw))
+            FALLBACKS[spec.fallback](values, drawn_generator(seed, draw))
             parameters[spec.name].copy_(_to_file_layout(values, spec))
 
 

@@ -19,18 +19,11 @@ from ghn_service.hypernetwork.config import GHNConfig
 from ghn_service.hypernetwork.features import GraphBatch
 
 
-class MessageFunction(nn.Sequential):
-    """What a neighbour says: two linear layers, each followed by a ReLU.
-
-    Args:
-        channels: Width C of node features.
-        hidden_channels: Width between the two layers.
-    """
-
-    def __init__(self, channels: int, hidden_channels: int) -> None:
-        super().__init__(
-            nn.Linear(channels, hidden_channels), nn.ReLU(), nn.Linear(hidden_channels, channels), nn.ReLU()
-        )
+def message_function(channels: int, hidden_channels: int) -> nn.Sequential:
+    """What a neighbour says: two linear layers, each followed by a ReLU."""
+    return nn.Sequential(
+        nn.Linear(channels, hidden_channels), nn.ReLU(), nn.Linear(hidden_channels, channels), nn.ReLU()
+    )
 
 
 class GatedGNN(nn.Module):
@@ -39,30 +32,20 @@ class GatedGNN(nn.Module):
     .. math::
         m_v = \sum_{u: A_{uv} = 1} f(x_u) + \sum_{u: A_{uv} \ge 1} g(x_u) / A_{uv}, \qquad x_v = GRU(m_v, x_v)
 
-    Direct neighbours count in both sums. The backward sweep does the same with the edges reversed.
-
-    Args:
-        config: Sizes; a ``distance_cutoff`` of 1 leaves out the second sum.
+    Direct neighbours count in both sums. The backward sweep does the same with the edges reversed. With a
+    ``distance_cutoff`` of 1 there is no second sum.
     """
 
     def __init__(self, config: GHNConfig) -> None:
         super().__init__()
         channels = config.hidden_channels
         has_virtual_edges = config.distance_cutoff > 1
-        self.direct_message = MessageFunction(channels, channels // 2 if has_virtual_edges else channels)
-        self.virtual_message = MessageFunction(channels, channels // 2) if has_virtual_edges else None
+        self.direct_message = message_function(channels, channels // 2 if has_virtual_edges else channels)
+        self.virtual_message = message_function(channels, channels // 2) if has_virtual_edges else None
         self.update = nn.GRUCell(channels, channels)
 
     def forward(self, features: Tensor, batch: GraphBatch) -> Tensor:
-        """Encodes the nodes of a batch.
-
-        Args:
-            features: Node features, (T, C).
-            batch: The graphs.
-
-        Returns:
-            Node embeddings, (T, C).
-        """
+        """Node embeddings (T, C) from node features (T, C)."""
         generation, order = batch.data.generation.sort(stable=True)
         sizes: list[int] = torch.bincount(generation).tolist()
         weights = self._edge_weights(batch, order, features.dtype)
@@ -85,16 +68,10 @@ class GatedGNN(nn.Module):
         return [direct, torch.where(distances > 0, distances.reciprocal(), 0)]
 
     def _sweep(self, features: Tensor, weights: list[Tensor], sizes: list[int], *, forward: bool) -> Tensor:
-        """Updates all generations in turn.
+        """Updates all generations in turn, from the first, listening to earlier ones, or from the last.
 
-        Args:
-            features: Node features, (T, C).
-            weights: One matrix per message function: weight of the message from column to row, (T, T).
-            sizes: Nodes per generation.
-            forward: Whether to start at the first generation and listen to earlier ones.
-
-        Returns:
-            Node features, (T, C).
+        There is one matrix (T, T) per message function: the weight of the message from column to row. ``sizes`` has
+        the number of nodes of each generation.
         """
         functions = [function for function in (self.direct_message, self.virtual_message) if function is not None]
         # Messages are written in place; the products below do not save them for their gradient, as weights have none.

@@ -10,22 +10,19 @@ References: GHN-2, Knyazev et al. 2021 (arXiv:2110.13100); GHN-3, Knyazev et al.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from ghn_service.hypernetwork.config import GHNConfig
-from ghn_service.hypernetwork.decoders import DECODERS, Request
+from ghn_service.hypernetwork.decoders import DECODERS, DecodedGroup
 from ghn_service.hypernetwork.features import GraphBatch, Target, shape_vocabulary
 from ghn_service.hypernetwork.gated_gnn import GatedGNN
-from ghn_service.hypernetwork.graphormer import Graphormer
-from ghn_service.hypernetwork.initialization import initialize_parameters
+from ghn_service.hypernetwork.graphormer import DistanceBias, Graphormer
 from ghn_service.hypernetwork.places import PLACE_CHANNELS, encode_places
 from ghn_service.hypernetwork.tiling import tile_to_shape
-
-__all__ = ["ENCODERS", "GHNConfig", "GraphHyperNetwork"]
 
 ENCODERS: dict[str, type[Graphormer] | type[GatedGNN]] = {"graphormer": Graphormer, "gated_gnn": GatedGNN}
 
@@ -33,10 +30,8 @@ ENCODERS: dict[str, type[Graphormer] | type[GatedGNN]] = {"graphormer": Graphorm
 class NodeEncoder(nn.Module):
     """First features of a node: its type, plus the four sizes of its shape side by side, plus a map of its place.
 
+    The two shape tables have a last row for nodes without a shape.
     Reference: Knyazev et al. 2021 (arXiv:2110.13100), section 4.1 and appendix A.
-
-    Args:
-        config: Sizes; the two shape tables have a last row for nodes without a shape.
     """
 
     def __init__(self, config: GHNConfig) -> None:
@@ -49,16 +44,7 @@ class NodeEncoder(nn.Module):
         self.place = nn.Linear(PLACE_CHANNELS, config.hidden_channels) if config.places else None
 
     def forward(self, type_row: Tensor, shape_rows: Tensor, places: Tensor) -> Tensor:
-        """Encodes nodes.
-
-        Args:
-            type_row: Rows of the type embedding, (T,).
-            shape_rows: Rows for (out channels, in channels, height, width), (T, 4).
-            places: Where nodes are, (T, 7); not read by a hypernetwork without places.
-
-        Returns:
-            Node features, (T, C).
-        """
+        """Node features (T, C) from (T,), (T, 4) and (T, 7) of ``GraphFeatures``."""
         channels = self.channel_embedding(shape_rows[:, :2]).flatten(1)  # (T, 2, C/4) -> (T, C/2)
         spatial = self.spatial_embedding(shape_rows[:, 2:]).flatten(1)
         features: Tensor = self.type_embedding(type_row) + torch.cat((channels, spatial), dim=1)
@@ -96,14 +82,7 @@ class GraphHyperNetwork(nn.Module):
         return self.node_encoder.type_embedding.weight.device
 
     def encode(self, batch: GraphBatch) -> Tensor:
-        """Embeds every node of a batch.
-
-        Args:
-            batch: The graphs, on the hypernetwork's device.
-
-        Returns:
-            Node embeddings, (T, C).
-        """
+        """Node embeddings (T, C) of a batch that is on the hypernetwork's device."""
         features = self.node_encoder(batch.data.type_row, batch.data.shape_rows, batch.data.places)
         embeddings: Tensor = self.output_norm(self.encoder(features, batch))
         return embeddings
@@ -120,20 +99,21 @@ class GraphHyperNetwork(nn.Module):
             Per graph: parameter name -> tensor in torch's layout, in the order of the graph's parameters. Tensors may
             be views of common memory.
         """
-        requests = [
-            [Request(target, first + target.node) for target in targets]
+        graphs = [
+            [Target(item.name, item.shape, item.role, first + item.node, item.draw) for item in targets]
             for first, targets in zip(batch.data.ptr[:-1].tolist(), batch.targets, strict=True)
         ]
-        tensors: dict[Request, Tensor] = {}
-        for group in self.decoder(embeddings, list(chain(*requests)), seed=seed, max_elements=None):
-            stacked = tile_to_shape(group.blocks, group.requests[0].target.shape)
-            tensors.update(zip(group.requests, stacked.unbind(), strict=True))
-        return [{request.target.name: tensors[request] for request in wanted} for wanted in requests]
+        tensors: dict[Target, Tensor] = {}
+        for members, blocks in self.decoder(
+            embeddings, [target for targets in graphs for target in targets], seed=seed
+        ):
+            tensors.update(zip(members, tile_to_shape(blocks, members[0].shape).unbind(), strict=True))
+        return [{target.name: tensors[target] for target in targets} for targets in graphs]
 
     @torch.no_grad()
     def decode_blocks(
         self, embeddings: Tensor, targets: Sequence[Target], *, seed: int = 0, max_elements: int | None = None
-    ) -> Iterator[tuple[list[Target], Tensor]]:
+    ) -> Iterator[DecodedGroup]:
         """Decodes some tensors of a single graph without repeating blocks to the tensors' sizes.
 
         Args:
@@ -141,15 +121,33 @@ class GraphHyperNetwork(nn.Module):
             targets: What to decode.
             seed: Seeds the rows of position embeddings that are drawn.
             max_elements: Number of values that may be held at once, as far as single tensors allow.
-
-        Yields:
-            Targets of one shape and their scaled blocks, (P, *block): with the targets' axes, each as long as the
-            targets' or shorter.
         """
-        requests = [Request(target, target.node) for target in targets]
-        for group in self.decoder(embeddings, requests, seed=seed, max_elements=max_elements):
-            yield [request.target for request in group.requests], group.blocks
+        yield from self.decoder(embeddings, targets, seed=seed, max_elements=max_elements)
 
     def forward(self, batch: GraphBatch, *, seed: int = 0) -> list[dict[str, Tensor]]:
         """Predicts all tensors of all graphs; see ``encode`` and ``decode``."""
         return self.decode(self.encode(batch), batch, seed=seed)
+
+
+@torch.no_grad()
+def initialize_parameters(module: nn.Module, generator: torch.Generator | None) -> None:
+    """Draws every linear, recurrent and embedding layer of ``module`` anew; None is torch's global generator.
+
+    Embeddings are normal with standard deviation ``C ** -0.5``, distances sinusoidal as in the original transformer.
+    Reference: Knyazev et al. 2023 (arXiv:2303.04143), appendix B.
+    """
+    for child in module.modules():
+        if isinstance(child, nn.Linear | nn.GRUCell):
+            fan = child.hidden_size if isinstance(child, nn.GRUCell) else child.in_features
+            for parameter in child.parameters(recurse=False):
+                parameter.uniform_(-1 / math.sqrt(fan), 1 / math.sqrt(fan), generator=generator)
+        elif isinstance(child, nn.Embedding):
+            std = child.embedding_dim**-0.5
+            nn.init.trunc_normal_(child.weight, std=std, a=-2.0, b=2.0, generator=generator)
+    for child in module.modules():
+        if isinstance(child, DistanceBias):
+            table = child.distance_embedding.weight
+            num_rows, channels = table.shape
+            frequencies = torch.exp(torch.arange(0, channels, 2) * (-math.log(10_000.0) / channels))
+            angles = torch.arange(num_rows)[:, None] * frequencies
+            table.copy_(torch.stack((angles.sin(), angles.cos()), dim=2).flatten(1)[:, :channels])

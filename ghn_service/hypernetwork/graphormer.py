@@ -25,11 +25,7 @@ MASKED_LOGIT = -(2.0**15)
 
 
 class Graphormer(nn.Module):
-    """Centrality and input distance, then pre-norm transformer layers with one shared distance bias.
-
-    Args:
-        config: Sizes.
-    """
+    """Centrality and input distance, then pre-norm transformer layers with one shared distance bias."""
 
     def __init__(self, config: GHNConfig) -> None:
         super().__init__()
@@ -41,16 +37,19 @@ class Graphormer(nn.Module):
         self.layers = nn.ModuleList(GraphormerLayer(channels, config.num_heads) for _ in range(config.num_layers))
 
     def forward(self, features: Tensor, batch: GraphBatch) -> Tensor:
-        """Encodes the nodes of a batch.
-
-        Args:
-            features: Node features, (T, C).
-            batch: The graphs.
-
-        Returns:
-            Node embeddings, (T, C).
-        """
-        features = features + self._place_in_graph(batch)
+        """Node embeddings (T, C) from node features (T, C)."""
+        num_nodes = len(features)
+        source, target = batch.data.edge_index
+        in_degree = degree(target, num_nodes, dtype=torch.int64).clamp(max=MAX_DEGREE)
+        out_degree = degree(source, num_nodes, dtype=torch.int64).clamp(max=MAX_DEGREE)
+        nodes_per_graph = batch.data.ptr.diff()
+        present = torch.arange(batch.distances.shape[1], device=source.device) < nodes_per_graph[:, None]  # (B, S)
+        input_distance = batch.distances[:, 0, :][present].long().clamp(max=MAX_INPUT_DISTANCE)
+        features = features + (
+            self.in_degree_embedding(in_degree)
+            + self.out_degree_embedding(out_degree)
+            + self.input_distance_embedding(input_distance)
+        )
         dense, valid = to_dense_batch(features, batch.data.batch, batch_size=len(batch.targets))  # (B, S, C), (B, S)
         bias = self.distance_bias(batch.distances)  # (B, H, S, S)
         if len(batch.targets) > 1:
@@ -60,31 +59,9 @@ class Graphormer(nn.Module):
         embeddings: Tensor = dense[valid]
         return embeddings
 
-    def _place_in_graph(self, batch: GraphBatch) -> Tensor:
-        """Embeddings of degrees and of the distance from the graph's input, (T, C)."""
-        num_nodes = batch.data.num_nodes
-        source, target = batch.data.edge_index
-        in_degree = degree(target, num_nodes, dtype=torch.int64).clamp(max=MAX_DEGREE)
-        out_degree = degree(source, num_nodes, dtype=torch.int64).clamp(max=MAX_DEGREE)
-        nodes_per_graph = batch.data.ptr.diff()
-        present = torch.arange(batch.distances.shape[1], device=source.device) < nodes_per_graph[:, None]  # (B, S)
-        input_distance = batch.distances[:, 0, :][present].long().clamp(max=MAX_INPUT_DISTANCE)
-        embedded: Tensor = (
-            self.in_degree_embedding(in_degree)
-            + self.out_degree_embedding(out_degree)
-            + self.input_distance_embedding(input_distance)
-        )
-        return embedded
-
 
 class DistanceBias(nn.Module):
-    """Attention bias of a pair of nodes, from the path lengths there and back.
-
-    Args:
-        channels: Width C.
-        num_heads: Heads H.
-        cutoff: Largest distance D.
-    """
+    """Attention bias of a pair of nodes, from the path lengths there and back."""
 
     def __init__(self, channels: int, num_heads: int, cutoff: int) -> None:
         super().__init__()
@@ -93,35 +70,20 @@ class DistanceBias(nn.Module):
         self.hidden = nn.Linear(2 * channels, channels)
         self.heads = nn.Linear(channels, num_heads)
 
-    def table(self) -> Tensor:
-        """The bias for every signed distance -D..D, (2D + 1, H): positive where the path leads from row to column."""
+    def forward(self, distances: Tensor) -> Tensor:
+        """Bias per head (B, H, S, S) from the path lengths (B, S, S) of acyclic graphs."""
+        # One row for every signed distance -D..D, positive where the path leads from row to column.
         signed = torch.arange(-self.cutoff, self.cutoff + 1, device=self.hidden.weight.device)
         pairs = torch.stack((signed.clamp(min=0), (-signed).clamp(min=0)), dim=1) + FIRST_DISTANCE_ROW
         embedded = self.distance_embedding(pairs).flatten(1)  # (2D + 1, 2, C) -> (2D + 1, 2C)
-        bias: Tensor = self.heads(functional.relu(self.hidden(embedded)))
-        return bias
-
-    def forward(self, distances: Tensor) -> Tensor:
-        """Looks up the bias of every pair.
-
-        Args:
-            distances: Path lengths of acyclic graphs, (B, S, S).
-
-        Returns:
-            Bias per head, (B, H, S, S).
-        """
+        table = self.heads(functional.relu(self.hidden(embedded)))  # (2D + 1, H)
         lengths = distances.to(torch.int32)
         rows = lengths - lengths.transpose(1, 2) + self.cutoff
-        return functional.embedding(rows, self.table()).permute(0, 3, 1, 2)
+        return functional.embedding(rows, table).permute(0, 3, 1, 2)
 
 
 class GraphormerLayer(nn.Module):
-    """Pre-norm self-attention with an additive bias, then a feed-forward block four times as wide.
-
-    Args:
-        channels: Width C.
-        num_heads: Heads H.
-    """
+    """Pre-norm self-attention with an additive bias, then a feed-forward block four times as wide."""
 
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
@@ -134,15 +96,7 @@ class GraphormerLayer(nn.Module):
         self.contract = nn.Linear(4 * channels, channels)
 
     def forward(self, features: Tensor, bias: Tensor) -> Tensor:
-        """One layer.
-
-        Args:
-            features: Node features, (B, S, C).
-            bias: Added to the attention logits, (B, H, S, S).
-
-        Returns:
-            Node features, (B, S, C).
-        """
+        """Node features (B, S, C) from those before; ``bias`` (B, H, S, S) is added to the attention logits."""
         packed = self.query_key_value(self.attention_norm(features))
         packed = torch.unflatten(packed, -1, (3, self.num_heads, -1))  # (B, S, 3, H, C/H)
         query, key, value = packed.permute(2, 0, 3, 1, 4).unbind()  # each (B, H, S, C/H)

@@ -14,16 +14,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 from ghn_service.errors import CheckpointError
-from ghn_service.graph.architecture import ArchitectureGraph
+from ghn_service.graph.architecture import ArchitectureGraph, longest_paths
 from ghn_service.graph.op_types import OP_TYPE_NAMES
 from ghn_service.postprocess.weighted_layers import weighted_layers
 
 METADATA_KEY = "graph_statistics"
 NUM_QUANTILES = 101
 LARGEST_Z = 10.0
-TYPICAL, UNUSUAL, FAR, UNKNOWN = "typical", "unusual", "far", "unknown"
-# The least spread that counts, per feature: a share that never varied in training may still differ by a percent.
-LEAST_SPREAD = {"share": 0.02, "": 0.25}
+# The least spread that counts: a share that never varied in training may still differ by a percent.
+LEAST_SHARE_SPREAD, LEAST_SPREAD = 0.02, 0.25
+_ADVICE = {
+    "typical": "This architecture is like those the hypernetwork was trained on.",
+    "unusual": "This architecture is at the edge of what the hypernetwork was trained on; expect a smaller gain.",
+    "far": "This architecture is unlike anything the hypernetwork was trained on; expect little from its prediction, "
+    "and compare with a standard initialisation under the same budget.",
+    "unknown": "This checkpoint does not say which architectures it was trained on.",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,7 @@ def graph_features(graph: ArchitectureGraph) -> dict[str, float]:
     return {
         "log nodes": math.log2(graph.num_nodes),
         "log parameters": math.log2(max(graph.num_parameters, 1)),
-        "log depth": math.log2(1 + _longest_path(graph)),
+        "log depth": math.log2(1 + max(longest_paths(graph))),
         "log median width": math.log2(statistics.median(widths)),
         "log largest width": math.log2(max(widths)),
         "log mean kernel area": math.log2(statistics.fmean(kernels)),
@@ -93,7 +99,8 @@ def summarize_graphs(graphs: Iterable[ArchitectureGraph]) -> GraphStatistics:
         raise ValueError(f"expected at least two graphs, got {len(features)}")
     names = list(features[0])
     mean = {name: statistics.fmean(item[name] for item in features) for name in names}
-    spread = {name: max(statistics.stdev(item[name] for item in features), _least_spread(name)) for name in names}
+    least = {name: LEAST_SHARE_SPREAD if name.startswith("share") else LEAST_SPREAD for name in names}
+    spread = {name: max(statistics.stdev(item[name] for item in features), least[name]) for name in names}
     scores = sorted(_score(item, mean, spread) for item in features)
     places = [round(step * (len(scores) - 1) / (NUM_QUANTILES - 1)) for step in range(NUM_QUANTILES)]
     return GraphStatistics(len(features), mean, spread, tuple(scores[place] for place in places))
@@ -102,23 +109,21 @@ def summarize_graphs(graphs: Iterable[ArchitectureGraph]) -> GraphStatistics:
 def measure_shift(graph: ArchitectureGraph, known: GraphStatistics | None) -> DistributionShift:
     """The distance of a graph from the training graphs; ``unknown`` without statistics."""
     if known is None:
-        return DistributionShift(
-            UNKNOWN, None, None, (), "This checkpoint does not say which architectures it was trained on."
-        )
+        return DistributionShift("unknown", None, None, (), _ADVICE["unknown"])
     features = graph_features(graph)
     score = _score(features, known.mean, known.spread)
     below = sum(quantile < score for quantile in known.score_quantiles)
     percentile = 100.0 * min(below, NUM_QUANTILES - 1) / (NUM_QUANTILES - 1)
-    verdict = _verdict(score, percentile, known)
-    return DistributionShift(verdict, score, percentile, _reasons(features, known), _ADVICE[verdict])
-
-
-_ADVICE = {
-    TYPICAL: "This architecture is like those the hypernetwork was trained on.",
-    UNUSUAL: "This architecture is at the edge of what the hypernetwork was trained on; expect a smaller gain.",
-    FAR: "This architecture is unlike anything the hypernetwork was trained on; expect little from its prediction, and "
-    "compare with a standard initialisation under the same budget.",
-}
+    verdict = "unusual" if score <= 1.25 * known.score_quantiles[-1] else "far"
+    if percentile < 95:
+        verdict = "typical"
+    rows = [
+        (name, features[name], mean, (features[name] - mean) / known.spread[name])
+        for name, mean in known.mean.items()
+        if name in features
+    ]
+    reasons = sorted((row for row in rows if abs(row[3]) >= 2.0), key=lambda row: -abs(row[3]))[:5]
+    return DistributionShift(verdict, score, percentile, tuple(reasons), _ADVICE[verdict])
 
 
 def encode_statistics(known: GraphStatistics) -> str:
@@ -149,30 +154,3 @@ def _score(features: Mapping[str, float], mean: Mapping[str, float], spread: Map
     shared = [name for name in mean if name in features]
     squares = [min(abs(features[name] - mean[name]) / spread[name], LARGEST_Z) ** 2 for name in shared]
     return math.sqrt(statistics.fmean(squares)) if squares else 0.0
-
-
-def _verdict(score: float, percentile: float, known: GraphStatistics) -> str:
-    if percentile < 95:
-        return TYPICAL
-    return UNUSUAL if score <= 1.25 * known.score_quantiles[-1] else FAR
-
-
-def _reasons(features: Mapping[str, float], known: GraphStatistics) -> tuple[tuple[str, float, float, float], ...]:
-    rows = [
-        (name, features[name], known.mean[name], (features[name] - known.mean[name]) / known.spread[name])
-        for name in known.mean
-        if name in features
-    ]
-    return tuple(sorted((row for row in rows if abs(row[3]) >= 2.0), key=lambda row: -abs(row[3]))[:5])
-
-
-def _least_spread(feature: str) -> float:
-    return LEAST_SPREAD["share"] if feature.startswith("share") else LEAST_SPREAD[""]
-
-
-def _longest_path(graph: ArchitectureGraph) -> int:
-    """Edges on the longest path; nodes are in topological order."""
-    depth = [0] * graph.num_nodes
-    for source, target in graph.edges:
-        depth[target] = max(depth[target], depth[source] + 1)
-    return max(depth)

@@ -105,7 +105,12 @@ def measure_diversity(tensor: torch.Tensor, layer: WeightedLayer) -> TensorDiver
     tolerance = max(rows, columns) * torch.finfo(torch.float32).eps * values[:, :1]
     shares = energies / energies.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(energies.dtype).tiny)
     entropy = -torch.special.xlogy(shares, shares).sum(dim=-1)
-    earlier = _cosines(gram).tril(-1)
+    lengths = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
+    is_zero = lengths == 0
+    inverse = torch.where(is_zero, 0.0, 1.0 / lengths.masked_fill(is_zero, 1.0))
+    both_zero = is_zero.unsqueeze(-1) & is_zero.unsqueeze(-2)  # rows of zeros count as copies of each other
+    cosines = torch.where(both_zero, 1.0, gram * inverse.unsqueeze(-1) * inverse.unsqueeze(-2))  # (B, R, R)
+    earlier = cosines.tril(-1)
     spectral_norm = float(values.max())
     mean = values.square().mean(dim=0).sqrt()
     points = torch.linspace(0, len(mean) - 1, min(CURVE_POINTS, len(mean))).round().long().to(mean.device)
@@ -129,11 +134,7 @@ def measure_diversity(tensor: torch.Tensor, layer: WeightedLayer) -> TensorDiver
 
 def tiled_share(weight: torch.Tensor) -> float:
     """Share of the values of a weight (O, I, ...) that repeat an earlier block along the first two axes."""
-    period = _period(weight)
-    if weight.dim() > 1:
-        period *= _period(weight.transpose(0, 1))
-        return 1.0 - period / (weight.shape[0] * weight.shape[1])
-    return 1.0 - period / weight.shape[0]
+    return 1.0 - _period(weight) * _period(weight.transpose(0, 1)) / (weight.shape[0] * weight.shape[1])
 
 
 def _period(weight: torch.Tensor) -> int:
@@ -148,18 +149,6 @@ def _period(weight: torch.Tensor) -> int:
     return size
 
 
-def _cosines(gram: torch.Tensor) -> torch.Tensor:
-    """Cosines (B, R, R) between rows; two rows of zeros count as copies of each other."""
-    lengths = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
-    is_zero = lengths == 0
-    inverse = torch.where(is_zero, 0.0, 1.0 / lengths.masked_fill(is_zero, 1.0))
-    both_zero = is_zero.unsqueeze(-1) & is_zero.unsqueeze(-2)
-    return torch.where(both_zero, 1.0, gram * inverse.unsqueeze(-1) * inverse.unsqueeze(-2))
-
-
-Measures = Mapping[str, TensorDiversity]
-
-
 def measure_network(parameters: ParameterSet, graph: ArchitectureGraph) -> dict[str, TensorDiversity]:
     """Measures every weighted layer of a network that is among the parameters."""
     return {
@@ -171,23 +160,14 @@ def measure_network(parameters: ParameterSet, graph: ArchitectureGraph) -> dict[
 
 def build_report(
     graph: ArchitectureGraph,
-    before: Measures,
-    after: Measures,
+    before: Mapping[str, TensorDiversity],
+    after: Mapping[str, TensorDiversity],
     *,
     origins: Mapping[str, str],
     records: Sequence[StepRecord],
     shift: DistributionShift,
 ) -> dict[str, Any]:
-    """The report as values that ``json`` writes.
-
-    Args:
-        graph: The architecture.
-        before: Measures of the prediction, by name of the weight.
-        after: Measures after all steps; the same as ``before`` where there were none.
-        origins: Origin of each tensor.
-        records: What the steps did.
-        shift: Distance of the architecture from those of training.
-    """
+    """The report as values that ``json`` writes; ``before`` and ``after`` are measures by name of the weight."""
     listed = [layer for layer in weighted_layers(graph) if layer.name in before]
     actions: dict[str, list[dict[str, str]]] = defaultdict(list)
     for record in records:
@@ -206,7 +186,7 @@ def build_report(
             "normalized": layer.attributes.normalized,
             "is_head": layer.is_head,
             "origin": origins[layer.name],
-            "notes": layer_notes(after[layer.name]),
+            "notes": _layer_notes(after[layer.name]),
             "actions": actions[layer.name],
             "before": _encode_measures(before[layer.name], points),
             "after": _encode_measures(after[layer.name], points),
@@ -222,7 +202,7 @@ def build_report(
             "num_layers": len(layers),
             "num_tensors": len(list(graph.parameters())),
         },
-        "summary": {"before": summarize(before, layers), "after": summarize(after, layers)},
+        "summary": {"before": _summarize(before, layers), "after": _summarize(after, layers)},
         "findings": _findings(layers, records),
         "distribution_shift": dataclasses.asdict(shift),
         "steps": [{"name": record.name, "options": dict(record.options)} for record in records],
@@ -231,7 +211,7 @@ def build_report(
     }
 
 
-def summarize(measures: Measures, layers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _summarize(measures: Mapping[str, TensorDiversity], layers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Measures of the whole network: sums over layers, and means weighted by the values of each."""
     sizes = {str(entry["parameter"]): int(entry["num_values"]) for entry in layers}
     total = sum(sizes.values()) or 1
@@ -255,7 +235,7 @@ def summarize(measures: Measures, layers: Sequence[Mapping[str, Any]]) -> dict[s
     }
 
 
-def layer_notes(measured: TensorDiversity) -> list[str]:
+def _layer_notes(measured: TensorDiversity) -> list[str]:
     """What is wrong with a weight, in words; empty if nothing is."""
     notes = []
     if measured.rms == 0:

@@ -5,43 +5,29 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import torch
 
 from ghn_service.errors import InvalidOptionError
 from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.parameters import ParameterSet
-from ghn_service.postprocess.auto import Auto
-from ghn_service.postprocess.noise import DiversityNoise
 from ghn_service.postprocess.options import parse_options, unknown_name
-from ghn_service.postprocess.orthogonal import Orthogonal
-from ghn_service.postprocess.weighted_layers import StepRecord
+from ghn_service.postprocess.remedies import Auto, DiversityNoise, Orthogonal
+from ghn_service.postprocess.weighted_layers import (
+    CHANGED,
+    KEPT,
+    LayerRecord,
+    StepRecord,
+    weighted_layers,
+)
 
 MAX_STEPS = 16
 
 
-class PostProcessor(Protocol):
-    """A step: a frozen dataclass of options that maps parameters to parameters."""
+PostProcessor = DiversityNoise | Orthogonal | Auto
+"""A step: a frozen dataclass of options with ``name``, ``layer`` (the first that it changes) and ``change``."""
 
-    def apply(
-        self, parameters: ParameterSet, graph: ArchitectureGraph, *, generator: torch.Generator
-    ) -> tuple[ParameterSet, StepRecord]:
-        """Returns new parameters, and what was done to each layer.
-
-        Args:
-            parameters: Predicted weights, in the file's layout.
-            graph: The architecture that they belong to.
-            generator: Source of everything that is drawn.
-        """
-        ...
-
-
-POSTPROCESSORS: dict[str, type[PostProcessor]] = {
-    "noise": DiversityNoise,
-    "orthogonal": Orthogonal,
-    "auto": Auto,
-}
+POSTPROCESSORS: dict[str, type[PostProcessor]] = {kind.name: kind for kind in (DiversityNoise, Orthogonal, Auto)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,24 +68,33 @@ def apply_steps(
     device = next((tensor.device for tensor in parameters.values()), torch.device("cpu"))
     records = []
     for index, step in enumerate(parse_steps(steps)):
-        generator = torch.Generator(device).manual_seed(_step_seed(seed, index))
-        parameters, record = step.apply(parameters, graph, generator=generator)
+        # A 63-bit seed: splitmix64 of the request's seed and the step's index.
+        state = (seed + (index + 1) * 0x9E3779B97F4A7C15) % 2**64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
+        generator = torch.Generator(device).manual_seed((state ^ (state >> 31)) >> 1)
+        parameters, record = apply_step(step, parameters, graph, generator=generator)
         records.append(record)
     return parameters, tuple(records)
 
 
-def _step_seed(seed: int, index: int) -> int:
-    """A 63-bit seed: splitmix64 of the request's seed and the step's index."""
-    state = (seed + (index + 1) * 0x9E3779B97F4A7C15) % 2**64
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
-    return (state ^ (state >> 31)) >> 1
-
-
-def encode_record(record: StepRecord) -> dict[str, Any]:
-    """The record as values that ``json`` writes."""
-    return {
-        "name": record.name,
-        "options": dict(record.options),
-        "layers": [{**dataclasses.asdict(layer), "values": dict(layer.values)} for layer in record.layers],
-    }
+def apply_step(
+    step: PostProcessor, parameters: ParameterSet, graph: ArchitectureGraph, *, generator: torch.Generator
+) -> tuple[ParameterSet, StepRecord]:
+    """Applies a step to every weighted layer but the classifier, and records what became of each."""
+    tensors = dict(parameters)
+    records = []
+    for layer in weighted_layers(graph):
+        tensor: torch.Tensor | None = None
+        values: Mapping[str, float] = {}
+        if layer.is_head:
+            reason = "the classifier is never changed"
+        elif layer.number < step.layer:
+            reason = f"before layer {step.layer}"
+        else:
+            tensor, reason, values = step.change(parameters[layer.name], layer, generator)
+        records.append(LayerRecord(layer.name, layer.number, KEPT if tensor is None else CHANGED, reason, values))
+        if tensor is not None:
+            tensors[layer.name] = tensor
+    changed = ParameterSet(parameters.specs, tensors, parameters.origins, parameters.warnings)
+    return changed, StepRecord(step.name, dataclasses.asdict(step), tuple(records))

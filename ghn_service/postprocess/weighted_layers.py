@@ -1,4 +1,4 @@
-"""The weighted layers of a graph, their weights as matrices, and going over them: what every step does with a network.
+"""The weighted layers of a graph, their weights as matrices, and the records of what steps made of them.
 
 Shapes: a weight in torch's layout is (O, I / groups, spatial...). As matrices it is (B, R, C), one matrix for each
 group of a convolution and each packed projection: B = packed * groups, R = O / B rows (output channels) of
@@ -7,14 +7,13 @@ C = (I / groups) * spatial values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ghn_service.graph.architecture import ArchitectureGraph, LayerAttributes, ParameterSpec
-from ghn_service.parameters import ParameterSet
 
 WEIGHTED_OP_TYPES = frozenset({"conv", "sep_conv", "dil_conv"})
 CHANGED = "changed"
@@ -58,12 +57,6 @@ class WeightedLayer:
     def is_depthwise(self) -> bool:
         """Whether every group has a single output channel, so that no two rows share their inputs."""
         return self.attributes.groups > 1 and self.spec.torch_shape[0] == self.num_matrices
-
-    def kept_reason(self, first_layer: int) -> str:
-        """Why a step that begins at ``first_layer`` leaves this layer alone, or "" if it does not."""
-        if self.is_head:
-            return "the classifier is never changed"
-        return f"before layer {first_layer}" if self.number < first_layer else ""
 
 
 def weighted_layers(graph: ArchitectureGraph) -> Iterator[WeightedLayer]:
@@ -132,31 +125,3 @@ class StepRecord:
 
 Change = tuple[torch.Tensor | None, str, Mapping[str, float]]
 """What a step makes of a layer: its new weight in the file's layout (None to keep it), why, and numbers about it."""
-
-
-def change_layers(
-    parameters: ParameterSet,
-    graph: ArchitectureGraph,
-    change: Callable[[torch.Tensor, WeightedLayer], Change],
-    *,
-    name: str,
-    options: Mapping[str, Any],
-) -> tuple[ParameterSet, StepRecord]:
-    """Applies ``change`` to every weighted layer, in the order of the graph, and records what became of each.
-
-    Args:
-        parameters: The weights.
-        graph: Their architecture.
-        change: What the step makes of a layer.
-        name: Name of the step.
-        options: Its options, for the record; ``layer`` is the first layer that is changed.
-    """
-    tensors = dict(parameters)
-    records = []
-    for layer in weighted_layers(graph):
-        tensor, reason, values = change(parameters[layer.name], layer)
-        records.append(LayerRecord(layer.name, layer.number, KEPT if tensor is None else CHANGED, reason, values))
-        if tensor is not None:
-            tensors[layer.name] = tensor
-    changed = ParameterSet(parameters.specs, tensors, parameters.origins, parameters.warnings)
-    return changed, StepRecord(name, options, tuple(records))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -14,7 +15,6 @@ from ghn_service.errors import InvalidArchitectureError
 from ghn_service.graph.architecture import ArchitectureGraph, ParameterSpec
 from ghn_service.parameters import ParameterSet
 from ghn_service.postprocess.low_rank.output import LowRankRecord, encode_low_rank_record
-from ghn_service.postprocess.steps import encode_record
 from ghn_service.postprocess.weighted_layers import StepRecord
 from ghn_service.predictor import ArchitectureAnalysis, PredictionOptions, PredictionResult
 from ghn_service.server.models import LoadedModel
@@ -102,7 +102,7 @@ def _encode_header(
         ),
         buffers=tuple(buffer.name for buffer in graph.buffers),
         warnings=warnings,
-        steps=tuple(encode_record(record) for record in records),
+        steps=tuple(dataclasses.asdict(record) for record in records),
         low_rank=encode_low_rank_record(low_rank) if low_rank else None,
         include=options.include,
         versions={"ghn-service": VERSION, "torch": torch.__version__},

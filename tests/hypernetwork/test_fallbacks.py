@@ -3,13 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ghn_service.errors import PredictionError
-from ghn_service.hypernetwork.fallbacks import FALLBACKS, fallback_rule
+from ghn_service.hypernetwork.fill import FALLBACKS
 
 
 def filled(rule: str, *shape: int, seed: int = 0) -> torch.Tensor:
     out = torch.full(shape, torch.nan)
-    fallback_rule(rule)(out, torch.Generator().manual_seed(seed))
+    FALLBACKS[rule](out, torch.Generator().manual_seed(seed))
     return out
 
 
@@ -40,8 +39,3 @@ def test_constants(rule, value):
 )
 def test_standard_deviations(rule, std):
     assert filled(rule, 100, 200).std().item() == pytest.approx(std, rel=0.03)
-
-
-def test_unknown_rules_are_refused():
-    with pytest.raises(PredictionError):
-        fallback_rule("magic")

@@ -16,6 +16,10 @@ PUBLISHED = shape_vocabulary(1000, 16)
 SMALL_PUBLISHED = shape_vocabulary(10, 11)
 
 
+def rows_of(size, vocabulary=PUBLISHED):
+    return vocabulary.rows(Node("conv", weight=ParameterSpec("weight", (size,) * 4)))
+
+
 def test_published_vocabularies_have_the_published_sizes():
     assert (len(PUBLISHED.channels), len(PUBLISHED.spatial)) == (391, 10)
     assert (len(SMALL_PUBLISHED.channels), len(SMALL_PUBLISHED.spatial)) == (391, 8)
@@ -39,23 +43,23 @@ def test_published_vocabularies_have_the_published_sizes():
     ],
 )
 def test_unknown_channel_counts_take_the_nearest_known_one(size, known):
-    assert PUBLISHED.channels[PUBLISHED.channel_row(size)] == known
+    assert PUBLISHED.channels[rows_of(size)[0]] == known
 
 
 def test_the_class_count_is_a_known_channel_count():
-    assert SMALL_PUBLISHED.channels[SMALL_PUBLISHED.channel_row(12)] == 10
+    assert SMALL_PUBLISHED.channels[rows_of(12, SMALL_PUBLISHED)[0]] == 10
 
 
 @pytest.mark.parametrize(
     ("size", "known"), [(1, 1), (2, 3), (4, 3), (6, 5), (8, 7), (10, 9), (12, 11), (16, 16), (32, 16)]
 )
 def test_unknown_kernel_sizes_take_the_nearest_known_one(size, known):
-    assert PUBLISHED.spatial[PUBLISHED.spatial_row(size)] == known
+    assert PUBLISHED.spatial[rows_of(size)[2]] == known
 
 
 @given(st.integers(8, 20_000))
 def test_no_known_size_is_nearer(size):
-    chosen = PUBLISHED.channels[PUBLISHED.channel_row(size)]
+    chosen = PUBLISHED.channels[rows_of(size)[0]]
     best = min(abs(size - known) for known in PUBLISHED.channels)
     assert abs(size - chosen) == best
     assert all(abs(size - known) > best for known in PUBLISHED.channels if known < chosen)

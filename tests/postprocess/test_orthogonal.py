@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ghn_service.graph.architecture import LayerAttributes
-from ghn_service.postprocess.orthogonal import Orthogonal, orthogonalize, overlap_with
+from ghn_service.postprocess.remedies import Orthogonal, orthogonalize, overlap_with
+from ghn_service.postprocess.steps import apply_step
 from ghn_service.postprocess.weighted_layers import to_torch_layout
 from tests.postprocess.layer_examples import (
     ExampleLayer,
@@ -22,7 +23,7 @@ def apply_to(layer: ExampleLayer, step: Orthogonal, tensor: torch.Tensor | None 
     parameters = random_parameters(graph)
     if tensor is not None:
         parameters = with_tensor(parameters, layer.name, tensor)
-    changed, record = step.apply(parameters, graph, generator=torch.Generator())
+    changed, record = apply_step(step, parameters, graph, generator=torch.Generator())
     spec = parameters.specs[layer.name]
     before = to_torch_layout(parameters[layer.name], spec)
     return before, to_torch_layout(changed[layer.name], spec), record.layers[0].outcome

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ghn_service.postprocess.noise import DiversityNoise, row_correlation_std
-from ghn_service.postprocess.orthogonal import Orthogonal
+from ghn_service.postprocess.remedies import DiversityNoise, Orthogonal, row_correlation_std
+from ghn_service.postprocess.steps import apply_step
 from tests.postprocess.layer_examples import PLAIN, chain_graph, random_parameters
 
 
@@ -52,8 +52,8 @@ def test_noise_then_qr_equals_the_published_algorithm(layer: int) -> None:
     published_post_processing(network, orth=True, beta=0.5, layer=layer)
 
     generator = torch.Generator().manual_seed(3)
-    ours, _ = DiversityNoise(beta=0.5, layer=layer).apply(parameters, graph, generator=generator)
-    ours, _ = Orthogonal(method="qr", layer=layer).apply(ours, graph, generator=generator)
+    ours, _ = apply_step(DiversityNoise(beta=0.5, layer=layer), parameters, graph, generator=generator)
+    ours, _ = apply_step(Orthogonal(method="qr", layer=layer), ours, graph, generator=generator)
 
     weights = [tensor for name, tensor in ours.items() if name.endswith("weight")]
     for module, weight in zip(network, weights, strict=True):
@@ -73,7 +73,7 @@ def test_biases_and_the_classifier_stay_as_they_were() -> None:
     parameters = random_parameters(graph)
     generator = torch.Generator().manual_seed(0)
     for step in (DiversityNoise(beta=1.0), Orthogonal(method="polar"), Orthogonal(method="qr")):
-        changed, _ = step.apply(parameters, graph, generator=generator)
+        changed, _ = apply_step(step, parameters, graph, generator=generator)
         for name, tensor in parameters.items():
             is_kept = name.endswith("bias") or name.startswith("head")
             assert torch.equal(changed[name], tensor) == is_kept, name

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ghn_service.errors import InvalidOptionError
-from ghn_service.postprocess.steps import POSTPROCESSORS, Step, apply_steps, encode_record, parse_steps
+from ghn_service.postprocess.steps import POSTPROCESSORS, Step, apply_steps, parse_steps
 from tests.postprocess.layer_examples import PLAIN, chain_graph, random_parameters
 
 
@@ -84,7 +84,7 @@ def test_every_step_keeps_shapes_and_dtypes_and_records_every_layer(name: str) -
         assert changed[key].shape == tensor.shape
         assert changed[key].dtype == tensor.dtype
         assert changed[key].is_contiguous()
-    assert [layer["parameter"] for layer in encode_record(record)["layers"]] == [layer.name for layer in PLAIN]
+    assert [layer.parameter for layer in record.layers] == [layer.name for layer in PLAIN]
 
 
 @pytest.mark.parametrize("name", POSTPROCESSORS)

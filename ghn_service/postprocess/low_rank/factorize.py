@@ -34,7 +34,6 @@ METHODS = (SPECTRAL, SCALED, FUNCTION, FUNCTION_OPTIMIZED)
 
 OPTIMIZER_STEPS = 12
 OPTIMIZER_TOLERANCE = 1e-5
-COVARIANCE_RIDGE = 1e-6
 
 Triplets = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -45,7 +44,6 @@ def factorize(
     *,
     method: str = FUNCTION,
     activation: str = "relu",
-    input_covariance: torch.Tensor | None = None,
     steps: int = OPTIMIZER_STEPS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors (u, v) such that ``phi(x @ v @ u.T)`` stands in for ``phi(x @ weight.T)``.
@@ -56,14 +54,13 @@ def factorize(
         method: One of ``METHODS``.
         activation: Name of the activation that follows, a key of ``ACTIVATION_KERNELS``; "" for none, where spectral is
             optimal and the function methods agree with it.
-        input_covariance: Second moments (d, d) of the layer's inputs; None for white inputs. Every method honours it.
         steps: Most quasi-Newton steps of ``function_optimized``.
 
     Returns:
         u (m, r) and v (d, r) in the dtype of ``weight``, with ``u @ v.T`` in place of ``weight.flatten(1)``.
 
     Raises:
-        InvalidOptionError: The weight, rank, method, activation or covariance is impossible; ``field`` names it.
+        InvalidOptionError: The weight, rank, method or activation is impossible; ``field`` names it.
     """
     require_known(method, METHODS, field="method")
     kernel = activation_kernel(activation)
@@ -74,12 +71,7 @@ def factorize(
             f"expected a rank from 1 to {full_rank} for a weight of shape {tuple(matrix.shape)}, got {rank!r}",
             field="rank",
         )
-    if input_covariance is None:
-        u, v = factors_of(decompose(matrix), rank, method=method, kernel=kernel, steps=steps)
-    else:
-        root = covariance_root(input_covariance, matrix)
-        u, white_v = factors_of(decompose(matrix @ root), rank, method=method, kernel=kernel, steps=steps)
-        v = torch.linalg.solve_triangular(root.mT, white_v, upper=True)
+    u, v = factors_of(decompose(matrix), rank, method=method, kernel=kernel, steps=steps)
     return u.to(weight.dtype), v.to(weight.dtype)
 
 
@@ -132,7 +124,7 @@ def decompose(weight: torch.Tensor) -> Decomposition:
 def factors_of(
     decomposition: Decomposition, rank: int, *, method: str, kernel: ActivationKernel, steps: int = OPTIMIZER_STEPS
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``factorize`` for white inputs, of a matrix that has been decomposed."""
+    """``factorize`` of a matrix that has been decomposed."""
     if method == FUNCTION_OPTIMIZED:
         left, values, right = _best_projection(decomposition, rank, kernel, steps)
     else:
@@ -176,18 +168,14 @@ def relative_function_error(
     v: torch.Tensor,
     *,
     activation: str = "relu",
-    input_covariance: torch.Tensor | None = None,
     normalized: bool = False,
 ) -> float:
-    """The exact loss E|phi(u v^T x) - phi(W x)|^2 for x ~ N(0, covariance), relative to E|phi(W x)|^2.
+    """The exact loss E|phi(u v^T x) - phi(W x)|^2 for x ~ N(0, I), relative to E|phi(W x)|^2.
 
     With ``normalized``, a normalisation before the activation gives every row of the product the length of its row of
     W, so that only directions matter.
     """
     matrix, product = _as_matrix(weight).double(), u.double() @ v.double().mT
-    if input_covariance is not None:
-        root = covariance_root(input_covariance, matrix)
-        matrix, product = matrix @ root, product @ root
     target, length = matrix.norm(dim=1), product.norm(dim=1)
     scale = (target * length).clamp_min(torch.finfo(matrix.dtype).tiny)
     cosine = ((matrix * product).sum(dim=1) / scale).clamp(-1.0, 1.0)
@@ -195,27 +183,6 @@ def relative_function_error(
     loss = kernel.loss(target, target if normalized else length, cosine).sum()
     whole = float(kernel.second_moment(target).sum())
     return float(loss) / whole if whole > 0 else 0.0
-
-
-def covariance_root(covariance: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """The lower Cholesky factor (d, d) of a covariance with a ridge of 1e-6 of its mean variance.
-
-    Raises:
-        InvalidOptionError: It is not a finite positive semi-definite (d, d) matrix.
-    """
-    size = matrix.shape[1]
-    if tuple(covariance.shape) != (size, size):
-        raise InvalidOptionError(
-            f"expected an input covariance of shape ({size}, {size}), got {tuple(covariance.shape)}",
-            field="input_covariance",
-        )
-    covariance = covariance.to(device=matrix.device, dtype=torch.float64)
-    ridge = COVARIANCE_RIDGE * covariance.diagonal().mean()
-    root, info = torch.linalg.cholesky_ex(covariance + ridge * torch.eye(size).to(covariance))
-    if int(info) != 0 or not bool(torch.isfinite(root).all()):
-        raise InvalidOptionError("expected a finite, positive semi-definite input covariance", field="input_covariance")
-    factor: torch.Tensor = root.to(matrix.dtype)
-    return factor
 
 
 def _as_matrix(weight: torch.Tensor) -> torch.Tensor:

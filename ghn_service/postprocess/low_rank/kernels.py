@@ -25,8 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Protocol
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -40,26 +39,6 @@ SHORTEST, LONGEST, NUM_LENGTHS = 0.002, 1.5, 256
 LARGEST_SLOPE = 1e3
 
 
-class ActivationKernel(Protocol):
-    """The kernel of one activation, evaluated row by row."""
-
-    def second_moment(self, length: torch.Tensor) -> torch.Tensor:
-        """K(a, a, 1) = E[phi(a z)^2] for lengths (M,)."""
-        ...
-
-    def loss(self, target: torch.Tensor, length: torch.Tensor, cosine: torch.Tensor) -> torch.Tensor:
-        """E[(phi(y.x) - phi(w.x))^2] for |w| = target, |y| = length; all (M,)."""
-        ...
-
-    def loss_by_cosine(self, target: torch.Tensor, length: torch.Tensor, cosine: torch.Tensor) -> torch.Tensor:
-        """The derivative (M,) of the loss with respect to the cosine."""
-        ...
-
-    def best_length(self, target: torch.Tensor, cosine: torch.Tensor) -> torch.Tensor:
-        """The length b (M,) of least loss for the given direction, at least as good as the projection's, a rho."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class PiecewiseLinear:
     """phi(x) = x for x > 0 and ``slope`` times x below: ReLU (0), leaky ReLU, identity (1). Exact.
@@ -70,30 +49,26 @@ class PiecewiseLinear:
 
     slope: float
 
-    @property
-    def _at_one(self) -> float:
-        return (1 + self.slope**2) / 2
-
     def _kernel(self, cosine: torch.Tensor) -> torch.Tensor:
         return self.slope * cosine + (1 - self.slope) ** 2 * arc_cosine_kernel(cosine) / 2
 
     def second_moment(self, length: torch.Tensor) -> torch.Tensor:
         """E[phi(a z)^2] = a^2 (1 + slope^2) / 2."""
-        return self._at_one * length.square()
+        return (1 + self.slope**2) / 2 * length.square()
 
     def loss(self, target: torch.Tensor, length: torch.Tensor, cosine: torch.Tensor) -> torch.Tensor:
-        """The closed form; never below zero."""
+        """E[(phi(y.x) - phi(w.x))^2] for |w| = target, |y| = length, all (M,); never below zero."""
         common = target * length * self._kernel(cosine)
         return (self.second_moment(target) + self.second_moment(length) - 2 * common).clamp_min(0.0)
 
     def loss_by_cosine(self, target: torch.Tensor, length: torch.Tensor, cosine: torch.Tensor) -> torch.Tensor:
-        """-2 a b k'(rho), with kappa'(rho) = (pi - arccos rho) / pi."""
+        """The derivative (M,) of the loss by the cosine: -2 a b k'(rho), with kappa'(rho) = (pi - arccos rho) / pi."""
         slope_of_kappa = (math.pi - torch.arccos(cosine.clamp(-1.0, 1.0))) / math.pi
         return -2 * target * length * (self.slope + (1 - self.slope) ** 2 * slope_of_kappa / 2)
 
     def best_length(self, target: torch.Tensor, cosine: torch.Tensor) -> torch.Tensor:
-        """The stationary point a k(rho) / k(1), which for ReLU is a kappa(rho)."""
-        return (target * self._kernel(cosine) / self._at_one).clamp_min(0.0)
+        """The length (M,) of least loss in the given direction: a k(rho) / k(1), which for ReLU is a kappa(rho)."""
+        return (target * self._kernel(cosine) / ((1 + self.slope**2) / 2)).clamp_min(0.0)
 
 
 @dataclass(frozen=True)
@@ -178,9 +153,8 @@ def arc_cosine_kernel(cosine: torch.Tensor) -> torch.Tensor:
     return ((1 - rho.square()).clamp_min(0.0).sqrt() + (math.pi - torch.arccos(rho)) * rho) / math.pi
 
 
-def _gelu_tanh(values: torch.Tensor) -> torch.Tensor:
-    return functional.gelu(values, approximate="tanh")
-
+ActivationKernel = PiecewiseLinear | Quadrature
+"""The kernel of one activation, evaluated row by row."""
 
 ACTIVATION_KERNELS: dict[str, ActivationKernel] = {
     "": PiecewiseLinear(slope=1.0),
@@ -190,7 +164,7 @@ ACTIVATION_KERNELS: dict[str, ActivationKernel] = {
     "relu6": PiecewiseLinear(slope=0.0),
     "leaky_relu": PiecewiseLinear(slope=0.01),
     "gelu": Quadrature(functional.gelu),
-    "gelu_tanh": Quadrature(_gelu_tanh),
+    "gelu_tanh": Quadrature(partial(functional.gelu, approximate="tanh")),
     "silu": Quadrature(functional.silu),
     "swish": Quadrature(functional.silu),
     "mish": Quadrature(functional.mish),

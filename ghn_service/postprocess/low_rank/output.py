@@ -12,6 +12,7 @@ with it all that distinguishes the other methods from ``spectral``.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -97,11 +98,6 @@ class LowRankRecord:
 
     request: LowRank
     layers: tuple[FactorRecord, ...]
-
-    @property
-    def num_factored(self) -> int:
-        """Layers that have factors now."""
-        return sum(layer.chosen.rank != DENSE for layer in self.layers)
 
 
 def encode_low_rank_record(record: LowRankRecord) -> dict[str, Any]:
@@ -269,10 +265,7 @@ def _share_out(candidates: Iterable[_Candidate], parameters: ParameterSet, reque
         raise InvalidOptionError(
             "the number of positions of some layers is not known; use a parameter budget instead", field=request.field
         )
-
-    def price(cost: RankCost) -> int:
-        return cost.parameters if is_parameters else cost.multiply_adds
-
+    price = operator.attrgetter("parameters" if is_parameters else "multiply_adds")
     free = [candidate for candidate in candidates if candidate.is_free]
     options = []
     for candidate in free:
@@ -297,12 +290,10 @@ def _with_factors(parameters: ParameterSet, replaced: Mapping[str, Mapping[str, 
     origins: dict[str, str] = {}
     for name, spec in parameters.specs.items():
         for new_name, tensor in replaced.get(name, {name: parameters[name]}).items():
+            tensors[new_name], origins[new_name], specs[new_name] = tensor, parameters.origins[name], spec
             if name in replaced:
                 torch_name = spec.torch_name + new_name.removeprefix(name) if spec.torch_name else ""
                 specs[new_name] = dataclasses.replace(
                     spec, name=new_name, shape=tuple(tensor.shape), permutation=(), torch_name=torch_name
                 )
-            else:
-                specs[new_name] = spec
-            tensors[new_name], origins[new_name] = tensor, parameters.origins[name]
     return ParameterSet(specs, tensors, origins, parameters.warnings)

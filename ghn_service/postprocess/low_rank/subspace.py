@@ -45,13 +45,7 @@ class SubspaceLoss:
 
 
 def subspace_loss(rows: torch.Tensor, basis: torch.Tensor, kernel: ActivationKernel) -> SubspaceLoss:
-    """The loss of a subspace with everything else at its best.
-
-    Args:
-        rows: W (m, k).
-        basis: A (k, r), of full column rank.
-        kernel: The activation that follows.
-    """
+    """The loss of the subspace that A (k, r), of full column rank, spans, with everything else at its best."""
     tiny = torch.finfo(rows.dtype).tiny
     target = rows.norm(dim=1)
     projected = rows @ basis
@@ -65,15 +59,11 @@ def subspace_loss(rows: torch.Tensor, basis: torch.Tensor, kernel: ActivationKer
     weighted = by_kept[:, None] * coefficients
     gradient = 2 * (rows.mT @ weighted - basis @ (coefficients.mT @ weighted))
     value = float(kernel.loss(target, length, cosine).sum()) / whole
-    return SubspaceLoss(value, gradient, _natural_step(kept, target, by_kept, rows.shape[1], basis.shape[1]))
-
-
-def _natural_step(kept: torch.Tensor, target: torch.Tensor, by_kept: torch.Tensor, full: int, rank: int) -> float:
     energy = float(kept.sum())
-    gap = energy / rank - float(target.square().sum()) / full
+    gap = energy / basis.shape[1] - float(target.square().sum()) / rows.shape[1]
     mean_slope = abs(float((by_kept * kept).sum())) / energy if energy > 0 else 0.0
     curvature = 2 * mean_slope * gap
-    return 1 / curvature if curvature > 0 else 0.0
+    return SubspaceLoss(value, gradient, 1 / curvature if curvature > 0 else 0.0)
 
 
 def improve_subspace(
@@ -86,7 +76,7 @@ def improve_subspace(
         basis: The start (k, r), of full column rank.
         kernel: The activation that follows.
         steps: Most steps.
-        tolerance: Ends when a step lowers the relative loss by less than this share of it.
+        tolerance: The share of the loss that a step must save for there to be another.
     """
     here = subspace_loss(rows, basis, kernel)
     secants = _Secants(here.step)

@@ -14,8 +14,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from ghn_service.graph.architecture import ArchitectureGraph
-from ghn_service.hypernetwork.features import longest_paths
+from ghn_service.graph.architecture import ArchitectureGraph, longest_paths
 from ghn_service.hypernetwork.places import BLOCK, RESOLUTION, find_places
 
 

@@ -133,26 +133,6 @@ def test_the_loss_equals_its_monte_carlo_estimate() -> None:
     assert relative_function_error(weight, u, v) * of_output == pytest.approx(float(sampled), rel=0.01)
 
 
-def test_whitened_factors_are_better_on_inputs_of_that_covariance() -> None:
-    weight = he_normal(32, 24)
-    spread = he_normal(24, 24, seed=3) @ torch.diag(torch.logspace(0, -2, 24))
-    covariance = spread @ spread.T
-    plain = factorize(weight, 4, method="function")
-    whitened = factorize(weight, 4, method="function", input_covariance=covariance)
-    errors = [
-        relative_function_error(weight, u, v, activation="relu", input_covariance=covariance)
-        for u, v in (plain, whitened)
-    ]
-    assert errors[1] < 0.5 * errors[0]
-
-
-def test_an_identity_covariance_changes_nothing() -> None:
-    weight = he_normal(12, 16)
-    plain = factorize(weight, 4)
-    whitened = factorize(weight, 4, input_covariance=torch.eye(16))
-    torch.testing.assert_close(whitened[0] @ whitened[1].T, plain[0] @ plain[1].T, rtol=1e-4, atol=1e-5)
-
-
 def test_a_convolution_is_factored_over_its_flattened_kernel() -> None:
     weight = he_normal(16, 72).reshape(16, 8, 3, 3)
     u, v = factorize(weight, 5)
@@ -190,8 +170,6 @@ def test_the_fast_decomposition_equals_the_full_one(shape: tuple[int, int]) -> N
         (he_normal(4, 6), {"rank": math.nan}, "rank"),
         (he_normal(4, 6), {"rank": 2, "method": "magic"}, "method"),
         (he_normal(4, 6), {"rank": 2, "activation": "magic"}, "activation"),
-        (he_normal(4, 6), {"rank": 2, "input_covariance": torch.eye(5)}, "input_covariance"),
-        (he_normal(4, 6), {"rank": 2, "input_covariance": -torch.eye(6)}, "input_covariance"),
         (he_normal(4, 6) * math.nan, {"rank": 2}, "weight"),
         (torch.zeros(4), {"rank": 1}, "weight"),
     ],
