@@ -17,7 +17,7 @@ HUGE_PAGES_FROM_BYTES = 8 * 2**20
 
 
 def fallback_origin(rule: str) -> str:
-    """The origin of a tensor that the rule ``rule`` of ``hypernetwork/fallbacks.py`` initialised."""
+    """The origin of a tensor that the rule ``rule`` of ``hypernetwork/fill.py`` initialised."""
     return f"fallback:{rule}"
 
 

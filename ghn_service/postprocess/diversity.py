@@ -1,9 +1,7 @@
 """How different the rows of a weight are from each other: rank, copies, directions, and size against He.
 
-A hypernetwork that predicts a block of 64 channels and repeats it gives a 512-channel layer of rank 64 whose rows come
-in groups of identical copies; training keeps the copies identical. These measures show that, and whether a remedy
-helped. The report of a prediction holds them before and after post-processing, and what they mean: a JSON document
-(``ghn-diversity-report/1``) that the client writes as it is or as an HTML page.
+A block of 64 channels that is repeated gives a 512-channel layer of rank 64, whose copies training keeps identical.
+The report of a prediction (JSON, ``ghn-diversity-report/1``) holds these measures before and after post-processing.
 
 Reference: the diagnostics of Knyazev 2022 (arXiv:2207.10049); He et al. 2015 (arXiv:1502.01852) for the scale; Roy and
 Vetterli 2007 for the effective rank.
@@ -215,20 +213,11 @@ def _summarize(measures: Mapping[str, TensorDiversity], layers: Sequence[Mapping
     """Measures of the whole network: sums over layers, and means weighted by the values of each."""
     sizes = {str(entry["parameter"]): int(entry["num_values"]) for entry in layers}
     total = sum(sizes.values()) or 1
-
-    def mean(measure: str) -> float:
-        weighted = [float(getattr(item, measure)) * sizes[name] for name, item in measures.items()]
-        return sum(weighted) / total
-
+    sums = ("rank", "full_rank", "effective_rank")
+    means = ("duplicate_rows", "near_duplicate_rows", "mean_abs_cosine", "tiled_share", "trouble")
     return {
-        "rank": sum(item.rank for item in measures.values()),
-        "full_rank": sum(item.full_rank for item in measures.values()),
-        "effective_rank": sum(item.effective_rank for item in measures.values()),
-        "duplicate_rows": mean("duplicate_rows"),
-        "near_duplicate_rows": mean("near_duplicate_rows"),
-        "mean_abs_cosine": mean("mean_abs_cosine"),
-        "tiled_share": mean("tiled_share"),
-        "trouble": mean("trouble"),
+        **{name: sum(getattr(item, name) for item in measures.values()) for name in sums},
+        **{name: sum(getattr(item, name) * sizes[key] for key, item in measures.items()) / total for name in means},
         "troubled_layers": sum(item.trouble > TROUBLED for item in measures.values()),
         "largest_spectral_norm_to_he": max((item.spectral_norm_to_he for item in measures.values()), default=0.0),
         "smallest_spectral_norm_to_he": min((item.spectral_norm_to_he for item in measures.values()), default=0.0),

@@ -66,7 +66,7 @@ def factorize(
     kernel = activation_kernel(activation)
     matrix = _as_matrix(weight)
     full_rank = min(matrix.shape)
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= full_rank:
+    if rank not in range(1, full_rank + 1):
         raise InvalidOptionError(
             f"expected a rank from 1 to {full_rank} for a weight of shape {tuple(matrix.shape)}, got {rank!r}",
             field="rank",

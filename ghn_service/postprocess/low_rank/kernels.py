@@ -186,18 +186,18 @@ def activation_kernel(name: str) -> ActivationKernel:
     Raises:
         InvalidOptionError: The activation has no kernel here.
     """
-    if not has_kernel(name):
+    if (kernel := find_kernel(name)) is None:
         raise unknown_name("activation", name, ACTIVATION_KERNELS, field="activation")
-    base, _, slope = name.partition(":")
-    return PiecewiseLinear(slope=float(slope)) if slope else ACTIVATION_KERNELS[base]
+    return kernel
 
 
-def has_kernel(name: str) -> bool:
-    """Whether an activation has a kernel here; a leaky ReLU does if its slope is no number that overflows."""
+def find_kernel(name: str) -> ActivationKernel | None:
+    """The kernel of an activation, or None; a leaky ReLU has one if its slope is no number that overflows."""
     base, separator, slope = name.partition(":")
     if not separator:
-        return base in ACTIVATION_KERNELS
+        return ACTIVATION_KERNELS.get(base)
     try:
-        return base == "leaky_relu" and abs(float(slope)) <= LARGEST_SLOPE
+        is_known = base == "leaky_relu" and abs(float(slope)) <= LARGEST_SLOPE
     except ValueError:
-        return False
+        return None
+    return PiecewiseLinear(slope=float(slope)) if is_known else None

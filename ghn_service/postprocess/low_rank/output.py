@@ -32,7 +32,7 @@ from ghn_service.postprocess.low_rank.factorize import (
     factors_of,
     relative_function_error,
 )
-from ghn_service.postprocess.low_rank.kernels import activation_kernel, has_kernel
+from ghn_service.postprocess.low_rank.kernels import activation_kernel, find_kernel
 from ghn_service.postprocess.low_rank.ranks import (
     DENSE,
     PARAMETER_BUDGET,
@@ -172,7 +172,7 @@ class _Candidate:
             what = "the classifier" if layer.is_head else "a grouped convolution"
             return cls(layer, tensor, SPECTRAL, "", f"{what} stays dense", is_free=False)
         name = attributes.activation
-        known = name if has_kernel(name) else ""
+        known = name if find_kernel(name) else ""
         if method == SPECTRAL:
             return cls(layer, tensor, SPECTRAL, known)
         if attributes.normalized and (known or method == SCALED):

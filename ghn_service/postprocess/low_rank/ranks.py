@@ -143,9 +143,9 @@ def choose_rank(full_rank: int, request: LowRank, errors: Callable[[], RankError
     return low
 
 
-def candidate_ranks(full_rank: int, *, points: int = 32) -> list[int]:
-    """At most ``points`` ranks from 1 to the full rank, evenly spread on a logarithmic scale."""
-    steps = torch.logspace(0, math.log10(full_rank), points, dtype=torch.float64).round()
+def candidate_ranks(full_rank: int) -> list[int]:
+    """About 32 ranks from 1 to the full rank, evenly spread on a logarithmic scale."""
+    steps = torch.logspace(0, math.log10(full_rank), 32, dtype=torch.float64).round()
     return sorted({min(max(int(step), 1), full_rank) for step in steps.tolist()} | {full_rank})
 
 

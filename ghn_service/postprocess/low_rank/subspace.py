@@ -17,7 +17,8 @@ Shapes: rows W (m, k), basis A (k, r) with any scale and angles; only its span m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -26,6 +27,9 @@ from ghn_service.postprocess.low_rank.kernels import ActivationKernel
 SMALLEST_COSINE = 1e-6
 BACKTRACKING = 0.3
 MAX_BACKTRACKS = 4
+
+Secant = tuple[torch.Tensor, torch.Tensor, float]
+"""How far L-BFGS moved, how much the gradient turned, and the product of both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +83,10 @@ def improve_subspace(
         tolerance: The share of the loss that a step must save for there to be another.
     """
     here = subspace_loss(rows, basis, kernel)
-    secants = _Secants(here.step)
+    first_step = here.step
+    secants: list[Secant] = []
     for _ in range(steps):
-        descent = secants.direction(here.gradient)
+        descent = _descent(here.gradient, secants, first_step)
         size = 1.0
         for _ in range(MAX_BACKTRACKS):
             candidate = basis - size * descent
@@ -91,37 +96,27 @@ def improve_subspace(
             size *= BACKTRACKING
         else:
             return basis
-        secants.append(candidate - basis, there.gradient - here.gradient)
+        moved, turned = candidate - basis, there.gradient - here.gradient
+        product = float((moved * turned).sum())
+        if product > 0:  # the curvature is positive
+            secants.append((moved, turned, product))
         gain, basis, here = here.value - there.value, candidate, there
         if gain < tolerance * here.value:
             break
     return basis
 
 
-@dataclass(slots=True)
-class _Secants:
-    """Differences of points and of gradients: what L-BFGS knows about the curvature."""
-
-    first_step: float
-    pairs: list[tuple[torch.Tensor, torch.Tensor, float]] = field(default_factory=list)
-
-    def append(self, moved: torch.Tensor, turned: torch.Tensor) -> None:
-        """Keeps a pair of differences, if its curvature is positive."""
-        product = float((moved * turned).sum())
-        if product > 0:
-            self.pairs.append((moved, turned, product))
-
-    def direction(self, gradient: torch.Tensor) -> torch.Tensor:
-        """The two-loop recursion: the inverse Hessian, as far as it is known, times the gradient."""
-        direction, factors = gradient, []
-        for moved, turned, product in reversed(self.pairs):
-            factors.append(float((moved * direction).sum()) / product)
-            direction = direction - factors[-1] * turned
-        if self.pairs:
-            _, turned, product = self.pairs[-1]
-            direction = direction * (product / float(turned.square().sum()))
-        else:
-            direction = direction * self.first_step
-        for (moved, turned, product), factor in zip(self.pairs, reversed(factors), strict=True):
-            direction = direction + (factor - float((turned * direction).sum()) / product) * moved
-        return direction
+def _descent(gradient: torch.Tensor, secants: Sequence[Secant], first_step: float) -> torch.Tensor:
+    """The two-loop recursion: the inverse Hessian, as far as it is known, times the gradient."""
+    direction, factors = gradient, []
+    for moved, turned, product in reversed(secants):
+        factors.append(float((moved * direction).sum()) / product)
+        direction = direction - factors[-1] * turned
+    scale = first_step
+    if secants:
+        _, turned, product = secants[-1]
+        scale = product / float(turned.square().sum())
+    direction = direction * scale
+    for (moved, turned, product), factor in zip(secants, reversed(factors), strict=True):
+        direction = direction + (factor - float((turned * direction).sum()) / product) * moved
+    return direction
