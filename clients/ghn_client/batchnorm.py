@@ -143,6 +143,5 @@ def hold_statistics(module: nn.Module, choice: str) -> Callable[[], None]:
 
 def travelling_statistics(module: nn.Module, choice: str) -> list[str]:
     """Dotted paths of the running statistics that tuning under ``choice`` changes; they travel with tuned values."""
-    if choice != UPDATE:
-        return []
-    return [name for name, _ in module.named_buffers() if name.rpartition(".")[2] in ("running_mean", "running_var")]
+    names = [name for name, _ in module.named_buffers() if name.rpartition(".")[2] in ("running_mean", "running_var")]
+    return names if choice == UPDATE else []

@@ -88,11 +88,7 @@ class TemporaryError(GhnClientError):
             None if it does not say.
     """
 
-    def __init__(
-        self, message: str, *, field: str = "", request_id: str = "", retry_after_s: float | None = None
-    ) -> None:
-        super().__init__(message, field=field, request_id=request_id)
-        self.retry_after_s = retry_after_s
+    retry_after_s: float | None = None
 
 
 class ServerUnavailableError(TemporaryError):

@@ -6,16 +6,15 @@ import contextlib
 import importlib.util
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
 from torch import nn
 
 from ghn_client.atomic_file import write_file
-from ghn_client.batchnorm import recalibrate_batchnorm
+from ghn_client.batchnorm import UPDATE, recalibrate_batchnorm, travelling_statistics
 from ghn_client.cli.options import Server, Tuning, messages
 from ghn_client.errors import InvalidOptionError
 from ghn_client.finetune.delta import save_delta
@@ -117,19 +116,13 @@ def _strategy_options(tuning: Tuning, samples: int) -> dict[str, Any]:
 def _is_complete(handle: FineTuneHandle) -> bool:
     """Whether request and delta give the whole network: measured statistics must travel, since no request has them."""
     travelling = {name.removeprefix("base.") for part in handle.parts for name in part.buffers}
-    measured = {name for name, _ in handle.base.named_buffers() if name.endswith(("running_mean", "running_var"))}
-    return measured <= travelling
+    return travelling.issuperset(travelling_statistics(handle.base, UPDATE))
 
 
-@dataclass(frozen=True, eq=False)
-class _Start:
-    """A network with its starting weights.
+class _Start(NamedTuple):
+    """A network with its starting weights, and what they were asked with; None for its own weights.
 
-    Attributes:
-        network: The module.
-        request: What the prediction was asked, ``None`` for its own weights.
-        image_size: Pixels per side.
-        to_onnx: Turns the tuned module into a filled file, where the network came from one.
+    ``to_onnx`` turns the tuned module into a filled file, where the network came from one.
     """
 
     network: nn.Module

@@ -28,7 +28,6 @@ MAX_ROWS = 80
 
 PIPE_WIDTH = 160
 _RIGHT = ("parameters", "classes", "std")
-_PLACEHOLDER = "__REPORT__"
 _STAGES = {
     "queued": "waiting for a device",
     "encoding": "reading the architecture",
@@ -202,11 +201,11 @@ def prediction_document(prediction: Prediction, written: Sequence[str], seconds:
         "tensors": [
             {
                 "name": name,
-                "shape": list(tensor.shape),
+                "shape": list(value.shape),
                 "origin": notes[name].origin,
                 "torch_name": notes[name].torch_name,
             }
-            for name, tensor in prediction.items()
+            for name, value in prediction.items()
         ],
         "warnings": list(prediction.warnings),
         "server_seconds": dict(prediction.seconds),
@@ -219,7 +218,7 @@ def render_report_html(report: Mapping[str, Any]) -> str:
     template = resources.files("ghn_client").joinpath("report_template.html").read_text(encoding="utf-8")
     # Inside a script element only "</" and "<!--" could end or change it; JSON allows both to be escaped.
     body = json.dumps(report, separators=(",", ":")).replace("<", "\\u003c")
-    return template.replace(_PLACEHOLDER, body, 1)
+    return template.replace("__REPORT__", body, 1)
 
 
 def write_report(report: Mapping[str, Any], path: Path) -> None:

@@ -18,8 +18,6 @@ from ghn_client.errors import FileError
 FORMAT = "ghn-prediction/1"
 PREFIX = "ghn."
 FORMAT_KEY = PREFIX + "format"
-FRAMEWORK = {"format": "pt"}
-"""What other readers of safetensors files look for: the tensors follow torch's conventions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +91,7 @@ class PredictionMetadata:
 
 def encode_metadata(metadata: PredictionMetadata) -> dict[str, str]:
     """The metadata as text by key: plain text where the field is text, else JSON."""
-    encoded = {**FRAMEWORK, FORMAT_KEY: FORMAT}
+    encoded = {"format": "pt", FORMAT_KEY: FORMAT}  # other readers look for the first: torch's conventions
     for item in dataclasses.fields(metadata):
         value = getattr(metadata, item.name)
         if item.name == "tensors":
