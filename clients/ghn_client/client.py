@@ -15,12 +15,13 @@ from ghn_client.embedded import start_embedded_server
 from ghn_client.errors import GhnClientError, InvalidOptionError, ServerUnavailableError
 from ghn_client.info import Analysis, Health, ModelInfo, ServerInfo, decode_all, decode_analysis, decode_server_info
 from ghn_client.onnx.export import Architecture, read_source
-from ghn_client.options import LowRankLike, StepLike, encode_dtype, encode_low_rank, encode_step
+from ghn_client.options import LowRankLike, StepLike, encode_low_rank, encode_step
 from ghn_client.prediction import Prediction
 from ghn_client.wire import ghn_pb2
 from ghn_client.wire.codec import SERVICE, Progress, open_prediction_stream, receive_stream
 from ghn_client.wire.ghn_pb2_grpc import GhnServiceStub
 
+DTYPES = ("float32", "bfloat16", "float16")
 PREDICT_TIMEOUT_S = 300.0
 SHORT_TIMEOUT_S = 30.0
 MAX_BYTES = 1 << 36
@@ -144,17 +145,15 @@ class GHNClient:
         """
         if not 0 <= seed < 1 << 64:
             raise InvalidOptionError(f"expected a seed from 0 to 2**64 - 1, got {seed}", field="seed")
+        fields = _common_fields(model, dtype, low_rank)
         source = read_source(architecture, example_inputs)
         request = ghn_pb2.PredictWeightsRequest(
             architecture=ghn_pb2.Architecture(onnx_model=source.structure),
-            model=model,
-            dtype=encode_dtype(dtype),
             seed=seed,
             steps=[encode_step(step) for step in steps],
-            low_rank=encode_low_rank(low_rank),
             include=list(include),
-            request_id=uuid.uuid4().hex,
             report=report,
+            **fields,
         )
 
         def attempt(channel: grpc.Channel, remaining_s: float) -> Prediction:
@@ -185,13 +184,9 @@ class GHNClient:
         Nothing is predicted, unless ``low_rank`` is given: then the answer tells what each layer would become, and
         what other ranks would cost and save.
         """
-        request = ghn_pb2.AnalyzeArchitectureRequest(
-            architecture=ghn_pb2.Architecture(onnx_model=read_source(architecture, example_inputs).structure),
-            model=model,
-            dtype=encode_dtype(dtype),
-            request_id=uuid.uuid4().hex,
-            low_rank=encode_low_rank(low_rank),
-        )
+        fields = _common_fields(model, dtype, low_rank)
+        structure = read_source(architecture, example_inputs).structure
+        request = ghn_pb2.AnalyzeArchitectureRequest(architecture=ghn_pb2.Architecture(onnx_model=structure), **fields)
         timeout_s = timeout_s or self._timeout_s or (PREDICT_TIMEOUT_S if low_rank else SHORT_TIMEOUT_S)
         return decode_analysis(self._unary("AnalyzeArchitecture", request, timeout_s))
 
@@ -233,3 +228,15 @@ class GHNClient:
 
         seconds = timeout_s or self._timeout_s or SHORT_TIMEOUT_S
         return self._connection.call(attempt, timeout_s=seconds, max_attempts=max_attempts)
+
+
+def _common_fields(model: str, dtype: str, low_rank: LowRankLike | None) -> dict[str, Any]:
+    """What requests for a prediction and for an analysis have in common, but for the architecture."""
+    if dtype not in DTYPES:
+        raise InvalidOptionError(f"expected a dtype of {', '.join(DTYPES)}, got {dtype!r}", field="dtype")
+    return {
+        "model": model,
+        "dtype": ghn_pb2.DataType.Value(f"DATA_TYPE_{dtype.upper()}"),
+        "low_rank": None if low_rank is None else encode_low_rank(low_rank),
+        "request_id": uuid.uuid4().hex,
+    }

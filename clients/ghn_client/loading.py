@@ -122,8 +122,9 @@ def load_parameters(
 
 def _fits(given: torch.Size, expected: torch.Size) -> bool:
     """Whether shapes are equal; exporters store a scale per channel (C,) as (1, C, 1, 1), say, which is the same."""
-    both_vectors = sum(size > 1 for size in given) == sum(size > 1 for size in expected) == 1
-    return given == expected or (both_vectors and given.numel() == expected.numel())
+    if given == expected or given.numel() != expected.numel():
+        return given == expected
+    return sum(size > 1 for size in given) == sum(size > 1 for size in expected) == 1
 
 
 def _put(

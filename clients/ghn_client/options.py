@@ -12,7 +12,6 @@ from ghn_client.wire import ghn_pb2
 # The rules and methods are those of the protocol, under its names.
 RANK_RULES = tuple(field.name for field in ghn_pb2.LowRankOutput.DESCRIPTOR.oneofs_by_name["rank_rule"].fields)
 METHOD_PREFIX = "LOW_RANK_METHOD_"
-DTYPES = ("float32", "bfloat16", "float16")
 LOW_RANK_METHODS = tuple(name.removeprefix(METHOD_PREFIX).lower() for name in ghn_pb2.LowRankMethod.keys()[1:])
 
 
@@ -121,25 +120,12 @@ def decode_method(number: ghn_pb2.LowRankMethod.ValueType) -> str:
     return ghn_pb2.LowRankMethod.Name(number).removeprefix(METHOD_PREFIX).lower() if number in known else str(number)
 
 
-def encode_dtype(dtype: str) -> ghn_pb2.DataType.ValueType:
-    """The element type as the protocol has it.
-
-    Raises:
-        InvalidOptionError: It is none that a reply can have.
-    """
-    if dtype not in DTYPES:
-        raise InvalidOptionError(f"expected a dtype of {', '.join(DTYPES)}, got {dtype!r}", field="dtype")
-    return ghn_pb2.DataType.Value(f"DATA_TYPE_{dtype.upper()}")
-
-
-def encode_low_rank(options: LowRankLike | None) -> ghn_pb2.LowRankOutput | None:
-    """The options as a message; None for dense weights.
+def encode_low_rank(options: LowRankLike) -> ghn_pb2.LowRankOutput:
+    """The options as a message.
 
     Raises:
         InvalidOptionError: An option is unknown or impossible.
     """
-    if options is None:
-        return None
     if isinstance(options, str):
         pairs = parse_pairs(options.split(","), "low rank as RULE=VALUE[,method=M]")
         options = {key: value if key == "method" else _number(value) for key, value in pairs.items()}

@@ -95,7 +95,7 @@ def encode_metadata(metadata: PredictionMetadata) -> dict[str, str]:
     for item in dataclasses.fields(metadata):
         value = getattr(metadata, item.name)
         if item.name == "tensors":
-            value = [_encode_tensor(tensor) for tensor in value]
+            value = list(map(_encode_tensor, value))
         is_text = isinstance(value, str)
         encoded[PREFIX + item.name] = value if is_text else json.dumps(value, separators=(",", ":"), ensure_ascii=False)
     return encoded
@@ -118,7 +118,7 @@ def decode_metadata(encoded: Mapping[str, str]) -> PredictionMetadata:
             values[item.name] = text if item.type == "str" else json.loads(text)
         for name in ("buffers", "warnings", "steps", "include"):
             values[name] = tuple(values[name])
-        values["tensors"] = tuple(_decode_tensor(entry) for entry in values["tensors"])
+        values["tensors"] = tuple(map(_decode_tensor, values["tensors"]))
         return PredictionMetadata(**values)
     except (KeyError, TypeError, ValueError) as error:
         raise FileError(f"the metadata of the prediction is damaged: {error!r}") from error
