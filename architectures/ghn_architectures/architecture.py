@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from torch import nn
 
@@ -47,14 +46,24 @@ class Interface:
         return (self.in_channels, self.image_size, self.image_size)
 
 
-class Configuration(Hashable, Protocol):
-    """Everything that decides an architecture of one family, as a frozen and hashable value."""
+class Configuration:
+    """Everything that decides an architecture of one family, as a frozen and hashable value.
 
+    Fields of one name mean the same in every family: ``widths`` are the output channels and ``depths`` the blocks of
+    each stage, ``depth`` all blocks, ``channels`` those of each token, ``patch`` is the side of a patch, ``mlp_ratio``
+    a perceptron's hidden channels in units of its input's; ``stem_width``, ``stem_kernel`` and ``stem_stride`` are
+    channels, kernel and stride of the first convolution, ``norm`` is ``batch`` or ``none``, ``activation`` a name in
+    ``layers.ACTIVATIONS``; with ``pooled`` the head averages over positions, otherwise it flattens, and ``head`` are
+    the widths of hidden linear layers before the classifier.
+    """
+
+    __slots__ = ()
     family: ClassVar[str]
+    network: ClassVar[type[nn.Module]]
 
     def build(self, interface: Interface) -> nn.Module:
         """The network for ``interface``."""
-        ...
+        return self.network(self, interface)
 
 
 CANONICAL = Interface()

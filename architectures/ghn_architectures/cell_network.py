@@ -13,55 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ghn_architectures.architecture import Interface
+from ghn_architectures.architecture import Configuration, Interface
 from ghn_architectures.cells import CELL_OPERATIONS, CellGenotype, Genotype, convolution
 from ghn_architectures.layers import ClassifierHead, Conv2d, conv_norm, embedding_parameter, make_norm
-
-
-@dataclass(frozen=True, slots=True)
-class CellNetworkConfiguration:
-    """A network of cells.
-
-    Attributes:
-        genotype: The two cells.
-        num_cells: Number of cells L; cells L // 3 and 2 L // 3 halve the resolution.
-        channels: Channels of each value inside the first cells.
-        multiplier: Factor of the channels at each reduction.
-        stem: ``simple`` (one convolution), ``strided`` (two convolutions, stride 2) or ``patch``.
-        stem_kernel: Kernel of the stem; patch size for ``patch``.
-        stem_pool: Whether a max pooling halves the resolution after a simple stem.
-        preprocess: Whether a 1x1 convolution precedes each cell's inputs even where shapes fit.
-        positions: Whether a position embedding is added after a patch stem.
-        pooled: Whether the head averages over positions; otherwise it flattens.
-        head: Widths of hidden linear layers before the classifier.
-        norm: ``batch`` or ``none``.
-    """
-
-    family: ClassVar[str] = "cells"
-
-    genotype: Genotype
-    num_cells: int
-    channels: int
-    multiplier: int = 2
-    stem: str = "simple"
-    stem_kernel: int = 3
-    stem_pool: bool = False
-    preprocess: bool = True
-    positions: bool = False
-    pooled: bool = True
-    head: tuple[int, ...] = ()
-    norm: str = "batch"
-
-    def build(self, interface: Interface) -> nn.Module:
-        """The network for ``interface``."""
-        return CellNetwork(self, interface)
-
-    @property
-    def reductions(self) -> frozenset[int]:
-        """Places of the cells that halve the resolution."""
-        if self.genotype.is_isotropic:
-            return frozenset()
-        return frozenset({self.num_cells // 3, 2 * self.num_cells // 3})
 
 
 class Cell(nn.Module):
@@ -81,7 +35,6 @@ class Cell(nn.Module):
         genotype: CellGenotype,
         in_channels: tuple[int, int],
         channels: int,
-        *,
         stride: int,
         input_stride: int,
         configuration: CellNetworkConfiguration,
@@ -116,12 +69,7 @@ class Cell(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """A trainable tensor added to the feature.
-
-    Args:
-        channels: Channels C.
-        size: Side S of the feature (B, C, S, S).
-    """
+    """A trainable tensor added to a feature of side S."""
 
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
@@ -146,16 +94,7 @@ class CellNetwork(nn.Module):
             genotype = configuration.genotype.reduction if is_reduction else configuration.genotype.normal
             channels *= configuration.multiplier if is_reduction else 1
             stride = 2 if is_reduction else 1
-            self.cells.append(
-                Cell(
-                    genotype,
-                    (before, last),
-                    channels,
-                    stride=stride,
-                    input_stride=input_stride,
-                    configuration=configuration,
-                )
-            )
+            self.cells.append(Cell(genotype, (before, last), channels, stride, input_stride, configuration))
             before, last, input_stride = last, channels * len(genotype.outputs), stride
             size = -(-size // stride)
         spatial = None if configuration.pooled else size
@@ -167,6 +106,46 @@ class CellNetwork(nn.Module):
         for cell in self.cells:
             before, last = last, cell(before, last)
         return self.head(last)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class CellNetworkConfiguration(Configuration):
+    """A network of cells.
+
+    Attributes:
+        genotype: The two cells.
+        num_cells: Number of cells L; cells L // 3 and 2 L // 3 halve the resolution.
+        channels: Channels of each value inside the first cells.
+        multiplier: Factor of the channels at each reduction.
+        stem: ``simple`` (one convolution), ``strided`` (two convolutions, stride 2) or ``patch``.
+        stem_kernel: Kernel of the stem; patch size for ``patch``.
+        stem_pool: Whether a max pooling halves the resolution after a simple stem.
+        preprocess: Whether a 1x1 convolution precedes each cell's inputs even where shapes fit.
+        positions: Whether a position embedding is added after a patch stem.
+    """
+
+    family: ClassVar[str] = "cells"
+    network: ClassVar[type[nn.Module]] = CellNetwork
+
+    genotype: Genotype
+    num_cells: int
+    channels: int
+    multiplier: int = 2
+    stem: str = "simple"
+    stem_kernel: int = 3
+    stem_pool: bool = False
+    preprocess: bool = True
+    positions: bool = False
+    pooled: bool = True
+    head: tuple[int, ...] = ()
+    norm: str = "batch"
+
+    @property
+    def reductions(self) -> frozenset[int]:
+        """Places of the cells that halve the resolution."""
+        if self.genotype.is_isotropic:
+            return frozenset()
+        return frozenset({self.num_cells // 3, 2 * self.num_cells // 3})
 
 
 def _make_stem(configuration: CellNetworkConfiguration, interface: Interface) -> tuple[nn.Sequential, int]:

@@ -12,46 +12,11 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ghn_architectures.architecture import Interface
+from ghn_architectures.architecture import Configuration, Interface
 from ghn_architectures.layers import ClassifierHead, Linear, conv_norm, make_activation
 
 
-@dataclass(frozen=True, slots=True)
-class ConvNetConfiguration:
-    """A plain convolutional network.
-
-    Attributes:
-        widths: Channels of each stage.
-        depths: Convolutions in each stage.
-        kernel: Kernel of all convolutions but the first.
-        stem_kernel: Kernel of the first convolution.
-        stem_stride: Stride of the first convolution.
-        downsampling: What ends each stage: ``max`` or ``avg`` pooling, or ``stride`` in its last convolution.
-        pooled: Whether the head averages over positions; otherwise it flattens.
-        head: Widths of hidden linear layers before the classifier.
-        norm: ``batch`` or ``none``.
-        activation: Nonlinearity.
-    """
-
-    family: ClassVar[str] = "convnet"
-
-    widths: tuple[int, ...]
-    depths: tuple[int, ...]
-    kernel: int = 3
-    stem_kernel: int = 3
-    stem_stride: int = 1
-    downsampling: str = "max"
-    pooled: bool = True
-    head: tuple[int, ...] = ()
-    norm: str = "batch"
-    activation: str = "relu"
-
-    def build(self, interface: Interface) -> nn.Module:
-        """The network for ``interface``."""
-        return ConvNet(self, interface)
-
-
-class ConvNet(nn.Module):
+class ConvNet(nn.Sequential):
     """Convolutions with norm and activation, stages divided by halved resolution, and a head."""
 
     def __init__(self, configuration: ConvNetConfiguration, interface: Interface) -> None:
@@ -82,32 +47,30 @@ class ConvNet(nn.Module):
         spatial = None if configuration.pooled else size
         self.head = ClassifierHead(channels, interface.num_classes, hidden=configuration.head, spatial=spatial)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, K)."""
-        return self.head(self.features(x))  # type: ignore[no-any-return]
-
 
 @dataclass(frozen=True, slots=True)
-class MlpConfiguration:
-    """A multi-layer perceptron.
+class ConvNetConfiguration(Configuration):
+    """A plain convolutional network.
 
     Attributes:
-        widths: Widths of the hidden layers.
-        norm: ``layer`` or ``none``.
-        activation: Nonlinearity.
-        pool: Side of the average pooling before flattening; 1 for none.
+        depths: Convolutions in each stage.
+        kernel: Kernel of all convolutions but the first.
+        downsampling: What ends each stage: ``max`` or ``avg`` pooling, or ``stride`` in its last convolution.
     """
 
-    family: ClassVar[str] = "mlp"
+    family: ClassVar[str] = "convnet"
+    network: ClassVar[type[nn.Module]] = ConvNet
 
     widths: tuple[int, ...]
-    norm: str = "none"
+    depths: tuple[int, ...]
+    kernel: int = 3
+    stem_kernel: int = 3
+    stem_stride: int = 1
+    downsampling: str = "max"
+    pooled: bool = True
+    head: tuple[int, ...] = ()
+    norm: str = "batch"
     activation: str = "relu"
-    pool: int = 1
-
-    def build(self, interface: Interface) -> nn.Module:
-        """The network for ``interface``."""
-        return Mlp(self, interface)
 
 
 class Mlp(nn.Module):
@@ -129,3 +92,22 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, K)."""
         return self.classifier(self.hidden(self.pool(x).flatten(1)))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class MlpConfiguration(Configuration):
+    """A multi-layer perceptron.
+
+    Attributes:
+        widths: Widths of the hidden layers.
+        norm: ``layer`` or ``none``.
+        pool: Side of the average pooling before flattening; 1 for none.
+    """
+
+    family: ClassVar[str] = "mlp"
+    network: ClassVar[type[nn.Module]] = Mlp
+
+    widths: tuple[int, ...]
+    norm: str = "none"
+    activation: str = "relu"
+    pool: int = 1

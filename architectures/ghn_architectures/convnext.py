@@ -13,35 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ghn_architectures.architecture import Interface
+from ghn_architectures.architecture import Configuration, Interface
 from ghn_architectures.layers import Conv2d, Linear, TokenMlp
-
-
-@dataclass(frozen=True, slots=True)
-class ConvNeXtConfiguration:
-    """A ConvNeXt.
-
-    Attributes:
-        widths: Channels of each stage; each stage but the first halves the resolution.
-        depths: Blocks in each stage.
-        patch: Kernel and stride of the first convolution.
-        kernel: Kernel of the depthwise convolutions.
-        mlp_ratio: Hidden channels of a block in units of its channels.
-        layer_scale: Start of the trainable factor of each branch; 0 for no such factor.
-    """
-
-    family: ClassVar[str] = "convnext"
-
-    widths: tuple[int, ...]
-    depths: tuple[int, ...]
-    patch: int = 2
-    kernel: int = 7
-    mlp_ratio: int = 4
-    layer_scale: float = 0.0
-
-    def build(self, interface: Interface) -> nn.Module:
-        """The network for ``interface``."""
-        return ConvNeXt(self, interface)
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -96,3 +69,25 @@ class ConvNeXt(nn.Module):
         """(B, C, H, W) -> (B, K)."""
         x = self.stages(self.stem(x))
         return self.classifier(self.norm(x.mean((2, 3))))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class ConvNeXtConfiguration(Configuration):
+    """A ConvNeXt.
+
+    Attributes:
+        widths: Channels of each stage; each stage but the first halves the resolution.
+        patch: Kernel and stride of the first convolution.
+        kernel: Kernel of the depthwise convolutions.
+        layer_scale: Start of the trainable factor of each branch; 0 for no such factor.
+    """
+
+    family: ClassVar[str] = "convnext"
+    network: ClassVar[type[nn.Module]] = ConvNeXt
+
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    patch: int = 2
+    kernel: int = 7
+    mlp_ratio: int = 4
+    layer_scale: float = 0.0

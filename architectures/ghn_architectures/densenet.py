@@ -13,39 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ghn_architectures.architecture import Interface
+from ghn_architectures.architecture import Configuration, Interface
 from ghn_architectures.layers import ClassifierHead, Conv2d, make_activation, make_norm, round_channels
-
-
-@dataclass(frozen=True, slots=True)
-class DenseNetConfiguration:
-    """A densely connected network.
-
-    Attributes:
-        growth: Channels that each layer adds.
-        depths: Layers in each block.
-        bottleneck: Channels of the 1x1 convolution before each 3x3 one, in units of ``growth``; 0 for none.
-        compression: Share of the channels that a transition keeps.
-        stem_width: Channels after the first convolution.
-        stem_stride: Stride of the first convolution.
-        norm: ``batch`` or ``none``.
-        activation: Nonlinearity.
-    """
-
-    family: ClassVar[str] = "densenet"
-
-    growth: int
-    depths: tuple[int, ...]
-    bottleneck: int = 4
-    compression: float = 0.5
-    stem_width: int = 24
-    stem_stride: int = 1
-    norm: str = "batch"
-    activation: str = "relu"
-
-    def build(self, interface: Interface) -> nn.Module:
-        """The network for ``interface``."""
-        return DenseNet(self, interface)
 
 
 def _norm_act_conv(
@@ -82,7 +51,7 @@ class DenseBlock(nn.Module):
         return torch.cat(features, 1)
 
 
-class DenseNet(nn.Module):
+class DenseNet(nn.Sequential):
     """Stem, dense blocks with transitions in between, and a head."""
 
     def __init__(self, configuration: DenseNetConfiguration, interface: Interface) -> None:
@@ -110,6 +79,26 @@ class DenseNet(nn.Module):
         self.final = nn.Sequential(final_norm, make_activation(configuration.activation))
         self.head = ClassifierHead(channels, interface.num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, K)."""
-        return self.head(self.final(self.blocks(self.stem(x))))  # type: ignore[no-any-return]
+
+@dataclass(frozen=True, slots=True)
+class DenseNetConfiguration(Configuration):
+    """A densely connected network.
+
+    Attributes:
+        growth: Channels that each layer adds.
+        depths: Layers in each block.
+        bottleneck: Channels of the 1x1 convolution before each 3x3 one, in units of ``growth``; 0 for none.
+        compression: Share of the channels that a transition keeps.
+    """
+
+    family: ClassVar[str] = "densenet"
+    network: ClassVar[type[nn.Module]] = DenseNet
+
+    growth: int
+    depths: tuple[int, ...]
+    bottleneck: int = 4
+    compression: float = 0.5
+    stem_width: int = 24
+    stem_stride: int = 1
+    norm: str = "batch"
+    activation: str = "relu"

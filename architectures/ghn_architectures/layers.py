@@ -129,21 +129,13 @@ def conv_norm(
     norm: str = "batch",
     activation: str | None = None,
 ) -> nn.Sequential:
-    """Convolution with padding that keeps the size, norm and activation; the convolution has a bias if no norm follows.
+    """Convolution of an odd kernel, norm and activation; the convolution has a bias if no norm follows.
 
-    Args:
-        in_channels: Channels of the input (B, in_channels, H, W).
-        out_channels: Channels of the output (B, out_channels, ceil(H / stride), ceil(W / stride)).
-        kernel: Odd window size.
-        stride: Stride along both axes.
-        groups: Groups of the convolution.
-        norm: ``batch`` or ``none``.
-        activation: Name in ``ACTIVATIONS``; None for none.
+    (B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)).
     """
+    bias, padding = norm == "none", kernel // 2
     layers: list[nn.Module] = [
-        Conv2d(
-            in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=norm == "none"
-        )
+        Conv2d(in_channels, out_channels, kernel, stride=stride, padding=padding, groups=groups, bias=bias)
     ]
     if norm != "none":
         layers.append(make_norm(norm, out_channels))
@@ -156,11 +148,6 @@ class SqueezeExcite(nn.Module):
     """Channel gate: ``x * sigmoid(expand(relu(reduce(mean(x)))))``.
 
     Reference: Hu et al. 2018, "Squeeze-and-Excitation Networks" (arXiv:1709.01507).
-
-    Args:
-        channels: Channels C of the gated feature (B, C, H, W).
-        squeezed_channels: Channels of the bottleneck.
-        hard: Whether the gate is a hard sigmoid.
     """
 
     def __init__(self, channels: int, squeezed_channels: int, *, hard: bool = False) -> None:
@@ -183,13 +170,9 @@ def round_channels(value: float, *, least: int = 8) -> int:
 
 
 class ClassifierHead(nn.Module):
-    """Global average pooling (or flattening), optional hidden layers, and the classifier.
+    """Global average pooling, optional hidden layers with ReLU, and the classifier.
 
-    Args:
-        channels: Channels C of the feature (B, C, H, W).
-        num_classes: Number of classes K.
-        hidden: Widths of hidden linear layers with ReLU.
-        spatial: Side of the feature if it is flattened instead of averaged; None for averaging.
+    With ``spatial``, the side of the feature, it is flattened instead of averaged.
     """
 
     def __init__(
@@ -221,10 +204,6 @@ def heads_for(channels: int, head_channels: int) -> int:
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one packed projection for queries, keys and values.
 
-    Args:
-        channels: Channels C, a multiple of ``num_heads``.
-        num_heads: Number of heads.
-
     Raises:
         InvalidOptionError: ``num_heads`` does not divide ``channels``.
     """
@@ -250,12 +229,7 @@ class SelfAttention(nn.Module):
 
 
 class TokenMlp(nn.Module):
-    """Two linear layers with a GELU in between, over the last axis.
-
-    Args:
-        channels: Channels of input and output.
-        hidden: Channels in between.
-    """
+    """Two linear layers with a GELU and ``hidden`` channels in between, over the last axis."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
@@ -269,13 +243,7 @@ class TokenMlp(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``.
-
-    Args:
-        channels: Channels C.
-        num_heads: Number of heads.
-        mlp_ratio: Hidden channels of the perceptron in units of C.
-    """
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
 
     def __init__(self, channels: int, *, num_heads: int, mlp_ratio: int) -> None:
         super().__init__()

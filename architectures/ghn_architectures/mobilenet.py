@@ -12,45 +12,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ghn_architectures.architecture import Interface
+from ghn_architectures.architecture import Configuration, Interface
 from ghn_architectures.layers import ClassifierHead, SqueezeExcite, conv_norm, round_channels
-
-
-@dataclass(frozen=True, slots=True)
-class MobileNetConfiguration:
-    """A network of inverted residuals.
-
-    Attributes:
-        widths: Output channels of each stage.
-        depths: Blocks in each stage.
-        strides: Stride of the first block of each stage.
-        expansions: Inner channels over input channels of each stage's blocks.
-        kernels: Kernel of each stage's depthwise convolutions.
-        stem_width: Channels after the first convolution.
-        stem_stride: Stride of the first convolution.
-        squeeze: Reduction of the gate, of the inner channels; 0 for no gate.
-        head_width: Channels of the last 1x1 convolution; 0 for none.
-        norm: ``batch`` or ``none``.
-        activation: Nonlinearity.
-    """
-
-    family: ClassVar[str] = "mobilenet"
-
-    widths: tuple[int, ...]
-    depths: tuple[int, ...]
-    strides: tuple[int, ...]
-    expansions: tuple[int, ...]
-    kernels: tuple[int, ...]
-    stem_width: int = 32
-    stem_stride: int = 1
-    squeeze: int = 0
-    head_width: int = 0
-    norm: str = "batch"
-    activation: str = "relu"
-
-    def build(self, interface: Interface) -> nn.Module:
-        """The network for ``interface``."""
-        return MobileNet(self, interface)
 
 
 class InvertedResidual(nn.Module):
@@ -86,7 +49,7 @@ class InvertedResidual(nn.Module):
         return x + self.branch(x) if self.has_shortcut else self.branch(x)  # type: ignore[no-any-return]
 
 
-class MobileNet(nn.Module):
+class MobileNet(nn.Sequential):
     """Stem, stages of inverted residuals, optional 1x1 convolution, and a head."""
 
     def __init__(self, configuration: MobileNetConfiguration, interface: Interface) -> None:
@@ -118,6 +81,30 @@ class MobileNet(nn.Module):
             channels = configuration.head_width
         self.head = ClassifierHead(channels, interface.num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, K)."""
-        return self.head(self.final(self.stages(self.stem(x))))  # type: ignore[no-any-return]
+
+@dataclass(frozen=True, slots=True)
+class MobileNetConfiguration(Configuration):
+    """A network of inverted residuals.
+
+    Attributes:
+        strides: Stride of the first block of each stage.
+        expansions: Inner channels over input channels of each stage's blocks.
+        kernels: Kernel of each stage's depthwise convolutions.
+        squeeze: Reduction of the gate, of the inner channels; 0 for no gate.
+        head_width: Channels of the last 1x1 convolution; 0 for none.
+    """
+
+    family: ClassVar[str] = "mobilenet"
+    network: ClassVar[type[nn.Module]] = MobileNet
+
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    strides: tuple[int, ...]
+    expansions: tuple[int, ...]
+    kernels: tuple[int, ...]
+    stem_width: int = 32
+    stem_stride: int = 1
+    squeeze: int = 0
+    head_width: int = 0
+    norm: str = "batch"
+    activation: str = "relu"

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from ghn_architectures.architecture import Interface
+from ghn_architectures.architecture import Configuration, Interface
 from ghn_architectures.layers import (
     ClassifierHead,
     Conv2d,
@@ -25,51 +25,6 @@ from ghn_architectures.layers import (
     make_norm,
     round_channels,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class ResNetConfiguration:
-    """A residual network.
-
-    Attributes:
-        widths: Output channels of each stage; each stage but the first halves the resolution.
-        depths: Blocks in each stage.
-        block: ``basic`` (two 3x3), ``bottleneck`` (1x1, 3x3, 1x1) or ``preactivation`` (norm and ReLU first).
-        stem_width: Channels after the first convolution; 0 for those inside the first block.
-        stem_kernel: Kernel of the first convolution.
-        stem_stride: Stride of the first convolution.
-        stem_pool: Whether a max pooling of stride 2 follows the first convolution.
-        kernel: Kernel of the blocks' spatial convolutions.
-        groups: Groups of the bottleneck's spatial convolution.
-        expansion: Output channels of a bottleneck over its inner channels.
-        shortcut: ``conv`` (1x1 with stride), ``pool`` (average pooling, then 1x1) or ``pad`` (slicing, zero channels).
-        norm: ``batch`` or ``none``; without norm, branches are scaled by a constant.
-        activation: Nonlinearity.
-        squeeze: Reduction of a squeeze-and-excitation gate at the end of each branch; 0 for no gate.
-        head: Widths of hidden linear layers before the classifier.
-    """
-
-    family: ClassVar[str] = "resnet"
-
-    widths: tuple[int, ...]
-    depths: tuple[int, ...]
-    block: str = "basic"
-    stem_width: int = 0
-    stem_kernel: int = 3
-    stem_stride: int = 1
-    stem_pool: bool = False
-    kernel: int = 3
-    groups: int = 1
-    expansion: int = 4
-    shortcut: str = "conv"
-    norm: str = "batch"
-    activation: str = "relu"
-    squeeze: int = 0
-    head: tuple[int, ...] = ()
-
-    def build(self, interface: Interface) -> nn.Module:
-        """The network for ``interface``."""
-        return ResNet(self, interface)
 
 
 class Shortcut(nn.Module):
@@ -162,7 +117,7 @@ def _branch_scale(configuration: ResNetConfiguration) -> float:
     return 1.0 if configuration.norm != "none" else float(sum(configuration.depths)) ** -0.5
 
 
-class ResNet(nn.Module):
+class ResNet(nn.Sequential):
     """Stem, stages of residual blocks, global average pooling and classifier."""
 
     def __init__(self, configuration: ResNetConfiguration, interface: Interface) -> None:
@@ -199,6 +154,39 @@ class ResNet(nn.Module):
             self.final = nn.Sequential(norm, activation)
         self.head = ClassifierHead(channels, interface.num_classes, hidden=configuration.head)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, K)."""
-        return self.head(self.final(self.stages(self.stem(x))))  # type: ignore[no-any-return]
+
+@dataclass(frozen=True, slots=True)
+class ResNetConfiguration(Configuration):
+    """A residual network.
+
+    Attributes:
+        widths: Output channels of each stage; each stage but the first halves the resolution.
+        block: ``basic`` (two 3x3), ``bottleneck`` (1x1, 3x3, 1x1) or ``preactivation`` (norm and ReLU first).
+        stem_width: Channels after the first convolution; 0 for those inside the first block.
+        stem_pool: Whether a max pooling of stride 2 follows the first convolution.
+        kernel: Kernel of the blocks' spatial convolutions.
+        groups: Groups of the bottleneck's spatial convolution.
+        expansion: Output channels of a bottleneck over its inner channels.
+        shortcut: ``conv`` (1x1 with stride), ``pool`` (average pooling, then 1x1) or ``pad`` (slicing, zero channels).
+        norm: ``batch`` or ``none``; without norm, branches are scaled by a constant.
+        squeeze: Reduction of a squeeze-and-excitation gate at the end of each branch; 0 for no gate.
+    """
+
+    family: ClassVar[str] = "resnet"
+    network: ClassVar[type[nn.Module]] = ResNet
+
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    block: str = "basic"
+    stem_width: int = 0
+    stem_kernel: int = 3
+    stem_stride: int = 1
+    stem_pool: bool = False
+    kernel: int = 3
+    groups: int = 1
+    expansion: int = 4
+    shortcut: str = "conv"
+    norm: str = "batch"
+    activation: str = "relu"
+    squeeze: int = 0
+    head: tuple[int, ...] = ()

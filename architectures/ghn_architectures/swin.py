@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ghn_architectures.architecture import Interface
+from ghn_architectures.architecture import Configuration, Interface
 from ghn_architectures.layers import (
     Conv2d,
     Linear,
@@ -23,33 +23,6 @@ from ghn_architectures.layers import (
     embedding_parameter,
     heads_for,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class SwinConfiguration:
-    """A Swin transformer.
-
-    Attributes:
-        channels: Channels of the first stage; each later one has twice as many at half the resolution.
-        depths: Blocks in each stage; every second one shifts its windows.
-        head_channels: Channels of each attention head.
-        patch: Side of a patch.
-        window: Side of the attention windows; smaller where it does not divide the resolution.
-        mlp_ratio: Hidden channels of the perceptrons in units of the channels.
-    """
-
-    family: ClassVar[str] = "swin"
-
-    channels: int
-    depths: tuple[int, ...]
-    head_channels: int = 16
-    patch: int = 2
-    window: int = 4
-    mlp_ratio: int = 4
-
-    def build(self, interface: Interface) -> nn.Module:
-        """The network for ``interface``."""
-        return Swin(self, interface)
 
 
 def split_windows(x: Tensor, window: int) -> Tensor:
@@ -164,3 +137,25 @@ class Swin(nn.Module):
         """(B, 3, H, W) -> (B, K)."""
         x = self.patch_norm(self.patches(x).permute(0, 2, 3, 1))  # (B, C, h, w) -> (B, h, w, C)
         return self.classifier(self.norm(self.stages(x)).mean((1, 2)))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class SwinConfiguration(Configuration):
+    """A Swin transformer.
+
+    Attributes:
+        channels: Channels of the first stage; each later one has twice as many at half the resolution.
+        depths: Blocks in each stage; every second one shifts its windows.
+        head_channels: Channels of each attention head.
+        window: Side of the attention windows; smaller where it does not divide the resolution.
+    """
+
+    family: ClassVar[str] = "swin"
+    network: ClassVar[type[nn.Module]] = Swin
+
+    channels: int
+    depths: tuple[int, ...]
+    head_channels: int = 16
+    patch: int = 2
+    window: int = 4
+    mlp_ratio: int = 4

@@ -14,35 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ghn_architectures.architecture import Interface
+from ghn_architectures.architecture import Configuration, Interface
 from ghn_architectures.layers import Conv2d, EncoderBlock, Linear, TokenMlp, embedding_parameter
-
-
-@dataclass(frozen=True, slots=True)
-class VisionTransformerConfiguration:
-    """A vision transformer.
-
-    Attributes:
-        channels: Channels C of each token.
-        depth: Blocks.
-        num_heads: Attention heads.
-        patch: Side of a patch.
-        mlp_ratio: Hidden channels of the perceptrons in units of C.
-        class_token: Whether a class token is read by the classifier; otherwise the mean of all tokens.
-    """
-
-    family: ClassVar[str] = "vit"
-
-    channels: int
-    depth: int
-    num_heads: int
-    patch: int = 4
-    mlp_ratio: int = 4
-    class_token: bool = False
-
-    def build(self, interface: Interface) -> nn.Module:
-        """The network for ``interface``."""
-        return VisionTransformer(self, interface)
 
 
 class VisionTransformer(nn.Module):
@@ -77,28 +50,23 @@ class VisionTransformer(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class MixerConfiguration:
-    """An MLP-Mixer.
+class VisionTransformerConfiguration(Configuration):
+    """A vision transformer.
 
     Attributes:
-        channels: Channels C of each token.
-        depth: Blocks.
-        patch: Side of a patch.
-        token_hidden: Hidden size of the perceptrons across tokens.
-        mlp_ratio: Hidden channels of the perceptrons across channels, in units of C.
+        num_heads: Attention heads.
+        class_token: Whether a class token is read by the classifier; otherwise the mean of all tokens.
     """
 
-    family: ClassVar[str] = "mixer"
+    family: ClassVar[str] = "vit"
+    network: ClassVar[type[nn.Module]] = VisionTransformer
 
     channels: int
     depth: int
+    num_heads: int
     patch: int = 4
-    token_hidden: int = 64
     mlp_ratio: int = 4
-
-    def build(self, interface: Interface) -> nn.Module:
-        """The network for ``interface``."""
-        return Mixer(self, interface)
+    class_token: bool = False
 
 
 class MixerBlock(nn.Module):
@@ -134,3 +102,21 @@ class Mixer(nn.Module):
         """(B, 3, H, W) -> (B, K)."""
         tokens = self.patches(x).flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, T, C)
         return self.classifier(self.norm(self.blocks(tokens)).mean(1))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class MixerConfiguration(Configuration):
+    """An MLP-Mixer.
+
+    Attributes:
+        token_hidden: Hidden size of the perceptrons across tokens.
+    """
+
+    family: ClassVar[str] = "mixer"
+    network: ClassVar[type[nn.Module]] = Mixer
+
+    channels: int
+    depth: int
+    patch: int = 4
+    token_hidden: int = 64
+    mlp_ratio: int = 4
