@@ -74,6 +74,14 @@ def run_seeds(
     return run_cells(path, [{**cell, "rate": best["rate"], "seed": seed} for seed in range(seeds)], measure)
 
 
+def grouped(cells: Iterable[Cell], *keys: str) -> dict[tuple[Any, ...], list[Cell]]:
+    """Cells by their values of the keys, in order."""
+    groups: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(tuple(cell[key] for key in keys), []).append(cell)
+    return groups
+
+
 def file_digest(path: Path) -> str:
     """The beginning of a file's SHA-256, which names a hypernetwork in cells and on pages."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]

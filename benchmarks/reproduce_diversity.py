@@ -27,6 +27,7 @@ from benchmarks.experiment import (
     cifar10,
     file_digest,
     fill_page,
+    grouped,
     percent,
     run_seeds,
     table,
@@ -128,10 +129,8 @@ Scores = Mapping[str, Mapping[str, Sequence[Cell]]]
 
 def group_rows(results: Sequence[Cell]) -> dict[str, dict[str, list[Cell]]]:
     """Results by network and start."""
-    rows: dict[str, dict[str, list[Cell]]] = {}
-    for cell in results:
-        rows.setdefault(cell["network"], {}).setdefault(cell["start"], []).append(cell)
-    return rows
+    networks = grouped(results, "network").items()
+    return {name: {start: group for (start,), group in grouped(cells, "start").items()} for (name,), cells in networks}
 
 
 def accuracy_table(rows: Scores, key: str) -> list[str]:

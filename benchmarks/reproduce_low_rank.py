@@ -32,7 +32,7 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.charts import bar_chart
-from benchmarks.experiment import CHOOSING_SEED, Cell, cifar10, fill_page, percent, run_seeds, table, verdict
+from benchmarks.experiment import CHOOSING_SEED, Cell, cifar10, fill_page, grouped, percent, run_seeds, table, verdict
 from ghn_client.factors import FACTOR_IN, FACTOR_OUT
 from ghn_client.finetune import factorize_module
 from ghn_client.finetune.factored import frobenius_decay
@@ -199,12 +199,10 @@ def verdicts(results: Sequence[Cell]) -> Iterator[str]:
         yield f"- {'With' if batchnorm else 'Without'} BatchNorm, `function` against `spectral`: {found}."
 
 
-def _rows(results: Sequence[Cell]) -> dict[tuple[bool, float], dict[str, list[Cell]]]:
-    rows: dict[tuple[bool, float], dict[str, list[Cell]]] = {}
-    for cell in results:
-        if cell["method"] != DENSE:
-            rows.setdefault((cell["batchnorm"], cell["size"]), {}).setdefault(cell["method"], []).append(cell)
-    return rows
+def _rows(results: Sequence[Cell]) -> dict[tuple[Any, ...], dict[str, list[Cell]]]:
+    """Cells by method, for each BatchNorm and size."""
+    rows = grouped((cell for cell in results if cell["method"] != DENSE), "batchnorm", "size")
+    return {row: {name: group for (name,), group in grouped(cells, "method").items()} for row, cells in rows.items()}
 
 
 def _size_name(size: float) -> str:

@@ -15,9 +15,10 @@ by the digest of the hypernetwork, so that another hypernetwork measures only th
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from benchmarks.charts import line_chart
-from benchmarks.experiment import Cell, file_digest, fill_page, run_cells, table
+from benchmarks.experiment import Cell, file_digest, fill_page, grouped, run_cells, table
 from ghn_architectures.architecture import Interface
 from ghn_architectures.convnet import ConvNetConfiguration
 from ghn_architectures.mobilenet import MobileNetConfiguration
@@ -177,24 +178,18 @@ def random_per_channel(module: nn.Module, *, count: int = 2, seed: int = 0) -> F
     return FineTuneHandle(part)
 
 
-def control_cells(settings: dict[str, Any], seeds: tuple[int, ...], predicted: list[Cell]) -> Iterator[Cell]:
-    """All controls from every start with every seed; the sizes of the run are a part of every cell."""
-    for seed in seeds:
-        for begin in ({"start": UNIFORM}, *predicted):
-            for name in CONTROLS:
-                yield _cell(CONTROLLED, begin, name, seed, settings)
-
-
-def story_cells(settings: dict[str, Any], seed: int, predicted: list[Cell]) -> Iterator[Cell]:
-    """Three architectures, all starts, four strategies; some of them are controls, too, and are measured once."""
-    for network in networks():
-        for begin in ({"start": HE}, *predicted):
-            for name in STORY:
-                yield _cell(network, begin, name, seed, settings)
-
-
-def _cell(network: str, begin: Cell, name: str, seed: int, settings: dict[str, Any]) -> Cell:
-    return {"network": network, **begin, "strategy": name, "rate": STRATEGIES[name][2], "seed": seed, **settings}
+def cells_of(
+    networks: Iterable[str],
+    starts: Iterable[Cell],
+    names: Iterable[str],
+    seeds: Iterable[int],
+    settings: dict[str, Any],
+) -> list[Cell]:
+    """Every strategy from every start with every seed; the sizes of the run are a part of every cell."""
+    return [
+        {"network": network, **start, "strategy": name, "rate": STRATEGIES[name][2], "seed": seed, **settings}
+        for seed, network, start, name in itertools.product(seeds, networks, starts, names)
+    ]
 
 
 def predicted_starts(checkpoint: Path) -> list[Cell]:
@@ -204,7 +199,7 @@ def predicted_starts(checkpoint: Path) -> list[Cell]:
 
 def protocol(controls: list[Cell], settings: dict[str, Any]) -> list[str]:
     """Sizes of the run, its seeds, and the hypernetwork."""
-    seeds = ", ".join(str(seed) for seed in _values(controls, "seed"))
+    seeds = ", ".join(str(seed) for (seed,) in grouped(controls, "seed"))
     digests = {cell["checkpoint"] for cell in controls if "checkpoint" in cell}
     hypernetwork = f" The hypernetwork is the one whose file has SHA-256 `{digests.pop()}...`." if digests else ""
     sizes = (
@@ -215,27 +210,24 @@ def protocol(controls: list[Cell], settings: dict[str, Any]) -> list[str]:
 
 def _control_table(controls: list[Cell]) -> list[str]:
     rows = []
-    for start in _values(controls, "start"):
-        for strategy in _values(controls, "strategy"):
-            group = _chosen(controls, start, strategy)
-            spread = statistics.stdev(cell["accuracy"] for cell in group) if len(group) > 1 else 0.0
-            accuracy = f"{_mean(group, 'accuracy'):.2%} ± {spread:.2%}"
-            row = [start, strategy, f"{group[0]['trainable']:,}", f"{_mean(group, 'accuracy_before'):.2%}", accuracy]
-            if "disabled" in group[0]:
-                row += [f"{_mean(group, 'disabled'):.1%}", f"{_mean(group, 'accuracy_zeroed'):.2%}"]
-            rows.append([*row, "-", "-"][:7])
+    for (start, strategy), group in grouped(controls, "start", "strategy").items():
+        spread = statistics.stdev(cell["accuracy"] for cell in group) if len(group) > 1 else 0.0
+        accuracy = f"{_mean(group, 'accuracy'):.2%} ± {spread:.2%}"
+        row = [start, strategy, f"{group[0]['trainable']:,}", f"{_mean(group, 'accuracy_before'):.2%}", accuracy]
+        if "disabled" in group[0]:
+            row += [f"{_mean(group, 'disabled'):.1%}", f"{_mean(group, 'accuracy_zeroed'):.2%}"]
+        rows.append([*row, "-", "-"][:7])
     header = ["start", "tuned", "numbers", "accuracy before", "accuracy", "disabled channels", "with those at zero"]
     return table(header, rows)
 
 
 def _verdicts(controls: list[Cell]) -> list[str]:
     """Whether the expected order holds for each start, also where it does not."""
-    expected = _values(controls, "strategy")
     lines = []
-    for start in _values(controls, "start"):
-        means = {name: _mean(_chosen(controls, start, name), "accuracy") for name in expected}
+    for (start,), cells in grouped(controls, "start").items():
+        means = {name: _mean(group, "accuracy") for (name,), group in grouped(cells, "strategy").items()}
         order = sorted(means, key=lambda name: -means[name])
-        verdict = "holds" if order == expected else "does not hold"
+        verdict = "holds" if order == list(means) else "does not hold"
         lines.append(f"- {start}: {' > '.join(order)}. The expected order {verdict}.")
     return lines
 
@@ -243,41 +235,25 @@ def _verdicts(controls: list[Cell]) -> list[str]:
 def _histograms(controls: list[Cell]) -> dict[str, list[tuple[float, float]]]:
     """Share of all scales per bin, by strategy and start; the middle of each bin on the x axis."""
     lines = {}
-    for start in _values(controls, "start"):
-        for strategy in _values(controls, "strategy"):
-            group = _chosen(controls, start, strategy)
-            if "histogram" in group[0]:
-                counts = [sum(values) for values in zip(*(cell["histogram"] for cell in group), strict=True)]
-                shares = [count / max(sum(counts), 1) for count in counts]
-                lines[f"{strategy}, {start.partition(',')[0]}"] = [
-                    (BIN_WIDTH * (i + 0.5), share) for i, share in enumerate(shares)
-                ]
+    for (start, strategy), group in grouped(controls, "start", "strategy").items():
+        if "histogram" in group[0]:
+            counts = [sum(values) for values in zip(*(cell["histogram"] for cell in group), strict=True)]
+            shares = [(BIN_WIDTH * (i + 0.5), count / max(sum(counts), 1)) for i, count in enumerate(counts)]
+            lines[f"{strategy}, {start.partition(',')[0]}"] = shares
     return lines
 
 
 def _story_table(story: list[Cell]) -> list[str]:
-    starts = _values(story, "start")
+    starts = list(dict.fromkeys(cell["start"] for cell in story))
     rows: list[list[str]] = []
-    for network in _values(story, "network"):
-        cells = [cell for cell in story if cell["network"] == network]
+    for (network,), cells in grouped(story, "network").items():
         before = {cell["start"]: f"{cell['accuracy_before']:.2%}" for cell in cells}
         rows.append([network, "nothing", "0", "0 KiB", *(before[start] for start in starts)])
-        for strategy in _values(cells, "strategy"):
-            group = {cell["start"]: cell for cell in cells if cell["strategy"] == strategy}
-            any_start = next(iter(group.values()))
-            sizes = [f"{any_start['trainable']:,}", f"{any_start['delta_bytes'] / 1024:.1f} KiB"]
-            results = [f"{group[start]['accuracy']:.2%} in {group[start]['seconds']:.0f} s" for start in starts]
-            rows.append([network, strategy, *sizes, *results])
+        for (strategy,), group in grouped(cells, "strategy").items():
+            found = {cell["start"]: f"{cell['accuracy']:.2%} in {cell['seconds']:.0f} s" for cell in group}
+            sizes = [f"{group[0]['trainable']:,}", f"{group[0]['delta_bytes'] / 1024:.1f} KiB"]
+            rows.append([network, strategy, *sizes, *(found[start] for start in starts)])
     return table(["network", "tuned", "numbers", "delta", *(f"from {start}" for start in starts)], rows)
-
-
-def _values(cells: list[Cell], key: str) -> list[Any]:
-    """The different values of a key, in order."""
-    return list(dict.fromkeys(cell[key] for cell in cells))
-
-
-def _chosen(cells: list[Cell], start: str, strategy: str) -> list[Cell]:
-    return [cell for cell in cells if (cell["start"], cell["strategy"]) == (start, strategy)]
 
 
 def _mean(group: list[Cell], key: str) -> float:
@@ -300,11 +276,12 @@ def main(arguments: list[str] | None = None) -> None:
     predicted = [] if options.no_predicted else predicted_starts(checkpoint)
     run = partial(run_cells, options.cells, workers=options.workers)
     one = partial(measure, data=options.data, checkpoint=checkpoint)
-    controls = run(list(control_cells(settings, seeds, predicted)), one)
+    controls = run(cells_of([CONTROLLED], [{"start": UNIFORM}, *predicted], CONTROLS, seeds, settings), one)
     blocks = {"norm only: protocol": protocol(controls, settings), "norm only: accuracy": _control_table(controls)}
     blocks["norm only: order"] = _verdicts(controls)
     if options.story:
-        blocks["norm only: story"] = _story_table(run(list(story_cells(settings, seeds[0], predicted)), one))
+        story = cells_of(networks(), [{"start": HE}, *predicted], STORY, seeds[:1], settings)
+        blocks["norm only: story"] = _story_table(run(story, one))
     chart = line_chart("Scales after training", _histograms(controls), x_label="|gamma|", y_label="share of channels")
     fill_page(options.output, blocks, {"norm_only_results": chart})
 

@@ -43,8 +43,8 @@ def test_cells_of_predicted_starts_depend_on_the_hypernetwork_and_others_do_not(
         checkpoint = tmp_path / "ghn.safetensors"
         checkpoint.write_bytes(content)
         predicted = reproduce_norm_only.predicted_starts(checkpoint)
-        cells = [*reproduce_norm_only.control_cells({}, (0, 1), predicted)]
-        cells += reproduce_norm_only.story_cells({}, 0, predicted)
+        starts = [{"start": reproduce_norm_only.HE}, *predicted]
+        cells = reproduce_norm_only.cells_of(["resnet14"], starts, reproduce_norm_only.STORY, (0, 1), {})
         return {str(cell) for cell in cells}
 
     first, second = keys(b"one"), keys(b"two")
