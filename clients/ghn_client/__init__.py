@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ghn_client.client import GHNClient
     from ghn_client.loading import LoadReport, load_parameters
     from ghn_client.onnx.export import export_architecture
-    from ghn_client.onnx.from_torch import merge_onnx
+    from ghn_client.onnx.torch_module import merge_onnx
     from ghn_client.onnx.strip import strip_weights
     from ghn_client.options import LowRankOptions, Step
     from ghn_client.prediction import Prediction
@@ -29,7 +29,7 @@ _HOMES = {
     "Step": "options",
     "export_architecture": "onnx.export",
     "load_parameters": "loading",
-    "merge_onnx": "onnx.from_torch",
+    "merge_onnx": "onnx.torch_module",
     "recalibrate_batchnorm": "batchnorm",
     "strip_weights": "onnx.strip",
 }

@@ -17,8 +17,7 @@ import ghn_client.onnx.export
 from ghn_client import export_architecture
 from ghn_client.errors import ExportError
 from ghn_client.onnx.export import ModelSource, export_structure
-from ghn_client.onnx.functional import NotFunctionalError
-from ghn_client.onnx.translate import translate
+from ghn_client.onnx.translate import NotFunctionalError, translate
 from ghn_service.graph.onnx.reader import read_onnx
 from tests.clients.small_modules import EXAMPLES, IMAGE, Auxiliary, ConvNet, InPlace, Tied, WithConstants, randomized
 from tests.golden_graphs import load_golden

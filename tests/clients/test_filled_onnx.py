@@ -12,6 +12,7 @@ import torch
 
 from ghn_client import GHNClient, Prediction
 from ghn_client.errors import LoadError
+from ghn_client.onnx.edit import read_model
 from tests.clients.small_modules import EXAMPLES, IMAGE, Attention, ConvNet, randomized
 from tests.clients.test_export import run_onnx
 from tests.clients.test_structure import exported_by_torch
@@ -111,6 +112,24 @@ def test_large_files_keep_their_tensors_beside_them(
         item.name: onnx.numpy_helper.to_array(item) for item in onnx.load(tmp_path / "filled.onnx").graph.initializer
     }
     assert all(numpy.array_equal(values[name], tensor.numpy()) for name, tensor in prediction.items())
+
+
+def test_large_tensors_lie_beside_the_file_that_a_link_leads_to(
+    client: GHNClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ghn_client.onnx.edit.EXTERNAL_BYTES", 100)
+    (tmp_path / "store").mkdir()
+    link, target = tmp_path / "link.onnx", tmp_path / "store" / "model.onnx"
+    link.symlink_to(target)
+    prediction = client.predict(ConvNet(), IMAGE)
+    prediction.to_onnx(link)
+    assert link.is_symlink()
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["link.onnx", "model.onnx", "model.onnx.data"]
+    for model in (onnx.load(target), read_model(link)):
+        values = {item.name: onnx.numpy_helper.to_array(item) for item in model.graph.initializer}
+        assert all(numpy.array_equal(values[name], tensor.numpy()) for name, tensor in prediction.items())
+    client.predict(link).to_onnx(tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx.data").exists()
 
 
 def test_a_loaded_prediction_needs_the_model_to_fill(client: GHNClient, tmp_path: Path) -> None:

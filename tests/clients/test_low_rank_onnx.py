@@ -10,7 +10,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from ghn_client.factors import FactorPair
-from ghn_client.onnx.factor import factorize_onnx
+from ghn_client.onnx.fill import factorize_onnx
 
 RANK = 3
 

@@ -12,7 +12,7 @@ from ghn_client.finetune.handle import combine
 from ghn_client.finetune.norm_only import norm_only
 from ghn_client.finetune.patch.solver import patch
 from ghn_client.finetune.side_network import SideNetwork
-from ghn_client.onnx.from_torch import merge_onnx
+from ghn_client.onnx.torch_module import merge_onnx
 from tests.finetune.networks import ResidualNetwork, mlp, train_a_little
 
 INPUTS = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))

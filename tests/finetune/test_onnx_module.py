@@ -22,8 +22,7 @@ from ghn_client.finetune.matrix_layers import norm_layers
 from ghn_client.finetune.norm_only import norm_only
 from ghn_client.finetune.strategies import prepare
 from ghn_client.onnx.export import export_structure
-from ghn_client.onnx.from_torch import to_onnx
-from ghn_client.onnx.to_torch import input_shape, module_from_onnx
+from ghn_client.onnx.torch_module import input_shape, module_from_onnx, to_onnx
 from tests.clients.test_export import filled as with_own_values
 from tests.finetune.networks import ResidualNetwork, randomize_statistics, train_a_little
 from tests.zoo_support import import_torchvision

@@ -28,8 +28,7 @@ from ghn_client.onnx.edit import OnnxModel, read_model, write_model
 from ghn_client.onnx.export import read_source
 from ghn_client.onnx.facts import facts_of_onnx
 from ghn_client.onnx.fill import fill_model
-from ghn_client.onnx.from_torch import to_onnx
-from ghn_client.onnx.to_torch import input_shape, module_from_onnx
+from ghn_client.onnx.torch_module import input_shape, module_from_onnx, to_onnx
 from ghn_client.options import parse_pairs
 from ghn_client.prediction import Prediction
 

@@ -6,6 +6,8 @@ for stays to the byte.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,14 +71,21 @@ def read_model(path: str | Path) -> onnx.ModelProto:
     """
     try:
         model = parse_onnx(Path(path).read_bytes())
-        load_external_data_for_model(model, str(Path(path).parent))
+        load_external(model, Path(path))
     except (OSError, ValueError, onnx.checker.ValidationError) as error:
         raise InvalidArchitectureError(f"cannot read the model {str(path)!r}: {error}") from error
     return model
 
 
+def load_external(model: onnx.ModelProto, path: Path) -> None:
+    """Reads the tensors that lie beside the file at ``path``, or beside the one that it links to."""
+    with contextlib.suppress(OSError, ValueError, onnx.checker.ValidationError):
+        load_external_data_for_model(model, str(path.parent))
+    load_external_data_for_model(model, str(path.resolve().parent))
+
+
 def write_model(model: onnx.ModelProto, path: Path) -> None:
-    """Writes a model, above 2 GB with its tensors beside it.
+    """Writes a model, above 2 GB with its tensors beside it; a link stays, and the file that it leads to is replaced.
 
     Raises:
         FileError: It cannot be written.
@@ -85,6 +94,7 @@ def write_model(model: onnx.ModelProto, path: Path) -> None:
     if size < EXTERNAL_BYTES:
         write_file(path, model.SerializeToString())
         return
+    path = Path(os.path.realpath(path))
     with replaced_file(path) as part, tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         data_name = f"{path.name}.data"
         written = Path(folder) / path.name

@@ -1,7 +1,7 @@
 """ONNX operators that calculate or move elements, in terms of torch functions.
 
 An operator gets the builder, its inputs (``None`` where an optional one is left out) and its attributes, and returns
-its outputs. One input at least is traced: what follows from constants alone, ``to_torch`` computes with ONNX's own
+its outputs. One input at least is traced: what follows from constants alone, ``torch_module`` computes with ONNX's own
 reference. Sizes, axes and indices have to be constants, which they are once the example is known; so the functions
 that end up in the graph get plain numbers, and only the batch stays free.
 """
