@@ -36,7 +36,7 @@ class OnnxNode:
         inputs: Names of its inputs; empty where left out.
         outputs: Names of its outputs.
         attributes: By name: numbers, text, lists or tensors.
-        follower: The only node that reads the first output, if there is just one.
+        follower: Of a MatMul the only node that reads it, if there is just one.
     """
 
     op_type: str

@@ -92,7 +92,8 @@ def module_from_onnx(
     whole = fx.GraphModule(builder.root, builder.graph)
     whole.graph.eliminate_dead_code()
     module = fx.GraphModule(whole, whole.graph, class_name="OnnxModule")  # takes over what is used, in its order
-    module.meta[NAMES] = {path: name for path, name in builder.names.items() if path in module.state_dict()}
+    kept = module.state_dict()
+    module.meta[NAMES] = {path: name for path, name in builder.names.items() if path in kept}
     module.meta[TENSORS] = dict(builder.tensors)
     return module.eval()
 
@@ -133,13 +134,16 @@ def _read(source: onnx_ir.Node, *, alone: bool = False) -> OnnxNode:
         tuple(value.name or "" if value is not None else "" for value in source.inputs),
         tuple(value.name or "" for value in source.outputs),
         attributes,
-        None if alone or len(source.outputs[0].uses()) != 1 else _read(readers[0], alone=True),
+        _read(readers[0], alone=True) if not alone and source.op_type == "MatMul" and len(readers) == 1 else None,
     )
 
 
 def _computed(builder: Builder, source: onnx_ir.Node, node: OnnxNode, inputs: list[Any]) -> Any:
     """What a node without weights makes of its inputs: a constant of constants, else a call in the graph."""
     depends = any(value is not None and not isinstance(value, torch.Tensor) for value in inputs)
+    constant = onnx_ir.convenience.get_const_tensor(source.outputs[0])
+    if constant is not None:
+        return _tensor(constant)
     if not depends and not source.domain and source.op_type not in _RANDOM:
         assert source.graph is not None
         feeds = {name: value.numpy() for name, value in zip(node.inputs, inputs, strict=True) if value is not None}
