@@ -16,8 +16,8 @@ from torch import nn
 import ghn_client.onnx.export
 from ghn_client import export_architecture
 from ghn_client.errors import ExportError
-from ghn_client.onnx.export import ModelSource, export_structure
-from ghn_client.onnx.translate import NotFunctionalError, translate
+from ghn_client.onnx.export import ModelSource, read_source
+from ghn_client.onnx.translate import NotTranslatableError, translate
 from ghn_service.graph.onnx.reader import read_onnx
 from tests.clients.small_modules import EXAMPLES, IMAGE, Auxiliary, ConvNet, InPlace, Tied, WithConstants, randomized
 from tests.golden_graphs import load_golden
@@ -49,7 +49,7 @@ def assert_computes_the_same(module: nn.Module, example: torch.Tensor) -> None:
     x = torch.rand(example.shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = module(x).numpy()
-    assert numpy.allclose(run_onnx(filled(module, export_structure(module, x)), x), expected, atol=1e-5)
+    assert numpy.allclose(run_onnx(filled(module, read_source(module, x)), x), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -210,7 +210,7 @@ def test_the_slower_ways_give_the_same_names_and_graph_and_say_so(
     assert not warnings_of_export(caplog)
 
     def refuse(*args: Any) -> Any:
-        raise NotFunctionalError("asked to")
+        raise NotTranslatableError("asked to")
 
     for way in ("_by_translation", "_by_decomposition"):
         if way != last_way:

@@ -21,7 +21,7 @@ from ghn_client.finetune.delta import load_delta, save_delta
 from ghn_client.finetune.matrix_layers import norm_layers
 from ghn_client.finetune.norm_only import norm_only
 from ghn_client.finetune.strategies import prepare
-from ghn_client.onnx.export import export_structure
+from ghn_client.onnx.export import read_source
 from ghn_client.onnx.torch_module import input_shape, module_from_onnx, to_onnx
 from tests.clients.test_export import filled as with_own_values
 from tests.finetune.networks import ResidualNetwork, randomize_statistics, train_a_little
@@ -246,7 +246,7 @@ def test_reference_networks_in_our_own_export(name):
     torch.manual_seed(0)
     module = ARCHITECTURES[name].build(Interface()).eval()
     images = torch.randn(3, 3, 32, 32)
-    model = with_own_values(module, export_structure(module, images[:1]))
+    model = with_own_values(module, read_source(module, images[:1]))
     result = module_from_onnx(model, images[:1], parameters=dict(module.named_parameters()))
     assert set(dict(result.named_parameters())) == set(dict(module.named_parameters()))
     with torch.no_grad():

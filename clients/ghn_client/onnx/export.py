@@ -18,7 +18,7 @@ import io
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ import onnx_ir
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from ghn_client.errors import ExportError, InvalidArchitectureError
 from ghn_client.onnx.strip import encode_structure, lift_constants, strip_weights
@@ -39,40 +39,32 @@ META = torch.device("meta")
 Architecture = torch.nn.Module | str | Path | bytes
 """A torch module, the path of an ONNX file, or the bytes of one."""
 
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a module is called with; only shapes and types matter."""
+
 _LOGGER = logging.getLogger(__name__)
 _TURN = threading.Lock()  # torch traces with global state: exports of several threads take turns
 
 
 @dataclass(frozen=True, eq=False)
 class ModelSource:
-    """An architecture as it is sent, and where the model to fill is.
+    """An architecture as it is sent, and where the model to fill is."""
 
-    Attributes:
-        structure: Structure-only ONNX.
-        path: The user's file, whose other tensors are read again when it is filled; None without one.
-        original: The user's bytes; None without.
-        values: Of an exported module, the tensors that the model needs and that are no weights: buffers and constants.
-    """
-
-    structure: bytes
-    path: Path | None = None
-    original: bytes | None = None
-    values: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    structure: bytes  # ONNX without weights
+    path: Path | None = None  # the user's file, whose other tensors are read again when it is filled
+    original: bytes | None = None  # the user's bytes
+    values: Mapping[str, torch.Tensor] = field(default_factory=dict)  # buffers and constants of an exported module
 
 
 def read_source(architecture: Architecture, example_inputs: Any = None) -> ModelSource:
-    """What is sent of ``architecture``, without weights.
-
-    Args:
-        architecture: A module, a path, or bytes.
-        example_inputs: What a module is called with; see ``export_architecture``.
+    """What is sent of ``architecture``, without weights; see ``export_architecture`` for ``example_inputs``.
 
     Raises:
         ExportError: The module cannot be exported.
         InvalidArchitectureError: The file cannot be read, or is no ONNX model.
     """
     if isinstance(architecture, torch.nn.Module):
-        return export_structure(architecture, example_inputs)
+        return _export(architecture, example_inputs)
     if isinstance(architecture, bytes | bytearray | memoryview):
         original = bytes(architecture)
         return ModelSource(strip_weights(original), original=original)
@@ -104,18 +96,12 @@ def export_architecture(module: torch.nn.Module, example_inputs: Any = None) -> 
     Raises:
         ExportError: The module cannot be exported, or its inputs are missing or do not fit.
     """
-    return export_structure(module, example_inputs).structure
+    return _export(module, example_inputs).structure
 
 
-def export_structure(module: torch.nn.Module, example_inputs: Any = None) -> ModelSource:
-    """As ``export_architecture``, with the values of buffers and constants beside the bytes.
-
-    Exports of several threads take turns.
-
-    Raises:
-        ExportError: The module cannot be exported, or its inputs are missing or do not fit.
-    """
-    inputs = as_example_inputs(module, example_inputs)
+def _export(module: torch.nn.Module, example_inputs: Any) -> ModelSource:
+    """As ``export_architecture``, with the values of buffers and constants beside the bytes."""
+    inputs = _as_inputs(module, example_inputs)
     failures: list[Exception] = []
     ways = {"translation": _by_translation, "torch.onnx": _by_decomposition, "the older exporter": _by_torchscript}
     with _TURN:
@@ -171,35 +157,35 @@ def _quiet() -> Iterator[None]:
 # ---- the three ways --------------------------------------------------------------------------------------------------
 
 
-def _by_translation(module: torch.nn.Module, inputs: ExampleInputs) -> onnx_ir.Model:
+def _by_translation(module: torch.nn.Module, inputs: Inputs) -> onnx_ir.Model:
     return translate(_trace(module, inputs))
 
 
-def _by_decomposition(module: torch.nn.Module, inputs: ExampleInputs) -> onnx_ir.Model:
+def _by_decomposition(module: torch.nn.Module, inputs: Inputs) -> onnx_ir.Model:
     program = torch.onnx.export(_trace(module, inputs), dynamo=True, optimize=False, verbose=False)
     assert program is not None
     model: onnx_ir.Model = program.model
     return model
 
 
-def _by_torchscript(module: torch.nn.Module, inputs: ExampleInputs) -> onnx_ir.Model:
+def _by_torchscript(module: torch.nn.Module, inputs: Inputs) -> onnx_ir.Model:
     if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         raise NotTranslatableError("the older exporter runs the module, which has no memory on the meta device")
-    module, inputs = _on_one_device(module, inputs)
+    module, (args, kwargs) = _on_one_device(module, inputs)
     file = io.BytesIO()
     with _tracing_mode(module), torch.no_grad():
         torch.onnx.export(
             module,
-            inputs.args,
+            args,
             file,  # type: ignore[arg-type]  # the older exporter writes to buffers, its signature forgets them
-            kwargs=dict(inputs.kwargs),
+            kwargs=kwargs,
             dynamo=False,
             export_params=False,
             training=torch.onnx.TrainingMode.PRESERVE,
             do_constant_folding=False,
         )
     model = onnx_ir.from_proto(onnx.ModelProto.FromString(file.getvalue()))
-    graph, names = model.graph, {name for name, _ in _named_tensors(module)}
+    graph, names = model.graph, _named_tensors(module)
     for value in [value for value in graph.inputs if value.name in names]:
         graph.inputs.remove(value)
         graph.initializers.add(value)
@@ -213,16 +199,15 @@ def _by_torchscript(module: torch.nn.Module, inputs: ExampleInputs) -> onnx_ir.M
     return model
 
 
-def _named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
+def _named_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
 
 
 def _finish(module: torch.nn.Module, model: onnx_ir.Model) -> ModelSource:
     """The exported model without weights, and the values of what is no weight; tied tensors have their first name."""
-    initializers, first, tensors = model.graph.initializers, dict[int, str](), dict(_named_tensors(module))
-    for name in tensors:
-        kept = first.setdefault(id(tensors[name]), name)
+    initializers, first, tensors = model.graph.initializers, dict[int, str](), _named_tensors(module)
+    for name, tensor in tensors.items():
+        kept = first.setdefault(id(tensor), name)
         if kept != name and name in initializers:
             value = initializers.pop(name)
             if kept in initializers:
@@ -235,9 +220,9 @@ def _finish(module: torch.nn.Module, model: onnx_ir.Model) -> ModelSource:
     values = {}
     for name, value in initializers.items():
         if name not in parameters and value.uses():
-            tensor = tensors[name] if name in tensors else _constant(value)
-            if tensor is not None and not tensor.is_meta:
-                values[name] = tensor
+            held = tensors[name] if name in tensors else _constant(value)
+            if held is not None and not held.is_meta:
+                values[name] = held
     return ModelSource(encode_structure(model, parameters & set(initializers)), values=values)
 
 
@@ -248,33 +233,14 @@ def _constant(value: onnx_ir.Value) -> torch.Tensor | None:
         return None
 
 
-# ---- example inputs --------------------------------------------------------------------------------------------------
+# ---- example inputs and tracing --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class ExampleInputs:
-    """What a module is called with: positional and keyword arguments; only shapes and types matter."""
+def _as_inputs(module: torch.nn.Module, example_inputs: Any) -> Inputs:
+    """Reads what users give: a tensor, a tuple of arguments, a dict of keyword arguments, or what the module declares.
 
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> ExampleInputs:
-        """The same arguments with every tensor changed."""
-
-        def apply(leaf: Any) -> Any:
-            return change(leaf) if isinstance(leaf, torch.Tensor) else leaf
-
-        return ExampleInputs(*tree_map(apply, (self.args, dict(self.kwargs))))
-
-
-def as_example_inputs(module: torch.nn.Module, example_inputs: Any) -> ExampleInputs:
-    """Reads the forms in which users give inputs: one tensor, a tuple of arguments, or a dict of keyword arguments.
-
-    ``None`` is accepted where the module itself declares what it takes: ``example_input_array`` (Lightning),
-    ``pretrained_cfg`` (timm), ``dummy_inputs`` (transformers).
-
-    Raises:
-        ExportError: There are no inputs, and the module declares none.
+    Modules declare inputs as ``example_input_array`` (Lightning), ``pretrained_cfg`` (timm) or ``dummy_inputs``
+    (transformers).
     """
     if example_inputs is None:
         config, dummy = getattr(module, "pretrained_cfg", None), getattr(module, "dummy_inputs", None)
@@ -289,18 +255,15 @@ def as_example_inputs(module: torch.nn.Module, example_inputs: Any) -> ExampleIn
             " such as torch.zeros(1, 3, 224, 224); a tuple holds positional arguments, a dict keyword arguments"
         )
     if isinstance(example_inputs, Mapping):
-        return ExampleInputs(kwargs=dict(example_inputs))
-    return ExampleInputs(tuple(example_inputs) if isinstance(example_inputs, list | tuple) else (example_inputs,))
+        return (), dict(example_inputs)
+    return tuple(example_inputs) if isinstance(example_inputs, list | tuple) else (example_inputs,), {}
 
 
-# ---- tracing ---------------------------------------------------------------------------------------------------------
-
-
-def _trace(module: torch.nn.Module, inputs: ExampleInputs) -> torch.export.ExportedProgram:
+def _trace(module: torch.nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     """The program of ``module`` at the level of torch's own operators, for inputs of exactly these shapes."""
-    module, inputs = _on_one_device(module, inputs)
+    module, (args, kwargs) = _on_one_device(module, inputs)
     with _tracing_mode(module), torch.no_grad():
-        return torch.export.export(module, inputs.args, dict(inputs.kwargs), strict=False)
+        return torch.export.export(module, args, kwargs, strict=False)
 
 
 @contextlib.contextmanager
@@ -321,7 +284,7 @@ def _tracing_mode(module: torch.nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
-def _on_one_device(module: torch.nn.Module, inputs: ExampleInputs) -> tuple[torch.nn.Module, ExampleInputs]:
+def _on_one_device(module: torch.nn.Module, inputs: Inputs) -> tuple[torch.nn.Module, Inputs]:
     """Module and inputs on one device with values, or as fake tensors of the CPU, which take no memory.
 
     A module on the meta device often makes or keeps plain tensors on the CPU (a mean, a mask), which real operators
@@ -332,7 +295,9 @@ def _on_one_device(module: torch.nn.Module, inputs: ExampleInputs) -> tuple[torc
         return module, inputs
     if len(devices) == 1 and META not in devices:
         (device,) = devices
-        return module, inputs.map(lambda tensor: torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor)
+        return module, tree_map_only(
+            torch.Tensor, lambda x: torch.zeros_like(x, device=device) if x.is_meta else x, inputs
+        )
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
@@ -347,4 +312,5 @@ def _on_one_device(module: torch.nn.Module, inputs: ExampleInputs) -> tuple[torc
         memo[id(buffer)] = fake(buffer) if buffer.device.type != "cpu" else buffer
     for parameter in module.parameters():
         memo[id(parameter)] = torch.nn.Parameter(fake(parameter), requires_grad=parameter.requires_grad)
-    return copy.deepcopy(module, memo), inputs.map(lambda x: x if x.device.type == "cpu" else fake(x))
+    inputs = tree_map_only(torch.Tensor, lambda x: x if x.device.type == "cpu" else fake(x), inputs)
+    return copy.deepcopy(module, memo), inputs

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 _LISTS_OF_VALUES = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
 _FIRST_OPSET_OF_GEMM_WITHOUT_BIAS = 11
-_INITIAL_STATISTICS = {3: 0.0, 4: 1.0}
+_INITIAL_STATISTICS = {3: 0.0, 4: 1.0}  # mean and variance without values, by input of BatchNormalization
 
 
 def fill_model(prediction: Prediction, source: ModelSource | None) -> onnx.ModelProto:
@@ -113,10 +113,15 @@ class _Filler:
         elif initializer in self.initializers:
             self._fill(self.initializers[initializer][1], tensor)
         elif initializer in self.inputs:
-            self.model.graph.input.remove(self.inputs[initializer])
-            self._add(initializer, tensor, self.inputs[initializer].type.tensor_type.elem_type)
+            self._fill_input(initializer, tensor)
         elif initializer in self.producers:
-            self._replace_producer(initializer, tensor)
+            graph, node = self.producers.pop(initializer)
+            if len(node.output) != 1:
+                raise LoadError(
+                    f"the weight {initializer!r} is one of several outputs of a node: it cannot be replaced"
+                )
+            graph.node.remove(node)
+            self._add(initializer, tensor, ONNX_TYPES[tensor.dtype])
         else:
             raise LoadError(
                 f"the model has no tensor {initializer!r} to fill; weights inside functions of the model cannot be "
@@ -138,9 +143,14 @@ class _Filler:
                 graph.initializer.remove(tensor)
         for name, value in values.items():
             if name in self.inputs and name not in self.filled:
-                self.model.graph.input.remove(self.inputs[name])
-                self._add(name, value, self.inputs[name].type.tensor_type.elem_type)
-        self._initialise_statistics()
+                self._fill_input(name, value)
+        norms = [node for graph in self.graphs for node in graph.node if node.op_type == "BatchNormalization"]
+        for name, value in (
+            (node.input[index], value) for node in norms for index, value in _INITIAL_STATISTICS.items()
+        ):
+            if name in self.inputs and name not in self.filled:
+                shape = [dim.dim_value for dim in self.inputs[name].type.tensor_type.shape.dim]
+                self._fill_input(name, torch.full(shape, value))
         outside = [name for name, (_, item) in self.initializers.items() if uses_external_data(item)]
         if outside and self.path is None:
             raise LoadError(
@@ -178,12 +188,9 @@ class _Filler:
             inputs[use.input_index] = name
         self.redirected.add(initializer)
 
-    def _replace_producer(self, name: str, tensor: torch.Tensor) -> None:
-        graph, node = self.producers.pop(name)
-        if len(node.output) != 1:
-            raise LoadError(f"the weight {name!r} is one of several outputs of a node and cannot be replaced")
-        graph.node.remove(node)
-        self._add(name, tensor, ONNX_TYPES[tensor.dtype])
+    def _fill_input(self, name: str, tensor: torch.Tensor) -> None:
+        self.model.graph.input.remove(self.inputs[name])
+        self._add(name, tensor, self.inputs[name].type.tensor_type.elem_type)
 
     def _add(self, name: str, tensor: torch.Tensor, data_type: int) -> None:
         proto = self.model.graph.initializer.add(name=name, data_type=data_type, dims=tensor.shape)
@@ -198,20 +205,6 @@ class _Filler:
             raise LoadError(f"{proto.name!r} has the type {type_name}, which cannot be filled")
         proto.CopyFrom(tensor_proto(proto.name, _stored(proto, tensor), proto.data_type))
         self.filled.add(proto.name)
-
-    def _initialise_statistics(self) -> None:
-        """Mean 0 and variance 1 for running statistics without values, as a new module has them."""
-        for graph in self.graphs:
-            for node in graph.node:
-                if node.op_type != "BatchNormalization":
-                    continue
-                for index, value in _INITIAL_STATISTICS.items():
-                    info = self.inputs.get(node.input[index])
-                    if info is not None and info.name not in self.filled:
-                        self.model.graph.input.remove(info)
-                        tensor_type = info.type.tensor_type
-                        shape = [dim.dim_value for dim in tensor_type.shape.dim]
-                        self._add(info.name, torch.full(shape, value), tensor_type.elem_type)
 
 
 def _stored(proto: onnx.TensorProto, tensor: torch.Tensor) -> torch.Tensor:
@@ -228,10 +221,8 @@ def _stored(proto: onnx.TensorProto, tensor: torch.Tensor) -> torch.Tensor:
 def as_stored(parameter: torch.Tensor, shape: Sequence[int]) -> torch.Tensor | None:
     """What the exporter computed from ``parameter``, as a tensor of shape ``shape``; None if that is not known.
 
-    Args:
-        parameter: The parameter in its own shape: ``shape`` itself, one that is repeated along axes to get it, or
-            ((2w - 1)^2, H).
-        shape: The shape in the file; for a table ([1,] H, w^2, w^2), (w^2, w^2, H) or (w^4, H).
+    The parameter has this shape, or is repeated along axes to get it, or is a table of relative positions in windows,
+    ((2w - 1)^2, H), that the file has as ([1,] H, w^2, w^2), (w^2, w^2, H) or (w^4, H).
     """
     target = tuple(shape)
     if tuple(parameter.shape) == target:
@@ -248,7 +239,10 @@ def _looked_up(table: torch.Tensor, target: tuple[int, ...]) -> torch.Tensor | N
     area = side * side
     if (2 * side - 1) ** 2 != entries or math.prod(target) != heads * area * area:
         return None
-    flat = table[_relative_positions(side).to(table.device)]
+    place = torch.arange(side)
+    difference = place[:, None] - place[None, :] + side - 1  # (w, w), from 0 to 2w - 2
+    rows = difference[:, None, :, None] * (2 * side - 1)  # first the row difference, then the column's
+    flat = table[(rows + difference[None, :, None, :]).reshape(-1).to(table.device)]  # (w^4, H)
     square = flat.reshape(area, area, heads)
     if target == (area * area, heads):
         return flat
@@ -257,15 +251,6 @@ def _looked_up(table: torch.Tensor, target: tuple[int, ...]) -> torch.Tensor | N
     if target in ((heads, area, area), (1, heads, area, area)):
         return square.permute(2, 0, 1).reshape(target)
     return None
-
-
-def _relative_positions(side: int) -> torch.Tensor:
-    """Row of the table for every pair of positions of a window, (w^4,): first the row difference, then the column's."""
-    place = torch.arange(side)
-    difference = place[:, None] - place[None, :] + side - 1  # (w, w), from 0 to 2w - 2
-    rows = difference[:, None, :, None] * (2 * side - 1)
-    columns = difference[None, :, None, :]
-    return (rows + columns).reshape(-1)
 
 
 # ---- weights that come as factors ------------------------------------------------------------------------------------
@@ -279,11 +264,8 @@ def factorize_onnx(
     Args:
         model: A model whose weights are initializers (with or without data) or graph inputs.
         pairs: Factors by name of the weight in the file; names that the file does not have are left out.
-        permutations: For weights stored in another layout than torch's, which stored axis each of torch's axes is
-            (``permutation`` of the low-rank metadata); needed only where the file reads them in an unusual way.
-
-    Returns:
-        The rewritten model; all other values are as they were.
+        permutations: For weights stored in another layout than torch's, which stored axis each of torch's axes is;
+            needed only where the file reads them in an unusual way.
     """
     result = copied(model)
     graph = result.graph
@@ -322,10 +304,10 @@ def _follow_old_rules(model: onnx.ModelProto) -> None:
 
 def _split_layers(graph: onnx.GraphProto, name: str, pair: FactorPair) -> bool:
     """Replaces every layer that reads the weight; False, and nothing done, if one of them is no plain layer."""
-    readers = _readers(graph, name)
+    readers = [node for node in graph.node if name in node.input]
     transposes = [node for node in readers if node.op_type == "Transpose" and _attributes(node).get("perm") == [1, 0]]
     layers = [(node, name) for node in readers if node not in transposes]
-    layers += [(node, item.output[0]) for item in transposes for node in _readers(graph, item.output[0])]
+    layers += [(node, x.output[0]) for x in transposes for node in graph.node if x.output[0] in node.input]
     shown = {name, *(node.output[0] for node in transposes)}
     in_subgraphs = {item for inner in list(graphs(graph))[1:] for node in inner.node for item in node.input}
     if not layers or shown & in_subgraphs or name in {item.name for item in graph.output}:
@@ -337,10 +319,6 @@ def _split_layers(graph: onnx.GraphProto, name: str, pair: FactorPair) -> bool:
     for node in transposes:
         graph.node.remove(node)
     return True
-
-
-def _readers(graph: onnx.GraphProto, name: str) -> list[onnx.NodeProto]:
-    return [node for node in graph.node if name in node.input]
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, object]:
@@ -358,9 +336,7 @@ def _is_plain_layer(node: onnx.NodeProto, weight: str) -> bool:
 
 def _split(graph: onnx.GraphProto, node: onnx.NodeProto, name: str, pair: FactorPair) -> None:
     """Puts two nodes in the place of one."""
-    first, second = onnx.NodeProto(), onnx.NodeProto()
-    first.CopyFrom(node)
-    second.CopyFrom(node)
+    first, second = copied(node), copied(node)
     base, middle = node.name or node.output[0], f"{node.output[0]}.low_rank"
     first.name, second.name = base + FACTOR_IN, base + FACTOR_OUT
     names, factors = [name + FACTOR_IN, name + FACTOR_OUT], [pair.factor_in, pair.factor_out]
@@ -369,24 +345,23 @@ def _split(graph: onnx.GraphProto, node: onnx.NodeProto, name: str, pair: Factor
         factors = [factor.flatten(1).mT for factor in factors]
     elif node.op_type == "Gemm":
         factors = [factor.flatten(1) for factor in factors]
-        _set_attributes(first, {"transB": 1}, drop={"alpha", "beta"})
+        _set_attributes(first, {"transB": 1}, drop=("alpha", "beta"))
         _set_attributes(second, {"transB": 1})
     else:
         kernel_shape = [1] * (pair.factor_in.dim() - 2)
-        _set_attributes(second, {"kernel_shape": kernel_shape}, drop={"strides", "pads", "dilations", "auto_pad"})
+        _set_attributes(second, {"kernel_shape": kernel_shape}, drop=("strides", "pads", "dilations", "auto_pad"))
     del first.input[2:]
     first.input[1], first.output[0] = names[0], middle
     second.input[0], second.input[1] = middle, names[1]
     place = list(graph.node).index(node)
-    graph.node.remove(node)
-    graph.node.insert(place, second)
+    graph.node[place].CopyFrom(second)
     graph.node.insert(place, first)
     for factor_name, factor in zip(names, factors, strict=True):
         _add_tensor(graph, factor_name, factor)
 
 
-def _set_attributes(node: onnx.NodeProto, values: Mapping[str, object], *, drop: set[str] | None = None) -> None:
-    for item in [item for item in node.attribute if item.name in values or item.name in (drop or set())]:
+def _set_attributes(node: onnx.NodeProto, values: Mapping[str, object], *, drop: Sequence[str] = ()) -> None:
+    for item in [item for item in node.attribute if item.name in {*values, *drop}]:
         node.attribute.remove(item)
     node.attribute.extend(helper.make_attribute(key, value) for key, value in values.items())
 

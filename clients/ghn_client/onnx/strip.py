@@ -50,12 +50,7 @@ _POOLING = frozenset({"AveragePool", "GlobalAveragePool", "ReduceMean"})
 
 
 def encode_structure(model: onnx_ir.Model, parameters: Collection[str]) -> bytes:
-    """A model as bytes, with float initializers as typed graph inputs.
-
-    Args:
-        model: The model; it is changed. Its initializers may be without data, as on the meta device.
-        parameters: Names of the trainable tensors; all other float initializers are buffers or constants.
-    """
+    """A model, which is changed, as bytes with float initializers as typed graph inputs; only ``parameters`` train."""
     _clear_metadata(model)
     _rename_clashes(model)
     named: dict[str, list[str]] = {PARAMETERS_KEY: [], BUFFERS_KEY: []}
@@ -66,18 +61,15 @@ def encode_structure(model: onnx_ir.Model, parameters: Collection[str]) -> bytes
         is_float = value.dtype is not None and int(value.dtype) in _FLOAT_TYPES
         if is_float:
             named[PARAMETERS_KEY if name in parameters else BUFFERS_KEY].append(name)
-        if name in parameters or not _keeps_value(value, is_float=is_float):
+        sizes = [size if isinstance(size, int) else 0 for size in value.shape or ()]
+        is_large = value.shape is not None and math.prod(sizes) > (_KEPT_FLOATS if is_float else KEPT_ELEMENTS)
+        if name in parameters or value.const_value is None or is_large:
             del model.graph.initializers[name]
             value.const_value = None
             model.graph.inputs.append(value)
     for key, names in named.items():
         model.metadata_props[key] = json.dumps(names)
     return onnx_ir.to_proto(model).SerializeToString()
-
-
-def _keeps_value(value: onnx_ir.Value, *, is_float: bool) -> bool:
-    count = math.prod(size if isinstance(size, int) else 0 for size in value.shape) if value.shape is not None else 0
-    return value.const_value is not None and count <= (_KEPT_FLOATS if is_float else KEPT_ELEMENTS)
 
 
 def _clear_metadata(model: onnx_ir.Model) -> None:
@@ -89,20 +81,15 @@ def _clear_metadata(model: onnx_ir.Model) -> None:
         graph.metadata_props.clear()
         for node in onnx_ir.traversal.RecursiveGraphIterator(graph):
             node.doc_string = None
-            _keep_pooling_class(node)
+            text = node.metadata_props.get(_CLASSES_KEY, "")
+            node.metadata_props.clear()
+            if text and node.op_type in _POOLING:  # which module it is tells adaptive from plain pooling
+                classes = ast.literal_eval(text)
+                node.metadata_props[_CLASSES_KEY] = repr([name.rpartition(".")[2] for name in classes[-2:-1]] + [""])
             for value in node.outputs:
                 value.metadata_props.clear()
     for value in [*model.graph.inputs, *model.graph.initializers.values()]:
         value.metadata_props.clear()
-
-
-def _keep_pooling_class(node: onnx_ir.Node) -> None:
-    """Leaves only which module a pooling node is, which tells adaptive from plain pooling; names are exact anyway."""
-    text = node.metadata_props.get(_CLASSES_KEY, "")
-    node.metadata_props.clear()
-    if text and node.op_type in _POOLING:
-        classes = ast.literal_eval(text)
-        node.metadata_props[_CLASSES_KEY] = repr([name.rpartition(".")[2] for name in classes[-2:-1]] + [""])
 
 
 def lift_constants(model: onnx_ir.Model) -> None:
@@ -113,12 +100,8 @@ def lift_constants(model: onnx_ir.Model) -> None:
         if tensor is None or int(tensor.dtype) not in _FLOAT_TYPES or tensor.size <= _KEPT_FLOATS:
             continue
         old = node.outputs[0]
-        new = onnx_ir.Value(
-            name=old.name,
-            shape=onnx_ir.Shape(tensor.shape.numpy()),
-            type=onnx_ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
+        shape, element_type = onnx_ir.Shape(tensor.shape.numpy()), onnx_ir.TensorType(tensor.dtype)
+        new = onnx_ir.Value(name=old.name, shape=shape, type=element_type, const_value=tensor)
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         model.graph.remove(node, safe=True)
         model.graph.initializers.add(new)
@@ -127,10 +110,8 @@ def lift_constants(model: onnx_ir.Model) -> None:
 def _rename_clashes(model: onnx_ir.Model) -> None:
     """Gives way to parameters whose name an intermediate value or an input has too."""
     taken = set(model.graph.initializers)
-    others: list[onnx_ir.Value] = list(model.graph.inputs)
-    for node in onnx_ir.traversal.RecursiveGraphIterator(model.graph):
-        others.extend(node.outputs)
-    for value in others:
+    nodes = onnx_ir.traversal.RecursiveGraphIterator(model.graph)
+    for value in [*model.graph.inputs, *(value for node in nodes for value in node.outputs)]:
         while value.name in taken:
             value.name = f"{value.name}_"
         if value.name:
@@ -152,14 +133,9 @@ def strip_weights(onnx_bytes: bytes) -> bytes:
     model.ClearField("doc_string")
     model.ClearField("training_info")
     _keep(model.metadata_props, _KEPT_MODEL_METADATA)
-    for function in model.functions:
-        function.ClearField("doc_string")
-        for node in function.node:
-            _strip_node(node)
-    owners: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
-    for owner in owners:
-        for graph in graphs(owner):
-            _strip_graph(graph)
+    inner = [graph for function in model.functions for graph in graphs(function)]
+    for owner in (*graphs(model.graph), *model.functions, *inner):
+        _strip(owner)
     return model.SerializeToString()
 
 
@@ -171,19 +147,17 @@ def _keep(metadata: Any, keys: Collection[str]) -> None:
         metadata.add(key=key, value=text)
 
 
-def _strip_graph(graph: onnx.GraphProto) -> None:
+def _strip(graph: onnx.GraphProto | onnx.FunctionProto) -> None:
     graph.ClearField("doc_string")
-    del graph.metadata_props[:]
-    for tensor in graph.initializer:
-        strip_tensor(tensor)
-    for sparse in graph.sparse_initializer:
-        strip_tensor(sparse.values)
-        strip_tensor(sparse.indices)
-    for info in (*graph.input, *graph.output, *graph.value_info):
-        info.ClearField("doc_string")
-        _keep(info.metadata_props, _KEPT_VALUE_METADATA)
     for node in graph.node:
         _strip_node(node)
+    if isinstance(graph, onnx.GraphProto):
+        del graph.metadata_props[:]
+        for tensor in (*graph.initializer, *(part for x in graph.sparse_initializer for part in (x.values, x.indices))):
+            strip_tensor(tensor)
+        for info in (*graph.input, *graph.output, *graph.value_info):
+            info.ClearField("doc_string")
+            _keep(info.metadata_props, _KEPT_VALUE_METADATA)
 
 
 def _strip_node(node: onnx.NodeProto) -> None:

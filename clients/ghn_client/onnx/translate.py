@@ -29,7 +29,7 @@ _ASSERTIONS = ("_assert_async", "_assert_scalar", "_assert_tensor_metadata", "sy
 MAX_CONSTANT_ELEMENTS = 1 << 22
 """Scalars of constants that may be computed here, all together."""
 
-_LIKE = {"new_zeros": 0, "new_ones": 1, "zeros_like": 0, "ones_like": 1}
+_LIKE = {"aten::new_zeros": 0, "aten::new_ones": 1, "aten::zeros_like": 0, "aten::ones_like": 1}
 _RENAMED = {("bernoulli_", "float"): ("bernoulli", "p"), ("normal_", "default"): ("normal_functional", "default")}
 _SCATTERS: Mapping[Callable[..., object], Callable[..., object]] = {
     torch.ops.aten.slice.Tensor: torch.ops.aten.slice_scatter.default,
@@ -45,18 +45,13 @@ class NotTranslatableError(Exception):
     """The program holds something that has no direct translation."""
 
 
-class NotFunctionalError(Exception):
-    """The program changes memory in a way that is not rewritten here."""
-
-
 def translate(program: torch.export.ExportedProgram) -> onnx_ir.Model:
     """The program as ONNX, with parameters and buffers under their names in the module's ``state_dict``.
 
     The graph of ``program`` is changed.
 
     Raises:
-        NotTranslatableError: An operator has no direct translation.
-        NotFunctionalError: The program changes memory in a way that cannot be written as ONNX.
+        NotTranslatableError: An operator has no direct translation, or changes memory in a way that ONNX cannot say.
     """
     from torch.onnx._internal.exporter import _core, _fx_passes
 
@@ -68,7 +63,12 @@ def translate(program: torch.export.ExportedProgram) -> onnx_ir.Model:
             graph.erase_node(node)
     lifted = program.graph_signature.inputs_to_lifted_tensor_constants
     tensors = {name: program.constants[target] for name, target in lifted.items()}
-    _make_functional(module, {name: tensor for name, tensor in tensors.items() if _has_values(tensor)})
+    has_values = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if isinstance(tensor, torch.Tensor) and not tensor.is_meta and not isinstance(tensor, FakeTensor)
+    }
+    _make_functional(module, has_values)
     registry, needs_promotion = _registry(), False
     for node in graph.nodes:
         if node.op != "call_function":
@@ -86,23 +86,11 @@ def translate(program: torch.export.ExportedProgram) -> onnx_ir.Model:
     return _core._exported_program_to_onnx_program(program, registry=registry).model
 
 
-def _has_values(tensor: Any) -> bool:
-    return isinstance(tensor, torch.Tensor) and not tensor.is_meta and not isinstance(tensor, FakeTensor)
-
-
 # ---- in-place operators ----------------------------------------------------------------------------------------------
 
 
 def _make_functional(module: GraphModule, constants: dict[str, torch.Tensor]) -> None:
-    """Rewrites the graph of ``module`` in place.
-
-    Args:
-        module: Graph of an exported program; every node's ``meta["val"]`` tells its shape, type and storage.
-        constants: Values of the placeholders that are constants, by node name.
-
-    Raises:
-        NotFunctionalError: A change reaches a value that is read later and cannot be rebuilt.
-    """
+    """Rewrites the graph of ``module``, with the values of placeholders that are constants, without in-place operators."""
     graph = module.graph
     groups: Groups = defaultdict(set)
     for node in graph.nodes:
@@ -130,9 +118,8 @@ def _storage(node: Node) -> int:
 
 def _same_view(node: Node, other: Node) -> bool:
     """Whether two nodes that share memory show the same elements in the same way."""
-    views = [node.meta["val"], other.meta["val"]]
-    first, second = ((x.dtype, x.shape, x.stride(), x.storage_offset()) for x in views)
-    return first == second
+    views = (node.meta["val"], other.meta["val"])
+    return len({(x.dtype, x.shape, x.stride(), x.storage_offset()) for x in views}) == 1
 
 
 def _is_inplace(node: Node) -> bool:
@@ -161,7 +148,7 @@ def _rewrite(graph: Graph, node: Node, groups: Groups) -> None:
     name, overload = _RENAMED.get((name, overload), (name.removesuffix("_"), overload))
     twin = getattr(getattr(getattr(torch.ops, namespace), name, None), overload, None)
     if not isinstance(twin, torch._ops.OpOverload) or twin._schema.is_mutable:
-        raise NotFunctionalError(f"{node.target} has no functional twin")
+        raise NotTranslatableError(f"{node.target} has no functional twin")
     view, result, node.target = node.args[0], node, twin
     stale, later = _read_later(node, groups), _nodes_after(node)
     while True:
@@ -172,7 +159,7 @@ def _rewrite(graph: Graph, node: Node, groups: Groups) -> None:
             return
         scatter = _SCATTERS.get(view.target) if isinstance(view, Node) and callable(view.target) else None
         if scatter is None or not isinstance(view, Node) or not isinstance(view.args[0], Node):
-            raise NotFunctionalError(f"{view} is changed, and {stale[0]} shows the same memory")
+            raise NotTranslatableError(f"{view} is changed, and {stale[0]} shows the same memory")
         base = view.args[0]
         with graph.inserting_after(result):
             result = graph.call_function(scatter, (base, result, *view.args[1:]), dict(view.kwargs))
@@ -187,8 +174,7 @@ def _rewrite(graph: Graph, node: Node, groups: Groups) -> None:
 def _constant_nodes(graph: Graph, groups: Groups, constants: Mapping[str, torch.Tensor]) -> set[Node]:
     found = {node for node in graph.nodes if node.op == "placeholder" and node.name in constants}
     for node in graph.nodes:
-        is_operator = isinstance(node.target, torch._ops.OpOverload)
-        is_random = is_operator and torch.Tag.nondeterministic_seeded in node.target.tags
+        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         if node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor) and not is_random:
             found.add(node)
     while True:  # what reads, or shows the memory of, something else is none
@@ -204,9 +190,7 @@ def _constant_nodes(graph: Graph, groups: Groups, constants: Mapping[str, torch.
 
 def _fill_value(node: Node) -> int | None:
     """What an operator fills a new tensor with that takes no more than a shape from its input."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    return _LIKE.get(node.target._schema.name.partition("::")[2])
+    return _LIKE.get(node.target._schema.name) if isinstance(node.target, torch._ops.OpOverload) else None
 
 
 def _read_values(node: Node) -> list[Node]:
@@ -222,7 +206,7 @@ def _compute_constants(module: GraphModule, wanted: set[Node], constants: Mappin
             needed.add(node)
             stack.extend(_read_values(node))
     if sum(node.meta["val"].numel() for node in needed if _storage(node)) > MAX_CONSTANT_ELEMENTS:
-        raise NotFunctionalError("the constants of the program are too large to be computed while it is exported")
+        raise NotTranslatableError("the constants of the program are too large to be computed while it is exported")
     values: dict[Node, Any] = {}
     for node in (order := [node for node in module.graph.nodes if node in needed]):
         values[node] = constants[node.name] if node.op == "placeholder" else _evaluate(node, values)
@@ -239,7 +223,7 @@ def _compute_constants(module: GraphModule, wanted: set[Node], constants: Mappin
             module.graph.erase_node(node)
 
 
-def _evaluate(node: Node, values: dict[Node, Any]) -> torch.Tensor:
+def _evaluate(node: Node, values: dict[Node, Any]) -> Any:
     fill, example = _fill_value(node), node.meta["val"]
     if fill is not None:
         return torch.full(tuple(example.shape), fill, dtype=example.dtype)
@@ -247,9 +231,7 @@ def _evaluate(node: Node, values: dict[Node, Any]) -> torch.Tensor:
     if "device" in kwargs:
         kwargs["device"] = torch.device("cpu")
     assert callable(node.target)
-    result = node.target(*args, **kwargs)
-    assert isinstance(result, torch.Tensor)
-    return result
+    return node.target(*args, **kwargs)
 
 
 # ---- composite operators by simpler ones, since their decomposition would need another trace -------------------------
@@ -257,27 +239,22 @@ def _evaluate(node: Node, values: dict[Node, Any]) -> torch.Tensor:
 Call = tuple[torch._ops.OpOverload, tuple[Any, ...], dict[str, Any]]
 
 
-def _as_reshape(node: Node) -> Call:
-    return torch.ops.aten.reshape.default, (node.args[0], list(node.meta["val"].shape)), {}
+def _with_own_shape(target: torch._ops.OpOverload) -> Callable[[Node], Call]:
+    return lambda node: (target, (node.args[0], list(node.meta["val"].shape)), {})
 
 
 def _as_cast(node: Node) -> Call:
     return torch.ops.aten._to_copy.default, node.args[:1], {"dtype": node.meta["val"].dtype}
 
 
-def _as_transpose(node: Node) -> Call:
-    return torch.ops.aten.transpose.int, node.args, dict(node.kwargs)
-
-
 _SIMPLER: dict[str, Callable[[Node], Call]] = {
-    "to": _as_cast,
-    "type_as": _as_cast,
-    "reshape_as": _as_reshape,
-    "view_as": _as_reshape,
-    "expand_as": lambda node: (torch.ops.aten.expand.default, (node.args[0], list(node.meta["val"].shape)), {}),
+    **dict.fromkeys(("to", "type_as"), _as_cast),
+    **dict.fromkeys(("reshape_as", "view_as"), _with_own_shape(torch.ops.aten.reshape.default)),
+    **dict.fromkeys(
+        ("swapaxes", "swapdims"), lambda node: (torch.ops.aten.transpose.int, node.args, dict(node.kwargs))
+    ),
+    "expand_as": _with_own_shape(torch.ops.aten.expand.default),
     "zero": lambda node: (torch.ops.aten.full_like.default, (node.args[0], 0), {}),
-    "swapaxes": _as_transpose,
-    "swapdims": _as_transpose,
 }
 
 # ---- translations that torch's library lacks ------------------------------------------------------------------------
@@ -297,17 +274,14 @@ def _batch_norm(
     """``aten::batch_norm`` with running statistics."""
     if running_mean is None or training:
         raise NotTranslatableError("a batch normalisation without running statistics has no direct translation")
-    weight = _repeated(1.0, input) if weight is None else weight
-    bias = _repeated(0.0, input) if bias is None else bias
+
+    def repeated(value: float) -> Any:
+        array = numpy.full(int(input.shape[1]), value, dtype=numpy.float32)
+        return op.CastLike(op.Constant(value=onnx.numpy_helper.from_array(array)), input)
+
+    weight = repeated(1.0) if weight is None else weight
+    bias = repeated(0.0) if bias is None else bias
     return op.BatchNormalization(input, weight, bias, running_mean, running_var, epsilon=eps, momentum=1.0 - momentum)
-
-
-def _repeated(value: float, like: Any) -> Any:
-    """A constant vector with one entry per channel of ``like``."""
-    array = numpy.full(int(like.shape[1]), value, dtype=numpy.float32)
-    constant: Any = op.Constant(value=onnx.numpy_helper.from_array(array))
-    vector: Any = op.CastLike(constant, like)
-    return vector
 
 
 def _convolution(
@@ -321,20 +295,16 @@ def _convolution(
 ) -> Any:
     """``aten::conv1d`` to ``conv3d``; torch's own translation gives a layer without bias a computed bias of zeros."""
     axes = len(weight.shape) - 2
-    attributes: dict[str, Any] = {
-        "strides": _per_axis(stride, axes),
-        "dilations": _per_axis(dilation, axes),
-        "group": groups,
-    }
+
+    def per_axis(values: Sequence[int]) -> list[int]:
+        return list(values) * axes if len(values) == 1 else list(values)
+
+    attributes: dict[str, Any] = {"strides": per_axis(stride), "dilations": per_axis(dilation), "group": groups}
     if isinstance(padding, str):
         attributes["auto_pad"] = "SAME_UPPER" if padding == "same" else "VALID"
     else:
-        attributes["pads"] = _per_axis(padding, axes) * 2
+        attributes["pads"] = per_axis(padding) * 2
     return op.Conv(input, weight, bias, **attributes) if bias is not None else op.Conv(input, weight, **attributes)
-
-
-def _per_axis(values: Sequence[int], axes: int) -> list[int]:
-    return list(values) * axes if len(values) == 1 else list(values)
 
 
 def _adaptive_average(input: Any, output_size: Sequence[int]) -> Any:  # noqa: A002
@@ -353,21 +323,15 @@ def _registry() -> Any:
     from torch.onnx._internal.exporter import _registration
 
     aten = torch.ops.aten
+    pools = (aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d)
+    convolutions = (aten.conv1d, aten.conv2d, aten.conv3d)
     extra: dict[torch._ops.OpOverload, Callable[..., Any]] = {
         aten.batch_norm.default: _batch_norm,
-        **dict.fromkeys((aten.conv1d.default, aten.conv1d.padding), _convolution),
-        **dict.fromkeys((aten.conv2d.default, aten.conv2d.padding), _convolution),
-        **dict.fromkeys((aten.conv3d.default, aten.conv3d.padding), _convolution),
-        aten.adaptive_avg_pool1d.default: _adaptive_average,
-        aten.adaptive_avg_pool2d.default: _adaptive_average,
-        aten.adaptive_avg_pool3d.default: _adaptive_average,
+        **{target: _convolution for one in convolutions for target in (one.default, one.padding)},
+        **{one.default: _adaptive_average for one in pools},
     }
     registry = _registration.ONNXRegistry.from_torchlib()
     for target, function in extra.items():
-        registry._register(
-            target,
-            _registration.OnnxDecompMeta(
-                onnx_function=function, fx_target=target, signature=None, is_custom=True, skip_signature_inference=True
-            ),
-        )
+        options = {"signature": None, "is_custom": True, "skip_signature_inference": True}
+        registry._register(target, _registration.OnnxDecompMeta(onnx_function=function, fx_target=target, **options))
     return registry
