@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 _LISTS_OF_VALUES = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
 _FIRST_OPSET_OF_GEMM_WITHOUT_BIAS = 11
-_INITIAL_STATISTICS = {3: 0.0, 4: 1.0}  # mean and variance without values, by input of BatchNormalization
 
 
 def fill_model(prediction: Prediction, source: ModelSource | None) -> onnx.ModelProto:
@@ -144,10 +143,9 @@ class _Filler:
         for name, value in values.items():
             if name in self.inputs and name not in self.filled:
                 self._fill_input(name, value)
+        # Running statistics without values are those of a new module, mean 0 and variance 1.
         norms = [node for graph in self.graphs for node in graph.node if node.op_type == "BatchNormalization"]
-        for name, value in (
-            (node.input[index], value) for node in norms for index, value in _INITIAL_STATISTICS.items()
-        ):
+        for name, value in [(node.input[3], 0.0) for node in norms] + [(node.input[4], 1.0) for node in norms]:
             if name in self.inputs and name not in self.filled:
                 shape = [dim.dim_value for dim in self.inputs[name].type.tensor_type.shape.dim]
                 self._fill_input(name, torch.full(shape, value))

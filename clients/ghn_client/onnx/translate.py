@@ -90,7 +90,7 @@ def translate(program: torch.export.ExportedProgram) -> onnx_ir.Model:
 
 
 def _make_functional(module: GraphModule, constants: dict[str, torch.Tensor]) -> None:
-    """Rewrites the graph of ``module``, with the values of placeholders that are constants, without in-place operators."""
+    """Rewrites the graph of ``module`` without in-place operators; ``constants`` are values of its placeholders."""
     graph = module.graph
     groups: Groups = defaultdict(set)
     for node in graph.nodes:
