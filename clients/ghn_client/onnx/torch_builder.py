@@ -29,21 +29,13 @@ FACTOR = 3
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """A value that depends on the input or on a parameter.
-
-    Attributes:
-        node: In the graph.
-        single: Its value on the example batch.
-        several: Its value on the larger batch.
-        parameter: Name of the initializer that it is, empty otherwise.
-        transposed: Name of the initializer of which it is the matrix transpose, empty otherwise.
-    """
+    """A value that depends on the input or on a parameter."""
 
     node: fx.Node
-    single: Any
-    several: Any
-    parameter: str = ""
-    transposed: str = ""
+    single: Any  # its value on the example batch
+    several: Any  # its value on the larger batch
+    parameter: str = ""  # name of the initializer that it is
+    transposed: str = ""  # name of the initializer of which it is the matrix transpose
 
 
 #: Constants are plain tensors.
@@ -58,45 +50,43 @@ def example_of(value: Value) -> torch.Tensor:
 class Constant(nn.Module):
     """A tensor that is no parameter and in no ``state_dict``."""
 
-    value: torch.Tensor
-
     def __init__(self, value: torch.Tensor) -> None:
         super().__init__()
         self.register_buffer("value", value, persistent=False)
 
     def forward(self) -> torch.Tensor:
         """The tensor."""
-        return self.value
+        return self.get_buffer("value")
 
 
 class Builder:
-    """The graph while it is built.
+    """The graph while it is built, for an input of which the larger batch holds variations of ``example`` too.
 
-    Args:
-        initializers: Tensors of the file by name.
-        parameters: Names of those that are trainable, besides the weights of layers; ``None`` for all float vectors and
-            matrices.
+    Besides the weights of layers, those initializers are trainable that ``parameters`` names: ``None`` for all float
+    vectors and matrices.
     """
 
-    def __init__(self, initializers: Mapping[str, torch.Tensor], parameters: Collection[str] | None = None) -> None:
-        self.initializers = dict(initializers)
+    def __init__(
+        self,
+        initializers: Mapping[str, torch.Tensor],
+        parameters: Collection[str] | None,
+        input_name: str,
+        example: torch.Tensor,
+    ) -> None:
+        several = torch.cat([example * (1.0 + 0.3 * index) + 0.1 * index for index in range(FACTOR)])
+        self.batch_size = len(example)
+        self.initializers = initializers
         self.parameters = parameters
         self.root = nn.Module()
         self.graph = fx.Graph()
-        self.values: dict[str, Value] = {}
+        self.entry = Traced(self.graph.placeholder("inputs"), example, several)
+        self.values: dict[str, Value] = {input_name: self.entry}
         self.names: dict[str, tuple[str, bool]] = {}  # parameter path -> initializer, whether it is transposed
         self.tensors: dict[str, tuple[str, str]] = {}  # path of a linear layer -> its input and output in the file
         self.layers: dict[tuple[str, ...], str] = {}  # operator and initializers -> path of their layer
         self.absorbed: dict[str, Value] = {}  # outputs of nodes that are a part of an earlier layer
         self.random: dict[str, Value] = {}  # outputs of random nodes -> what they have the shape of
-        self.entry: Traced | None = None  # the input of the network
         self._constants: dict[int, tuple[torch.Tensor, fx.Node]] = {}
-
-    @property
-    def batch_size(self) -> int:
-        """Samples of the example."""
-        assert self.entry is not None
-        return len(self.entry.single)
 
     # ---- values -----------------------------------------------------------------------------------------------------
 
@@ -145,12 +135,6 @@ class Builder:
 
     # ---- nodes ------------------------------------------------------------------------------------------------------
 
-    def input(self, name: str, example: torch.Tensor) -> None:
-        """The input of the network; the other samples of the larger batch are variations of the example."""
-        several = torch.cat([example * (1.0 + 0.3 * index) + 0.1 * index for index in range(FACTOR)])
-        self.entry = Traced(self.graph.placeholder("inputs"), example, several)
-        self.values[name] = self.entry
-
     def call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Calls a function: in the graph if an argument is traced, right away otherwise."""
         everything = (arguments, options)
@@ -178,9 +162,9 @@ class Builder:
         if value.dim() == 0:
             return value.item()
         if id(value) not in self._constants:
-            path = f"constants.c{len(self._constants)}"
-            _container(self.root, "constants").add_module(path.rpartition(".")[2], Constant(value))
-            self._constants[id(value)] = value, self.graph.call_module(path)
+            name = f"c{len(self._constants)}"
+            _container(self.root, "constants").add_module(name, Constant(value))
+            self._constants[id(value)] = value, self.graph.call_module(f"constants.{name}")
         return self._constants[id(value)][1]
 
     # ---- shapes -----------------------------------------------------------------------------------------------------
@@ -204,11 +188,7 @@ class Builder:
 
 
 def batch_position(value: Traced) -> int:
-    """P of a value whose runs differ in size.
-
-    Raises:
-        UnsupportedModuleError: The larger run is no batch of single ones: samples depend on each other.
-    """
+    """P of a value whose runs differ in size; refused where the larger run is no batch of single ones."""
     single, several = value.single.flatten(), value.several.flatten()
     candidates: list[int] = [1] + [math.prod(value.single.shape[: axis + 1]) for axis in range(value.single.dim())]
     for before in dict.fromkeys(candidates):

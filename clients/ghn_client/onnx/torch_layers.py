@@ -28,23 +28,14 @@ MEAN_POOLS = {3: functional.avg_pool1d, 4: functional.avg_pool2d, 5: functional.
 
 @dataclass(frozen=True, eq=False)
 class OnnxNode:
-    """A node of the file.
-
-    Attributes:
-        op_type: Operator.
-        name: Of the node, may be empty.
-        inputs: Names of its inputs; empty where left out.
-        outputs: Names of its outputs.
-        attributes: By name: numbers, text, lists or tensors.
-        follower: Of a MatMul the only node that reads it, if there is just one.
-    """
+    """A node of the file."""
 
     op_type: str
-    name: str
-    inputs: tuple[str, ...]
+    name: str  # may be empty
+    inputs: tuple[str, ...]  # names, empty where left out
     outputs: tuple[str, ...]
-    attributes: Mapping[str, Any]
-    follower: OnnxNode | None = None
+    attributes: Mapping[str, Any]  # numbers, text, lists or tensors
+    follower: OnnxNode | None = None  # of a MatMul the only node that reads it, if there is just one
 
     def input(self, index: int) -> str:
         """Name of an input, empty where it is left out."""
@@ -175,13 +166,11 @@ def _layer_norm(b: Builder, node: OnnxNode) -> Any:
 
 
 def _group_norm(b: Builder, node: OnnxNode) -> Any:
-    channels, groups = _traced(b, node).single.shape[1], node.attributes["num_groups"]
-    return _norm(b, node, nn.GroupNorm, functional.group_norm, num_groups=groups, num_channels=channels)
-
-
-def _instance_norm(b: Builder, node: OnnxNode) -> Any:
     shape = _traced(b, node).single.shape
-    return _norm(b, node, INSTANCE_NORMS[len(shape)], functional.instance_norm, num_features=shape[1], affine=True)
+    if node.op_type == "InstanceNormalization":
+        return _norm(b, node, INSTANCE_NORMS[len(shape)], functional.instance_norm, num_features=shape[1], affine=True)
+    groups = node.attributes["num_groups"]
+    return _norm(b, node, nn.GroupNorm, functional.group_norm, num_groups=groups, num_channels=shape[1])
 
 
 def _gemm(b: Builder, node: OnnxNode) -> Any:
@@ -210,7 +199,12 @@ def _matrix_product(b: Builder, node: OnnxNode) -> Any:
     is_layer = isinstance(first, Traced) and weight in b.initializers and b.initializers[weight].dim() == 2
     if not is_layer or (known is not None and not turned):
         return b.call(torch.matmul, first, b.value(name))
-    bias = _bias_that_follows(b, node, b.initializers[weight].shape[0 if turned else 1])
+    bias = ""  # the vector that the only reader of the product adds to it
+    if node.follower is not None and node.follower.op_type == "Add":
+        others = [other for other in node.follower.inputs if other != node.outputs[0]]
+        outputs = b.initializers[weight].shape[0 if turned else 1]
+        if len(others) == 1 and others[0] in b.initializers and b.initializers[others[0]].shape == (outputs,):
+            bias = others[0]
     path = weight.removesuffix(".weight")
     if turned:
         is_shared = b.has_path(path) and not b.holds_only(path, {"weight": weight, "bias": bias})
@@ -226,15 +220,6 @@ def _matrix_product(b: Builder, node: OnnxNode) -> Any:
     return result
 
 
-def _bias_that_follows(b: Builder, node: OnnxNode, outputs: int) -> str:
-    """Name of the vector that the only reader of a product adds to it, empty without one."""
-    if node.follower is None or node.follower.op_type != "Add":
-        return ""
-    others = [name for name in node.follower.inputs if name != node.outputs[0]]
-    fits = len(others) == 1 and others[0] in b.initializers and tuple(b.initializers[others[0]].shape) == (outputs,)
-    return others[0] if fits else ""
-
-
 def _linear(b: Builder, node: OnnxNode, source: Traced, name: str, bias: str, *, transposed: bool) -> Traced:
     outputs, inputs = b.initializers[name].shape[:: -1 if transposed else 1]
     weights = {"weight": name, "bias": bias}
@@ -247,9 +232,7 @@ def _linear(b: Builder, node: OnnxNode, source: Traced, name: str, bias: str, *,
 class Bernoulli(nn.Module):
     """Ones with a probability, zeros else: dropout and stochastic depth as exporters write them; the mean in eval mode.
 
-    Args:
-        probability: Of a one.
-        shape: Of what is drawn for one sample, or ``None``: that of the input.
+    For one sample ``shape`` is drawn, or what the input has.
     """
 
     def __init__(self, probability: float, shape: tuple[int, ...] | None = None) -> None:
@@ -261,10 +244,6 @@ class Bernoulli(nn.Module):
         shape = inputs.shape if self.shape is None else (len(inputs), *self.shape)
         means = inputs.new_full(shape, self.probability)
         return torch.bernoulli(means) if self.training else means
-
-    def extra_repr(self) -> str:
-        """The probability."""
-        return f"{self.probability}"
 
 
 def _dropout(b: Builder, node: OnnxNode) -> Any:
@@ -293,7 +272,6 @@ def _random_comparison(b: Builder, node: OnnxNode) -> Any:
     path = b.free_path("dropouts.d")
     if isinstance(like, Traced):
         return b.module(path, Bernoulli(float(bound)), like)
-    assert b.entry is not None
     return b.module(path, Bernoulli(float(bound), tuple(like.shape[1:])), b.entry)
 
 
@@ -324,8 +302,8 @@ def _padded(b: Builder, source: Traced, node: OnnxNode) -> tuple[Traced, tuple[i
 
 def _pool(b: Builder, node: OnnxNode) -> Any:
     plain, attributes = _traced(b, node), node.attributes
-    rank = plain.single.dim()
     source, padding = _padded(b, plain, node)
+    rank = plain.single.dim()
     ones = [1] * (rank - 2)
     window = (tuple(attributes["kernel_shape"]), tuple(attributes.get("strides", ones)), padding)
     ceil = bool(attributes.get("ceil_mode", 0))
@@ -344,8 +322,7 @@ def _global_pool(b: Builder, node: OnnxNode) -> Any:
 
 
 def _local_response_norm(b: Builder, node: OnnxNode) -> Any:
-    names = {"alpha": 1e-4, "beta": 0.75, "bias": 1.0}
-    options = [node.attributes.get(name, default) for name, default in names.items()]
+    options = [node.attributes.get(name, default) for name, default in (("alpha", 1e-4), ("beta", 0.75), ("bias", 1.0))]
     return b.call(functional.local_response_norm, _traced(b, node), node.attributes["size"], *options)
 
 
@@ -356,7 +333,7 @@ LAYERS: dict[str, Callable[[Builder, OnnxNode], Any]] = {
     "LayerNormalization": _layer_norm,
     "RMSNormalization": _layer_norm,
     "GroupNormalization": _group_norm,
-    "InstanceNormalization": _instance_norm,
+    "InstanceNormalization": _group_norm,
     "Gemm": _gemm,
     "MatMul": _matrix_product,
     "Dropout": _dropout,

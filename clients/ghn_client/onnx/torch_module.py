@@ -79,9 +79,8 @@ def module_from_onnx(
     InlinePass()(read)
     del read.graph.outputs[1:]
     RemoveUnusedNodesPass()(read)
-    initializers = read.graph.initializers.values()
-    builder = Builder({str(value.name): _tensor(value.const_value) for value in initializers}, parameters)
-    builder.input(_inputs(model)[0].name, example)
+    tensors = {name: _tensor(value.const_value) for name, value in read.graph.initializers.items()}
+    builder = Builder(tensors, parameters, _inputs(model)[0].name, example)
     with torch.no_grad():
         for node in read.graph:
             _build(builder, node)
@@ -251,7 +250,12 @@ def merge_onnx(
         node.output[:] = [renamed if output == target else output for output in node.output]
     writer = _Writer(graph, prefix)
     if isinstance(side, SideNetwork):
-        added = _trained_nodes(writer, writer.node("Flatten", source, axis=1), side)
+        added = writer.node("Flatten", source, axis=1)
+        for place, layer in enumerate(side.layers):
+            weights = [(f"layers.{place}.{role}", layer.get_parameter(role)) for role in ("weight", "bias")]
+            added = writer.node("Gemm", added, *weights, transB=1)
+            if place + 1 < len(side.layers):
+                added = writer.node("Relu", added)
     elif isinstance(side, ClosedFormSideNetwork):
         added = _closed_form_nodes(writer, writer.node("Flatten", source, axis=1), side)
     else:
@@ -269,24 +273,13 @@ class _Writer:
         self.graph, self.prefix, self.count = graph, prefix, 0
 
     def node(self, op_type: str, *inputs: str | tuple[str, torch.Tensor], **attributes: Any) -> str:
-        names = []
-        for item in inputs:
-            if isinstance(item, tuple):
-                self.graph.initializer.append(tensor_proto(f"{self.prefix}.{item[0]}", item[1]))
-            names.append(item if isinstance(item, str) else f"{self.prefix}.{item[0]}")
+        tensors = [tensor_proto(f"{self.prefix}.{x[0]}", x[1]) for x in inputs if isinstance(x, tuple)]
+        self.graph.initializer.extend(tensors)
+        names = [item if isinstance(item, str) else f"{self.prefix}.{item[0]}" for item in inputs]
         self.count += 1
         output = f"{self.prefix}.{op_type.lower()}_{self.count}"
         self.graph.node.append(onnx.helper.make_node(op_type, names, [output], name=output, **attributes))
         return output
-
-
-def _trained_nodes(writer: _Writer, features: str, side: SideNetwork) -> str:
-    for index, layer in enumerate(side.layers):
-        weights = [(f"layers.{index}.{role}", layer.get_parameter(role)) for role in ("weight", "bias")]
-        features = writer.node("Gemm", features, *weights, transB=1)
-        if index + 1 < len(side.layers):
-            features = writer.node("Relu", features)
-    return features
 
 
 def _closed_form_nodes(writer: _Writer, features: str, side: ClosedFormSideNetwork) -> str:
@@ -309,13 +302,8 @@ def _sort_nodes(graph: onnx.GraphProto) -> None:
     """Orders nodes so that each comes after those it reads (a network that is added inside may come too late)."""
     nodes = [copied(node) for node in graph.node]
     producers = {output: index for index, node in enumerate(nodes) for output in node.output}
-    reads = {index: {*node.input, *_captured(node)} for index, node in enumerate(nodes)}
+    parts = {index: graphs(onnx.GraphProto(node=[node])) for index, node in enumerate(nodes)}  # it, and what is inside
+    reads = {index: {name for x in inner for part in x.node for name in part.input} for index, inner in parts.items()}
     needs = {index: {producers[name] for name in names if name in producers} for index, names in reads.items()}
     del graph.node[:]
     graph.node.extend(nodes[index] for index in TopologicalSorter(needs).static_order())
-
-
-def _captured(node: onnx.NodeProto) -> set[str]:
-    """What the graphs inside a node read."""
-    body = onnx.GraphProto(node=[node])
-    return {name for inner in list(graphs(body))[1:] for part in inner.node for name in part.input}

@@ -27,11 +27,7 @@ Operator = Callable[[Builder, Inputs, Attributes], Any]
 
 
 def numbers(value: Value | None, what: str) -> list[Any]:
-    """A constant as a list of numbers.
-
-    Raises:
-        UnsupportedModuleError: It depends on the input.
-    """
+    """A constant as a list of numbers; what depends on the input is refused."""
     if not isinstance(value, torch.Tensor):
         raise UnsupportedModuleError(f"expected {what} to be constant for inputs of one size, it depends on the input")
     return list(value.reshape(-1).tolist())
@@ -86,13 +82,9 @@ def _with_equal_batches(b: Builder, pair: list[Value]) -> list[Value]:
             continue
         larger = lengths.index(max(lengths))
         whole = pair[larger]
-        if (
-            b.batch_size != 1
-            or not isinstance(whole, Traced)
-            or batch_position(whole) != math.prod(_sizes(whole)[:axis])
-        ):
-            continue
-        pair[1 - larger] = b.call(repeat_like, pair[1 - larger], whole, axis)
+        before = math.prod(_sizes(whole)[:axis])
+        if b.batch_size == 1 and isinstance(whole, Traced) and batch_position(whole) == before:
+            pair[1 - larger] = b.call(repeat_like, pair[1 - larger], whole, axis)
     return pair
 
 
@@ -177,9 +169,8 @@ def _unsqueeze(b: Builder, inputs: Inputs, attributes: Attributes) -> Any:
 
 def concatenate(parts: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
     """Concatenates; parts that do not depend on the input (class tokens) are repeated along the batch."""
-    rank = parts[0].dim()
-    sizes = [max(part.shape[k] for part in parts) for k in range(rank)]
-    sizes[axis % rank] = -1
+    sizes = [max(lengths) for lengths in zip(*(part.shape for part in parts), strict=True)]
+    sizes[axis] = -1
     return torch.cat([part.expand(sizes) for part in parts], axis)
 
 
@@ -214,10 +205,6 @@ def _split_to_sequence(b: Builder, inputs: Inputs, attributes: Attributes) -> li
     parts = _split(b, [inputs[0], torch.tensor(lengths)], {"axis": axis})
     drop = asked is None and not attributes.get("keepdims", 1)
     return [b.call(torch.squeeze, part, axis) if drop else part for part in parts]
-
-
-def _sequence_at(_b: Builder, inputs: Inputs, _: Attributes) -> Any:
-    return inputs[0][int(numbers(inputs[1], "the place")[0])]
 
 
 def _slice(b: Builder, inputs: Inputs, attributes: Attributes) -> Any:
@@ -263,28 +250,16 @@ def _gather(b: Builder, inputs: Inputs, attributes: Attributes) -> Any:
     return flat if _sizes(flat) == shape else b.reshape(flat, shape)
 
 
-def gather_nd(value: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """ONNX GatherND without batch axes."""
-    return value[tuple(indices.movedim(-1, 0))]
+def nd_items(value: torch.Tensor, indices: torch.Tensor, updates: torch.Tensor | None = None) -> torch.Tensor:
+    """The items at ``indices``, or ``value`` with others in their place: ONNX GatherND and ScatterND."""
+    places = tuple(indices.movedim(-1, 0))
+    return value[places] if updates is None else value.index_put(places, updates)
 
 
-def _gather_nd(b: Builder, inputs: Inputs, attributes: Attributes) -> Any:
-    if attributes.get("batch_dims"):
-        raise UnsupportedModuleError("GatherND with batch_dims is not supported")
-    return b.call(gather_nd, inputs[0], inputs[1])
-
-
-def scatter_nd(value: torch.Tensor, indices: torch.Tensor, updates: torch.Tensor) -> torch.Tensor:
-    """ONNX ScatterND that replaces."""
-    result = value.clone()
-    result[tuple(indices.movedim(-1, 0))] = updates
-    return result
-
-
-def _scatter_nd(b: Builder, inputs: Inputs, attributes: Attributes) -> Any:
-    if attributes.get("reduction", "none") != "none":
-        raise UnsupportedModuleError("ScatterND with a reduction is not supported")
-    return b.call(scatter_nd, *inputs)
+def _nd_items(b: Builder, inputs: Inputs, attributes: Attributes) -> Any:
+    if attributes.get("batch_dims") or attributes.get("reduction", "none") != "none":
+        raise UnsupportedModuleError("GatherND with batch_dims and ScatterND with a reduction are not supported")
+    return b.call(nd_items, *inputs)
 
 
 _PADDING = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
@@ -321,32 +296,12 @@ def _resize(b: Builder, inputs: Inputs, attributes: Attributes) -> Any:
     return b.call(functional.interpolate, inputs[0], size=tuple(sizes[2:]), mode=mode, **options)
 
 
-#: One input, no attributes.
-UNARY: dict[str, Callable[..., Any]] = {
-    "Relu": torch.relu,
-    "Sigmoid": torch.sigmoid,
-    "Tanh": torch.tanh,
-    "Erf": torch.erf,
-    "Exp": torch.exp,
-    "Log": torch.log,
-    "Sqrt": torch.sqrt,
-    "Neg": torch.neg,
-    "Abs": torch.abs,
-    "Sign": torch.sign,
-    "Floor": torch.floor,
-    "Ceil": torch.ceil,
-    "Round": torch.round,
-    "Reciprocal": torch.reciprocal,
-    "Sin": torch.sin,
-    "Cos": torch.cos,
-    "Not": torch.logical_not,
-    "Softplus": functional.softplus,
-    "Softsign": functional.softsign,
-    "Mish": functional.mish,
-    "HardSwish": functional.hardswish,
-    "Selu": functional.selu,
-    "IsNaN": torch.isnan,
-}
+#: One input, no attributes; torch's name is that of ONNX in lower case.
+UNARY = (
+    "Relu", "Sigmoid", "Tanh", "Erf", "Exp", "Log", "Sqrt", "Neg", "Abs", "Sign", "Floor", "Ceil", "Round",
+    "Reciprocal", "Sin", "Cos", "IsNaN",
+)  # fmt: skip
+UNARY_FUNCTIONAL = ("Softplus", "Softsign", "Mish", "HardSwish", "Selu")
 #: Inputs that broadcast, no attributes.
 BINARY: dict[str, Callable[..., Any]] = {
     "Add": torch.add,
@@ -376,7 +331,8 @@ REDUCTIONS: dict[str, Callable[..., Any]] = {
     "ReduceLogSumExp": torch.logsumexp,
 }
 OPERATORS: dict[str, Operator] = {
-    **{name: partial(_unary, function) for name, function in UNARY.items()},
+    **{name: partial(_unary, getattr(torch, name.lower())) for name in UNARY},
+    **{name: partial(_unary, getattr(functional, name.lower())) for name in UNARY_FUNCTIONAL},
     **{name: partial(_binary, function) for name, function in BINARY.items()},
     **{name: partial(_reduce, function) for name, function in REDUCTIONS.items()},
     "Div": _divide,
@@ -404,12 +360,12 @@ OPERATORS: dict[str, Operator] = {
     "Concat": _concat,
     "Split": _split,
     "SplitToSequence": _split_to_sequence,
-    "SequenceAt": _sequence_at,
+    "SequenceAt": lambda _b, i, _: i[0][int(numbers(i[1], "the place")[0])],
     "Slice": _slice,
     "Gather": _gather,
     "GatherElements": lambda b, i, a: b.call(torch.gather, i[0], a.get("axis", 0), i[1]),
-    "GatherND": _gather_nd,
-    "ScatterND": _scatter_nd,
+    "GatherND": _nd_items,
+    "ScatterND": _nd_items,
     "Tile": lambda b, i, _: b.call(torch.Tensor.repeat, i[0], tuple(numbers(i[1], "the repeats"))),
     "Pad": _pad,
     "Trilu": _triangle,
