@@ -145,10 +145,10 @@ class _Filler:
                 self._fill_input(name, value)
         # Running statistics without values are those of a new module, mean 0 and variance 1.
         norms = [node for graph in self.graphs for node in graph.node if node.op_type == "BatchNormalization"]
-        for name, value in [(node.input[3], 0.0) for node in norms] + [(node.input[4], 1.0) for node in norms]:
+        for name, first in [(node.input[3], 0.0) for node in norms] + [(node.input[4], 1.0) for node in norms]:
             if name in self.inputs and name not in self.filled:
                 shape = [dim.dim_value for dim in self.inputs[name].type.tensor_type.shape.dim]
-                self._fill_input(name, torch.full(shape, value))
+                self._fill_input(name, torch.full(shape, first))
         outside = [name for name, (_, item) in self.initializers.items() if uses_external_data(item)]
         if outside and self.path is None:
             raise LoadError(

@@ -133,9 +133,12 @@ def strip_weights(onnx_bytes: bytes) -> bytes:
     model.ClearField("doc_string")
     model.ClearField("training_info")
     _keep(model.metadata_props, _KEPT_MODEL_METADATA)
-    inner = [graph for function in model.functions for graph in graphs(function)]
-    for owner in (*graphs(model.graph), *model.functions, *inner):
-        _strip(owner)
+    for function in model.functions:
+        _strip(function)
+    owners: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
+    for owner in owners:
+        for graph in graphs(owner):
+            _strip(graph)
     return model.SerializeToString()
 
 

@@ -277,7 +277,8 @@ def _batch_norm(
 
     def repeated(value: float) -> Any:
         array = numpy.full(int(input.shape[1]), value, dtype=numpy.float32)
-        return op.CastLike(op.Constant(value=onnx.numpy_helper.from_array(array)), input)
+        constant: Any = op.Constant(value=onnx.numpy_helper.from_array(array))
+        return op.CastLike(constant, input)
 
     weight = repeated(1.0) if weight is None else weight
     bias = repeated(0.0) if bias is None else bias
@@ -332,6 +333,6 @@ def _registry() -> Any:
     }
     registry = _registration.ONNXRegistry.from_torchlib()
     for target, function in extra.items():
-        options = {"signature": None, "is_custom": True, "skip_signature_inference": True}
+        options: Any = {"signature": None, "is_custom": True, "skip_signature_inference": True}
         registry._register(target, _registration.OnnxDecompMeta(onnx_function=function, fx_target=target, **options))
     return registry
