@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ghn_client.client import GHNClient
     from ghn_client.loading import LoadReport, load_parameters
     from ghn_client.onnx.export import export_architecture
-    from ghn_client.onnx.torch_module import merge_onnx
     from ghn_client.onnx.strip import strip_weights
+    from ghn_client.onnx.torch_module import merge_onnx
     from ghn_client.options import LowRankOptions, Step
     from ghn_client.prediction import Prediction
 
