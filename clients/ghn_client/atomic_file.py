@@ -56,10 +56,6 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_file(path: str | Path, content: str | bytes | bytearray | memoryview) -> None:
-    """Writes ``content``, text as UTF-8, as ``replaced_file`` does.
-
-    Raises:
-        FileError: It cannot be written.
-    """
+    """Writes ``content``, text as UTF-8, as ``replaced_file`` does, with its errors."""
     with replaced_file(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)

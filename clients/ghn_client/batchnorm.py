@@ -116,10 +116,7 @@ def check_statistics(choice: str) -> None:
 def hold_statistics(module: nn.Module, choice: str) -> Callable[[], None]:
     """Makes all layers of ``module`` with running statistics follow ``choice`` until the returned function is called.
 
-    Layers of other libraries count too, by their ``running_mean``.
-
-    Raises:
-        InvalidOptionError: ``choice`` is unknown.
+    Layers of other libraries count too, by their ``running_mean``. An unknown choice is an ``InvalidOptionError``.
     """
     check_statistics(choice)
     layers: list[Any] = [layer for layer in module.modules() if getattr(layer, "running_mean", None) is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,13 @@ def test_path_and_bytes_give_the_same_prediction(client: GHNClient, tmp_path: Pa
     (tmp_path / "tiny.onnx").write_bytes(TINY)
     assert client.predict(tmp_path / "tiny.onnx").buffer == client.predict(TINY).buffer
     assert client.predict(str(tmp_path / "tiny.onnx")).buffer == client.predict(TINY).buffer
+
+
+def test_threads_may_share_a_client(client: GHNClient) -> None:
+    build, example = EXAMPLES["attention"]
+    alone = client.predict(build(), example).buffer
+    with ThreadPoolExecutor(4) as pool:
+        assert all(item.buffer == alone for item in pool.map(lambda _: client.predict(build(), example), range(4)))
 
 
 def test_the_seed_decides_the_values(client: GHNClient) -> None:

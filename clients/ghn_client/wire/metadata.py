@@ -1,8 +1,7 @@
 """What a file of predicted weights says about itself: the ``__metadata__`` of its safetensors header.
 
-The file stands alone: whoever finds it knows which hypernetwork made it, for which architecture and with which
-options, where each tensor came from, and what it is called elsewhere. Nothing in it differs between two equal
-requests.
+The file stands alone: it says which hypernetwork made it, for which architecture and with which options, and where each
+tensor came from and goes. Nothing in it differs between two equal requests.
 """
 
 from __future__ import annotations
