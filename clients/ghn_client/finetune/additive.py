@@ -27,10 +27,7 @@ LOGITS, FEATURES = "logits", "features"
 class AdditiveModule(nn.Module):
     """``f + g``: the output of ``base`` plus that of ``side``; stacks, and switches off with ``enabled = False``.
 
-    Args:
-        base: The frozen network f.
-        side: The network g; reads the input of ``base``, or with ``head`` the features that the head reads.
-        head: Dotted path of the head inside ``base``; ``None`` to read the input.
+    ``side`` reads the input of ``base`` or, with the dotted path of a ``head`` inside it, the features the head reads.
     """
 
     def __init__(self, base: nn.Module, side: nn.Module, *, head: str | None = None) -> None:
@@ -89,6 +86,12 @@ def head_features(module: nn.Module, head: str, inputs: torch.Tensor) -> torch.T
     if not seen:
         raise UnsupportedModuleError(f"the layer {head!r} did not run; name the head of this network")
     return seen[-1].flatten(1)
+
+
+@torch.no_grad()
+def run_in_batches(module: nn.Module, inputs: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Outputs of ``module`` for all ``inputs``, ``batch_size`` at a time."""
+    return torch.cat([module(chunk) for chunk in torch.split(inputs, batch_size)])
 
 
 def additive(

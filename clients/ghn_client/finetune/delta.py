@@ -44,14 +44,10 @@ class DeltaInfo:
 
 
 def base_digest(module: nn.Module, *, without: Collection[str] = ()) -> str:
-    """SHA-256 of the names, types, shapes and values of a module's parameters and buffers.
+    """SHA-256 of the names, types, shapes and values of a module's parameters and buffers, ``without`` some names.
 
     What strategies add to a module (inserted norm layers, low-rank updates) and BatchNorm's batch counters
     are not part of it, so that it is the same before and after preparation.
-
-    Args:
-        module: The base.
-        without: Names to leave out, those that a delta replaces.
     """
     digest = hashlib.sha256()
     values = {base_name(name): value for name, value in module.state_dict().items() if _belongs_to_base(name)}

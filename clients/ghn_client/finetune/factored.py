@@ -34,9 +34,7 @@ from ghn_client.prediction import Prediction
 class FactoredLayer(nn.Module):
     """Stands in for a linear layer or plain convolution: ``v`` to a bottleneck of ``rank`` channels, ``u`` out of it.
 
-    Args:
-        layer: The dense layer; its sizes and options are taken, its values are not.
-        rank: Width R of the bottleneck, at most the full rank.
+    Of the dense ``layer`` the sizes and options are taken, the values are not; ``rank`` is at most the full rank.
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int) -> None:
@@ -120,9 +118,7 @@ def factorize_module(
 def defactorize_module(module: nn.Module, *, inplace: bool = False) -> nn.Module:
     """The dense network that a factored one is equal to: every pair becomes one layer with the product as its weight.
 
-    Args:
-        module: A network from ``factorize_module``, trained or not. It is left as it is unless ``inplace``.
-        inplace: Change and return ``module`` itself.
+    ``module`` is left as it is unless ``inplace``.
     """
     result = module if inplace else copy.deepcopy(module)
     if isinstance(result, FactoredLayer):
@@ -139,12 +135,7 @@ def defactorize_module(module: nn.Module, *, inplace: bool = False) -> nn.Module
 
 
 class LowRankProduct(nn.Module):
-    """The parametrization of a weight as ``factor_out @ factor_in``.
-
-    Args:
-        pair: The factors to start from.
-        is_transposed: Whether the owner keeps its weight as (in, out).
-    """
+    """The parametrization of a weight as ``factor_out @ factor_in``; transposed where the owner keeps (in, out)."""
 
     def __init__(self, pair: FactorPair, *, is_transposed: bool) -> None:
         super().__init__()

@@ -39,17 +39,11 @@ class EpochReport:
 
 @dataclass(frozen=True)
 class FitReport:
-    """A finished run.
+    """A finished run."""
 
-    Attributes:
-        epochs: One report per epoch, those before a resume included.
-        best_epoch: Whose values the module has now: the one with the best accuracy, or the last.
-        stopped_early: Whether patience ran out.
-    """
-
-    epochs: tuple[EpochReport, ...]
-    best_epoch: int
-    stopped_early: bool
+    epochs: tuple[EpochReport, ...]  # one report per epoch, those before a resume included
+    best_epoch: int  # whose values the module has now: the one with the best accuracy, or the last
+    stopped_early: bool  # whether patience ran out
 
     @property
     def accuracy(self) -> float | None:
@@ -59,25 +53,15 @@ class FitReport:
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How to train.
+    """How to train."""
 
-    Attributes:
-        epochs: At most so many.
-        learning_rate: At the start; falls to zero along a cosine.
-        optimizer: ``sgd`` (momentum 0.9) or ``adamw``.
-        weight_decay: On all tuned parameters; 0 is right for norm layers.
-        gradient_clip: Largest norm of the gradient, ``None`` for no limit.
-        patience: Stop after so many epochs without a better accuracy; ``None`` never stops.
-        label_smoothing: Of the cross-entropy.
-    """
-
-    epochs: int = 10
-    learning_rate: float = 0.05
-    optimizer: str = "sgd"
-    weight_decay: float = 0.0
-    gradient_clip: float | None = 5.0
-    patience: int | None = None
-    label_smoothing: float = 0.0
+    epochs: int = 10  # at most so many
+    learning_rate: float = 0.05  # at the start; falls to zero along a cosine
+    optimizer: str = "sgd"  # ``sgd`` (momentum 0.9) or ``adamw``
+    weight_decay: float = 0.0  # on all tuned parameters; 0 is right for norm layers
+    gradient_clip: float | None = 5.0  # largest norm of the gradient, ``None`` for no limit
+    patience: int | None = None  # stop after so many epochs without a better accuracy; ``None`` never stops
+    label_smoothing: float = 0.0  # of the cross-entropy
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or not self.learning_rate > 0.0 or self.optimizer not in OPTIMIZERS:
@@ -131,12 +115,9 @@ def fit(
 
 @torch.no_grad()
 def evaluate(module: nn.Module, batches: Batches, *, device: torch.device | str | None = None) -> tuple[float, float]:
-    """Accuracy and mean cross-entropy in eval mode; the mode is put back.
+    """Accuracy and mean cross-entropy, on pairs of inputs and labels, of a module that returns logits (B, C).
 
-    Args:
-        module: Returns logits (B, C).
-        batches: Pairs of inputs and labels.
-        device: Where the module is.
+    In eval mode; the mode is put back.
 
     Raises:
         InvalidOptionError: There is no batch.

@@ -103,13 +103,9 @@ class FineTuneHandle:
         return sum(parameter.numel() for parameter in self.module.parameters())
 
     def parameters(self, *, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """Parameter groups for a torch optimizer.
+        """Parameter groups for a torch optimizer, dictionaries with ``params``, ``weight_decay`` and ``name``.
 
-        Args:
-            weight_decay: For every group; none by default, since decay pulls gammas to zero and switches channels off.
-
-        Returns:
-            One dictionary per group with ``params``, ``weight_decay`` and ``name``.
+        There is no decay by default, since decay pulls gammas to zero and switches channels off.
         """
         seen: set[int] = set()
         groups = []
@@ -180,11 +176,7 @@ class FineTuneHandle:
         return self.base
 
     def merge(self) -> nn.Module:
-        """Makes the tuned function permanent and closes the handle.
-
-        Returns:
-            The module with the tuned function and as little extra structure as possible.
-        """
+        """Makes the tuned function permanent, closes the handle, and returns the module, as plain as can be."""
         self.enable()
         for lifecycle in reversed(self._lifecycles):
             lifecycle.merge()

@@ -43,17 +43,11 @@ EXTRA = "pip install 'ghn-client[images]', or 'ghn-service[train]' with the serv
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Labelled images of one split.
+    """Labelled images of one split."""
 
-    Attributes:
-        images: (I, C, H, W) uint8.
-        labels: (I,) int64.
-        class_names: One name per class.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    class_names: tuple[str, ...]
+    images: torch.Tensor  # (I, C, H, W) uint8
+    labels: torch.Tensor  # (I,) int64
+    class_names: tuple[str, ...]  # one name per class
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -115,11 +109,7 @@ def measure_normalization(images: ImageSet, limit: int = 5000) -> Normalization:
 class ImageBatches:
     """Batches of an image set, normalised as for ImageNet; iterable again and again.
 
-    Args:
-        data: The images.
-        batch_size: Images per batch.
-        augment: Shuffle, flip and shift by up to an eighth of the size.
-        seed: Of shuffling and augmentation; every pass draws anew.
+    With ``augment`` they are shuffled, flipped, and shifted by up to an eighth of the size; every pass draws anew.
     """
 
     def __init__(self, data: ImageSet, *, batch_size: int, augment: bool, seed: int = 0) -> None:
@@ -156,9 +146,7 @@ def load_images(folder: str | Path, *, image_size: int, limit: int | None = None
         limit: Use at most so many of each, a random choice.
 
     Raises:
-        InvalidOptionError: The folder is absent, or of no known layout.
-        FileError: A file is broken.
-        MissingExtraError: A library that the layout needs is not installed.
+        InvalidOptionError: The folder is absent, or of no known layout; other errors as in :func:`read_images`.
     """
     found = (read_images(folder, split, image_size=image_size, channels=3, limit=limit) for split in SPLITS)
     training = next(found)
@@ -279,18 +267,16 @@ def _cifar(root: Path, split: str) -> Stored | None:
 class _PlainUnpickler(pickle.Unpickler):
     """Unpickles containers and numpy arrays only, so that a data file cannot run code."""
 
-    allowed = frozenset(
-        {
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("_codecs", "encode"),
-        }
+    allowed = (
+        "numpy.core.multiarray._reconstruct",
+        "numpy._core.multiarray._reconstruct",
+        "numpy.ndarray",
+        "numpy.dtype",
+        "_codecs.encode",
     )
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.allowed:
+        if f"{module}.{name}" not in self.allowed:
             raise pickle.UnpicklingError(f"a data file must not contain {module}.{name}")
         return super().find_class(module, name)
 

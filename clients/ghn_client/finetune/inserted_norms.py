@@ -26,10 +26,6 @@ class ChannelNorm(nn.BatchNorm1d):
     """BatchNorm over one axis of a tensor of any rank: axis 1 after convolutions, the last one after linear layers.
 
     Starts as the identity: zero mean, unit variance, and a weight of ``sqrt(1 + eps)`` that undoes the division.
-
-    Args:
-        num_features: Channels C.
-        channel_axis: Where they are; 1 or -1.
     """
 
     def __init__(self, num_features: int, *, channel_axis: int) -> None:
@@ -114,8 +110,7 @@ def insert_norms(
 
 
 def _attach(layer: MatrixLayer) -> ChannelNorm:
-    is_convolution = isinstance(layer, _ConvNd)
-    norm = ChannelNorm(len(layer.weight), channel_axis=1 if is_convolution else -1)
+    norm = ChannelNorm(len(layer.weight), channel_axis=1 if isinstance(layer, _ConvNd) else -1)
     norm.to(device=layer.weight.device, dtype=layer.weight.dtype).train(layer.training)
     setattr(layer, CHILD, norm)
     setattr(layer, _HOOK, layer.register_forward_hook(_call_inserted_norm))

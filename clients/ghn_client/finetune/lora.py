@@ -20,13 +20,9 @@ from ghn_client.finetune.matrix_layers import find_head, matrix_layers, paramete
 
 
 class LowRankUpdate(nn.Module):
-    """The parametrization ``W -> W + (alpha / rank) B A``; zero at the start, since B is.
+    """The parametrization ``W -> W + (alpha / rank) B A``; zero at the start, since B is, while A is Gaussian.
 
-    Args:
-        weight: The base weight, (out, ...); only its shape, dtype and device are read.
-        rank: Inner width R.
-        alpha: Scale numerator.
-        generator: Source of the Gaussian start of A.
+    Of the base weight (out, ...) only shape, dtype and device are read.
     """
 
     def __init__(self, weight: torch.Tensor, rank: int, alpha: float, *, generator: torch.Generator) -> None:

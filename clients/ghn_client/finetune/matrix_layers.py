@@ -60,11 +60,7 @@ def norm_kind(module: nn.Module) -> str | None:
 
 
 def find_head(module: nn.Module) -> str:
-    """Dotted path of the classifier: the last linear (failing that, convolutional) layer in the order of definition.
-
-    Raises:
-        UnsupportedModuleError: The module has no such layer.
-    """
+    """Dotted path of the classifier: the last linear (failing that, convolutional) layer in the order of definition."""
     layers = matrix_layers(module)
     linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
     if not layers:
@@ -75,12 +71,7 @@ def find_head(module: nn.Module) -> str:
 def resolve_head(module: nn.Module, head: bool | str | Sequence[str]) -> tuple[str, ...]:
     """Names of the head layers that the option ``head`` of a strategy means.
 
-    Args:
-        module: Where the names live.
-        head: ``True`` for :func:`find_head`, ``False`` for none, or one or several dotted paths.
-
-    Raises:
-        InvalidOptionError: A path does not exist.
+    It is ``True`` for :func:`find_head`, ``False`` for none, or one or several dotted paths.
     """
     if isinstance(head, bool):
         return (find_head(module),) if head else ()

@@ -113,19 +113,12 @@ class LayerGammas:
 
 @dataclass(frozen=True)
 class GammaReport:
-    """What :func:`gamma_report` found.
+    """What :func:`gamma_report` found."""
 
-    Attributes:
-        layers: One entry per norm layer with scales.
-        threshold: Below it a scale counts as off.
-        score: Of ``evaluate`` as the module is, ``None`` without it.
-        score_zeroed: With all disabled scales set to exactly zero.
-    """
-
-    layers: tuple[LayerGammas, ...]
-    threshold: float
-    score: float | None = None
-    score_zeroed: float | None = None
+    layers: tuple[LayerGammas, ...]  # one entry per norm layer with scales
+    threshold: float  # below it a scale counts as off
+    score: float | None = None  # of ``evaluate`` as the module is, ``None`` without it
+    score_zeroed: float | None = None  # with all disabled scales set to exactly zero
 
     @property
     def share(self) -> float:

@@ -171,11 +171,7 @@ def _peft_factor(layer: nn.Module, local: str, value: torch.Tensor) -> torch.Ten
 
 
 def _own_factor(layer: nn.Module, local: str, value: torch.Tensor) -> torch.Tensor:
-    """A or B of an adapter as ``low_rank_update`` keeps it.
-
-    Raises:
-        FileError: A of a grouped convolution mixes groups, or is another one in every group.
-    """
+    """A or B of an adapter as ``low_rank_update`` keeps it."""
     if local == "b":
         return value.reshape(len(value), -1)
     groups = int(getattr(layer, "groups", 1))

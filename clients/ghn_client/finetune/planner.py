@@ -47,11 +47,7 @@ class NetworkFacts:
 
 
 def facts_of_module(module: nn.Module) -> NetworkFacts:
-    """Counts a torch module; ``ghn_client.onnx.facts`` counts an ONNX file.
-
-    Raises:
-        UnsupportedModuleError: It has no matrix layer.
-    """
+    """Counts a torch module; ``ghn_client.onnx.facts`` counts an ONNX file."""
     head, norms = find_head(module), norm_layers(module)
     sizes = {name: (layer.weight.shape[0], layer.weight[0].numel()) for name, layer in matrix_layers(module).items()}
     last = sizes.pop(head)
@@ -83,23 +79,14 @@ class StrategyPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All strategies for a network, and which one to try first.
+    """All strategies for a network, and which one to try first."""
 
-    Attributes:
-        facts: What was counted in the network.
-        samples: Samples K.
-        changed: Labels N that have to change.
-        rows: One entry per strategy.
-        recommended: Name of the strategy to try first.
-        reason: Why.
-    """
-
-    facts: NetworkFacts
-    samples: int
-    changed: int
-    rows: tuple[StrategyPlan, ...]
-    recommended: str
-    reason: str
+    facts: NetworkFacts  # what was counted in the network
+    samples: int  # samples K
+    changed: int  # labels N that have to change
+    rows: tuple[StrategyPlan, ...]  # one entry per strategy
+    recommended: str  # name of the strategy to try first
+    reason: str  # why
 
     def to_json(self) -> str:
         """The whole plan."""
@@ -164,17 +151,16 @@ def _answers(
 ) -> list[tuple[str, int, int | None, str, str]]:
     """Per strategy: name, trainable numbers, capacity or None, source of the capacity, what it cannot do."""
     head, outputs = facts.head_parameters, classes or facts.head_outputs
-    other_norms = sorted(set(facts.norm_kinds) - {BATCH_NORM})
+    norm_source = norm_cannot = ""
     if not facts.norm_parameters:
-        norm_source, norm_cannot = "", "no norm layer; pass missing='insert' to add identity norms"
+        norm_cannot = "no norm layer; pass missing='insert' to add identity norms"
     else:
         norm_source = (
             "random_norm_network(target) expresses its target exactly (arXiv:2302.07937); about other weights, such as"
             " these, the theorem says nothing"
         )
-        norm_cannot = (
-            f"exact solving (express) needs BatchNorm, this network has {', '.join(other_norms)}" if other_norms else ""
-        )
+        if others := sorted(set(facts.norm_kinds) - {BATCH_NORM}):
+            norm_cannot = f"exact solving (express) needs BatchNorm, this network has {', '.join(others)}"
     linear = (
         f"a linear head fits any labels of at most {facts.head_inputs + 1:,} samples in general position (Cover 1965);"
         " of more samples, none can surely be changed"

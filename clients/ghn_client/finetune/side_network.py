@@ -10,22 +10,14 @@ from torch import nn
 
 
 class SideNetwork(nn.Module):
-    """A trainable ReLU network whose last layer starts at zero, so that f + g starts as f.
-
-    Args:
-        in_features: Numbers per sample D after flattening.
-        hidden: Widths of the hidden layers.
-        outputs: Outputs C.
-    """
+    """A trainable ReLU network whose last layer starts at zero, so that f + g starts as f."""
 
     def __init__(self, in_features: int, hidden: Sequence[int], outputs: int) -> None:
         super().__init__()
         widths = [in_features, *hidden, outputs]
         self.layers = nn.ModuleList(nn.Linear(inputs, out) for inputs, out in pairwise(widths))
-        last = self.layers[-1]
-        assert isinstance(last, nn.Linear)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        for value in self.layers[-1].parameters():
+            nn.init.zeros_(value)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(B, ...) to (B, C)."""

@@ -21,9 +21,6 @@ from ghn_client.finetune.lora import low_rank_update
 from ghn_client.finetune.matrix_layers import parameter_groups, resolve_head
 from ghn_client.finetune.norm_only import norm_only
 
-#: Makes a module ready for tuning under the options of the strategy; the base values are never changed.
-Strategy = Callable[..., FineTuneHandle]
-
 
 def all_parameters(module: nn.Module, *, statistics: str = UPDATE) -> FineTuneHandle:
     """Tunes every parameter: the ceiling."""
@@ -67,7 +64,8 @@ def _plain(
     return FineTuneHandle(part, statistics=statistics)
 
 
-STRATEGIES: dict[str, Strategy] = {
+#: What makes a module ready for tuning under the options of the strategy; the base values are never changed.
+STRATEGIES: dict[str, Callable[..., FineTuneHandle]] = {
     "all": all_parameters,
     "norm_only": norm_only,
     "bias_only": bias_only,

@@ -82,34 +82,22 @@ class LayerCertificate:
 
 @dataclass(frozen=True)
 class ExpressCertificate:
-    """The evidence that the frozen network equals the target.
+    """The evidence that the frozen network equals the target."""
 
-    Attributes:
-        layers: One entry per layer.
-        mode: ``exact`` or ``least_squares``.
-        num_tuned: Norm parameters that were set.
-        num_frozen: Frozen weights.
-        num_target: Parameters of the target.
-        largest_output: Largest absolute output of the target on the given inputs; the errors below are relative to it.
-        error_float64: Largest measured difference, everything in float64.
-        error_float32: Largest measured difference of the float32 network from the float64 target.
-        same_predictions: Share of the given inputs with the same largest output (float32).
-        bound_float64: Interval bound on the largest difference for inputs in the domain, relative like the errors;
-            ``None`` for networks that are no chain.
-        bound_float32: The same for the float32 network; rigorous and therefore pessimistic.
-    """
-
-    layers: tuple[LayerCertificate, ...]
-    mode: str
-    num_tuned: int
-    num_frozen: int
-    num_target: int
+    layers: tuple[LayerCertificate, ...]  # one entry per layer
+    mode: str  # ``exact`` or ``least_squares``
+    num_tuned: int  # norm parameters that were set
+    num_frozen: int  # frozen weights
+    num_target: int  # parameters of the target
+    # largest absolute output of the target on the given inputs; the errors below are relative to it
     largest_output: float
-    error_float64: float
-    error_float32: float
-    same_predictions: float
+    error_float64: float  # largest measured difference, everything in float64
+    error_float32: float  # largest measured difference of the float32 network from the float64 target
+    same_predictions: float  # share of the given inputs with the same largest output (float32)
+    # interval bound on the largest difference for inputs in the domain, relative like the errors; ``None`` for
+    # networks that are no chain
     bound_float64: float | None
-    bound_float32: float | None
+    bound_float32: float | None  # the same for the float32 network; rigorous and therefore pessimistic
 
     @property
     def exact(self) -> bool:

@@ -187,11 +187,7 @@ def _matrices(module: nn.Module) -> dict[str, Matrix]:
 
 
 def check_target(module: nn.Module) -> None:
-    """Refuses what norm layers cannot express.
-
-    Raises:
-        UnsupportedModuleError: Parameters outside linear, Conv2d and BatchNorm layers, or see :func:`check_norm`.
-    """
+    """Refuses parameters outside linear, Conv2d and BatchNorm layers, and what :func:`check_norm` refuses."""
     for name, child in module.named_modules():
         check_norm(name, child)
         known = isinstance(child, (nn.Linear, nn.Conv2d)) or norm_kind(child) is not None
@@ -203,12 +199,7 @@ def check_target(module: nn.Module) -> None:
 
 
 def check_norm(name: str, layer: nn.Module) -> None:
-    """Refuses norm layers that are no affine map; other modules pass.
-
-    Raises:
-        UnsupportedModuleError: It normalises with statistics of its own input (LayerNorm, GroupNorm, RMSNorm,
-            InstanceNorm), or is a BatchNorm in train mode.
-    """
+    """Refuses norm layers that normalise with statistics of their own input, BatchNorm in train mode included."""
     if norm_kind(layer) is None:
         return
     if getattr(layer, "running_mean", None) is None:
@@ -225,9 +216,6 @@ def pair_blocks(target: nn.Module, frozen: nn.Module) -> Pairing:
 
     Either the frozen network has a :class:`FrozenBlock` at the path of every layer of the target, or both are
     ``nn.Sequential`` and the frozen one repeats (matrix, norm, ReLU, matrix, norm) for every matrix of the target.
-
-    Raises:
-        UnsupportedModuleError: Neither is the case, or see :func:`check_norm`.
     """
     known, layers = dict(frozen.named_modules()), _matrices(target)
     if not layers:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ghn_client.errors import InfeasibleError, InvalidOptionError, UnsupportedModuleError
+from ghn_client.finetune.additive import run_in_batches
 from ghn_client.finetune.express.certificate import (
     ExpressCertificate,
     Feasibility,
@@ -44,26 +45,19 @@ from ghn_client.finetune.express.pairing import (
     norm_map,
     pair_blocks,
 )
-from ghn_client.finetune.patch.certificate import run_in_batches
 
 
 @dataclass(frozen=True, eq=False)
 class Expression:
-    """A frozen network that expresses a target.
+    """A frozen network that expresses a target."""
 
-    Attributes:
-        module: A copy of the frozen network, in its own precision, with the norm parameters set; the given one is
-            unchanged.
-        parameters: The norm parameters by dotted path in ``module``, float64. They, with the seed of the frozen
-            network, are the whole model.
-        certificate: What was checked.
-        domains: Balls on which each layer is exact.
-    """
-
+    # A copy of the frozen network, in its own precision, with the norm parameters set; the given one is unchanged
     module: nn.Module
+    # the norm parameters by dotted path in ``module``, float64. They, with the seed of the frozen network, are the
+    # whole model
     parameters: Mapping[str, torch.Tensor]
-    certificate: ExpressCertificate
-    domains: Mapping[str, Domain]
+    certificate: ExpressCertificate  # what was checked
+    domains: Mapping[str, Domain]  # balls on which each layer is exact
     _target: nn.Module
     _pairs: Sequence[BlockPair]
 

@@ -19,11 +19,7 @@ SOURCE = "order: arXiv:2408.00359; constants derived by us from the construction
 
 
 def check_counts(changed: int, samples: int) -> None:
-    """Refuses counts without ``0 <= changed <= samples`` or without a sample.
-
-    Raises:
-        InvalidOptionError: They are such.
-    """
+    """Raises ``InvalidOptionError`` unless ``0 <= changed <= samples`` and there is a sample."""
     if samples < 1 or not 0 <= changed <= samples:
         raise InvalidOptionError(f"expected 0 <= changed <= samples and samples >= 1, got {changed=} and {samples=}")
 
@@ -57,13 +53,9 @@ def three_layer_neurons(changed: int) -> int:
 
 
 def hidden_widths(depth: int, *, changed: int, samples: int, outputs: int) -> tuple[int, ...]:
-    """Widths of the hidden layers of a side network that can surely change ``changed`` labels.
+    """Widths of the hidden layers of a side network of 2 or 3 layers that can surely change ``changed`` labels.
 
-    Args:
-        depth: 2 or 3 layers of weights.
-        changed: Labels N to change.
-        samples: Samples K in all.
-        outputs: Outputs C; two-layer networks share their neurons between outputs, three-layer networks do not.
+    Two-layer networks share their neurons between the ``outputs``, three-layer networks do not.
 
     Raises:
         InvalidOptionError: The depth or the counts are impossible.

@@ -5,7 +5,8 @@ flat, so it holds in float32. ``shared_line``: all samples on one line, a piecew
 ``min(3 N, K - 1)`` neurons. ``three_layers``: one line, two hidden layers, about ``4 sqrt(2 N)`` neurons per output.
 The constructions, and the constants, are derived by us; the orders are those of arXiv:2408.00359.
 
-    t (K,) projections   p changed samples   V (N, C) wanted values   M neurons   all in float64
+    center (D,)   centred (K, D) samples less the center   changed (N,) indices   values (N, C) to add there
+    t (K,) projections   p changed samples   M neurons   reach in (0, 1]   all in float64
 """
 
 from __future__ import annotations
@@ -54,13 +55,6 @@ def best_line(
     """Of ``draws`` random directions, the one whose smallest gap round a changed sample is the largest.
 
     Only gaps next to a changed sample matter; kept samples may coincide.
-
-    Args:
-        center: (D,).
-        centred: (K, D) samples less the center.
-        changed: (N,) indices of the changed samples.
-        draws: Directions to try, 32 per matrix product.
-        generator: Source of the directions.
     """
     scale = centred.std(0, correction=0).clamp_min(1e-12)
     best, largest = None, centred.new_tensor(-torch.inf)
@@ -84,14 +78,8 @@ def own_directions(
 ) -> ClosedFormSideNetwork:
     """One hinge or one bump per changed sample, each along the direction in which that sample stands out.
 
-    A sample that is extreme along its direction takes one neuron, ``relu(t - b)``; any other takes a bump of three.
-
-    Args:
-        center: (D,) what was subtracted from the samples.
-        centred: (K, D) samples less the center.
-        changed: (N,) indices of the changed samples.
-        values: (N, C) values there.
-        reach: How far bumps go towards the nearest other sample, in (0, 1]; smaller touches fewer unseen inputs.
+    A sample that is extreme along its direction takes one neuron, ``relu(t - b)``; any other takes a bump of three,
+    which goes to ``reach`` of the way to the nearest other sample; smaller touches fewer unseen inputs.
     """
     directions = outstanding_directions(centred, changed)
     select, knots, weights = [], [], []
@@ -136,14 +124,7 @@ def outstanding_directions(centred: torch.Tensor, changed: torch.Tensor) -> torc
 
 
 def shared_line(line: Line, changed: torch.Tensor, values: torch.Tensor, *, reach: float) -> ClosedFormSideNetwork:
-    """The piecewise-linear interpolant along one line, with knots as neurons.
-
-    Args:
-        line: Direction and projections.
-        changed: (N,) indices of the changed samples.
-        values: (N, C) values there; zero at every other sample.
-        reach: As in :func:`own_directions`; grows where neurons are short.
-    """
+    """The piecewise-linear interpolant along one line, knots being neurons; ``reach`` grows where neurons are short."""
     t = line.projections
     bound = two_layer_neurons(len(changed), len(t))
     knots, heights = bump_knots(t, changed, values, reach)
@@ -206,7 +187,7 @@ def three_layers(line: Line, changed: torch.Tensor, values: torch.Tensor, *, rea
     other sample of that group lies at ``|s| >= 2``. Between groups ``s_j`` is joined linearly inside a gap without
     samples. The signed bump ``phi(s) = relu(s + 2) - 2 relu(s + 1) + 2 relu(s - 1) - relu(s - 2)`` is ``-s`` on
     [-1, 1] and 0 for ``|s| >= 2``. Every output gets a network of its own for the samples whose value it changes;
-    first layers are stacked. Arguments as in :func:`shared_line`.
+    first layers are stacked.
     """
     knots, mixings, biases, weights = [], [], [], []
     for index in (values != 0).any(dim=0).nonzero()[:, 0].tolist():

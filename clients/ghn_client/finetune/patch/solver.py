@@ -8,15 +8,15 @@ A patch memorises; it does not generalise. ``touched`` in its certificate says h
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
 
 from ghn_client.errors import InfeasibleError, InvalidOptionError, UnsupportedModuleError
-from ghn_client.finetune.additive import FEATURES, LOGITS, AdditiveModule, base_head, head_features
-from ghn_client.finetune.patch.capacity import two_layer_neurons
-from ghn_client.finetune.patch.certificate import PatchCertificate, certify, label_margins, run_in_batches
+from ghn_client.finetune.additive import FEATURES, LOGITS, AdditiveModule, base_head, head_features, run_in_batches
+from ghn_client.finetune.patch.capacity import three_layer_neurons, two_layer_neurons
 from ghn_client.finetune.patch.interpolants import best_line, own_directions, shared_line, three_layers
 from ghn_client.finetune.side_network import ClosedFormSideNetwork
 
@@ -26,19 +26,53 @@ KEPT_TOLERANCE = 0.01
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 
 
+@dataclass(frozen=True)
+class PatchCertificate:
+    """The evidence that a patch does what it promises, measured on the finished network."""
+
+    num_changed: int  # samples N whose label was asked for
+    num_kept: int  # samples K - N whose label had to stay
+    changed_right: int  # how many of the N now have the wanted label
+    kept_same: int  # how many of the K - N have the label they had
+    smallest_margin: float  # least logit margin of a wanted label over all others
+    kept_largest_change: float  # largest change of any logit of a kept sample
+    neurons: int  # hidden neurons used
+    neuron_bound: int  # what the construction may use at most; see ``capacity.py``
+    depth: int  # layers of weights, 2 or 3
+    precision: str  # ``float32`` or ``float64``: in which the side network computes
+    construction: str  # ``shared`` direction or ``own`` directions
+    # share of held-out inputs whose logits change at all; ``None`` without held-out inputs
+    touched: float | None = None
+    relabelled: float | None = None  # share of held-out inputs whose label changes
+
+    @property
+    def holds(self) -> bool:
+        """All N changed, all others kept, within the bound."""
+        right = self.changed_right == self.num_changed and self.kept_same == self.num_kept
+        return right and self.neurons <= self.neuron_bound
+
+    def to_json(self) -> str:
+        """All fields and ``holds``."""
+        return json.dumps({**asdict(self), "holds": self.holds})
+
+    def __str__(self) -> str:
+        lines = [
+            f"changed {self.changed_right} of {self.num_changed}, kept {self.kept_same} of {self.num_kept}",
+            f"{self.neurons} neurons (bound {self.neuron_bound}), {self.depth} layers, {self.construction} direction",
+            f"{self.precision}: margin {self.smallest_margin:.3g}, kept logits move {self.kept_largest_change:.1e}",
+        ]
+        if self.touched is not None:
+            lines.append(f"held-out inputs: {self.touched:.2%} touched, {self.relabelled:.2%} relabelled")
+        return "\n".join(lines)
+
+
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """A finished patch.
+    """A finished patch."""
 
-    Attributes:
-        module: ``base + side``; set ``module.enabled = False`` to take the patch off.
-        side: The side network.
-        certificate: What was checked.
-    """
-
-    module: AdditiveModule
-    side: ClosedFormSideNetwork
-    certificate: PatchCertificate
+    module: AdditiveModule  # ``base + side``; set ``module.enabled = False`` to take the patch off
+    side: ClosedFormSideNetwork  # the side network
+    certificate: PatchCertificate  # what was checked
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,3 +255,34 @@ def _effect_on(module: nn.Module, patched: nn.Module, inputs: torch.Tensor, batc
     touched = (after - before).abs().max(1).values > 1e-3 * (1.0 + before.abs().max())
     relabelled = after.argmax(1) != before.argmax(1)
     return float(touched.float().mean()), float(relabelled.float().mean())
+
+
+def certify(
+    logits: torch.Tensor, added: torch.Tensor, wanted: torch.Tensor, side: ClosedFormSideNetwork, construction: str
+) -> PatchCertificate:
+    """Counts what ``logits + added`` gets right; the samples to change come first."""
+    count, total = len(wanted), logits + added
+    kept, before = total[count:], logits[count:]
+    if side.depth == 2:
+        bound = two_layer_neurons(count, len(logits))
+    else:
+        bound = sum(three_layer_neurons(number) for number in torch.bincount(wanted).tolist())
+    return PatchCertificate(
+        num_changed=count,
+        num_kept=len(kept),
+        changed_right=int((label_margins(total[:count], wanted) > 0).sum()),
+        kept_same=int((kept.argmax(1) == before.argmax(1)).sum()),
+        smallest_margin=float(label_margins(total[:count], wanted).min()),
+        kept_largest_change=float((kept - before).abs().max()) if len(kept) else 0.0,
+        neurons=side.neurons,
+        neuron_bound=bound,
+        depth=side.depth,
+        precision=str(side.center.dtype).removeprefix("torch."),
+        construction=construction,
+    )
+
+
+def label_margins(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Logit of the label minus the largest other logit, (B,), of logits (B, C) with at least two classes."""
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return logits.gather(1, labels[:, None])[:, 0] - others.max(dim=1).values
