@@ -26,7 +26,6 @@ from ghn_client.atomic_file import write_file
 from ghn_client.errors import FileError, GhnClientError, LoadError
 from ghn_client.finetune.handle import FineTuneHandle, combine
 from ghn_client.finetune.inserted_norms import CHILD
-from ghn_client.finetune.lora import base_name
 from ghn_client.finetune.strategies import prepare
 
 FORMAT, VERSION = "ghn-delta", "1"
@@ -50,7 +49,8 @@ def base_digest(module: nn.Module, *, without: Collection[str] = ()) -> str:
     are not part of it, so that it is the same before and after preparation.
     """
     digest = hashlib.sha256()
-    values = {base_name(name): value for name, value in module.state_dict().items() if _belongs_to_base(name)}
+    own = {name: value for name, value in module.state_dict().items() if _belongs_to_base(name)}
+    values = {name.replace(".parametrizations.weight.original", ".weight"): value for name, value in own.items()}
     for name in sorted(set(values) - set(without)):
         value = values[name].detach().cpu().contiguous()
         digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
@@ -59,16 +59,13 @@ def base_digest(module: nn.Module, *, without: Collection[str] = ()) -> str:
 
 
 def save_delta(handle: FineTuneHandle, path: str | Path, *, request: Mapping[str, Any] | None = None) -> int:
-    """Writes what ``handle`` tuned.
+    """Writes what ``handle`` tuned, and returns the number of bytes.
 
     Args:
         handle: An open handle in the enabled state.
         path: File to write.
         request: What regenerates the base (architecture digest, GHN, options, seed), as JSON types; without it the
             delta is bound to the values of the base.
-
-    Returns:
-        Bytes written.
 
     Raises:
         FileError: It cannot be written.

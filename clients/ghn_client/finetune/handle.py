@@ -196,8 +196,7 @@ class FineTuneHandle:
 def combine(*handles: FineTuneHandle) -> FineTuneHandle:
     """One handle that tunes everything that ``handles`` tune, such as norm-only and an additive network on top.
 
-    Args:
-        handles: In the order in which they were made; each later one on the module of the earlier ones.
+    They come in the order in which they were made, each later one on the module of the earlier ones.
 
     Raises:
         InvalidOptionError: The module of a later handle does not contain that of an earlier one.

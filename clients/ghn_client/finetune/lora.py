@@ -112,11 +112,6 @@ def low_rank_update(
     return FineTuneHandle(part, statistics=statistics, lifecycle=lifecycle)
 
 
-def base_name(name: str) -> str:
-    """The name that a parameter had before its layer was changed."""
-    return name.replace(".parametrizations.weight.original", ".weight")
-
-
 def _set_active(updates: Mapping[str, LowRankUpdate], active: bool) -> None:
     for update in updates.values():
         update.active = active

@@ -149,12 +149,9 @@ def gamma_report(
     threshold: float = 1e-2,
     evaluate: Callable[[nn.Module], float] | None = None,
 ) -> GammaReport:
-    """Counts scales near zero; leaves the module as it is.
+    """Counts scales below ``threshold`` in absolute value; leaves the module as it is.
 
-    Args:
-        module: Network with norm layers.
-        threshold: Scales below it in absolute value count as off.
-        evaluate: Gives a score such as accuracy; is called twice, the second time with those scales at exactly zero.
+    ``evaluate`` gives a score such as accuracy; it is called twice, the second time with those scales at exactly zero.
 
     Raises:
         UnsupportedModuleError: The network has no norm layer with scales.

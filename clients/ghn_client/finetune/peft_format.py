@@ -32,11 +32,7 @@ _UPDATE = ".parametrizations.weight.0."
 
 
 def export_peft(handle: FineTuneHandle, folder: str | Path) -> Path:
-    """Writes the tuned part of ``handle`` as a PEFT adapter.
-
-    Args:
-        handle: Of ``norm_only`` without inserted layers, or of ``low_rank_update``.
-        folder: Where to write; made if absent.
+    """Writes the tuned part of a handle of ``norm_only`` (without inserted layers) or ``low_rank_update`` for PEFT.
 
     Raises:
         UnsupportedModuleError: PEFT has no adapter for this strategy.
@@ -58,11 +54,7 @@ def export_peft(handle: FineTuneHandle, folder: str | Path) -> Path:
 
 @torch.no_grad()
 def import_peft(module: nn.Module, folder: str | Path) -> FineTuneHandle:
-    """Applies a PEFT adapter of LN tuning or LoRA to its base, without wrapper modules.
-
-    Args:
-        module: The base.
-        folder: An adapter that PEFT or :func:`export_peft` wrote.
+    """Applies an adapter of LN tuning or LoRA, from PEFT or :func:`export_peft`, to its base, without wrapper modules.
 
     Raises:
         FileError: The adapter cannot be read, is of another kind, or uses a variant of LoRA.

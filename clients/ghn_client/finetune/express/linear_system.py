@@ -166,7 +166,7 @@ def relative_residual(outer: torch.Tensor, gains: torch.Tensor, inner: torch.Ten
     return float(((outer * gains) @ inner - weight).abs().max() / weight.abs().max().clamp_min(1e-300))
 
 
-def triangular_condition(triangle: torch.Tensor) -> float:
+def triangular_condition(triangle: torch.Tensor, *, iterations: int = 30) -> float:
     """Largest over smallest singular value of an upper triangular matrix; infinity where it is singular."""
     smallest_diagonal = triangle.diagonal().abs().min()
     if float(smallest_diagonal) == 0.0:
@@ -177,7 +177,7 @@ def triangular_condition(triangle: torch.Tensor) -> float:
     start = torch.ones(len(triangle), 1, dtype=triangle.dtype, device=triangle.device)
     vector, inverse = start / start.norm(), start / start.norm()
     largest, smallest = 0.0, 0.0
-    for _ in range(30):
+    for _ in range(iterations):
         vector = triangle.T @ (triangle @ vector)
         largest = float(vector.norm())
         vector = vector / vector.norm()
