@@ -111,11 +111,6 @@ class Architecture:
         return self.trace().multiply_adds
 
     @property
-    def activation_elements(self) -> int:
-        """Elements written in a forward pass of one example."""
-        return self.trace().activation_elements
-
-    @property
     def num_parameters(self) -> int:
         """Number of trainable scalars."""
         return self.trace().graph.num_parameters

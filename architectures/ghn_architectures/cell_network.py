@@ -21,13 +21,8 @@ from ghn_architectures.layers import ClassifierHead, Conv2d, conv_norm, embeddin
 class Cell(nn.Module):
     """One cell: two inputs brought to a common shape, the steps of its genotype, and their concatenation.
 
-    Args:
-        genotype: Wiring.
-        in_channels: Channels of the outputs of the last but one and the last cell.
-        channels: Channels of each step.
-        stride: Stride of the operations that read the cell's inputs.
-        input_stride: Stride of the last but one cell's output relative to the last one's.
-        configuration: The network's configuration.
+    ``in_channels`` are those of the last but one and the last cell's outputs, and ``input_stride`` relates these two's
+    resolutions; each step has ``channels``, and ``stride`` is that of the operations that read the cell's inputs.
     """
 
     def __init__(

@@ -22,6 +22,7 @@ class ConvNet(nn.Sequential):
     def __init__(self, configuration: ConvNetConfiguration, interface: Interface) -> None:
         super().__init__()
         self.features = nn.Sequential()
+        norm, activation = configuration.norm, configuration.activation
         channels, size = interface.in_channels, interface.image_size
         for stage, (width, depth) in enumerate(zip(configuration.widths, configuration.depths, strict=True)):
             for place in range(depth):
@@ -30,14 +31,7 @@ class ConvNet(nn.Sequential):
                 stride = configuration.stem_stride if is_first else 2 if is_strided and size > 1 else 1
                 kernel = configuration.stem_kernel if is_first else configuration.kernel
                 self.features.append(
-                    conv_norm(
-                        channels,
-                        width,
-                        kernel,
-                        stride=stride,
-                        norm=configuration.norm,
-                        activation=configuration.activation,
-                    )
+                    conv_norm(channels, width, kernel, stride=stride, norm=norm, activation=activation)
                 )
                 channels, size = width, -(-size // stride)
             if configuration.downsampling != "stride" and size > 1:

@@ -57,14 +57,8 @@ class DenseNet(nn.Sequential):
     def __init__(self, configuration: DenseNetConfiguration, interface: Interface) -> None:
         super().__init__()
         channels = configuration.stem_width
-        self.stem = Conv2d(
-            interface.in_channels,
-            channels,
-            3,
-            stride=configuration.stem_stride,
-            padding=1,
-            bias=configuration.norm == "none",
-        )
+        bias, stride = configuration.norm == "none", configuration.stem_stride
+        self.stem = Conv2d(interface.in_channels, channels, 3, stride=stride, padding=1, bias=bias)
         self.blocks = nn.Sequential()
         for stage, depth in enumerate(configuration.depths):
             self.blocks.append(DenseBlock(channels, depth, configuration))

@@ -71,16 +71,14 @@ class Budget:
 
     def admits(self, architecture: Architecture) -> bool:
         """Whether the architecture costs no more than this, nor much less (in parameters, for perceptrons)."""
-        is_large_enough = (
-            architecture.multiply_adds >= 0.7 * self.least_multiply_adds
-            or architecture.num_parameters >= 0.3 * self.most_parameters
-        )
+        cost, num_parameters = architecture.trace(), architecture.num_parameters
+        is_large = cost.multiply_adds >= 0.7 * self.least_multiply_adds or num_parameters >= 0.3 * self.most_parameters
         return (
-            is_large_enough
-            and architecture.multiply_adds <= 1.15 * self.most_multiply_adds
-            and architecture.num_parameters <= self.most_parameters
-            and self.least_nodes <= architecture.num_nodes <= self.most_nodes
-            and architecture.activation_elements <= self.most_elements
+            is_large
+            and cost.multiply_adds <= 1.15 * self.most_multiply_adds
+            and num_parameters <= self.most_parameters
+            and self.least_nodes <= cost.graph.num_nodes <= self.most_nodes
+            and cost.activation_elements <= self.most_elements
         )
 
 

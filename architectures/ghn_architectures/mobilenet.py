@@ -20,17 +20,11 @@ class InvertedResidual(nn.Module):
     """1x1 expansion, depthwise convolution, gate, 1x1 projection; a shortcut where the shape stays."""
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        stride: int,
-        expansion: int,
-        kernel: int,
-        configuration: MobileNetConfiguration,
+        self, in_channels: int, out_channels: int, stride: int, stage: int, configuration: MobileNetConfiguration
     ) -> None:
         super().__init__()
         norm, activation = configuration.norm, configuration.activation
+        expansion, kernel = configuration.expansions[stage], configuration.kernels[stage]
         inner = in_channels * expansion
         self.branch = nn.Sequential()
         if expansion > 1:
@@ -63,16 +57,8 @@ class MobileNet(nn.Sequential):
         for stage, (width, depth) in enumerate(zip(configuration.widths, configuration.depths, strict=True)):
             blocks = nn.Sequential()
             for place in range(depth):
-                blocks.append(
-                    InvertedResidual(
-                        channels,
-                        width,
-                        stride=configuration.strides[stage] if place == 0 else 1,
-                        expansion=configuration.expansions[stage],
-                        kernel=configuration.kernels[stage],
-                        configuration=configuration,
-                    )
-                )
+                stride = configuration.strides[stage] if place == 0 else 1
+                blocks.append(InvertedResidual(channels, width, stride, stage, configuration))
                 channels = width
             self.stages.append(blocks)
         self.final: nn.Module = nn.Identity()

@@ -59,11 +59,10 @@ class ResidualBlock(nn.Module):
         norm, activation, kernel = configuration.norm, configuration.activation, configuration.kernel
         if configuration.block == "bottleneck":
             inner = round_channels(out_channels / configuration.expansion)
+            groups = configuration.groups
             layers = [
                 conv_norm(in_channels, inner, 1, norm=norm, activation=activation),
-                conv_norm(
-                    inner, inner, kernel, stride=stride, groups=configuration.groups, norm=norm, activation=activation
-                ),
+                conv_norm(inner, inner, kernel, stride=stride, groups=groups, norm=norm, activation=activation),
                 conv_norm(inner, out_channels, 1, norm=norm),
             ]
         else:
@@ -127,14 +126,9 @@ class ResNet(nn.Sequential):
         if configuration.block == "bottleneck":
             channels = round_channels(channels / configuration.expansion)
         channels = configuration.stem_width or channels
-        self.stem = conv_norm(
-            interface.in_channels,
-            channels,
-            configuration.stem_kernel,
-            stride=configuration.stem_stride,
-            norm=configuration.norm,
-            activation=configuration.activation,
-        )
+        kernel, stride = configuration.stem_kernel, configuration.stem_stride
+        norm, activation = configuration.norm, configuration.activation
+        self.stem = conv_norm(interface.in_channels, channels, kernel, stride=stride, norm=norm, activation=activation)
         if preactivation:
             self.stem = nn.Sequential(self.stem[0])
         if configuration.stem_pool:
@@ -150,8 +144,7 @@ class ResNet(nn.Sequential):
             self.stages.append(blocks)
         self.final: nn.Module = nn.Identity()
         if preactivation:
-            norm, activation = make_norm(configuration.norm, channels), make_activation(configuration.activation)
-            self.final = nn.Sequential(norm, activation)
+            self.final = nn.Sequential(make_norm(norm, channels), make_activation(activation))
         self.head = ClassifierHead(channels, interface.num_classes, hidden=configuration.head)
 
 

@@ -82,9 +82,8 @@ class SwinBlock(nn.Module):
 
     def logit_bias(self, batch_size: int) -> Tensor:
         """What is added to the attention logits, (1, heads, T, T) or (B * N, heads, T, T)."""
-        bias = (
-            self.position_bias[self.position_index].permute(2, 0, 1).unsqueeze(0)
-        )  # (T, T, heads) -> (1, heads, T, T)
+        # (T, T, heads) -> (1, heads, T, T)
+        bias = self.position_bias[self.position_index].permute(2, 0, 1).unsqueeze(0)
         return bias if self.mask is None else (bias + self.mask).repeat(batch_size, 1, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:

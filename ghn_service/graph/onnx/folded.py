@@ -52,14 +52,13 @@ def string_list(text: str, *, max_text: int = _MAX_TEXT) -> list[str]:
 
 def folded_parameters(names: Iterable[str]) -> tuple[str, ...]:
     """The ``state_dict`` keys of parameters among the values that a folded tensor was computed from."""
-    return tuple(name for name in names if _is_parameter(name))
-
-
-def _is_parameter(name: str) -> bool:
-    leaf = name.rpartition(".")[2]
-    if leaf in _NOT_TRAINED or _LIFTED.match(leaf):
-        return False
-    return "." in name or _COMPUTED.fullmatch(name) is None
+    trained = []
+    for name in names:
+        leaf = name.rpartition(".")[2]
+        is_other = leaf in _NOT_TRAINED or _LIFTED.match(leaf)
+        if not is_other and ("." in name or _COMPUTED.fullmatch(name) is None):
+            trained.append(name)
+    return tuple(trained)
 
 
 def token_shape(shape: tuple[int, ...], batch: int | None) -> tuple[int, ...]:

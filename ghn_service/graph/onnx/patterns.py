@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ghn_service.graph.onnx.file import FLOAT_TYPES, OnnxFile, OnnxNode
@@ -93,8 +92,15 @@ def _find_norms(file: OnnxFile, patterns: Patterns) -> None:
         if centre.inputs[0] != centred.inputs[0]:
             continue
         patterns.norm_means.add(centre.outputs[0])
-        found = patterns.layer_norms if _is_over_channels(file, mean) else patterns.other_norms
-        found.update(node.outputs[0] for node in _scalings(patterns, root, centred.inputs[0], file))
+        axes = mean.integers("axes") or (file.integers(mean.inputs[1]) if len(mean.inputs) > 1 else None)
+        found = patterns.layer_norms if axes is not None and len(axes) == 1 else patterns.other_norms
+        # The nodes that divide the centred input by the deviation: a Div, or a Mul by the reciprocal.
+        for node in patterns.consumers.get(root.outputs[0], ()):
+            if node.op_type == "Reciprocal":
+                products = patterns.consumers.get(node.outputs[0], ())
+                found.update(item.outputs[0] for item in products if item.op_type == "Mul")
+            elif node.op_type == "Div":
+                found.add(node.outputs[0])
 
 
 def _variance_mean(file: OnnxFile, root: OnnxNode) -> OnnxNode | None:
@@ -104,20 +110,6 @@ def _variance_mean(file: OnnxFile, root: OnnxNode) -> OnnxNode | None:
         operands = (_operand(file, total, 0), _operand(file, total, 1))
         total = next((node for node in operands if node is not None and node.op_type == "ReduceMean"), None)
     return total if total is not None and total.op_type == "ReduceMean" and total.inputs else None
-
-
-def _scalings(patterns: Patterns, root: OnnxNode, centred_from: str, file: OnnxFile) -> Iterator[OnnxNode]:
-    """Nodes that divide the centred input by the deviation: a Div, or a Mul by the reciprocal."""
-    for node in patterns.consumers.get(root.outputs[0], ()):
-        if node.op_type == "Reciprocal":
-            yield from (item for item in patterns.consumers.get(node.outputs[0], ()) if item.op_type == "Mul")
-        elif node.op_type == "Div":
-            yield node
-
-
-def _is_over_channels(file: OnnxFile, mean: OnnxNode) -> bool:
-    axes = mean.integers("axes") or (file.integers(mean.inputs[1]) if len(mean.inputs) > 1 else None)
-    return axes is not None and (axes in ((-1,), (1,)) or len(axes) == 1)
 
 
 def _find_logit_additions(file: OnnxFile, patterns: Patterns) -> None:

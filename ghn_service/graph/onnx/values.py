@@ -16,16 +16,7 @@ from ghn_service.graph.onnx.file import FLOAT_TYPES, OnnxFile, OnnxNode, TensorH
 from ghn_service.graph.onnx.folded import token_shape
 from ghn_service.graph.onnx.names import TorchNames, is_anonymous
 from ghn_service.graph.onnx.patterns import find_patterns
-from ghn_service.graph.raw_graph import (
-    INPUT,
-    NOTHING,
-    Flow,
-    GraphLimits,
-    RawGraph,
-    Source,
-    TensorUse,
-    exceeded,
-)
+from ghn_service.graph.raw_graph import INPUT, NOTHING, Flow, GraphLimits, RawGraph, Source, TensorUse, exceeded
 
 _UNSAFE_NAMES = frozenset({"__metadata__"})
 _LARGEST_COUNT = 2**63 - 1
@@ -163,23 +154,31 @@ class ReadContext:
         self._limits = limits
         self._levels: dict[str, int] = {"": 0}
         self._elements = 0
-        for header in file.initializers.values():
-            self._add_root(header, header.shape or ())
-        for header in file.inputs:
-            if file.kinds.get(header.name) or self.patterns.input_kinds.get(header.name):
-                if header.shape is None:
-                    raise InvalidArchitectureError(
-                        f"the weight {header.name!r} has no fixed shape; export the model with static weight shapes"
-                    )
-                self._add_root(header, header.shape)
+        for header in (*file.initializers.values(), *file.inputs):
+            name, shape = header.name, header.shape
+            is_constant = name in file.initializers or name in file.kinds or name in self.patterns.input_kinds
+            if not is_constant:
+                _check_tensor(name, (), limits)
+                if self.batch is None and shape:
+                    self.batch = shape[0]
+                if not self.num_examples and shape is not None and len(shape) >= 2:
+                    self.num_examples = shape[0]
+                self.values[name] = Value(
+                    flow=INPUT, spatial=shape[2:] if shape is not None and len(shape) > 2 else None
+                )
                 continue
-            _check_tensor(header.name, (), limits)
-            if self.batch is None and header.shape:
-                self.batch = header.shape[0]
-            if not self.num_examples and header.shape is not None and len(header.shape) >= 2:
-                self.num_examples = header.shape[0]
-            spatial = header.shape[2:] if header.shape is not None and len(header.shape) > 2 else None
-            self.values[header.name] = Value(flow=INPUT, spatial=spatial)
+            if shape is None:
+                raise InvalidArchitectureError(
+                    f"the weight {name!r} has no fixed shape; export the model with static weight shapes"
+                )
+            self.values[name] = CONSTANT
+            if header.data_type not in FLOAT_TYPES:
+                _check_tensor(name, shape, limits)
+                continue
+            source = self.new_source(name, shape, kind=self.kind_of(name, shape))
+            if source is not None:
+                source.folded = file.folded.get(name)
+                self.values[name] = Value(views=(View.of(source),))
 
     def read(self, node: OnnxNode, handler: Callable[[ReadContext, OnnxNode, list[Value]], Value]) -> None:
         """Gives the outputs of a node, but those that ``handler`` wrote itself, the value that it returns."""
@@ -341,16 +340,6 @@ class ReadContext:
         if self.file.is_torch and (is_anonymous(name) or (is_scalar and self.file.kinds)):
             return "CONSTANT"
         return "CONSTANT" if is_scalar and not self.file.is_torch else ""
-
-    def _add_root(self, header: TensorHeader, shape: Shape) -> None:
-        self.values[header.name] = CONSTANT
-        if header.data_type not in FLOAT_TYPES:
-            _check_tensor(header.name, shape, self._limits)
-            return
-        source = self.new_source(header.name, shape, kind=self.kind_of(header.name, shape))
-        if source is not None:
-            source.folded = self.file.folded.get(header.name)
-            self.values[header.name] = Value(views=(View.of(source),))
 
 
 def _unusable_operand(header: TensorHeader, node: OnnxNode) -> Exception:
