@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import onnx
-
 from ghn_client.errors import InvalidArchitectureError, UnsupportedModuleError
 from ghn_client.finetune.planner import NetworkFacts
 from ghn_client.onnx.edit import TORCH_DTYPES, parse_onnx
@@ -46,17 +44,17 @@ def facts_of_onnx(path: str | Path) -> NetworkFacts:
     for node in graph.node:
         if node.op_type == "Transpose" and len(shapes.get(node.input[0], ())) == 2:
             shapes[node.output[0]] = shapes[node.input[0]][::-1]
-    norms, biases = set[str](), set[str]()
-    kinds = set[str]()
-    matrices: list[tuple[int, int]] = []
-    head_bias = 0
+    norms, biases, kinds = set[str](), set[str](), set[str]()
+    matrices, head_bias = list[tuple[int, int]](), 0  # outputs and inputs of each
     for node in graph.node:
         if node.op_type in NORMS:
             norms |= {name for name in node.input[1:3] if name in counts}
             biases |= {name for name in node.input[2:3] if name in counts}
             kinds.add(NORMS[node.op_type])
         elif node.op_type in MATRICES and len(node.input) > 1 and len(shapes.get(node.input[1], ())) >= 2:
-            matrices.append(_rows_and_columns(node, shapes[node.input[1]]))
+            shape = shapes[node.input[1]]
+            outputs_first = node.op_type == "Conv" or any(a.name == "transB" and a.i == 1 for a in node.attribute)
+            matrices.append((shape[0], math.prod(shape[1:])) if outputs_first else (shape[-1], math.prod(shape[:-1])))
             biases |= {name for name in node.input[2:3] if name in counts}
             head_bias = sum(counts.get(name, 0) for name in node.input[2:3])
     if not matrices:
@@ -73,9 +71,3 @@ def facts_of_onnx(path: str | Path) -> NetworkFacts:
         head_outputs=head_rows,
         head_parameters=head_rows * head_columns + head_bias,
     )
-
-
-def _rows_and_columns(node: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Outputs and inputs of a matrix operator with a weight of this shape."""
-    outputs_first = node.op_type == "Conv" or any(a.name == "transB" and a.i == 1 for a in node.attribute)
-    return (shape[0], math.prod(shape[1:])) if outputs_first else (shape[-1], math.prod(shape[:-1]))
