@@ -124,7 +124,7 @@ class GraphBatch:
 
     data: Batch
     distances: Tensor
-    targets: tuple[tuple[Target, ...], ...]
+    targets: Sequence[tuple[Target, ...]]
 
     def to(self, device: torch.device | str) -> GraphBatch:
         """The same batch on another device."""
@@ -187,7 +187,7 @@ def collate(features: Sequence[GraphFeatures]) -> GraphBatch:
     distances = torch.zeros(len(features), largest, largest, dtype=torch.uint8)
     for row, item in zip(distances, features, strict=True):
         row[: len(item.type_row), : len(item.type_row)] = item.distances
-    return GraphBatch(data, distances, tuple(item.targets for item in features))
+    return GraphBatch(data, distances, [item.targets for item in features])
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,9 @@ _SWITCHES = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("fa
 
 
 def parse_options(kind: type[OptionsT], options: Mapping[str, str], *, field: str) -> OptionsT:
-    """Builds the dataclass ``kind`` from options given as text.
+    """Builds a dataclass, whose fields are ``int``, ``float``, ``bool`` or ``str`` or None, from options given as text.
 
-    Args:
-        kind: A dataclass whose fields are of type ``int``, ``float``, ``bool`` or ``str``, or one of these or None.
-        options: Values by name of the field.
-        field: Path of the options in the request, such as ``"steps[1].options"``; errors name the option below it.
+    ``field`` is the path of the options in the request, as ``"steps[1].options"``; errors name the option below it.
 
     Raises:
         InvalidOptionError: An option is unknown, is not of its type, or has an impossible value.

@@ -51,11 +51,13 @@ class DiversityNoise:
         """The noisy weight, and the standard deviation of what was added to it."""
         parts = as_matrices(tensor.float(), layer, layer.num_packed)  # (B, R, C)
         noise = torch.randn(layer.spec.torch_shape, generator=generator, device=generator.device)
-        measure = row_correlation_std if self.scale == "correlation" else _std
-        stds = [self.beta * measure(part) for part in parts]
+        is_relative = self.scale == "relative"
+        stds = [
+            self.beta * (float(part.std(correction=0)) if is_relative else row_correlation_std(part)) for part in parts
+        ]
         noisy = parts + parts.new_tensor(stds)[:, None, None] * noise.to(parts.device).reshape(parts.shape)
         std = sum(stds) / len(stds)
-        reason = f"noise of standard deviation {std:.3g} on weights of {_std(parts):.3g}"
+        reason = f"noise of standard deviation {std:.3g} on weights of {float(parts.std(correction=0)):.3g}"
         return from_matrices(noisy, tensor, layer), reason, {"noise_std": std}
 
 
@@ -159,10 +161,6 @@ class Auto:
         return ""
 
 
-def _std(weight: torch.Tensor) -> float:
-    return float(weight.std(correction=0))
-
-
 def row_correlation_std(matrix: torch.Tensor) -> float:
     """Standard deviation of all entries of the row-correlation matrix of ``matrix`` made tall, diagonal included.
 
@@ -183,13 +181,9 @@ def row_correlation_std(matrix: torch.Tensor) -> float:
 
 
 def orthogonalize(matrices: torch.Tensor, *, method: str, keep_rms: bool) -> torch.Tensor:
-    """Semi-orthogonal matrices (B, R, C) made from ``matrices`` (B, R, C).
+    """Semi-orthogonal matrices (B, R, C) made from ``matrices`` (B, R, C), float32 or float64.
 
-    Args:
-        matrices: The matrices, float32 or float64.
-        method: ``qr`` or ``polar``.
-        keep_rms: Whether each result is scaled to the root mean square of its matrix. A matrix of zeros has no
-            direction and no scale; it stays zero then.
+    With ``keep_rms``, each is scaled to the root mean square of its matrix; one of zeros stays zero then.
     """
     is_wide = matrices.shape[-2] < matrices.shape[-1]
     tall = matrices.mT if is_wide else matrices

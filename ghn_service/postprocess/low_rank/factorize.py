@@ -26,10 +26,7 @@ from ghn_service.postprocess.low_rank.kernels import ActivationKernel, activatio
 from ghn_service.postprocess.low_rank.subspace import improve_subspace
 from ghn_service.postprocess.options import require_known
 
-SPECTRAL = "spectral"
-SCALED = "scaled"
-FUNCTION = "function"
-FUNCTION_OPTIMIZED = "function_optimized"
+SPECTRAL, SCALED, FUNCTION, FUNCTION_OPTIMIZED = "spectral", "scaled", "function", "function_optimized"
 METHODS = (SPECTRAL, SCALED, FUNCTION, FUNCTION_OPTIMIZED)
 
 OPTIMIZER_STEPS = 12

@@ -4,9 +4,8 @@ A linear weight W (m, d) becomes ``<name>.factor_in`` (r, d), applied first, and
 convolution (m, c, k...) becomes a k x k convolution to r channels, (r, c, k...), and a 1 x 1 convolution, (m, r, 1...).
 Both are in torch's layout, and ``factor_out.flatten(1) @ factor_in.flatten(1)`` stands in for the flattened weight.
 
-Whether a method can help is read from the graph: factors are fitted to the activation that follows the layer; where
-none follows, spectral factors are optimal; where a normalisation sits in between, it cancels the length of rows, and
-with it all that distinguishes the other methods from ``spectral``.
+Factors are fitted to the activation that follows the layer in the graph. Where none follows, spectral factors are
+optimal; a normalisation in between cancels the length of rows, and with it all that other methods do.
 """
 
 from __future__ import annotations
@@ -212,6 +211,12 @@ class _Candidate:
         size = rank * sum(self.shape) if rank != DENSE else self.layer.spec.num_elements
         return RankCost(rank, error, size, size * self.layer.attributes.positions)
 
+    def costs(self, ranks: Iterable[int]) -> list[RankCost]:
+        """The layer at those of the ranks that make it smaller."""
+        smaller = [rank for rank in ranks if self.is_smaller(rank)]
+        errors = self.errors() if smaller else None
+        return [self.cost(rank, errors.function_error(rank)) for rank in smaller] if errors else []
+
     def choose(self, request: LowRank) -> int:
         """The rank that a rule gives, or ``DENSE``; a weight that no rank could make smaller is not decomposed."""
         if not self.is_free or not self.is_smaller(1):
@@ -237,10 +242,9 @@ class _Candidate:
             }
         elif self.is_free:
             note = "factors would not be smaller"
-        curve: tuple[RankCost, ...] = ()
-        if with_curve and self.is_free and self.is_smaller(1):
-            errors, ranks = self.errors(), {max(round(share * self.full_rank), 1) for share in CURVE_FRACTIONS}
-            curve = tuple(self.cost(r, errors.function_error(r)) for r in sorted(ranks) if self.is_smaller(r))
+        curve: list[RankCost] = []
+        if with_curve and self.is_free:
+            curve = self.costs(sorted({max(round(share * self.full_rank), 1) for share in CURVE_FRACTIONS}))
         record = FactorRecord(
             parameter=layer.name,
             number=layer.number,
@@ -253,7 +257,7 @@ class _Candidate:
             shape=layer.spec.torch_shape,
             permutation=layer.spec.permutation,
             factors=tuple(factors),
-            curve=curve,
+            curve=tuple(curve),
         )
         return factors, record
 
@@ -269,10 +273,7 @@ def _share_out(candidates: Iterable[_Candidate], parameters: ParameterSet, reque
     free = [candidate for candidate in candidates if candidate.is_free]
     options = []
     for candidate in free:
-        ranks = [rank for rank in candidate_ranks(candidate.full_rank) if candidate.is_smaller(rank)]
-        errors = candidate.errors() if ranks else None
-        costs = [candidate.cost(rank, errors.function_error(rank)) for rank in ranks] if errors else []
-        costs.append(candidate.cost(DENSE, 0.0))
+        costs = [*candidate.costs(candidate_ranks(candidate.full_rank)), candidate.cost(DENSE, 0.0)]
         options.append([RankOption(price(cost), cost.function_error, cost.rank) for cost in costs])
     if is_parameters:
         whole = sum(spec.num_elements for spec in parameters.specs.values())

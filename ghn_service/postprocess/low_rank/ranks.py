@@ -25,12 +25,8 @@ from ghn_service.postprocess.low_rank.factorize import FUNCTION, METHODS, SCALED
 from ghn_service.postprocess.low_rank.kernels import ActivationKernel
 from ghn_service.postprocess.options import require_known, require_share
 
-RANK = "rank"
-FRACTION = "fraction"
-ENERGY = "energy"
-FUNCTION_ERROR = "function_error"
-PARAMETER_BUDGET = "parameter_budget"
-MULTIPLY_ADD_BUDGET = "multiply_add_budget"
+RANK, FRACTION, ENERGY, FUNCTION_ERROR = "rank", "fraction", "energy", "function_error"
+PARAMETER_BUDGET, MULTIPLY_ADD_BUDGET = "parameter_budget", "multiply_add_budget"
 RANK_RULES = (RANK, FRACTION, ENERGY, FUNCTION_ERROR, PARAMETER_BUDGET, MULTIPLY_ADD_BUDGET)
 
 DENSE = 0
@@ -158,12 +154,7 @@ class RankOption(NamedTuple):
 
 
 def allocate_ranks(options: Sequence[Sequence[RankOption]], budget: int, *, field: str) -> list[int]:
-    """Ranks of least total error within a budget; ``DENSE`` where a layer keeps its weight.
-
-    Args:
-        options: What each layer can choose from, ascending in cost.
-        budget: The most that all layers may cost together.
-        field: Path of the budget in the request.
+    """Ranks of least total error within a budget for all; every layer's options ascend in cost.
 
     Raises:
         InvalidOptionError: Even the cheapest choice of every layer costs more than the budget.

@@ -34,13 +34,10 @@ Secant = tuple[torch.Tensor, torch.Tensor, float]
 
 @dataclass(frozen=True, slots=True)
 class SubspaceLoss:
-    """The loss of a subspace relative to the second moment of the layer's output, and its gradient.
+    """The loss of a subspace relative to the second moment of the layer's output, and its gradient by the basis (k, r).
 
-    Attributes:
-        value: The loss.
-        gradient: Its derivative with respect to the basis (k, r).
-        step: A natural first step along the gradient: the inverse of the curvature that swapping an average direction
-            of the subspace for an average one outside would have.
+    ``step`` is a natural first step along the gradient: the inverse of the curvature that swapping an average direction
+    of the subspace for an average one outside would have.
     """
 
     value: float
