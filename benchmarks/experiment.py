@@ -14,8 +14,8 @@ import torch
 from ghn_client.atomic_file import write_file
 from ghn_client.finetune.images import measure_normalization
 from ghn_service.training.evaluation.fine_tune import FineTuneData, mean_and_error
-from ghn_service.training.evaluation.processes import work_through
 from ghn_service.training.images import require_split, split_validation
+from ghn_service.training.processes import work_through
 
 Cell = dict[str, Any]
 CHOOSING_SEED = 1000
@@ -36,7 +36,9 @@ def run_cells(path: Path, cells: Iterable[Cell], measure: Callable[[Cell], Cell]
     known = {_key(entry["cell"]): entry["result"] for entry in map(json.loads, lines)}
     wanted = list(cells)
     missing = list({_key(cell): cell for cell in wanted if _key(cell) not in known}.values())
-    for cell, result in work_through(_measured, missing, start=_on_one_thread, setup=measure, workers=workers):
+    for cell, result in work_through(
+        _measured, missing, start=functools.partial(_on_one_thread, measure), workers=workers
+    ):
         known[_key(cell)] = result
         with path.open("a") as file:
             file.write(json.dumps({"cell": cell, "result": result}) + "\n")

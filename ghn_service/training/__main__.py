@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ghn_client.atomic_file import write_file
 from ghn_client.errors import GhnClientError
 from ghn_service.errors import GhnServiceError, InvalidOptionError
 
@@ -153,8 +154,8 @@ def evaluate(
     text = report.markdown_report(evaluation)
     if out:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "evaluation.md").write_text(text, encoding="utf-8")
-        (out / "evaluation.json").write_text(report.json_report(evaluation), encoding="utf-8")
+        write_file(out / "evaluation.md", text)
+        write_file(out / "evaluation.json", report.json_report(evaluation))
     typer.echo(text)
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from ghn_architectures.architecture import Interface
 from ghn_client.atomic_file import replaced_file
-from ghn_client.finetune.images import ImageSet, Normalization, measure_normalization, read_images
+from ghn_client.finetune.images import ImageSet, Normalization, read_images
 from ghn_service.errors import DataError
 from ghn_service.training.settings import DataSettings
 
@@ -100,22 +100,7 @@ def interface_of(images: ImageSet) -> Interface:
     return Interface(images.num_classes, images.channels, images.image_size)
 
 
-@dataclass(frozen=True, eq=False)
-class TrainingData:
-    """Images of a run.
-
-    Attributes:
-        training: Images to train on.
-        validation: Images for validation and for choosing learning rates.
-        normalization: Channel statistics of the training images.
-    """
-
-    training: ImageSet
-    validation: ImageSet
-    normalization: Normalization
-
-
-def load_training_data(folder: Path, settings: DataSettings, cache: Path | None) -> TrainingData:
+def load_training_data(folder: Path, settings: DataSettings, cache: Path | None) -> tuple[ImageSet, ImageSet]:
     """Training and validation images of a folder; the latter are held out where the folder has none.
 
     Raises:
@@ -128,7 +113,7 @@ def load_training_data(folder: Path, settings: DataSettings, cache: Path | None)
     if validation is None:
         count = min(settings.validation_images, max(1, len(training) // 5))
         training, validation = split_validation(training, count)
-    return TrainingData(training, validation, measure_normalization(training))
+    return training, validation
 
 
 @dataclass(frozen=True)
@@ -145,25 +130,21 @@ class Augmentation:
 
     def apply(self, images: torch.Tensor, *, generator: torch.Generator) -> torch.Tensor:
         """Augmented images (B, C, H, W) of the same type; every image has a shift and a mirror bit of its own."""
+        if not self.pad and not self.flip:
+            return images
         batch, _, height, width = images.shape
         device = images.device
-        if self.pad:
-            pad = min(self.pad, height - 1, width - 1)
-            padded = functional.pad(images.float(), (pad, pad, pad, pad), mode="reflect").to(images.dtype)
-            shift = torch.randint(0, 2 * pad + 1, (2, batch), generator=generator).to(device)
-            rows = shift[0, :, None] + torch.arange(height, device=device)  # (B, H)
-            columns = shift[1, :, None] + torch.arange(width, device=device)  # (B, W)
-            if self.flip:
-                mirrored = torch.rand(batch, generator=generator).to(device) < 0.5
-                columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-            which = torch.arange(batch, device=device)[:, None, None]
-            # advanced indices around the channel axis put it last: (B, H, W, C)
-            picked = padded[which, :, rows[:, :, None], columns[:, None, :]]
-            return picked.permute(0, 3, 1, 2)
+        pad = min(self.pad, height - 1, width - 1)
+        padded = functional.pad(images.float(), (pad, pad, pad, pad), mode="reflect").to(images.dtype)
+        shift = torch.randint(0, 2 * pad + 1, (2, batch), generator=generator).to(device)
+        rows = shift[0, :, None] + torch.arange(height, device=device)  # (B, H)
+        columns = shift[1, :, None] + torch.arange(width, device=device)  # (B, W)
         if self.flip:
             mirrored = torch.rand(batch, generator=generator).to(device) < 0.5
-            return torch.where(mirrored[:, None, None, None], images.flip(3), images)
-        return images
+            columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+        which = torch.arange(batch, device=device)[:, None, None]
+        # advanced indices around the channel axis put it last: (B, H, W, C)
+        return padded[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -117,26 +118,22 @@ def prepare_network(index: int, architecture: Architecture, config: GHNConfig, d
     graph = architecture.graph()
     features = build_features(graph, config)
     names = {target.name for target in features.targets}
+    is_all_predicted = all(spec.name in names for spec in graph.parameters())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(index)
-        module = _build(architecture, is_all_predicted=all(spec.name in names for spec in graph.parameters()))
+        # nothing but predicted tensors is needed: a module without memory of its own
+        with torch.device("meta") if is_all_predicted else nullcontext():
+            module = architecture.build(initialize=not is_all_predicted)
+        use_batch_statistics(module)
+        if is_all_predicted and any(True for _ in module.buffers()):
+            module = use_batch_statistics(architecture.build(initialize=False))
+    avoid_slow_layers(module).train()
     own = dict(module.named_parameters())
     if missing := sorted(names - set(own)):
         raise TrainingError(f"network {index}: the graph names parameters that the module lacks: {missing[:5]}")
     constants = {name: tensor.detach().to(device) for name, tensor in own.items() if name not in names}
     constants.update({name: tensor.to(device) for name, tensor in module.named_buffers()})
     return PreparedNetwork(index, module, features, constants)
-
-
-def _build(architecture: Architecture, *, is_all_predicted: bool) -> nn.Module:
-    """The module in training mode; without memory of its own where nothing but predicted tensors is needed."""
-    if is_all_predicted:
-        with torch.device("meta"):
-            module = avoid_slow_layers(use_batch_statistics(architecture.build(initialize=False))).train()
-        if not any(True for _ in module.buffers()):
-            return module
-    module = architecture.build(initialize=not is_all_predicted)
-    return avoid_slow_layers(use_batch_statistics(module)).train()
 
 
 def find_candidate(source: ArchitectureSource, index: int) -> Architecture | None:
@@ -158,49 +155,34 @@ def largest_macs(progress: float, settings: SamplingSettings) -> float:
 
 
 class NetworkStream:
-    """Candidates in order, thinned by cost.
-
-    Args:
-        source: Gives candidate ``index``.
-        settings: Limits and balance.
-        seed: Seed of the thinning.
-        next_index: Where to start.
-    """
+    """Candidates in order, thinned by cost with a seed of its own."""
 
     def __init__(
         self, source: ArchitectureSource, settings: SamplingSettings, *, seed: int = 0, next_index: int = 0
     ) -> None:
-        self.source = source
-        self.settings = settings
-        self.seed = seed
-        self.next_index = next_index
+        self.source, self.settings, self.seed, self.next_index = source, settings, seed, next_index
 
     def take(self, count: int, progress: float) -> list[tuple[int, Architecture]]:
-        """The next ``count`` networks that pass, with their numbers.
-
-        Args:
-            count: Networks wanted.
-            progress: Progress of the run, 0 to 1; decides the size limit.
+        """The next ``count`` networks that pass at this progress of the run (0 to 1), with their numbers.
 
         Raises:
             TrainingError: The limits let nothing pass.
         """
-        candidates = self._passing(largest_macs(progress, self.settings))
-        return [next(candidates) for _ in range(count)]
-
-    def _passing(self, largest: float) -> Iterator[tuple[int, Architecture]]:
+        largest = largest_macs(progress, self.settings)
+        taken: list[tuple[int, Architecture]] = []
         rejected = 0
-        while rejected < _TOO_MANY_REJECTED:
-            index = self.next_index
-            self.next_index += 1
+        while len(taken) < count:
+            index, self.next_index = self.next_index, self.next_index + 1
             candidate = find_candidate(self.source, index)
             if candidate is not None and self._is_kept(index, candidate, largest):
+                taken.append((index, candidate))
                 rejected = 0
-                yield index, candidate
-            rejected += 1
-        raise TrainingError(
-            f"none of {rejected} architectures is within {largest:.3g} multiply-adds; raise sampling.largest_macs"
-        )
+            elif (rejected := rejected + 1) == _TOO_MANY_REJECTED:
+                raise TrainingError(
+                    f"none of {rejected} architectures is within {largest:.3g} multiply-adds; "
+                    "raise sampling.largest_macs"
+                )
+        return taken
 
     def _is_kept(self, index: int, candidate: Architecture, largest: float) -> bool:
         cost = multiply_adds(candidate)

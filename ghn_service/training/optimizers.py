@@ -17,12 +17,7 @@ from ghn_service.training.settings import OptimizerSettings
 
 
 class OptimizerGroup:
-    """The optimizers of one hypernetwork, stepped together.
-
-    Args:
-        hypernetwork: What to train.
-        settings: Update rule and rates.
-    """
+    """The optimizers of one hypernetwork, stepped together."""
 
     def __init__(self, hypernetwork: nn.Module, settings: OptimizerSettings) -> None:
         adam_groups, muon_matrices = _groups(hypernetwork, settings)
@@ -46,11 +41,6 @@ class OptimizerGroup:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             optimizer.step()
-
-    def zero_grad(self) -> None:
-        """Forgets all gradients."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
 
     def state_dicts(self) -> list[dict[str, Any]]:
         """State of each optimizer."""

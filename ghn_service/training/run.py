@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 
+from ghn_client.finetune.images import measure_normalization
 from ghn_service.errors import TrainingError
 from ghn_service.hypernetwork.checkpoint import CheckpointSummary, ModelCard, load_checkpoint, save_checkpoint
-from ghn_service.hypernetwork.config import GHNConfig, decode_config
+from ghn_service.hypernetwork.config import decode_config
 from ghn_service.postprocess.distribution_shift import METADATA_KEY, encode_statistics, summarize_graphs
-from ghn_service.training.distributed import Workers, join_workers
+from ghn_service.training.distributed import join_workers
 from ghn_service.training.evaluation.zero_shot import make_validation
-from ghn_service.training.images import TrainingData, interface_of, load_training_data
+from ghn_service.training.images import interface_of, load_training_data
 from ghn_service.training.networks import ArchitectureSource, NetworkStream, Pool
 from ghn_service.training.precision import keep_freed_memory
 from ghn_service.training.settings import SamplingSettings, TrainingSettings
@@ -57,41 +58,24 @@ def fit(
         torch.set_num_threads(settings.threads)
     keep_freed_memory()
     with join_workers() as workers:
-        data = load_training_data(data_folder, settings.data, cache or out.parent / "cache")
-        hypernetwork = {**settings.hypernetwork, "num_classes": data.training.num_classes}
+        training, validation = load_training_data(data_folder, settings.data, cache or out.parent / "cache")
+        normalization = measure_normalization(training)
+        hypernetwork = {**settings.hypernetwork, "num_classes": training.num_classes}
         settings = settings.model_copy(update={"hypernetwork": hypernetwork})
-        trainer = _make_trainer(data, out, settings, workers, source)
+        interface, limits, sampling = interface_of(training), settings.limits, settings.sampling
+        validate = make_validation(
+            source or Pool("val", interface, limits.validation_networks),
+            range(limits.validation_networks),
+            validation.first(limits.validation_images),
+            normalization,
+        )
+        source = source or Pool(sampling.split, interface, sampling.pool)
+        trainer = Trainer(settings, training, normalization, source, out, workers, validation=validate)
         _begin(trainer, out, resume, start_from)
         progress = trainer.run()
         if workers.is_main:
-            export_checkpoint(trainer, out / CHECKPOINT_FILE, data, data_folder.name)
+            export_checkpoint(trainer, out / CHECKPOINT_FILE, data_folder.name)
         return progress
-
-
-def _make_trainer(
-    data: TrainingData,
-    out: Path,
-    settings: TrainingSettings,
-    workers: Workers,
-    source: ArchitectureSource | None,
-) -> Trainer:
-    interface = interface_of(data.training)
-    limits = settings.limits
-    validation = make_validation(
-        source or Pool("val", interface, limits.validation_networks),
-        range(limits.validation_networks),
-        data.validation.first(limits.validation_images),
-        data.normalization,
-    )
-    return Trainer(
-        settings,
-        data.training,
-        data.normalization,
-        source or Pool(settings.sampling.split, interface, settings.sampling.pool),
-        out,
-        workers,
-        validation=validation,
-    )
 
 
 def _begin(trainer: Trainer, out: Path, resume: str, start_from: Path | None) -> None:
@@ -103,33 +87,31 @@ def _begin(trainer: Trainer, out: Path, resume: str, start_from: Path | None) ->
         trainer.restore(state)
         logger.info("resumed at step %d after %.0f s of training", state.progress.step, state.progress.elapsed_s)
     elif start_from is not None:
-        config, tensors = _read_start(start_from)
+        if start_from.suffix == ".safetensors":
+            hypernetwork, _ = load_checkpoint(start_from)
+            config, tensors = hypernetwork.config, hypernetwork.state_dict()
+        else:
+            other = load_state(start_from)
+            config, tensors = decode_config(other.settings["hypernetwork"]), other.average
         for name, before in dataclasses.asdict(config).items():
             if (now := getattr(trainer.config, name)) != before:
                 logger.warning("hypernetwork.%s is %s; it was %s in %s", name, now, before, start_from.name)
         trainer.start_from(tensors)
 
 
-def _read_start(file: Path) -> tuple[GHNConfig, dict[str, torch.Tensor]]:
-    if file.suffix == ".safetensors":
-        hypernetwork, _ = load_checkpoint(file)
-        return hypernetwork.config, hypernetwork.state_dict()
-    state = load_state(file)
-    return decode_config(state.settings["hypernetwork"]), state.average
-
-
-def export_checkpoint(trainer: Trainer, path: Path, data: TrainingData, dataset: str) -> CheckpointSummary:
+def export_checkpoint(trainer: Trainer, path: Path, dataset: str) -> CheckpointSummary:
     """Writes the averaged hypernetwork in half precision, with a card that says how it was made."""
+    images, normalization = trainer.batches.images, trainer.batches.normalization
     card = ModelCard(
         dataset=dataset,
-        class_names=data.training.class_names,
+        class_names=images.class_names,
         trained_on=f"{trainer.progress.networks} random networks of the generator's split "
         f"{trainer.settings.sampling.split}",
         protocol="images scaled to 0..1, then normalised with mean and std per channel (details.normalization)",
         details={
-            "normalization": {"mean": data.normalization.mean, "std": data.normalization.std},
-            "image_size": data.training.image_size,
-            "channels": data.training.channels,
+            "normalization": {"mean": normalization.mean, "std": normalization.std},
+            "image_size": images.image_size,
+            "channels": images.channels,
             "steps": trainer.progress.step,
             "hours": round(trainer.progress.elapsed_s / 3600, 3),
             "code_version": _code_version(),

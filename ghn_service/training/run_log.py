@@ -35,7 +35,7 @@ class RunLog:
         self._file = (folder / LOG_FILE).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"))
 
-    def write(self, kind: str, step: int, **values: Any) -> None:
+    def write(self, kind: str, step: int, **values: float | str) -> None:
         """Writes one record.
 
         Args:
@@ -45,15 +45,18 @@ class RunLog:
         """
         if self._file is None:
             return
-        record = {"kind": kind, "step": step, "time": round(time.time(), 3)}
-        record.update({name: _plain(value) for name, value in values.items()})
+        record: dict[str, Any] = {"kind": kind, "step": step, "time": round(time.time(), 3)}
+        shown = []
+        for name, value in values.items():
+            record[name] = value
+            if isinstance(value, float):
+                record[name] = round(value, 6) if math.isfinite(value) else None
+            if not isinstance(value, str):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+            shown.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
-        shown = " ".join(f"{name} {_short(value)}" for name, value in values.items())
-        logger.info("%s step %d: %s", kind, step, shown)
+        logger.info("%s step %d: %s", kind, step, " ".join(shown))
 
     def close(self) -> None:
         """Flushes and closes both outputs."""
@@ -81,13 +84,3 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise DataError(f"{LOG_FILE} line {number} is no JSON: {error}") from error
     return records
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return round(value, 6) if math.isfinite(value) else None
-    return value
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

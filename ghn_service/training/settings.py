@@ -197,21 +197,17 @@ class TrainingSettings(_Section):
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_settings(
-    path: Path | None, changes: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
-) -> TrainingSettings:
+def load_settings(path: Path | None, changes: Sequence[str] = ()) -> TrainingSettings:
     """Settings from a TOML file and ``section.name=value`` changes, which win.
 
     Args:
         path: TOML file with the sections of ``TrainingSettings``; defaults where omitted.
         changes: Such as ``optimizer.learning_rate=3e-4``; values are TOML, bare words are strings.
-        defaults: Values below those of the file.
 
     Raises:
         InvalidOptionError: The file or a change cannot be read, or a value is impossible; ``field`` names it.
     """
     values: dict[str, Any] = {}
-    _merge(values, defaults or {})
     if path:
         try:
             _merge(values, tomllib.loads(path.read_text(encoding="utf-8")))

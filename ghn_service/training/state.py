@@ -6,7 +6,7 @@ Randomness needs no state: every draw of a run comes from a generator seeded wit
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,24 +64,15 @@ class TrainingState:
     progress: Progress
     hypernetwork: dict[str, torch.Tensor]
     average: dict[str, torch.Tensor]
-    optimizers: list[dict[str, Any]] = field(default_factory=list)
+    optimizers: list[dict[str, Any]]
 
 
 def save_state(state: TrainingState, folder: Path) -> Path:
     """Writes ``state`` into ``folder`` atomically; the state before it stays as ``state.previous.pt``."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / STATE_FILE
-    body = {
-        "format": _FORMAT,
-        "digest": state.digest,
-        "settings": state.settings,
-        "progress": asdict(state.progress),
-        "hypernetwork": state.hypernetwork,
-        "average": state.average,
-        "optimizers": state.optimizers,
-    }
     with replaced_file(path) as part:
-        torch.save(body, part)
+        torch.save({"format": _FORMAT, **vars(state), "progress": asdict(state.progress)}, part)
         if path.exists():
             path.replace(folder / PREVIOUS_STATE_FILE)
     return path
@@ -95,16 +86,9 @@ def load_state(path: Path) -> TrainingState:
     """
     try:
         body = torch.load(path, map_location="cpu", weights_only=True)
-        if body.get("format") != _FORMAT:
-            raise TrainingError(f"{path.name}: expected training state format {_FORMAT}, got {body.get('format')!r}")
-        return TrainingState(
-            body["digest"],
-            body["settings"],
-            Progress(**body["progress"]),
-            body["hypernetwork"],
-            body["average"],
-            body["optimizers"],
-        )
+        if (version := body.pop("format", None)) != _FORMAT:
+            raise TrainingError(f"{path.name}: expected training state format {_FORMAT}, got {version!r}")
+        return TrainingState(**{**body, "progress": Progress(**body["progress"])})
     except TrainingError:
         raise
     except Exception as error:  # torch.load raises many types on damaged bytes
@@ -117,16 +101,12 @@ def find_state(folder: Path) -> TrainingState | None:
     Raises:
         TrainingError: There are states, but none can be read.
     """
-    failure: TrainingError | None = None
-    for name in (STATE_FILE, PREVIOUS_STATE_FILE):
-        path = folder / name
-        if not path.exists():
-            continue
+    paths = [folder / name for name in (STATE_FILE, PREVIOUS_STATE_FILE) if (folder / name).exists()]
+    for path in paths:
         try:
             return load_state(path)
         except TrainingError as error:
             logger.warning("%s", error)
-            failure = failure or error
-    if failure:
-        raise failure
+            if path == paths[-1]:
+                raise
     return None

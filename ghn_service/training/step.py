@@ -25,7 +25,7 @@ from ghn_service.hypernetwork.ghn import GraphHyperNetwork
 from ghn_service.training.images import Batches
 from ghn_service.training.networks import PreparedNetwork
 from ghn_service.training.precision import target_passes
-from ghn_service.training.settings import ObjectiveSettings
+from ghn_service.training.settings import ObjectiveSettings, TrainingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -130,69 +130,52 @@ def accumulate_gradients(
     hypernetwork: GraphHyperNetwork,
     networks: Sequence[tuple[int, PreparedNetwork]],
     batches: Batches,
-    settings: ObjectiveSettings,
+    settings: TrainingSettings,
     *,
-    seeds: tuple[int, ...],
-    batches_per_network: int,
-    meta_batch: int,
+    seeds: tuple[int, int, int],
     precision: torch.dtype,
 ) -> StepOutcome:
     """Adds this process' part of the meta-batch gradient to ``hypernetwork``.
 
     Args:
         hypernetwork: Gets the gradients.
-        networks: (slot in the whole meta-batch, network) of this process.
+        networks: (slot in the whole meta-batch, network) of this process; each counts ``1 / meta_batch``.
         batches: Source of images; a slot's images depend on ``seeds`` and the slot alone.
-        settings: The loss.
+        settings: Batches per network, size of the meta-batch, and the loss.
         seeds: Seed, attempt and step.
-        batches_per_network: Batches per network.
-        meta_batch: Networks of the whole meta-batch; each counts ``1 / meta_batch``.
         precision: Number format of the target networks' passes.
     """
     outcome = StepOutcome()
     if not networks:
         return outcome
-    device = hypernetwork.device
-    batch = collate([network.features for _, network in networks]).to(device)
+    batch = collate([network.features for _, network in networks]).to(hypernetwork.device)
     predictions = hypernetwork(batch, seed=seeds[-1])
     outputs: list[Tensor] = []
     gradients: list[Tensor] = []
     for (slot, network), predicted in zip(networks, predictions, strict=True):
         torch.manual_seed(slot_generator(*seeds, slot, 1).initial_seed())  # dropout inside target networks
         generator = slot_generator(*seeds, slot)
-        examples = [batches.draw(generator=generator) for _ in range(batches_per_network)]
-        result = _measure(network, predicted, examples, settings, precision, outcome)
-        if result is not None:
-            outputs.extend(predicted.values())
-            gradients.extend(gradient / meta_batch for gradient in result.gradients.values())
+        examples = [batches.draw(generator=generator) for _ in range(settings.data.batches_per_network)]
+        try:
+            result = measure_loss(
+                network.module, predicted, network.constants, examples, settings.objective, precision=precision
+            )
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("network %d does not fit into memory; left out", network.index)
+            outcome.out_of_memory.append(network.index)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            continue
+        if not result.is_finite:
+            logger.warning("network %d gives a loss or gradient that is not finite; left out", network.index)
+            outcome.not_finite.append(network.index)
+            continue
+        outcome.losses.append(result.loss)
+        outcome.accuracies.append(result.accuracy)
+        outputs.extend(predicted.values())
+        gradients.extend(gradient / settings.sampling.meta_batch for gradient in result.gradients.values())
     if outputs:
         torch.autograd.backward(outputs, gradients)
     return outcome
-
-
-def _measure(
-    network: PreparedNetwork,
-    predicted: dict[str, Tensor],
-    examples: list[tuple[Tensor, Tensor]],
-    settings: ObjectiveSettings,
-    precision: torch.dtype,
-    outcome: StepOutcome,
-) -> LossAndGradient | None:
-    """The network's loss and gradient; ``None`` (and a note in ``outcome``) where it has to be left out."""
-    try:
-        result = measure_loss(network.module, predicted, network.constants, examples, settings, precision=precision)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        logger.warning("network %d does not fit into memory; left out", network.index)
-        outcome.out_of_memory.append(network.index)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return None
-    if not result.is_finite:
-        logger.warning("network %d gives a loss or gradient that is not finite; left out", network.index)
-        outcome.not_finite.append(network.index)
-        return None
-    outcome.losses.append(result.loss)
-    outcome.accuracies.append(result.accuracy)
-    return result

@@ -13,8 +13,8 @@ import math
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from ghn_service.training.networks import (
 )
 from ghn_service.training.optimizers import OptimizerGroup, moving_average, rate_factor
 from ghn_service.training.precision import choose_precision
+from ghn_service.training.processes import on_stop_signals
 from ghn_service.training.run_log import RunLog
 from ghn_service.training.settings import TrainingSettings
 from ghn_service.training.state import Progress, TrainingState, save_state
@@ -52,14 +53,8 @@ Validation = Callable[[GraphHyperNetwork], dict[str, float]]
 class Trainer:
     """A training run in one process of possibly several.
 
-    Args:
-        settings: The recipe.
-        images: Training images.
-        normalization: Channel statistics.
-        source: Candidate networks by number.
-        folder: Where state and log go.
-        workers: This process among its peers.
-        validation: Called with the averaged hypernetwork now and then, in the main process.
+    State and log go to ``folder``; ``validation`` is called with the averaged hypernetwork now and then, in the main
+    process.
     """
 
     def __init__(
@@ -73,14 +68,12 @@ class Trainer:
         *,
         validation: Validation | None = None,
     ) -> None:
-        self.settings, self.folder, self.workers = settings, folder, workers
-        self.validation = validation
-        data = settings.data
-        augmentation = Augmentation(pad=data.pad, flip=data.flip)
-        self.batches = Batches(images.to(workers.device), normalization, augmentation, data.batch_size)
+        self.settings, self.folder, self.workers, self.validation = settings, folder, workers, validation
+        augmentation = Augmentation(pad=settings.data.pad, flip=settings.data.flip)
+        self.batches = Batches(images.to(workers.device), normalization, augmentation, settings.data.batch_size)
         self.config = settings.hypernetwork_config()
-        self.hypernetwork = GraphHyperNetwork(self.config, generator=torch.Generator().manual_seed(settings.seed))
-        self.hypernetwork.to(workers.device)
+        generator = torch.Generator().manual_seed(settings.seed)
+        self.hypernetwork = GraphHyperNetwork(self.config, generator=generator).to(workers.device)
         self.optimizers = OptimizerGroup(self.hypernetwork, settings.optimizer)
         self.average = moving_average(self.hypernetwork, settings.optimizer)
         self.progress = Progress()
@@ -130,22 +123,19 @@ class Trainer:
         Raises:
             TrainingError: The run keeps diverging.
         """
-        log = RunLog(self.folder if self.workers.is_main else None)
-        try:
-            with self._stop_on_signals():
-                self._loop(log)
-        finally:
-            log.close()
+        with (
+            closing(RunLog(self.folder if self.workers.is_main else None)) as log,
+            on_stop_signals(self._request_stop),
+        ):
+            self._loop(log)
         return self.progress
 
     @property
     def done(self) -> float:
         """Progress of the run between 0 and 1, by steps or by the clock."""
-        limits = self.settings.limits
-        by_steps = self.progress.step / limits.steps
-        if limits.minutes is None:
-            return min(by_steps, 1.0)
-        return min(max(self.progress.elapsed_s / (60.0 * limits.minutes), by_steps), 1.0)
+        limits, progress = self.settings.limits, self.progress
+        by_clock = progress.elapsed_s / (60.0 * limits.minutes) if limits.minutes else 0.0
+        return min(max(by_clock, progress.step / limits.steps), 1.0)
 
     def averaged(self) -> GraphHyperNetwork:
         """A copy of the hypernetwork with the averaged weights."""
@@ -168,8 +158,10 @@ class Trainer:
                 rollbacks, bad_in_row = rollbacks + 1, 0
                 self._roll_back(log, rollbacks)
             window.append((outcome, norm))
-            self.progress.elapsed_s += self._agree(time.monotonic() - started)
             now = time.monotonic()
+            # the same duration in all processes: the mean
+            seconds = self.workers.sum_(torch.tensor(now - started, device=self.workers.device))
+            self.progress.elapsed_s += seconds.item() / self.workers.world_size
             if self.progress.step % limits.log_every == 0:
                 rate = (self.progress.networks - rate_networks) / max(now - rate_since, 1e-9)
                 self._log_window(log, window, rate)
@@ -185,26 +177,19 @@ class Trainer:
             self._validate(log)
 
     def step(self) -> tuple[StepOutcome, float]:
-        """One step: gradient, checks, update.
-
-        Returns:
-            What happened in this process, and the norm of the whole gradient; NaN if the step was skipped.
-        """
+        """One step; gives what happened here and the norm of the whole gradient, NaN where it was skipped."""
         settings = self.settings
         meta_batch = settings.sampling.meta_batch
         chosen = self.stream.take(meta_batch, self.done)
         mine = self.workers.share([multiply_adds(architecture) for _, architecture in chosen])
-        prepared = [(slot, self._prepare(*chosen[slot])) for slot in mine]
-        networks = [(slot, network) for slot, network in prepared if network is not None]
-        self.optimizers.zero_grad()
+        networks = [(slot, network) for slot in mine if (network := self._prepare(*chosen[slot]))]
+        self.hypernetwork.zero_grad()
         outcome = accumulate_gradients(
             self.hypernetwork,
             networks,
             self.batches,
-            settings.objective,
+            settings,
             seeds=(settings.seed, self.progress.attempt, self.progress.step),
-            batches_per_network=settings.data.batches_per_network,
-            meta_batch=meta_batch,
             precision=self.precision,
         )
         norm = self._update(outcome)
@@ -216,20 +201,20 @@ class Trainer:
 
     def _prepare(self, index: int, architecture: Architecture) -> PreparedNetwork | None:
         """The network, ready to train on, kept for the next time round the pool; ``None`` where it cannot run."""
-        if architecture not in self._prepared:
-            network: PreparedNetwork | None = None
-            number = index % self.settings.sampling.pool  # the same in every round
-            try:
-                network = prepare_network(number, architecture, self.config, self.workers.device)
-                if (nodes := network.features.num_nodes) > (largest := self.settings.sampling.largest_nodes):
-                    raise TrainingError(f"its graph has {nodes} nodes; sampling.largest_nodes is {largest}")
-            except TrainingError as error:
-                logger.warning("network %d is left out: %s", index, error)
-                network = None
-            if len(self._prepared) >= _MOST_PREPARED:
-                return network
+        if architecture in self._prepared:
+            return self._prepared[architecture]
+        network: PreparedNetwork | None = None
+        number = index % self.settings.sampling.pool  # the same in every round
+        try:
+            network = prepare_network(number, architecture, self.config, self.workers.device)
+            if (nodes := network.features.num_nodes) > (largest := self.settings.sampling.largest_nodes):
+                raise TrainingError(f"its graph has {nodes} nodes; sampling.largest_nodes is {largest}")
+        except TrainingError as error:
+            logger.warning("network %d is left out: %s", index, error)
+            network = None
+        if len(self._prepared) < _MOST_PREPARED:
             self._prepared[architecture] = network
-        return self._prepared[architecture]
+        return network
 
     def _update(self, outcome: StepOutcome) -> float:
         """Clips and applies the gradient of all processes; NaN where the step has to be skipped."""
@@ -262,8 +247,7 @@ class Trainer:
         self.restore(self._last_good)
         self.stream.next_index = next_index
         self.progress.attempt = before.attempt + 1
-        self.progress.elapsed_s = before.elapsed_s
-        for counter in ("skipped_networks", "out_of_memory", "bad_steps"):
+        for counter in ("elapsed_s", "skipped_networks", "out_of_memory", "bad_steps"):
             setattr(self.progress, counter, getattr(before, counter))
         log.write("event", before.step, what="rollback", back_to=self.progress.step, rollbacks=rollbacks)
 
@@ -300,34 +284,12 @@ class Trainer:
             log.write("validation", self.progress.step, **self.validation(self.averaged()))
             logger.info("validation took %.0f s", time.monotonic() - started)
 
-    def _agree(self, seconds: float) -> float:
-        """The same duration in all processes: the mean."""
-        if self.workers.world_size == 1:
-            return seconds
-        total = self.workers.sum_(torch.tensor(seconds, device=self.workers.device))
-        return float(total.item()) / self.workers.world_size
-
     def _is_time(self, waited_s: float, minutes: float) -> bool:
         return self.workers.any(self.workers.is_main and waited_s >= 60.0 * minutes)
 
-    @contextmanager
-    def _stop_on_signals(self) -> Iterator[None]:
-        def request_stop(number: int, frame: Any) -> None:
-            del frame
-            logger.info("%s: stopping after this step", signal.Signals(number).name)
-            self.stop_requested = True
-
-        watched = (signal.SIGTERM, signal.SIGINT)
-        try:
-            before = [signal.signal(number, request_stop) for number in watched]
-        except ValueError:  # not in the main thread: whoever runs us handles signals
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in zip(watched, before, strict=True):
-                signal.signal(number, handler)
+    def _request_stop(self, number: int, frame: Any) -> None:
+        logger.info("%s: stopping after this step", signal.Signals(number).name)
+        self.stop_requested = True
 
 
 def _clone(value: Any) -> Any:

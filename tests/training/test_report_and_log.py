@@ -10,7 +10,7 @@ import pytest
 from ghn_service.errors import DataError
 from ghn_service.training.evaluation.fine_tune import Comparison, Curve
 from ghn_service.training.evaluation.report import fine_tune_summary, json_report, markdown_report, shape_table
-from ghn_service.training.evaluation.results import FineTuned, ZeroShot
+from ghn_service.training.evaluation.results import ZeroShot
 from ghn_service.training.evaluation.run import Evaluation
 from ghn_service.training.evaluation.settings import EvaluationSettings
 from ghn_service.training.run_log import RunLog, read_log
@@ -22,11 +22,10 @@ def example() -> Evaluation:
         ZeroShot("test", "1", 0.3, 0.2, 0.1),
         ZeroShot("reference", "resnet20", 0.6, 0.5, 0.1, novelty=0.2, covered=0.9, copied=0.3),
     )
-    comparisons = (
-        Comparison(Curve(0.1, (0, 100), (0.3, 0.5)), Curve(0.1, (0, 100, 200), (0.1, 0.4, 0.6))),
-        Comparison(Curve(0.1, (0, 100), (0.3, 0.3)), Curve(0.1, (0, 100, 200), (0.1, 0.4, 0.6))),
+    fine_tuned = (
+        Comparison("0", 0, 0, Curve(0.1, (0, 100), (0.3, 0.5)), Curve(0.1, (0, 100, 200), (0.1, 0.4, 0.6))),
+        Comparison("1", 0, 0, Curve(0.1, (0, 100), (0.3, 0.3)), Curve(0.1, (0, 100, 200), (0.1, 0.4, 0.6))),
     )
-    fine_tuned = tuple(FineTuned(str(number), 0, 0, item) for number, item in enumerate(comparisons))
     settings = EvaluationSettings(splits={})
     return Evaluation(settings, zero_shot, fine_tuned, 1, 2.0)
 
@@ -41,8 +40,8 @@ def test_the_summary_counts_wins_and_gaps():
 
 def test_seeds_of_one_network_are_averaged_first():
     curves = example().fine_tuned
-    same_network = tuple(FineTuned("0", 0, seed, item.comparison) for seed, item in enumerate(curves))
-    row = fine_tune_summary((*same_network, FineTuned("1", 0, 0, curves[0].comparison)), (100,))[1]
+    same_network = tuple(dataclasses.replace(item, name="0", seed=seed) for seed, item in enumerate(curves))
+    row = fine_tune_summary((*same_network, dataclasses.replace(curves[0], name="1")), (100,))[1]
     assert (row["networks"], row["runs"]) == (2, 3)
     assert row["gap"][0] == pytest.approx((0.0 + 0.1) / 2)
     assert row["wins"] == 0.5

@@ -150,13 +150,19 @@ def fine_tune(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Predicted start against He initialisation for one network, data size and seed.
+    """Predicted start against He initialisation.
 
     Attributes:
+        name: The network.
+        images: Number of training images; 0 for all.
+        seed: Seed of the data order and of He initialisation.
         predicted: Curve from the predicted start.
         he: Curve from He initialisation.
     """
 
+    name: str
+    images: int
+    seed: int
     predicted: Curve
     he: Curve
 

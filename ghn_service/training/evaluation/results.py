@@ -7,7 +7,6 @@ He side of the fine-tuning comparison depends on no checkpoint: its lines serve 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -20,7 +19,7 @@ from typing import Any
 
 from ghn_client.atomic_file import write_file
 from ghn_service.errors import DataError
-from ghn_service.training.evaluation.fine_tune import Comparison, Curve
+from ghn_service.training.evaluation.fine_tune import Curve
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ class ZeroShot:
         copied: Accuracy (protocol ``batch``) with the nearest tensors in place of its own; NaN where not measured.
         layers: Weighted layers.
         width: Output channels of the first.
-        likeness: Mean cosine between predicted layers of one role (``likeness.py``); NaN where none occurs twice.
+        likeness: Mean cosine between predicted layers of one role (``likeness``); NaN where none occurs twice.
     """
 
     split: str
@@ -56,32 +55,12 @@ class ZeroShot:
     likeness: float = float("nan")
 
 
-@dataclass(frozen=True)
-class FineTuned:
-    """One fine-tuning comparison.
-
-    Attributes:
-        name: The network.
-        images: Number of training images; 0 for all.
-        seed: Seed of the data order and of He initialisation.
-        comparison: Both curves.
-    """
-
-    name: str
-    images: int
-    seed: int
-    comparison: Comparison
-
-
 Result = ZeroShot | Curve
+_KINDS: dict[str, type[Result]] = {"zero-shot": ZeroShot, "curve": Curve}
 
 
 def result_key(**dependencies: Any) -> str:
-    """A hash of everything that a result depends on.
-
-    Args:
-        dependencies: Values for JSON.
-    """
+    """A hash of everything that a result depends on, given as values for JSON."""
     return hashlib.sha256(json.dumps(dependencies, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -105,7 +84,8 @@ class ResultsFile:
             text = path.read_text(encoding="utf-8") if path.exists() else ""
             if text and not text.endswith("\n"):  # the last line was cut off
                 text = text[: text.rfind("\n") + 1]
-                _write_whole(path, text)
+                write_file(path, text)
+                logger.warning("%s ended in the middle of a line, which is measured again", path.name)
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"cannot use the results file {path.name}: {error}") from error
         for number, line in enumerate(text.splitlines(), start=1):
@@ -115,21 +95,12 @@ class ResultsFile:
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{path.name} line {number} is no result of an evaluation: {error}") from error
 
-    def __len__(self) -> int:
-        return len(self._results)
-
     def get(self, key: str) -> Result | None:
         """The result with this key, or ``None``."""
         return self._results.get(key)
 
     def add(self, key: str, result: Result, **description: Any) -> None:
-        """Keeps a result; it is in the file when this returns.
-
-        Args:
-            key: From ``result_key``.
-            result: What was measured.
-            description: What it is, for people who read the file.
-        """
+        """Keeps a result, described for people who read the file; it is there when this returns."""
         self._results[key] = result
         if self.path is None:
             return
@@ -142,9 +113,8 @@ class ResultsFile:
 
 def encode_result(result: Result) -> dict[str, Any]:
     """A result as values for JSON; ``decode_result`` reads them back. What was not measured (NaN) is null."""
-    kind = "zero-shot" if isinstance(result, ZeroShot) else "curve"
-    values = dataclasses.asdict(result)
-    return {"kind": kind, **{name: None if value != value else value for name, value in values.items()}}
+    kind = next(name for name, record in _KINDS.items() if isinstance(result, record))
+    return {"kind": kind, **{name: None if value != value else value for name, value in vars(result).items()}}
 
 
 def decode_result(body: Mapping[str, Any]) -> Result:
@@ -154,15 +124,9 @@ def decode_result(body: Mapping[str, Any]) -> Result:
         ValueError: The kind is unknown.
         TypeError: A field is missing or unknown.
     """
+    if (kind := body.get("kind")) not in _KINDS:
+        raise ValueError(f"expected kind 'zero-shot' or 'curve', got {kind!r}")
     values: dict[str, Any] = {name: math.nan if value is None else value for name, value in body.items()}
-    kind = values.pop("kind", None)
-    if kind == "zero-shot":
-        return ZeroShot(**values)
-    if kind == "curve":
-        return Curve(values["learning_rate"], tuple(values["steps"]), tuple(values["test"]))
-    raise ValueError(f"expected kind 'zero-shot' or 'curve', got {kind!r}")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    write_file(path, text)
-    logger.warning("%s ended in the middle of a line, which is measured again", path.name)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    del values["kind"]
+    return _KINDS[kind](**values)

@@ -1,31 +1,33 @@
 """The evaluation of a hypernetwork: zero-shot accuracy, the fine-tuning comparison, and the honesty check.
 
-Every measurement is one job (``jobs.py``); jobs run in parallel processes with one thread each, and finished
-ones are kept in a file, so that an evaluation that was stopped goes on.
+Measurements (``measurements.py``) run in parallel processes with one thread each, and finished ones are kept in a file,
+so that an evaluation that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import logging
+import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from ghn_service.training.evaluation.fine_tune import Comparison, Curve
-from ghn_service.training.evaluation.jobs import (
+from ghn_service.training.evaluation.measurements import (
     Context,
-    Setup,
+    Measurement,
     make_context,
     measure,
     select_networks,
     start_process,
     training_digests,
 )
-from ghn_service.training.evaluation.processes import interrupted_by_sigterm, work_through
-from ghn_service.training.evaluation.results import FineTuned, Result, ResultsFile, ZeroShot
-from ghn_service.training.evaluation.settings import EvaluationSettings, Job, fine_tune_jobs
+from ghn_service.training.evaluation.results import ResultsFile, ZeroShot
+from ghn_service.training.evaluation.settings import EvaluationSettings
+from ghn_service.training.processes import on_stop_signals, work_through
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ class Evaluation:
 
     settings: EvaluationSettings
     zero_shot: tuple[ZeroShot, ...]
-    fine_tuned: tuple[FineTuned, ...]
+    fine_tuned: tuple[Comparison, ...]
     skipped: int
     seconds: float
     in_training_pool: Mapping[str, int] = field(default_factory=dict)
@@ -83,75 +85,79 @@ def evaluate(
         DataError: The images or the results cannot be read, or the images have another number of classes.
     """
     started = time.monotonic()
-    setup = Setup(checkpoint, data_folder, settings, cache)
-    context = make_context(setup)
+    origins = (checkpoint, data_folder, settings, cache)
+    context = make_context(*origins)
     known = ResultsFile(results)
-    selection = select_networks(context, training_digests(context.trained_on, cache))
-    names = selection.names.get("test", ())
-    jobs = [Job("zero-shot", split, name) for split, chosen in selection.names.items() for name in chosen]
-    waves = [
-        ([] if settings.is_baseline_only else jobs) + fine_tune_jobs(settings, names, settings.seeds[:1]),
-        fine_tune_jobs(settings, names, settings.seeds[1:]),  # these use the learning rates that the first seed chose
-    ]
+    names, skipped, in_pool = select_networks(context, training_digests(context.trained_on, cache))
+    zero_shot = [Measurement("zero-shot", split, name) for split, chosen in names.items() for name in chosen]
+    comparisons = _both_sides(settings, names.get("test", ()))
+    wanted = comparisons if settings.is_baseline_only else zero_shot + comparisons
+    start = partial(start_process, *origins)
     deadline = None if minutes is None else started + 60.0 * minutes
     try:
-        with interrupted_by_sigterm():
-            for wave in waves:
-                _measure(wave, context, known, setup, workers, deadline)
+        with on_stop_signals(signal.default_int_handler):
+            for is_first in (True, False):  # the other seeds use the learning rates that the first one chose
+                wave = [item for item in wanted if (item.seed == settings.seeds[0]) == is_first]
+                _measure(wave, context, known, start, workers, deadline)
     except KeyboardInterrupt:
         logger.warning("stopped; the same command with the same results file goes on from here")
-    collected = _collect([job for wave in waves for job in wave], context, known)
-    return replace(
-        collected,
-        skipped=selection.skipped,
-        in_training_pool=selection.in_pool,
-        pool_size=context.trained_on.size,
-        seconds=time.monotonic() - started,
+    found = {item: result for item in wanted if (result := known.get(context.key(item))) is not None}
+    pairs = [(item, curve, found.get(replace(item, kind="he"))) for item, curve in found.items()]
+    return Evaluation(
+        settings,
+        tuple(result for result in found.values() if isinstance(result, ZeroShot)),
+        tuple(
+            Comparison(item.name, item.images, item.seed, curve, he)
+            for item, curve, he in pairs
+            if item.kind == "predicted" and isinstance(curve, Curve) and isinstance(he, Curve)
+        ),
+        skipped,
+        time.monotonic() - started,
+        in_pool,
+        context.trained_on.size,
+        jobs=len(wanted),
+        finished=len(found),
     )
 
 
+def _both_sides(settings: EvaluationSettings, names: tuple[str, ...]) -> list[Measurement]:
+    """Both sides of every comparison, in an order in which a part of them is worth most: network by network."""
+    return [
+        Measurement(side, "test", name, images, seed)
+        for seed in settings.seeds
+        for images in settings.fine_tune_images
+        for name in names[: settings.fine_tune_networks]
+        for side in (("he",) if settings.is_baseline_only else ("predicted", "he"))
+    ]
+
+
 def _measure(
-    jobs: list[Job], context: Context, known: ResultsFile, setup: Setup, workers: int, deadline: float | None
+    wave: list[Measurement],
+    context: Context,
+    known: ResultsFile,
+    start: Callable[[], Context],
+    workers: int,
+    deadline: float | None,
 ) -> None:
-    """Measures what is not known yet."""
-    started = time.monotonic()
-    keys = {job: context.key(job) for job in jobs}
-    missing = [(job, _known_rate(job, context, known)) for job in jobs if known.get(keys[job]) is None]
-    ready = [(job, rate) for job, rate in missing if rate is not None or job.seed == context.settings.seeds[0]]
-    if len(missing) < len(jobs):
-        logger.info("%d of %d measurements are known already", len(jobs) - len(missing), len(jobs))
-    finished = work_through(measure, ready, start=start_process, setup=setup, workers=workers, deadline=deadline)
-    with closing(finished):
-        for number, ((job, _), result) in enumerate(finished, start=1):
-            known.add(keys[job], result, checkpoint=context.summary.digest[:12], job=vars(job))
+    """Measures what is not known yet, with the learning rates that the first seed chose; without one where it must."""
+    started, first = time.monotonic(), context.settings.seeds[0]
+    missing = [item for item in wave if known.get(context.key(item)) is None]
+    if len(missing) < len(wave):
+        logger.info("%d of %d measurements are known already", len(wave) - len(missing), len(wave))
+    tasks: list[tuple[Measurement, float | None]] = []
+    for item in missing:
+        chosen = known.get(context.key(replace(item, seed=first)))
+        rate = chosen.learning_rate if isinstance(chosen, Curve) else None
+        if rate is not None or item.seed == first:
+            tasks.append((item, rate))
+    with closing(work_through(measure, tasks, start=start, workers=workers, deadline=deadline)) as finished:
+        for number, ((item, _), result) in enumerate(finished, start=1):
+            known.add(context.key(item), result, checkpoint=context.summary.digest[:12], job=vars(item))
+            if isinstance(result, ZeroShot):
+                scores = f"batch {result.batch:.3f} recalibrated {result.recalibrated:.3f}"
+            else:
+                points = " ".join(f"{value:.3f}" for value in result.test)
+                scores = f"images {item.images or 'all'} seed {item.seed} rate {result.learning_rate}: {points}"
+            where = f"{item.split}/{item.name} {item.kind}"
             seconds = time.monotonic() - started
-            logger.info("%d of %d measurements after %.0f s: %s", number, len(ready), seconds, _line(job, result))
-
-
-def _known_rate(job: Job, context: Context, known: ResultsFile) -> float | None:
-    """The learning rate that the first seed chose for the same side, network and images."""
-    first = context.settings.seeds[0]
-    if job.kind == "zero-shot" or job.seed == first:
-        return None
-    result = known.get(context.key(replace(job, seed=first)))
-    return result.learning_rate if isinstance(result, Curve) else None
-
-
-def _collect(jobs: list[Job], context: Context, known: ResultsFile) -> Evaluation:
-    """The finished results in the order of the jobs."""
-    results = {job: result for job in jobs if (result := known.get(context.key(job))) is not None}
-    fine_tuned = []
-    for job, curve in results.items():
-        he = results.get(replace(job, kind="he"))
-        if job.kind == "predicted" and isinstance(curve, Curve) and isinstance(he, Curve):
-            fine_tuned.append(FineTuned(job.name, job.images, job.seed, Comparison(curve, he)))
-    zero_shot = tuple(result for result in results.values() if isinstance(result, ZeroShot))
-    return Evaluation(context.settings, zero_shot, tuple(fine_tuned), 0, 0.0, jobs=len(jobs), finished=len(results))
-
-
-def _line(job: Job, result: Result) -> str:
-    where = f"{job.split}/{job.name}"
-    if isinstance(result, ZeroShot):
-        return f"{where} batch {result.batch:.3f} recalibrated {result.recalibrated:.3f}"
-    points = " ".join(f"{value:.3f}" for value in result.test)
-    return f"{where} {job.kind} images {job.images or 'all'} seed {job.seed} rate {result.learning_rate}: {points}"
+            logger.info("%d of %d measurements after %.0f s: %s %s", number, len(tasks), seconds, where, scores)

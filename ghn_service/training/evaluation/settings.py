@@ -1,4 +1,4 @@
-"""What an evaluation measures, under which protocol, and the single measurements that make it up."""
+"""What an evaluation measures, and under which protocol."""
 
 from __future__ import annotations
 
@@ -91,34 +91,3 @@ class EvaluationSettings:
             "rates_of_seed": self.seeds[0],
             "precision": precision,
         }
-
-
-@dataclass(frozen=True)
-class Job:
-    """One measurement.
-
-    Attributes:
-        kind: ``zero-shot``, or the side of the comparison: ``predicted`` or ``he``.
-        split: Split of the network.
-        name: Its number or name.
-        images: Training images (fine-tuning); 0 for all.
-        seed: Seed (fine-tuning).
-    """
-
-    kind: str
-    split: str
-    name: str
-    images: int = 0
-    seed: int = 0
-
-
-def fine_tune_jobs(settings: EvaluationSettings, names: tuple[str, ...], seeds: tuple[int, ...]) -> list[Job]:
-    """Both sides of every comparison, in an order in which a part of them is worth most: network by network."""
-    sides = ("he",) if settings.is_baseline_only else ("predicted", "he")
-    return [
-        Job(side, "test", name, images, seed)
-        for seed in seeds
-        for images in settings.fine_tune_images
-        for name in names[: settings.fine_tune_networks]
-        for side in sides
-    ]

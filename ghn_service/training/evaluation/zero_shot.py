@@ -7,14 +7,19 @@ test image is then classified on its own. Networks without BatchNorm score the s
 Novelty: generators of weights have been found to repeat what they were trained on ("Generalization or Memorization?",
 arXiv:2506.07998). For each predicted tensor of a test network the nearest one of equal shape and kind among the
 predictions for training networks is found; then the network is scored with those copies in place of its own.
+
+Likeness: a hypernetwork that predicts one layer per type, not one per place, gives the blocks of a stage nearly the
+same weights; those of trained networks are nearly orthogonal (mean cosine about 0.02).
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +27,10 @@ from torch import Tensor, nn
 from ghn_architectures.architecture import Architecture
 from ghn_client.batchnorm import recalibrate_batchnorm, use_batch_statistics
 from ghn_client.finetune.images import ImageSet, Normalization
+from ghn_service.graph.architecture import ArchitectureGraph, longest_paths
 from ghn_service.hypernetwork.features import Role, build_features, collate
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
+from ghn_service.hypernetwork.places import BLOCK, RESOLUTION, find_places
 from ghn_service.training.networks import ArchitectureSource, find_candidate, to_channels_last
 
 PUBLISHED_BATCH = 64
@@ -35,9 +42,7 @@ Kind = tuple[Role, tuple[int, ...]]
 def predict_module(hypernetwork: GraphHyperNetwork, architecture: Architecture, *, seed: int) -> nn.Module:
     """The architecture's network with predicted weights; what is not predicted has its own seeded initial values."""
     module = initial_module(architecture, seed=seed)
-    features = build_features(architecture.graph(), hypernetwork.config)
-    predicted = hypernetwork(collate([features]).to(hypernetwork.device), seed=seed)[0]
-    load_tensors(module, predicted)
+    load_tensors(module, {name: tensor for _, name, tensor in _predict(hypernetwork, architecture, seed)})
     return module
 
 
@@ -108,14 +113,7 @@ def batch_accuracy(module: nn.Module, images: ImageSet, normalization: Normaliza
 def recalibrated_accuracy(
     module: nn.Module, training: ImageSet, images: ImageSet, normalization: Normalization
 ) -> float:
-    """Accuracy under the protocol ``recalibrated``; ``module`` itself is not changed.
-
-    Args:
-        module: The network.
-        training: Training images for the statistics.
-        images: Images to classify.
-        normalization: Channel statistics.
-    """
+    """Accuracy under the protocol ``recalibrated``, measured on ``training``; ``module`` itself is not changed."""
     copied = copy.deepcopy(module).eval()
     recalibrate_batchnorm(copied, _batches(training, normalization, PUBLISHED_BATCH))
     return accuracy(copied, images, normalization, batch_size=250)
@@ -124,30 +122,15 @@ def recalibrated_accuracy(
 def make_validation(
     source: ArchitectureSource, indices: Sequence[int], images: ImageSet, normalization: Normalization
 ) -> Callable[[GraphHyperNetwork], dict[str, float]]:
-    """A function that scores a hypernetwork on fixed networks and images, under the protocol ``batch``.
-
-    Args:
-        source: Networks that training never sees.
-        indices: Which of them.
-        images: Images that training never sees.
-        normalization: Channel statistics.
-    """
+    """A function that scores a hypernetwork under the protocol ``batch``, on networks and images unseen in training."""
 
     def validate(hypernetwork: GraphHyperNetwork) -> dict[str, float]:
         scores = []
         for index in indices:
-            architecture = find_candidate(source, index)
-            if architecture is None:
-                continue
-            module = predict_module(hypernetwork, architecture, seed=index)
-            scores.append(batch_accuracy(to_channels_last(module), images, normalization))
-        if not scores:
-            return {}
-        return {
-            "accuracy": sum(scores) / len(scores),
-            "best": max(scores),
-            "worst": min(scores),
-        }
+            if architecture := find_candidate(source, index):
+                module = predict_module(hypernetwork, architecture, seed=index)
+                scores.append(batch_accuracy(to_channels_last(module), images, normalization))
+        return {"accuracy": fmean(scores), "best": max(scores), "worst": min(scores)} if scores else {}
 
     return validate
 
@@ -168,12 +151,7 @@ class Novelty:
 
 
 class KnownPredictions:
-    """Predicted tensors of training networks, by kind and shape.
-
-    Args:
-        hypernetwork: What predicts.
-        architectures: Training networks.
-    """
+    """Predicted tensors of training networks, by kind and shape."""
 
     def __init__(self, hypernetwork: GraphHyperNetwork, architectures: Iterable[Architecture]) -> None:
         self.hypernetwork = hypernetwork
@@ -199,12 +177,49 @@ class KnownPredictions:
             copies[name] = known[nearest].view_as(tensor)
             if tensor.numel() >= MIN_VALUES:
                 distances.append(float(gaps[nearest] / tensor.norm().clamp_min(1e-12)))
-        median = float(torch.tensor(distances).median()) if distances else float("nan")
+        median = float(torch.tensor(distances).median()) if distances else math.nan
         return Novelty(median, covered / max(total, 1), copies)
 
 
 @torch.no_grad()
-def _predict(hypernetwork: GraphHyperNetwork, architecture: Architecture) -> Iterable[tuple[Kind, str, Tensor]]:
+def _predict(
+    hypernetwork: GraphHyperNetwork, architecture: Architecture, seed: int = 0
+) -> list[tuple[Kind, str, Tensor]]:
+    """Predicted tensors with their kinds and names."""
     features = build_features(architecture.graph(), hypernetwork.config)
-    predicted = hypernetwork(collate([features]).to(hypernetwork.device))[0]
+    predicted = hypernetwork(collate([features]).to(hypernetwork.device), seed=seed)[0]
     return [((target.role, target.shape), target.name, predicted[target.name]) for target in features.targets]
+
+
+def layers_and_width(graph: ArchitectureGraph) -> tuple[int, int]:
+    """Number of weighted layers (norms and biases do not count), and output channels of the first."""
+    shapes = [node.weight.torch_shape for node in graph.nodes if node.layer is not None and node.weight is not None]
+    return len(shapes), shapes[0][0] if shapes else 0
+
+
+def likeness(graph: ArchitectureGraph, tensors: Mapping[str, Tensor]) -> float:
+    """Mean cosine between weights of one role in different blocks; NaN where no role occurs twice.
+
+    Layers share a role if type, shape and resolution are equal, and as many such layers follow in their block:
+    the first layer of a stage has a shape of its own.
+    """
+    generation = longest_paths(graph)
+    places = find_places(graph, generation).tolist()
+    seen: dict[tuple[object, ...], int] = defaultdict(int)
+    roles: dict[tuple[object, ...], list[Tensor]] = defaultdict(list)
+    for index in sorted(range(graph.num_nodes), key=lambda index: (-generation[index], index)):
+        node = graph.nodes[index]
+        if node.layer is None or node.weight is None or node.is_head or node.weight.name not in tensors:
+            continue
+        kind = (node.op_type, node.weight.torch_shape, places[index][RESOLUTION])
+        rank = seen[(*kind, places[index][BLOCK])]
+        seen[(*kind, places[index][BLOCK])] += 1
+        weight = tensors[node.weight.name].detach().float().flatten()
+        roles[(*kind, rank)].append(weight / weight.norm().clamp_min(1e-12))
+    groups = [torch.stack(members) for members in roles.values() if len(members) > 1]
+    cosines = [
+        # The squared norm of a sum of n unit vectors is n plus twice the sum of all cosines.
+        (float(units.sum(0).square().sum()) - len(units)) / (len(units) * (len(units) - 1))
+        for units in groups
+    ]
+    return fmean(cosines) if cosines else math.nan

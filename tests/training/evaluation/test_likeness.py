@@ -7,8 +7,7 @@ import math
 import pytest
 
 from ghn_architectures.registry import reference_architecture
-from ghn_service.training.evaluation.likeness import layers_and_width, likeness
-from ghn_service.training.evaluation.zero_shot import he_module
+from ghn_service.training.evaluation.zero_shot import he_module, layers_and_width, likeness
 
 ARCHITECTURE = reference_architecture("resnet20")
 

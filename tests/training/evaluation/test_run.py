@@ -141,9 +141,9 @@ def test_the_first_seed_chooses_the_rates_of_all(files):
     plan = dataclasses.replace(PLAN, seeds=(0, 1), fine_tune_images=(0,), splits={"test": 1}, novelty_networks=0)
     first, second = evaluate(*files, plan).fine_tuned
     assert (first.seed, second.seed) == (0, 1)
-    assert first.comparison.predicted.learning_rate == second.comparison.predicted.learning_rate
-    assert first.comparison.he.learning_rate == second.comparison.he.learning_rate
-    assert first.comparison != second.comparison
+    assert first.predicted.learning_rate == second.predicted.learning_rate
+    assert first.he.learning_rate == second.he.learning_rate
+    assert (first.predicted, first.he) != (second.predicted, second.he)
 
 
 def test_graphs_of_the_training_pool_are_passed_over(tmp_path, files, monkeypatch):

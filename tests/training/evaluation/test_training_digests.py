@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ghn_architectures.architecture import Interface
-from ghn_service.training.evaluation import jobs as module
-from ghn_service.training.evaluation.jobs import training_digests
+from ghn_service.training.evaluation import measurements as module
+from ghn_service.training.evaluation.measurements import training_digests
 from ghn_service.training.networks import Pool, find_network
 
 INTERFACE = Interface(4, 3, 16)

@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from ghn_service.training.evaluation.processes import interrupted_by_sigterm, work_through
+from ghn_service.training.processes import on_stop_signals, work_through
 
 
-def prepare(setup):
-    return setup * 10
+def prepare():
+    return 30
 
 
 def add(context, task):
@@ -32,25 +32,25 @@ def terminate_this_process():
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_task_is_done_with_what_was_prepared(workers):
-    finished = work_through(add, [1, 2, 3], start=prepare, setup=3, workers=workers)
+    finished = work_through(add, [1, 2, 3], start=prepare, workers=workers)
     assert sorted(finished) == [(1, 31), (2, 32), (3, 33)]
 
 
 def test_tasks_begin_in_order_in_one_process():
-    assert [task for task, _ in work_through(add, [3, 1, 2], start=prepare, setup=0)] == [3, 1, 2]
+    assert [task for task, _ in work_through(add, [3, 1, 2], start=prepare)] == [3, 1, 2]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_nothing_begins_after_the_deadline(workers):
     now = time.monotonic()
-    assert list(work_through(add, [1, 2], start=prepare, setup=3, workers=workers, deadline=now)) == []
+    assert list(work_through(add, [1, 2], start=prepare, workers=workers, deadline=now)) == []
 
 
 def test_an_error_ends_the_other_processes():
     with pytest.raises(ValueError):
-        list(work_through(fail, [1, 2], start=prepare, setup=3, workers=2))
+        list(work_through(fail, [1, 2], start=prepare, workers=2))
 
 
 def test_sigterm_interrupts():
-    with pytest.raises(KeyboardInterrupt), interrupted_by_sigterm():
+    with pytest.raises(KeyboardInterrupt), on_stop_signals(signal.default_int_handler):
         terminate_this_process()

@@ -1,10 +1,11 @@
-"""Independent jobs in one process or several, which can be interrupted and stop at a deadline."""
+"""Signals, and independent tasks in one process or several, which can be interrupted and stop at a deadline."""
 
 from __future__ import annotations
 
 import itertools
 import multiprocessing
 import signal
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -22,8 +23,7 @@ def work_through(
     work: Callable[[Any, Task], Outcome],
     tasks: Sequence[Task],
     *,
-    start: Callable[[Any], Any],
-    setup: Any,
+    start: Callable[[], Any],
     workers: int = 1,
     deadline: float | None = None,
 ) -> Generator[tuple[Task, Outcome]]:
@@ -32,13 +32,12 @@ def work_through(
     Args:
         work: A function of a module; it is pickled.
         tasks: What to do, in this order.
-        start: Prepares a process: called once with ``setup``, returns the ``context`` of its jobs.
-        setup: What ``start`` needs; it is pickled.
+        start: Prepares a process: called once, returns the ``context`` of its tasks; it is pickled.
         workers: Number of processes; with 1 the calling process does the work itself.
-        deadline: Value of ``time.monotonic()`` after which no job begins; None for none.
+        deadline: Value of ``time.monotonic()`` after which no task begins; None for none.
 
     Yields:
-        Tasks and outcomes as they are finished; where the caller stops asking, running jobs are ended.
+        Tasks and outcomes as they are finished; where the caller stops asking, running tasks are ended.
     """
 
     def is_late() -> bool:
@@ -47,13 +46,13 @@ def work_through(
     if not tasks or is_late():
         return
     if workers == 1:
-        context = start(setup)
+        context = start()
         for task in itertools.takewhile(lambda _: not is_late(), tasks):
             yield task, work(context, task)
         return
     waiting = list(reversed(tasks))
     spawn = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_begin, initargs=(start, setup))
+    executor = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_begin, initargs=(start,))
     running: dict[Future[Outcome], Task] = {}
     try:
         while True:
@@ -73,10 +72,10 @@ def work_through(
         executor.shutdown()
 
 
-def _begin(start: Callable[[Any], Any], setup: Any) -> None:
+def _begin(start: Callable[[], Any]) -> None:
     global _context
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to every process; the calling one decides
-    _context = start(setup)
+    _context = start()
 
 
 def _work(work: Callable[[Any, Task], Outcome], task: Task) -> Outcome:
@@ -84,18 +83,18 @@ def _work(work: Callable[[Any, Task], Outcome], task: Task) -> Outcome:
 
 
 @contextmanager
-def interrupted_by_sigterm() -> Iterator[None]:
-    """Within this context SIGTERM raises ``KeyboardInterrupt``, as SIGINT does; only in the main thread."""
+def on_stop_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within this context SIGTERM and SIGINT call ``handle``; nothing happens outside the main thread.
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not in the main thread: whoever runs us handles signals
+    ``signal.default_int_handler`` makes both raise ``KeyboardInterrupt``.
+    """
+    watched = (signal.SIGTERM, signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread():  # whoever runs us handles signals
         yield
         return
+    before = [signal.signal(number, handle) for number in watched]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(watched, before, strict=True):
+            signal.signal(number, handler)

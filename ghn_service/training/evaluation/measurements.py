@@ -1,6 +1,6 @@
 """The single measurements of an evaluation, what they need, and which networks they are made on.
 
-What a job measures depends on the checkpoint, the network, the settings and the seeds alone, not on the number of
+A result depends on the checkpoint, the network, the settings and the seeds alone, not on the number of
 processes or on interruptions. Small families of random networks repeat: a network of split ``test`` may be the same
 graph as one that training used, so digests of those are computed once and kept.
 """
@@ -12,6 +12,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,19 +20,20 @@ from ghn_architectures.architecture import Architecture
 from ghn_architectures.generator import GENERATOR_VERSION
 from ghn_architectures.registry import ARCHITECTURES
 from ghn_client.atomic_file import write_file
-from ghn_client.finetune.images import ImageSet, Normalization, measure_normalization
+from ghn_client.finetune.images import Normalization, measure_normalization
 from ghn_service.errors import DataError, GhnServiceError
 from ghn_service.graph.architecture import DIGEST_VERSION
 from ghn_service.hypernetwork.checkpoint import CheckpointSummary, load_checkpoint
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
-from ghn_service.training.evaluation.fine_tune import Curve, FineTuneData, fine_tune, small_training_set
-from ghn_service.training.evaluation.likeness import layers_and_width, likeness
+from ghn_service.training.evaluation.fine_tune import FineTuneData, fine_tune, small_training_set
 from ghn_service.training.evaluation.results import Result, ZeroShot, result_key
-from ghn_service.training.evaluation.settings import EvaluationSettings, Job
+from ghn_service.training.evaluation.settings import EvaluationSettings
 from ghn_service.training.evaluation.zero_shot import (
     KnownPredictions,
     batch_accuracy,
     he_module,
+    layers_and_width,
+    likeness,
     load_tensors,
     predict_module,
     recalibrated_accuracy,
@@ -47,32 +49,31 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Setup:
-    """Where the parts of an evaluation come from; enough for a worker process to begin.
+class Measurement:
+    """One thing to measure.
 
     Attributes:
-        checkpoint: File of ``ghn-train fit``.
-        data_folder: Images with splits train and test.
-        settings: What to measure.
-        cache: Folder for decoded images and digests of training networks.
+        kind: ``zero-shot``, or the side of the comparison: ``predicted`` or ``he``.
+        split: Split of the network.
+        name: Its number or name.
+        images: Training images (fine-tuning); 0 for all.
+        seed: Seed (fine-tuning).
     """
 
-    checkpoint: Path
-    data_folder: Path
-    settings: EvaluationSettings
-    cache: Path | None
+    kind: str
+    split: str
+    name: str
+    images: int = 0
+    seed: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """What every job of a process needs."""
+    """What every measurement of a process needs."""
 
     hypernetwork: GraphHyperNetwork
     summary: CheckpointSummary
-    training: ImageSet
-    validation: ImageSet
-    test: ImageSet
-    normalization: Normalization
+    data: FineTuneData
     settings: EvaluationSettings
 
     @functools.cached_property
@@ -88,7 +89,7 @@ class Context:
     def trained_on(self) -> Pool:
         """The networks that the checkpoint was trained on, as its card says; of size 0 where it does not."""
         sampling = self.summary.card.details.get("settings", {}).get("sampling", {})
-        return Pool(str(sampling.get("split", "train")), interface_of(self.training), int(sampling.get("pool", 0)))
+        return Pool(str(sampling.get("split", "train")), interface_of(self.data.training), int(sampling.get("pool", 0)))
 
     @property
     def precision(self) -> torch.dtype:
@@ -97,7 +98,7 @@ class Context:
 
     def network(self, split: str, name: str) -> Architecture:
         """The network ``name`` of a split."""
-        return find_network(split, name, interface_of(self.training))
+        return find_network(split, name, interface_of(self.data.training))
 
     def is_affordable(self, split: str, name: str) -> bool:
         """Whether the network runs on images of this size at a cost within the plan."""
@@ -107,51 +108,35 @@ class Context:
             logger.warning("network %s of split %s is left out: %s", name, split, error)
             return False
 
-    def key(self, job: Job) -> str:
-        """A name for the job's result that changes with everything it depends on."""
-        is_zero_shot = job.kind == "zero-shot"
-        precision = str(self.precision)
+    def key(self, item: Measurement) -> str:
+        """A name for the result that changes with everything it depends on."""
+        images, normalization = self.data.training, self.data.normalization
+        if item.kind == "zero-shot":
+            protocol = self.settings.zero_shot_protocol()
+        else:
+            protocol = self.settings.fine_tune_protocol(precision=str(self.precision))
         return result_key(
-            checkpoint=None if job.kind == "he" else self.summary.digest,
-            data=[len(self.training), len(self.test), self.training.image_size, self.training.channels],
-            classes=list(self.training.class_names),
-            normalization=[round(value, 4) for value in (*self.normalization.mean, *self.normalization.std)],
+            checkpoint=None if item.kind == "he" else self.summary.digest,
+            data=[len(images), len(self.data.test), images.image_size, images.channels],
+            classes=list(images.class_names),
+            normalization=[round(value, 4) for value in (*normalization.mean, *normalization.std)],
             generator=GENERATOR_VERSION,
-            job=[job.kind, job.split, job.name, job.images, job.seed],
-            protocol=self.settings.zero_shot_protocol()
-            if is_zero_shot
-            else self.settings.fine_tune_protocol(precision=precision),
+            job=list(vars(item).values()),
+            protocol=protocol,
         )
 
 
-@dataclass(frozen=True)
-class Selection:
-    """The networks to measure.
-
-    Attributes:
-        names: Names per split.
-        skipped: Networks left out for their cost.
-        in_pool: Per split, networks left out because training used the same graph.
-    """
-
-    names: dict[str, tuple[str, ...]]
-    skipped: int
-    in_pool: dict[str, int]
-
-
-def make_context(setup: Setup) -> Context:
+def make_context(checkpoint: Path, data_folder: Path, settings: EvaluationSettings, cache: Path | None) -> Context:
     """Reads checkpoint and images.
 
     Raises:
         CheckpointError: The checkpoint cannot be read.
         DataError: The images cannot be read, or have another number of classes.
     """
-    hypernetwork, summary = load_checkpoint(setup.checkpoint)
+    hypernetwork, summary = load_checkpoint(checkpoint)
     details = summary.card.details
     image_format = {"image_size": details.get("image_size"), "channels": details.get("channels")}
-    training, test = (
-        require_split(setup.data_folder, split, **image_format, cache=setup.cache) for split in ("train", "test")
-    )
+    training, test = (require_split(data_folder, split, **image_format, cache=cache) for split in ("train", "test"))
     if training.num_classes != summary.config.num_classes:
         raise DataError(
             f"the checkpoint is for {summary.config.num_classes} classes, the data has {training.num_classes}"
@@ -161,11 +146,17 @@ def make_context(setup: Setup) -> Context:
     normalization = (
         Normalization(tuple(stored["mean"]), tuple(stored["std"])) if stored else measure_normalization(training)
     )
-    return Context(hypernetwork, summary, training, validation, test, normalization, setup.settings)
+    return Context(hypernetwork, summary, FineTuneData(training, validation, test, normalization), settings)
 
 
-def select_networks(context: Context, trained_on: frozenset[str]) -> Selection:
-    """The first networks of each split that can be measured and whose digests training has not seen."""
+def select_networks(
+    context: Context, trained_on: frozenset[str]
+) -> tuple[dict[str, tuple[str, ...]], int, dict[str, int]]:
+    """The first networks of each split that can be measured and whose digests training has not seen.
+
+    Returns:
+        Names per split; how many were left out for their cost; per split, how many because training used the graph.
+    """
     names: dict[str, tuple[str, ...]] = {}
     in_pool: dict[str, int] = {}
     skipped = 0
@@ -181,17 +172,13 @@ def select_networks(context: Context, trained_on: frozenset[str]) -> Selection:
             else:
                 chosen.append(name)
         names[split] = tuple(chosen)
-    return Selection(names, skipped, in_pool)
+    return names, skipped, in_pool
 
 
 def training_digests(pool: Pool, cache: Path | None) -> frozenset[str]:
     """Digests of the graphs that a checkpoint was trained on, from the cache as far as it has them.
 
     About 20 ms of processor time per network; progress is kept, so an interruption costs a few seconds.
-
-    Args:
-        pool: The training networks.
-        cache: Folder for digests; nothing is kept where omitted.
     """
     sizes = f"{pool.interface.num_classes}-{pool.interface.in_channels}-{pool.interface.image_size}"
     path = cache / f"graphs-{pool.split}-v{GENERATOR_VERSION}.{DIGEST_VERSION}-{sizes}.json" if cache else None
@@ -212,70 +199,55 @@ def training_digests(pool: Pool, cache: Path | None) -> frozenset[str]:
     return frozenset(digests[: pool.size]) - {""}
 
 
-def start_process(setup: Setup) -> Context:
-    """Prepares a worker process."""
+def start_process(*origins: Any) -> Context:
+    """Prepares a worker process, with the arguments of ``make_context``."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    return make_context(setup)
+    return make_context(*origins)
 
 
-def measure(context: Context, task: tuple[Job, float | None]) -> Result:
-    """Does one job.
+def measure(context: Context, task: tuple[Measurement, float | None]) -> Result:
+    """Measures one thing; the second part of the task is the rate of fine-tuning where it is chosen already."""
+    item, learning_rate = task
+    if item.kind == "zero-shot":
+        return _zero_shot(item, context)
+    data, settings = context.data, context.settings
+    training = small_training_set(data.training, item.images, seed=item.seed) if item.images else data.training
+    part = FineTuneData(
+        training,
+        data.validation.first(settings.validation_images),
+        data.test.first(settings.fine_tune_test_images),
+        data.normalization,
+    )
+    architecture = context.network(item.split, item.name)
+    steps = max(settings.fine_tune.budgets)
+    if item.kind == "he":
+        module, steps = he_module(architecture, seed=item.seed), max(steps, settings.fine_tune.longest)
+    else:
+        module = predict_module(context.hypernetwork, architecture, seed=item.seed)
+    precision = context.precision
+    return fine_tune(
+        module, part, settings.fine_tune, steps=steps, seed=item.seed, precision=precision, learning_rate=learning_rate
+    )
 
-    Args:
-        context: What the process has.
-        task: The job, and the learning rate of fine-tuning where it is chosen already.
-    """
-    job, learning_rate = task
-    return _zero_shot(job, context) if job.kind == "zero-shot" else _fine_tune(job, learning_rate, context)
 
-
-def _zero_shot(job: Job, context: Context) -> ZeroShot:
-    architecture = context.network(job.split, job.name)
-    settings, normalization = context.settings, context.normalization
-    test = context.test.first(settings.test_images)
-    calibration = context.training.first(settings.calibration_images)
+def _zero_shot(item: Measurement, context: Context) -> ZeroShot:
+    architecture = context.network(item.split, item.name)
+    settings, normalization = context.settings, context.data.normalization
+    test = context.data.test.first(settings.test_images)
+    calibration = context.data.training.first(settings.calibration_images)
     module = predict_module(context.hypernetwork, architecture, seed=0).eval()
     he = he_module(architecture, seed=0).eval()
     novelty = context.neighbours.novelty(architecture) if context.neighbours else None
     graph = architecture.graph()
     layers, width = layers_and_width(graph)
-    shape = {"layers": layers, "width": width, "likeness": likeness(graph, dict(module.named_parameters()))}
+    scores = {"layers": layers, "width": width, "likeness": likeness(graph, dict(module.named_parameters()))}
     with target_passes(CPU, choose_precision(settings.zero_shot_precision, CPU)):
-        scores = {
-            "batch": batch_accuracy(module, test, normalization),
-            "recalibrated": recalibrated_accuracy(module, calibration, test, normalization),
-            "he_batch": batch_accuracy(he, test, normalization),
-        }
+        scores["batch"] = batch_accuracy(module, test, normalization)
+        scores["recalibrated"] = recalibrated_accuracy(module, calibration, test, normalization)
+        scores["he_batch"] = batch_accuracy(he, test, normalization)
         if novelty is not None:
             load_tensors(module, novelty.copies)
             scores["novelty"], scores["covered"] = novelty.distance, novelty.covered
             scores["copied"] = batch_accuracy(module, test, normalization)
-    return ZeroShot(job.split, job.name, **scores, **shape)
-
-
-def _fine_tune(job: Job, learning_rate: float | None, context: Context) -> Curve:
-    architecture, settings = context.network(job.split, job.name), context.settings
-    training = context.training
-    if job.images:
-        training = small_training_set(training, job.images, seed=job.seed)
-    data = FineTuneData(
-        training,
-        context.validation.first(settings.validation_images),
-        context.test.first(settings.fine_tune_test_images),
-        context.normalization,
-    )
-    budget = max(settings.fine_tune.budgets)
-    if job.kind == "he":
-        module, steps = he_module(architecture, seed=job.seed), max(budget, settings.fine_tune.longest)
-    else:
-        module, steps = predict_module(context.hypernetwork, architecture, seed=job.seed), budget
-    return fine_tune(
-        module,
-        data,
-        settings.fine_tune,
-        steps=steps,
-        seed=job.seed,
-        precision=context.precision,
-        learning_rate=learning_rate,
-    )
+    return ZeroShot(item.split, item.name, **scores)
