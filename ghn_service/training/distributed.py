@@ -18,13 +18,7 @@ from torch import distributed
 
 @dataclass(frozen=True)
 class Workers:
-    """This process among those of the run.
-
-    Attributes:
-        rank: Number of this process.
-        world_size: Number of processes.
-        device: Where this process computes.
-    """
+    """This process among those of the run, and where it computes."""
 
     rank: int
     world_size: int
@@ -39,9 +33,6 @@ class Workers:
         """Which networks of a meta-batch this process computes, so that all finish at about the same time.
 
         Greedy: the most expensive network left goes to the process with the least work.
-
-        Args:
-            costs: Cost of each network, any unit.
         """
         loads = [0.0] * self.world_size
         mine: list[int] = []

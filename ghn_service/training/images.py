@@ -32,12 +32,7 @@ def load_split(
 ) -> ImageSet | None:
     """One split of a data folder, from the cache where it was decoded before; ``None`` where there is no such split.
 
-    Args:
-        folder: Folder in one of the layouts of ``ghn_client.finetune.images``.
-        split: ``train``, ``validation`` or ``test``.
-        image_size: Rows and columns; as stored where omitted.
-        channels: 1 or 3; as stored where omitted.
-        cache: Folder for decoded arrays; nothing is kept where omitted.
+    Layouts are those of ``ghn_client.finetune.images``; size and channels stay as stored where they are omitted.
 
     Raises:
         InvalidOptionError: The folder is missing (of the client's errors, as those below).
@@ -118,12 +113,7 @@ def load_training_data(folder: Path, settings: DataSettings, cache: Path | None)
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random shifts and mirror images.
-
-    Attributes:
-        pad: Largest shift in pixels; the border is filled by reflection.
-        flip: Whether half of the images are mirrored left to right.
-    """
+    """Random shifts by at most ``pad`` pixels, the border filled by reflection, and ``flip`` of half of the images."""
 
     pad: int = 4
     flip: bool = True
@@ -149,14 +139,7 @@ class Augmentation:
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """Random training batches of an image set.
-
-    Attributes:
-        images: Where batches are drawn from, with replacement between batches.
-        normalization: Channel statistics.
-        augmentation: Random changes.
-        size: Images per batch B.
-    """
+    """Random training batches of ``size`` images each, drawn with replacement."""
 
     images: ImageSet
     normalization: Normalization

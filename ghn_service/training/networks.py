@@ -49,13 +49,7 @@ def find_network(split: str, name: str, interface: Interface) -> Architecture:
     """
     if split == REFERENCE:
         return reference_architecture(name, interface)
-    architecture = sample_architecture(
-        split,
-        int(name),
-        num_classes=interface.num_classes,
-        in_channels=interface.in_channels,
-        image_size=interface.image_size,
-    )
+    architecture = sample_architecture(split, int(name), **vars(interface))
     if interface.image_size != CANONICAL.image_size:  # random layers need not fit every size of image: run shapes
         shape = interface.input_shape
         try:
@@ -68,13 +62,7 @@ def find_network(split: str, name: str, interface: Interface) -> Architecture:
 
 @dataclass(frozen=True)
 class Pool:
-    """The first ``size`` networks of a split, over and over: drawing a network costs as much as training it a little.
-
-    Attributes:
-        split: Name of a split of the generator.
-        interface: Sizes of input and output.
-        size: Number of different networks.
-    """
+    """The first ``size`` networks of a split, over and over: drawing one costs as much as a little training."""
 
     split: str
     interface: Interface

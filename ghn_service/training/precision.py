@@ -58,29 +58,19 @@ def avoid_slow_layers(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def target_passes(device: torch.device, precision: torch.dtype) -> Iterator[None]:
-    """A context for the passes of a target network.
-
-    Args:
-        device: Where the network is.
-        precision: Number format (autocast); float32 for none.
-    """
+    """A context for the passes of a target network in a number format (autocast; float32 for none)."""
     is_half = precision != torch.float32
     attention = sdpa_kernel(SDPBackend.MATH) if is_half and device.type == "cpu" else nullcontext()
     with torch.autocast(device.type, precision, enabled=is_half), attention:
         yield
 
 
-def keep_freed_memory() -> bool:
-    """Tells the C library to keep freed memory for reuse; returns whether it understood (glibc alone does).
+def keep_freed_memory() -> None:
+    """Tells the C library to keep freed memory for reuse (glibc alone understands).
 
     By default it returns arrays of more than 128 KiB to the system at once and gets them back as fresh pages, which the
     kernel must clear first; a training step spends a third of its time on that.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    settings = ((_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, (1 << 31) - 1), (_TOP_PAD, 64 << 20))
-    return all(mallopt(name, value) == 1 for name, value in settings)
+    if sys.platform.startswith("linux") and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        for name, value in ((_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, (1 << 31) - 1), (_TOP_PAD, 64 << 20)):
+            mallopt(name, value)

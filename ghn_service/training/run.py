@@ -39,16 +39,11 @@ def fit(
     cache: Path | None = None,
     source: ArchitectureSource | None = None,
 ) -> Progress:
-    """Trains a hypernetwork, or goes on with a run, and writes its checkpoint.
+    """Trains a hypernetwork, or goes on with a run, and writes its checkpoint into the folder ``out``.
 
-    Args:
-        data_folder: Labelled images.
-        out: Folder of the run.
-        settings: The recipe.
-        resume: ``auto`` goes on from the folder's state if there is one; ``never`` needs a folder without.
-        start_from: Checkpoint or state whose weights a new run begins with; random ones where omitted.
-        cache: Folder for decoded images; ``cache`` beside the run where omitted.
-        source: Training networks by number; those of ``sampling.split`` where omitted.
+    ``resume`` is ``auto``, to go on from the folder's state if there is one, or ``never``, which needs a folder
+    without. A new run begins with the weights of ``start_from``, a checkpoint or state, or with random ones. Decoded
+    images are kept in ``cache``, or beside the run. ``source`` takes the place of the networks of ``sampling.split``.
 
     Raises:
         TrainingError: The run cannot start, be resumed, or keeps diverging.

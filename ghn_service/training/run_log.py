@@ -16,11 +16,7 @@ LOG_FILE = "log.jsonl"
 
 
 class RunLog:
-    """Writes the records of a run; processes other than the main one write nothing.
-
-    Args:
-        folder: Folder of the run, or ``None`` to write nothing.
-    """
+    """Writes the records of a run into its folder; without one, as in other processes than the main one, nothing."""
 
     def __init__(self, folder: Path | None) -> None:
         self._file = None
@@ -36,13 +32,7 @@ class RunLog:
         self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, kind: str, step: int, **values: float | str) -> None:
-        """Writes one record.
-
-        Args:
-            kind: ``train``, ``validation`` or ``event``.
-            step: Steps done.
-            values: Numbers (also drawn as curves) and texts.
-        """
+        """Writes one record of kind ``train``, ``validation`` or ``event``; its numbers are also drawn as curves."""
         if self._file is None:
             return
         record: dict[str, Any] = {"kind": kind, "step": step, "time": round(time.time(), 3)}
@@ -70,17 +60,10 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     """The records of a run, in order; a last line that was cut off is left out.
 
     Raises:
-        DataError: The folder has no log, or a line inside it is broken.
+        DataError: The folder has no log.
     """
     path = folder / LOG_FILE
     if not path.is_file():
         raise DataError(f"no {LOG_FILE} in {folder}; expected the folder of a training run")
-    records: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise DataError(f"{LOG_FILE} line {number} is no JSON: {error}") from error
-    return records
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -181,11 +181,12 @@ class TrainingSettings(_Section):
     @pydantic.field_validator("hypernetwork")
     @classmethod
     def _known_hypernetwork(cls, values: dict[str, Any]) -> dict[str, Any]:
+        values = {**SMALL_HYPERNETWORK, **values}
         try:
-            decode_config({**SMALL_HYPERNETWORK, **values})
+            decode_config(values)
         except CheckpointError as error:
             raise ValueError(str(error)) from error
-        return {**SMALL_HYPERNETWORK, **values}
+        return values
 
     def hypernetwork_config(self) -> GHNConfig:
         """The configuration of the hypernetwork to train."""
@@ -214,7 +215,16 @@ def load_settings(path: Path | None, changes: Sequence[str] = ()) -> TrainingSet
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise InvalidOptionError(f"cannot read the configuration {path.name}: {error}", field="config") from error
     for change in changes:
-        _merge(values, _parse_change(change))
+        name, equals, text = change.partition("=")
+        if not equals or not name.strip():
+            raise InvalidOptionError(f"expected section.name=value, got {change!r}", field="set")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        for part in reversed(name.strip().split(".")):
+            value = {part: value}
+        _merge(values, value)
     try:
         return TrainingSettings.model_validate(values)
     except pydantic.ValidationError as error:
@@ -223,22 +233,9 @@ def load_settings(path: Path | None, changes: Sequence[str] = ()) -> TrainingSet
         raise InvalidOptionError(f"{name}: {first['msg']}; got {first['input']!r}", field=name) from error
 
 
-def _parse_change(change: str) -> dict[str, Any]:
-    name, equals, text = change.partition("=")
-    if not equals or not name.strip():
-        raise InvalidOptionError(f"expected section.name=value, got {change!r}", field="set")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    for part in reversed(name.strip().split(".")):
-        value = {part: value}
-    return dict(value)
-
-
-def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
     for key, value in values.items():
-        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
             _merge(into[key], value)
         else:
-            into[key] = dict(value) if isinstance(value, Mapping) else value
+            into[key] = value

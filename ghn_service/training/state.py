@@ -50,13 +50,7 @@ class Progress:
 class TrainingState:
     """Everything that a run needs to go on.
 
-    Attributes:
-        digest: Digest of the settings it belongs to.
-        settings: Those settings, for people and error messages.
-        progress: Counters.
-        hypernetwork: State dict.
-        average: Exponential moving average of the state dict.
-        optimizers: State dict of each optimizer.
+    ``digest`` is that of ``settings``; ``average`` is the exponential moving average of the hypernetwork's state dict.
     """
 
     digest: str

@@ -62,13 +62,8 @@ def measure_loss(
 ) -> LossAndGradient:
     """Loss of a network with predicted weights, and its gradient with respect to them, averaged over batches.
 
-    Args:
-        module: Target network in training mode.
-        predicted: Predicted tensors by name; they are not changed, and no gradient flows into them here.
-        constants: The other parameters and buffers that the network needs, by name.
-        batches: Images (B, C, H, W) and labels (B,).
-        settings: The loss.
-        precision: Number format of the network's passes (autocast).
+    ``constants`` are the other parameters and buffers of the network, which is in training mode; ``batches`` are pairs
+    of images (B, C, H, W) and labels (B,). No gradient flows into ``predicted`` here.
     """
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in predicted.items()}
     sums = {name: torch.zeros_like(tensor) for name, tensor in leaves.items()} if len(batches) > 1 else {}

@@ -56,14 +56,7 @@ class Curve:
 
 @dataclass(frozen=True, eq=False)
 class FineTuneData:
-    """Images of one comparison.
-
-    Attributes:
-        training: Images to fine-tune on.
-        validation: Images to choose learning rates on.
-        test: Images to report on.
-        normalization: Channel statistics.
-    """
+    """Images to fine-tune on, to choose learning rates on, and to report on, with their channel statistics."""
 
     training: ImageSet
     validation: ImageSet
@@ -129,14 +122,8 @@ def fine_tune(
 ) -> Curve:
     """Fine-tunes copies of ``module`` with every rate of the grid, goes on with the best, and returns its curve.
 
-    Args:
-        module: The start; it is not changed.
-        data: Images.
-        settings: The grid, and when to choose.
-        steps: Length of the curve; a multiple of ``settings.every``.
-        seed: Order of the images; the same for both sides of a comparison.
-        precision: Number format of the passes (autocast).
-        learning_rate: The rate, where it is chosen already.
+    ``steps`` is the length of the curve, a multiple of ``settings.every``; ``seed`` gives the order of the images, the
+    same for both sides of a comparison; ``learning_rate`` is the rate where it is chosen already.
     """
     rates = settings.learning_rates if learning_rate is None else (learning_rate,)
     runs = [_Run(module, data, settings, rate, seed, precision) for rate in rates]

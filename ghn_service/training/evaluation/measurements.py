@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,30 +91,28 @@ class Context:
         sampling = self.summary.card.details.get("settings", {}).get("sampling", {})
         return Pool(str(sampling.get("split", "train")), interface_of(self.data.training), int(sampling.get("pool", 0)))
 
-    @property
-    def precision(self) -> torch.dtype:
-        """Number format of fine-tuning."""
-        return choose_precision(self.settings.precision, CPU)
-
     def network(self, split: str, name: str) -> Architecture:
         """The network ``name`` of a split."""
         return find_network(split, name, interface_of(self.data.training))
 
-    def is_affordable(self, split: str, name: str) -> bool:
-        """Whether the network runs on images of this size at a cost within the plan."""
-        try:
-            return multiply_adds(self.network(split, name)) <= self.settings.largest_macs
-        except (GhnServiceError, RuntimeError) as error:
-            logger.warning("network %s of split %s is left out: %s", name, split, error)
-            return False
-
     def key(self, item: Measurement) -> str:
         """A name for the result that changes with everything it depends on."""
-        images, normalization = self.data.training, self.data.normalization
+        images, normalization, settings = self.data.training, self.data.normalization, self.settings
         if item.kind == "zero-shot":
-            protocol = self.settings.zero_shot_protocol()
+            protocol: dict[str, Any] = {
+                "test_images": settings.test_images,
+                "calibration_images": settings.calibration_images,
+                "novelty_networks": settings.novelty_networks,
+                "precision": settings.zero_shot_precision,
+            }
         else:
-            protocol = self.settings.fine_tune_protocol(precision=str(self.precision))
+            protocol = {
+                **asdict(settings.fine_tune),
+                "test_images": settings.fine_tune_test_images,
+                "validation_images": settings.validation_images,
+                "rates_of_seed": settings.seeds[0],
+                "precision": str(choose_precision(settings.precision, CPU)),
+            }
         return result_key(
             checkpoint=None if item.kind == "he" else self.summary.digest,
             data=[len(images), len(self.data.test), images.image_size, images.channels],
@@ -165,9 +163,15 @@ def select_networks(
         for name in ARCHITECTURES if split == REFERENCE else map(str, range(MOST_CANDIDATES * wanted)):
             if len(chosen) == wanted:
                 break
-            if not context.is_affordable(split, name):
+            try:
+                network = context.network(split, name)
+                is_affordable = multiply_adds(network) <= context.settings.largest_macs
+            except (GhnServiceError, RuntimeError) as error:
+                logger.warning("network %s of split %s is left out: %s", name, split, error)
+                is_affordable = False
+            if not is_affordable:
                 skipped += 1
-            elif split != REFERENCE and context.network(split, name).graph().digest() in trained_on:
+            elif split != REFERENCE and network.graph().digest() in trained_on:
                 in_pool[split] = in_pool.get(split, 0) + 1
             else:
                 chosen.append(name)
@@ -225,7 +229,7 @@ def measure(context: Context, task: tuple[Measurement, float | None]) -> Result:
         module, steps = he_module(architecture, seed=item.seed), max(steps, settings.fine_tune.longest)
     else:
         module = predict_module(context.hypernetwork, architecture, seed=item.seed)
-    precision = context.precision
+    precision = choose_precision(settings.precision, CPU)
     return fine_tune(
         module, part, settings.fine_tune, steps=steps, seed=item.seed, precision=precision, learning_rate=learning_rate
     )

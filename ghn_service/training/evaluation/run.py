@@ -69,16 +69,11 @@ def evaluate(
     results: Path | None = None,
     minutes: float | None = None,
 ) -> Evaluation:
-    """Measures a checkpoint; SIGINT or SIGTERM ends it early with what is known by then.
+    """Measures a checkpoint on images with splits train and test.
 
-    Args:
-        checkpoint: File of ``ghn-train fit``.
-        data_folder: Images with splits train and test.
-        settings: What to measure.
-        workers: Processes; each uses one thread.
-        cache: Folder for decoded images and digests of training networks.
-        results: File of finished measurements, which are not repeated; it grows with this call.
-        minutes: No measurement begins after this time.
+    SIGINT or SIGTERM ends it early with what is known by then; no measurement begins after ``minutes``. Those in the
+    file ``results`` are not repeated; it grows with this call. The folder ``cache`` keeps decoded images and digests
+    of training networks.
 
     Raises:
         CheckpointError: The checkpoint cannot be read.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -68,26 +66,3 @@ class EvaluationSettings:
     zero_shot_precision: str = "float32"
     largest_macs: float = 1.5e9
     is_baseline_only: bool = False
-
-    def zero_shot_protocol(self) -> dict[str, Any]:
-        """Everything of the plan that a zero-shot score depends on."""
-        return {
-            "test_images": self.test_images,
-            "calibration_images": self.calibration_images,
-            "novelty_networks": self.novelty_networks,
-            "precision": self.zero_shot_precision,
-        }
-
-    def fine_tune_protocol(self, *, precision: str) -> dict[str, Any]:
-        """Everything of the plan that a fine-tuning curve depends on.
-
-        Args:
-            precision: The number format that ``precision`` stands for on this machine.
-        """
-        return {
-            **dataclasses.asdict(self.fine_tune),
-            "test_images": self.fine_tune_test_images,
-            "validation_images": self.validation_images,
-            "rates_of_seed": self.seeds[0],
-            "precision": precision,
-        }

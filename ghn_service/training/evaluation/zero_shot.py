@@ -18,8 +18,8 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -135,19 +135,12 @@ def make_validation(
     return validate
 
 
-@dataclass(frozen=True)
-class Novelty:
-    """Distance of one test network's weights to training networks'.
+class Novelty(NamedTuple):
+    """Distance of one test network's weights to training networks'."""
 
-    Attributes:
-        distance: Median over tensors of ``|own - nearest| / |own|``.
-        covered: Share of the network's predicted values that have a neighbour of equal shape and kind.
-        copies: The nearest tensors by name, where there are any.
-    """
-
-    distance: float
-    covered: float
-    copies: Mapping[str, Tensor]
+    distance: float  # median over tensors of |own - nearest| / |own|
+    covered: float  # share of the network's predicted values that have a neighbour of equal shape and kind
+    copies: Mapping[str, Tensor]  # the nearest tensors by name, where there are any
 
 
 class KnownPredictions:
