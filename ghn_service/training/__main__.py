@@ -30,12 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RESULTS_FILE = "measurements.jsonl"
 DataFolder = Annotated[Path, typer.Option("--data", help="Folder with labelled images (parquet, CIFAR batches, ...).")]
-Changes = Annotated[
-    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change one setting; may be repeated.")
-]
-Config = Annotated[Path | None, typer.Option("--config", help="TOML file with settings.")]
 Cache = Annotated[Path | None, typer.Option("--cache", help="Folder that keeps decoded images.")]
 
 
@@ -75,8 +70,10 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
 def fit(
     data: DataFolder,
     out: Annotated[Path, typer.Option("--out", help="Folder of the run: state, log, checkpoint.")],
-    config: Config = None,
-    changes: Changes = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change one setting; may be repeated.")
+    ] = None,
     resume: Annotated[str, typer.Option(help="auto: go on with the run in --out; never: refuse to.")] = "auto",
     start_from: Annotated[
         Path | None, typer.Option(help="Checkpoint or state file whose weights a new run begins with.")
@@ -127,8 +124,9 @@ def evaluate(
 ) -> None:
     """Measure a hypernetwork: zero-shot accuracy, fine-tuning against He initialisation, and novelty."""
     from ghn_service.training.evaluation import report
+    from ghn_service.training.evaluation.fine_tune import FineTuneSettings
+    from ghn_service.training.evaluation.measurements import EvaluationSettings
     from ghn_service.training.evaluation.run import evaluate as run_evaluation
-    from ghn_service.training.evaluation.settings import EvaluationSettings, FineTuneSettings
 
     settings = EvaluationSettings(
         splits=_splits(splits, networks),
@@ -148,7 +146,7 @@ def evaluate(
         settings,
         workers=workers,
         cache=cache or (out / "cache" if out else None),
-        results=results or (out / RESULTS_FILE if out else None),
+        results=results or (out / "measurements.jsonl" if out else None),
         minutes=minutes,
     )
     text = report.markdown_report(evaluation)

@@ -11,7 +11,7 @@ import logging
 import random
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ def find_network(split: str, name: str, interface: Interface) -> Architecture:
     """
     if split == REFERENCE:
         return reference_architecture(name, interface)
-    architecture = sample_architecture(split, int(name), **vars(interface))
+    architecture = sample_architecture(split, int(name), **asdict(interface))
     if interface.image_size != CANONICAL.image_size:  # random layers need not fit every size of image: run shapes
         shape = interface.input_shape
         try:

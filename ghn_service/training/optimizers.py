@@ -20,14 +20,30 @@ class OptimizerGroup:
     """The optimizers of one hypernetwork, stepped together."""
 
     def __init__(self, hypernetwork: nn.Module, settings: OptimizerSettings) -> None:
-        adam_groups, muon_matrices = _groups(hypernetwork, settings)
-        self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(adam_groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
+        embeddings = {id(item.weight) for item in hypernetwork.modules() if isinstance(item, nn.Embedding)}
+        adam: dict[tuple[bool, bool], list[nn.Parameter]] = {}  # by whether in the decoder, and whether a matrix
+        muon: list[nn.Parameter] = []
+        for name, parameter in hypernetwork.named_parameters():
+            is_matrix = parameter.ndim == 2 and id(parameter) not in embeddings
+            if settings.name == "muon" and is_matrix and min(parameter.shape) <= settings.muon_largest_side:
+                muon.append(parameter)
+            else:
+                adam.setdefault((name.startswith("decoder"), is_matrix), []).append(parameter)
+        groups = [
+            {
+                "params": parameters,
+                "lr": settings.learning_rate * (settings.decoder_scale if in_decoder else 1.0),
+                "weight_decay": settings.weight_decay if is_matrix else 0.0,
+            }
+            for (in_decoder, is_matrix), parameters in adam.items()
         ]
-        if muon_matrices:
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
+        ]
+        if muon:
             self.optimizers.append(
                 torch.optim.Muon(
-                    muon_matrices,
+                    muon,
                     lr=settings.muon_learning_rate,
                     weight_decay=settings.weight_decay,
                     adjust_lr_fn="original",  # the square root of rows per column, at least 1
@@ -50,28 +66,6 @@ class OptimizerGroup:
         """Restores what ``state_dicts`` gave."""
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
-
-
-def _groups(hypernetwork: nn.Module, settings: OptimizerSettings) -> tuple[list[dict[str, Any]], list[nn.Parameter]]:
-    """Parameter groups of AdamW (decoder or not, decayed or not), and the matrices of Muon."""
-    embeddings = {id(item.weight) for item in hypernetwork.modules() if isinstance(item, nn.Embedding)}
-    adam: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    muon: list[nn.Parameter] = []
-    for name, parameter in hypernetwork.named_parameters():
-        is_matrix = parameter.ndim == 2 and id(parameter) not in embeddings
-        if settings.name == "muon" and is_matrix and min(parameter.shape) <= settings.muon_largest_side:
-            muon.append(parameter)
-        else:
-            adam.setdefault((name.startswith("decoder"), is_matrix), []).append(parameter)
-    groups = [
-        {
-            "params": parameters,
-            "lr": settings.learning_rate * (settings.decoder_scale if in_decoder else 1.0),
-            "weight_decay": settings.weight_decay if is_matrix else 0.0,
-        }
-        for (in_decoder, is_matrix), parameters in adam.items()
-    ]
-    return groups, muon
 
 
 def moving_average(hypernetwork: nn.Module, settings: OptimizerSettings) -> AveragedModel:

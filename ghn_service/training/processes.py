@@ -27,14 +27,10 @@ def work_through(
     workers: int = 1,
     deadline: float | None = None,
 ) -> Generator[tuple[Task, Outcome]]:
-    """Does ``work(context, task)`` for every task that can begin before the deadline.
+    """Does ``work(context, task)`` for every task, in order, that can begin before the deadline (``time.monotonic()``).
 
-    Args:
-        work: A function of a module; it is pickled.
-        tasks: What to do, in this order.
-        start: Prepares a process: called once, returns the ``context`` of its tasks; it is pickled.
-        workers: Number of processes; with 1 the calling process does the work itself.
-        deadline: Value of ``time.monotonic()`` after which no task begins; None for none.
+    In each process ``start`` gives the context once; both functions are pickled. With one worker the calling process
+    does the work itself.
 
     Yields:
         Tasks and outcomes as they are finished; where the caller stops asking, running tasks are ended.

@@ -17,7 +17,7 @@ import pydantic
 from pydantic import Field
 
 from ghn_service.errors import CheckpointError, InvalidOptionError
-from ghn_service.hypernetwork.config import GHNConfig, decode_config
+from ghn_service.hypernetwork.config import decode_config
 
 SMALL_HYPERNETWORK: dict[str, Any] = {
     "hidden_channels": 32,
@@ -187,10 +187,6 @@ class TrainingSettings(_Section):
         except CheckpointError as error:
             raise ValueError(str(error)) from error
         return values
-
-    def hypernetwork_config(self) -> GHNConfig:
-        """The configuration of the hypernetwork to train."""
-        return decode_config(self.hypernetwork)
 
     def digest(self) -> str:
         """A short hash of everything but the limits: a state fits a run exactly if these agree."""

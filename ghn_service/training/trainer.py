@@ -8,6 +8,7 @@ Reference: Knyazev et al. 2023 (arXiv:2303.04143), section 4 and appendix (recip
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import signal
@@ -25,6 +26,7 @@ from torch import Tensor
 from ghn_architectures.architecture import Architecture
 from ghn_client.finetune.images import ImageSet, Normalization
 from ghn_service.errors import TrainingError
+from ghn_service.hypernetwork.config import decode_config
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
 from ghn_service.training.distributed import Workers
 from ghn_service.training.images import Augmentation, Batches
@@ -71,7 +73,7 @@ class Trainer:
         self.settings, self.folder, self.workers, self.validation = settings, folder, workers, validation
         augmentation = Augmentation(pad=settings.data.pad, flip=settings.data.flip)
         self.batches = Batches(images.to(workers.device), normalization, augmentation, settings.data.batch_size)
-        self.config = settings.hypernetwork_config()
+        self.config = decode_config(settings.hypernetwork)
         generator = torch.Generator().manual_seed(settings.seed)
         self.hypernetwork = GraphHyperNetwork(self.config, generator=generator).to(workers.device)
         self.optimizers = OptimizerGroup(self.hypernetwork, settings.optimizer)
@@ -81,7 +83,7 @@ class Trainer:
         self.precision = choose_precision(settings.precision, workers.device)
         self.stop_requested = False
         self._prepared: dict[Architecture, PreparedNetwork | None] = {}
-        self._last_good: TrainingState | None = None
+        self._last_good = self.state()
 
     def state(self) -> TrainingState:
         """The present state, as a copy."""
@@ -89,9 +91,9 @@ class Trainer:
             self.settings.digest(),
             self.settings.model_dump(mode="json"),
             replace(self.progress, next_index=self.stream.next_index),
-            _clone(self.hypernetwork.state_dict()),
-            _clone(self.average.module.state_dict()),
-            _clone(self.optimizers.state_dicts()),
+            copy.deepcopy(self.hypernetwork.state_dict()),
+            copy.deepcopy(self.average.module.state_dict()),
+            copy.deepcopy(self.optimizers.state_dicts()),
         )
 
     def restore(self, state: TrainingState) -> None:
@@ -108,7 +110,7 @@ class Trainer:
         self.hypernetwork.load_state_dict(state.hypernetwork)
         self.average.module.load_state_dict(state.average)
         self.average.n_averaged.fill_(state.progress.step // self.settings.optimizer.ema_every)
-        self.optimizers.load_state_dicts(_clone(state.optimizers))
+        self.optimizers.load_state_dicts(copy.deepcopy(state.optimizers))
         self.progress = replace(state.progress)
         self.stream.next_index = state.progress.next_index
 
@@ -139,9 +141,9 @@ class Trainer:
 
     def averaged(self) -> GraphHyperNetwork:
         """A copy of the hypernetwork with the averaged weights."""
-        copy = GraphHyperNetwork(self.config, generator=torch.Generator().manual_seed(0))
-        copy.load_state_dict(self.average.module.state_dict())
-        return copy.to(self.workers.device).eval()
+        averaged = GraphHyperNetwork(self.config, generator=torch.Generator().manual_seed(0))
+        averaged.load_state_dict(self.average.module.state_dict())
+        return averaged.to(self.workers.device).eval()
 
     def _loop(self, log: RunLog) -> None:
         limits = self.settings.limits
@@ -238,7 +240,7 @@ class Trainer:
 
     def _roll_back(self, log: RunLog, rollbacks: int) -> None:
         limits = self.settings.limits
-        if rollbacks > limits.give_up_after or self._last_good is None:
+        if rollbacks > limits.give_up_after:
             raise TrainingError(
                 f"training diverged {rollbacks} times, last at step {self.progress.step}; lower the learning rate "
                 "(optimizer.learning_rate) or look at the data"
@@ -290,14 +292,3 @@ class Trainer:
     def _request_stop(self, number: int, frame: Any) -> None:
         logger.info("%s: stopping after this step", signal.Signals(number).name)
         self.stop_requested = True
-
-
-def _clone(value: Any) -> Any:
-    """A deep copy of nested containers of tensors."""
-    if isinstance(value, Tensor):
-        return value.detach().cpu().clone()
-    if isinstance(value, dict):
-        return {key: _clone(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_clone(item) for item in value)
-    return value

@@ -9,10 +9,10 @@ import pytest
 
 from ghn_service.errors import DataError
 from ghn_service.training.evaluation.fine_tune import Comparison, Curve
+from ghn_service.training.evaluation.measurements import EvaluationSettings
 from ghn_service.training.evaluation.report import fine_tune_summary, json_report, markdown_report, shape_table
 from ghn_service.training.evaluation.results import ZeroShot
 from ghn_service.training.evaluation.run import Evaluation
-from ghn_service.training.evaluation.settings import EvaluationSettings
 from ghn_service.training.run_log import RunLog, read_log
 
 

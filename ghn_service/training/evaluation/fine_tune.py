@@ -18,11 +18,35 @@ from torch import nn
 from torch.nn import functional
 
 from ghn_client.finetune.images import ImageSet, Normalization
-from ghn_service.training.evaluation.settings import FineTuneSettings
 from ghn_service.training.evaluation.zero_shot import batch_accuracy
 from ghn_service.training.images import Augmentation, Batches
 from ghn_service.training.networks import to_channels_last
 from ghn_service.training.precision import avoid_slow_layers, target_passes
+
+
+@dataclass(frozen=True)
+class FineTuneSettings:
+    """How networks are fine-tuned.
+
+    Attributes:
+        learning_rates: The grid; SGD with momentum 0.9, constant.
+        choose_at: Steps after which a side keeps only its best learning rate.
+        budgets: Steps at which the two sides are compared.
+        longest: Steps of the He side, so that its way to the predicted side's accuracy can be counted.
+        every: Steps between two points of a curve.
+        batch_size: Images per step.
+        weight_decay: Weight decay.
+        clip: Largest gradient norm.
+    """
+
+    learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
+    choose_at: int = 100
+    budgets: tuple[int, ...] = (100, 500)
+    longest: int = 800
+    every: int = 50
+    batch_size: int = 64
+    weight_decay: float = 5e-4
+    clip: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -105,10 +129,6 @@ class _Run:
             if self.step % self.settings.every == 0:
                 self.points.append((self.step, self.score(self.data.test)))
 
-    def curve(self) -> Curve:
-        steps, test = zip(*self.points, strict=True)
-        return Curve(self.rate, tuple(steps), tuple(test))
-
 
 def fine_tune(
     module: nn.Module,
@@ -132,7 +152,8 @@ def fine_tune(
             run.advance(min(settings.choose_at, steps))
         runs.sort(key=lambda run: run.score(data.validation), reverse=True)
     runs[0].advance(steps)
-    return runs[0].curve()
+    points, test = zip(*runs[0].points, strict=True)
+    return Curve(runs[0].rate, points, test)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The single measurements of an evaluation, what they need, and which networks they are made on.
 
-A result depends on the checkpoint, the network, the settings and the seeds alone, not on the number of
-processes or on interruptions. Small families of random networks repeat: a network of split ``test`` may be the same
+A result depends on the checkpoint, the network, the settings and the seeds alone, not on the number of processes or on
+interruptions. Small families of random networks repeat: a network of split ``test`` may be the same
 graph as one that training used, so digests of those are computed once and kept.
 """
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,8 @@ from ghn_service.errors import DataError, GhnServiceError
 from ghn_service.graph.architecture import DIGEST_VERSION
 from ghn_service.hypernetwork.checkpoint import CheckpointSummary, load_checkpoint
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
-from ghn_service.training.evaluation.fine_tune import FineTuneData, fine_tune, small_training_set
+from ghn_service.training.evaluation.fine_tune import FineTuneData, FineTuneSettings, fine_tune, small_training_set
 from ghn_service.training.evaluation.results import Result, ZeroShot, result_key
-from ghn_service.training.evaluation.settings import EvaluationSettings
 from ghn_service.training.evaluation.zero_shot import (
     KnownPredictions,
     batch_accuracy,
@@ -46,6 +46,43 @@ logger = logging.getLogger(__name__)
 MOST_CANDIDATES = 20  # times the networks wanted
 SAVE_EVERY = 250
 CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is measured.
+
+    Attributes:
+        splits: Networks per split of the generator, and of ``reference`` for the registry's networks.
+        test_images: Test images for zero-shot accuracy.
+        calibration_images: Training images for recalibrated BatchNorm.
+        fine_tune_networks: Networks of split ``test`` in the fine-tuning comparison; 0 leaves it out.
+        fine_tune_images: Sizes of the training sets; 0 stands for all images.
+        fine_tune_test_images: Test images per point of a curve.
+        validation_images: Held-out training images that choose learning rates.
+        seeds: Seeds of the comparison; the first one chooses the learning rates.
+        fine_tune: Budgets and grid.
+        novelty_networks: Training networks in the honesty check; 0 leaves it out.
+        precision: Number format of fine-tuning passes.
+        zero_shot_precision: Number format of zero-shot passes.
+        largest_macs: Networks with more multiply-adds are left out, and counted as such.
+        is_baseline_only: Whether only the He side of the comparison is measured, which serves every checkpoint.
+    """
+
+    splits: Mapping[str, int]
+    test_images: int = 2000
+    calibration_images: int = 1280
+    fine_tune_networks: int = 20
+    fine_tune_images: tuple[int, ...] = (0, 1000)
+    fine_tune_test_images: int = 1000
+    validation_images: int = 1000
+    seeds: tuple[int, ...] = (0,)
+    fine_tune: FineTuneSettings = field(default_factory=FineTuneSettings)
+    novelty_networks: int = 32
+    precision: str = "auto"
+    zero_shot_precision: str = "float32"
+    largest_macs: float = 1.5e9
+    is_baseline_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,12 +162,14 @@ class Context:
 
 
 def make_context(checkpoint: Path, data_folder: Path, settings: EvaluationSettings, cache: Path | None) -> Context:
-    """Reads checkpoint and images.
+    """Prepares a process, which uses one thread: reads checkpoint and images.
 
     Raises:
         CheckpointError: The checkpoint cannot be read.
         DataError: The images cannot be read, or have another number of classes.
     """
+    torch.set_num_threads(1)
+    keep_freed_memory()
     hypernetwork, summary = load_checkpoint(checkpoint)
     details = summary.card.details
     image_format = {"image_size": details.get("image_size"), "channels": details.get("channels")}
@@ -201,13 +240,6 @@ def training_digests(pool: Pool, cache: Path | None) -> frozenset[str]:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, json.dumps(digests))
     return frozenset(digests[: pool.size]) - {""}
-
-
-def start_process(*origins: Any) -> Context:
-    """Prepares a worker process, with the arguments of ``make_context``."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    return make_context(*origins)
 
 
 def measure(context: Context, task: tuple[Measurement, float | None]) -> Result:

@@ -44,7 +44,8 @@ def markdown_report(evaluation: Evaluation) -> str:
 
 def json_report(evaluation: Evaluation) -> str:
     """Everything as JSON; values that were not measured are null."""
-    return json.dumps(_without_nan(dataclasses.asdict(evaluation)), indent=1, allow_nan=False)
+    text = json.dumps(dataclasses.asdict(evaluation))
+    return json.dumps(json.loads(text, parse_constant=lambda name: None), indent=1, allow_nan=False)
 
 
 def _zero_shot_parts(evaluation: Evaluation) -> list[str]:
@@ -214,13 +215,3 @@ def _percent(values: Iterable[float]) -> str:
 
 def _pair(pair: tuple[float, float]) -> str:
     return f"{100 * pair[0]:.1f} ± {100 * pair[1]:.1f}"
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return value

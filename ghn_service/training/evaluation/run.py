@@ -18,15 +18,14 @@ from pathlib import Path
 from ghn_service.training.evaluation.fine_tune import Comparison, Curve
 from ghn_service.training.evaluation.measurements import (
     Context,
+    EvaluationSettings,
     Measurement,
     make_context,
     measure,
     select_networks,
-    start_process,
     training_digests,
 )
 from ghn_service.training.evaluation.results import ResultsFile, ZeroShot
-from ghn_service.training.evaluation.settings import EvaluationSettings
 from ghn_service.training.processes import on_stop_signals, work_through
 
 logger = logging.getLogger(__name__)
@@ -80,14 +79,13 @@ def evaluate(
         DataError: The images or the results cannot be read, or the images have another number of classes.
     """
     started = time.monotonic()
-    origins = (checkpoint, data_folder, settings, cache)
-    context = make_context(*origins)
+    start = partial(make_context, checkpoint, data_folder, settings, cache)
+    context = start()
     known = ResultsFile(results)
     names, skipped, in_pool = select_networks(context, training_digests(context.trained_on, cache))
     zero_shot = [Measurement("zero-shot", split, name) for split, chosen in names.items() for name in chosen]
     comparisons = _both_sides(settings, names.get("test", ()))
     wanted = comparisons if settings.is_baseline_only else zero_shot + comparisons
-    start = partial(start_process, *origins)
     deadline = None if minutes is None else started + 60.0 * minutes
     try:
         with on_stop_signals(signal.default_int_handler):

@@ -14,8 +14,8 @@ from ghn_service.hypernetwork.checkpoint import ModelCard, save_checkpoint
 from ghn_service.hypernetwork.ghn import GHNConfig, GraphHyperNetwork
 from ghn_service.training.evaluation import run as evaluate_module
 from ghn_service.training.evaluation.fine_tune import FineTuneSettings
+from ghn_service.training.evaluation.measurements import EvaluationSettings
 from ghn_service.training.evaluation.run import evaluate
-from ghn_service.training.evaluation.settings import EvaluationSettings
 from ghn_service.training.evaluation.zero_shot import KnownPredictions
 from ghn_service.training.networks import find_network
 from tests.training.training_cases import small_source
