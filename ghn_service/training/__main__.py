@@ -23,7 +23,6 @@ from ghn_client.errors import GhnClientError
 from ghn_service.errors import GhnServiceError, InvalidOptionError
 
 app = typer.Typer(
-    help="Train and evaluate graph hypernetworks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

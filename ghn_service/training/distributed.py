@@ -69,8 +69,7 @@ class Workers:
 def join_workers(device: torch.device | None = None) -> Iterator[Workers]:
     """The processes of this run, as ``torchrun`` describes them in the environment; one process without it.
 
-    Args:
-        device: Where to compute; a GPU of this process' own where there is one, otherwise the CPU.
+    Where no device is given, each process has a GPU of its own if there is one, otherwise the CPU.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))

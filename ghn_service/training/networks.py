@@ -77,11 +77,8 @@ class Pool:
 class PreparedNetwork:
     """A network to train on, ready for predicted weights.
 
-    Attributes:
-        index: Number of the candidate in its split.
-        module: The network in training mode; its BatchNorm layers use the statistics of the batch.
-        features: What the hypernetwork reads.
-        constants: Parameters that are not predicted, and buffers.
+    Its BatchNorm layers use the statistics of the batch; ``constants`` are parameters that are not predicted, and
+    buffers.
     """
 
     index: int

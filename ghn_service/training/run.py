@@ -25,8 +25,6 @@ from ghn_service.training.state import Progress, find_state, load_state
 from ghn_service.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-CHECKPOINT_FILE = "ghn.safetensors"
-NUM_GRAPHS = 128
 
 
 def fit(
@@ -69,7 +67,7 @@ def fit(
         _begin(trainer, out, resume, start_from)
         progress = trainer.run()
         if workers.is_main:
-            export_checkpoint(trainer, out / CHECKPOINT_FILE, data_folder.name)
+            export_checkpoint(trainer, out / "ghn.safetensors", data_folder.name)
         return progress
 
 
@@ -117,7 +115,7 @@ def export_checkpoint(trainer: Trainer, path: Path, dataset: str) -> CheckpointS
     return save_checkpoint(trainer.averaged().half(), path, card=card)
 
 
-def graph_statistics(source: ArchitectureSource, settings: SamplingSettings, *, num_graphs: int = NUM_GRAPHS) -> str:
+def graph_statistics(source: ArchitectureSource, settings: SamplingSettings, *, num_graphs: int = 128) -> str:
     """Statistics of the networks that the end of training sees, so that reports can tell how far a graph is."""
     stream = NetworkStream(source, settings, seed=1)
     return encode_statistics(summarize_graphs(item.graph() for _, item in stream.take(num_graphs, 1.0)))

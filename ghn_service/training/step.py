@@ -32,13 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class LossAndGradient:
-    """Result of one target network.
-
-    Attributes:
-        loss: Classification loss, without the penalty.
-        accuracy: Share of the images classified right.
-        gradients: Gradient per predicted tensor; zeros for one that the network does not use.
-    """
+    """Loss (without the penalty), accuracy, and gradient per predicted tensor; zeros for one that is not used."""
 
     loss: float
     accuracy: float
@@ -101,14 +95,7 @@ def add_penalty_gradient(gradients: dict[str, Tensor], predicted: Mapping[str, T
 
 @dataclass
 class StepOutcome:
-    """What happened in one step, in this process.
-
-    Attributes:
-        losses: Classification loss per network that counted.
-        accuracies: Training accuracy per network that counted.
-        not_finite: Numbers of the networks left out because loss or gradient was NaN or infinite.
-        out_of_memory: Numbers of the networks left out for lack of memory.
-    """
+    """What happened in one step, in this process: results of the networks that counted, numbers of those left out."""
 
     losses: list[float] = field(default_factory=list)
     accuracies: list[float] = field(default_factory=list)

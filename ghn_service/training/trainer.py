@@ -46,10 +46,7 @@ from ghn_service.training.state import Progress, TrainingState, save_state
 from ghn_service.training.step import StepOutcome, accumulate_gradients
 
 logger = logging.getLogger(__name__)
-
 _MOST_PREPARED = 20_000  # about 50 kB each
-
-Validation = Callable[[GraphHyperNetwork], dict[str, float]]
 
 
 class Trainer:
@@ -68,7 +65,7 @@ class Trainer:
         folder: Path,
         workers: Workers,
         *,
-        validation: Validation | None = None,
+        validation: Callable[[GraphHyperNetwork], dict[str, float]] | None = None,
     ) -> None:
         self.settings, self.folder, self.workers, self.validation = settings, folder, workers, validation
         augmentation = Augmentation(pad=settings.data.pad, flip=settings.data.flip)
@@ -125,11 +122,36 @@ class Trainer:
         Raises:
             TrainingError: The run keeps diverging.
         """
-        with (
-            closing(RunLog(self.folder if self.workers.is_main else None)) as log,
-            on_stop_signals(self._request_stop),
-        ):
-            self._loop(log)
+        limits, workers = self.settings.limits, self.workers
+        window: list[tuple[StepOutcome, float]] = []
+        bad_in_row, rollbacks = 0, 0
+        self._last_good = self.state()
+        window_since = saved_at = validated_at = time.monotonic()
+        with closing(RunLog(self.folder if workers.is_main else None)) as log, on_stop_signals(self._request_stop):
+            while self.done < 1.0 and not workers.any(self.stop_requested):
+                started = time.monotonic()
+                outcome, norm = self.step()
+                bad_in_row = 0 if math.isfinite(norm) else bad_in_row + 1
+                if bad_in_row >= limits.rollback_after:
+                    rollbacks, bad_in_row = rollbacks + 1, 0
+                    self._roll_back(log, rollbacks)
+                window.append((outcome, norm))
+                now = time.monotonic()
+                # the same duration in all processes: the mean
+                seconds = workers.sum_(torch.tensor(now - started, device=workers.device))
+                self.progress.elapsed_s += seconds.item() / workers.world_size
+                if self.progress.step % limits.log_every == 0:
+                    self._log_window(log, window, now - window_since)
+                    window, window_since = [], now
+                if self._is_time(now - saved_at, limits.save_minutes) and bad_in_row == 0:
+                    self._save()
+                    saved_at = time.monotonic()
+                if limits.validate_minutes and self._is_time(now - validated_at, limits.validate_minutes):
+                    self._validate(log)
+                    validated_at = time.monotonic()
+            self._save()
+            if self.done >= 1.0:
+                self._validate(log)
         return self.progress
 
     @property
@@ -144,39 +166,6 @@ class Trainer:
         averaged = GraphHyperNetwork(self.config, generator=torch.Generator().manual_seed(0))
         averaged.load_state_dict(self.average.module.state_dict())
         return averaged.to(self.workers.device).eval()
-
-    def _loop(self, log: RunLog) -> None:
-        limits = self.settings.limits
-        window: list[tuple[StepOutcome, float]] = []
-        bad_in_row, rollbacks = 0, 0
-        self._last_good = self.state()
-        saved_at = validated_at = time.monotonic()
-        rate_since, rate_networks = time.monotonic(), self.progress.networks
-        while self.done < 1.0 and not self.workers.any(self.stop_requested):
-            started = time.monotonic()
-            outcome, norm = self.step()
-            bad_in_row = 0 if math.isfinite(norm) else bad_in_row + 1
-            if bad_in_row >= limits.rollback_after:
-                rollbacks, bad_in_row = rollbacks + 1, 0
-                self._roll_back(log, rollbacks)
-            window.append((outcome, norm))
-            now = time.monotonic()
-            # the same duration in all processes: the mean
-            seconds = self.workers.sum_(torch.tensor(now - started, device=self.workers.device))
-            self.progress.elapsed_s += seconds.item() / self.workers.world_size
-            if self.progress.step % limits.log_every == 0:
-                rate = (self.progress.networks - rate_networks) / max(now - rate_since, 1e-9)
-                self._log_window(log, window, rate)
-                window, rate_since, rate_networks = [], now, self.progress.networks
-            if self._is_time(now - saved_at, limits.save_minutes) and bad_in_row == 0:
-                self._save()
-                saved_at = time.monotonic()
-            if limits.validate_minutes and self._is_time(now - validated_at, limits.validate_minutes):
-                self._validate(log)
-                validated_at = time.monotonic()
-        self._save()
-        if self.done >= 1.0:
-            self._validate(log)
 
     def step(self) -> tuple[StepOutcome, float]:
         """One step; gives what happened here and the norm of the whole gradient, NaN where it was skipped."""
@@ -220,11 +209,9 @@ class Trainer:
 
     def _update(self, outcome: StepOutcome) -> float:
         """Clips and applies the gradient of all processes; NaN where the step has to be skipped."""
-        counts = torch.tensor(
-            [len(outcome.losses), sum(outcome.losses), len(outcome.not_finite), len(outcome.out_of_memory)],
-            dtype=torch.float64,
-        ).to(self.workers.device, torch.float32)
-        used, loss_sum, not_finite, out_of_memory = self.workers.sum_(counts).tolist()
+        counts = [len(outcome.losses), sum(outcome.losses), len(outcome.not_finite), len(outcome.out_of_memory)]
+        totals = self.workers.sum_(torch.tensor(counts, dtype=torch.float32, device=self.workers.device))
+        used, loss_sum, not_finite, out_of_memory = totals.tolist()
         self.progress.skipped_networks += int(not_finite)
         self.progress.out_of_memory += int(out_of_memory)
         parameters = list(self.hypernetwork.parameters())
@@ -253,7 +240,7 @@ class Trainer:
             setattr(self.progress, counter, getattr(before, counter))
         log.write("event", before.step, what="rollback", back_to=self.progress.step, rollbacks=rollbacks)
 
-    def _log_window(self, log: RunLog, window: list[tuple[StepOutcome, float]], rate: float) -> None:
+    def _log_window(self, log: RunLog, window: list[tuple[StepOutcome, float]], seconds: float) -> None:
         used = [outcome for outcome, norm in window if math.isfinite(norm)]
         losses = [loss for outcome in used for loss in outcome.losses]
         accuracies = [value for outcome in used for value in outcome.accuracies]
@@ -267,7 +254,7 @@ class Trainer:
             gradient_norm=statistics.median(norms or [math.nan]),
             rate_factor=rate_factor(done, self.settings.optimizer),
             networks=self.progress.networks,
-            networks_per_s=rate,
+            networks_per_s=len(window) * self.settings.sampling.meta_batch / max(seconds, 1e-9),
             elapsed_s=self.progress.elapsed_s,
             eta_s=self.progress.elapsed_s * (1.0 - done) / max(done, 1e-9),
             skipped_networks=self.progress.skipped_networks,

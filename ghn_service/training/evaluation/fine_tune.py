@@ -51,13 +51,7 @@ class FineTuneSettings:
 
 @dataclass(frozen=True)
 class Curve:
-    """Accuracy over fine-tuning.
-
-    Attributes:
-        learning_rate: The rate that was chosen.
-        steps: Steps of the points.
-        test: Accuracy on test images at each.
-    """
+    """Accuracy on test images after some numbers of fine-tuning steps, with the learning rate that was chosen."""
 
     learning_rate: float
     steps: tuple[int, ...]
@@ -158,14 +152,9 @@ def fine_tune(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Predicted start against He initialisation.
+    """Predicted start against He initialisation, for one network and number of training images (0 for all).
 
-    Attributes:
-        name: The network.
-        images: Number of training images; 0 for all.
-        seed: Seed of the data order and of He initialisation.
-        predicted: Curve from the predicted start.
-        he: Curve from He initialisation.
+    The seed is that of the order of the images and of He initialisation.
     """
 
     name: str

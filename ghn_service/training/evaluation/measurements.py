@@ -50,23 +50,13 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is measured.
+    """What is measured; the options of ``ghn-train evaluate`` say what they set here, these are the others.
 
     Attributes:
-        splits: Networks per split of the generator, and of ``reference`` for the registry's networks.
-        test_images: Test images for zero-shot accuracy.
         calibration_images: Training images for recalibrated BatchNorm.
-        fine_tune_networks: Networks of split ``test`` in the fine-tuning comparison; 0 leaves it out.
-        fine_tune_images: Sizes of the training sets; 0 stands for all images.
         fine_tune_test_images: Test images per point of a curve.
-        validation_images: Held-out training images that choose learning rates.
-        seeds: Seeds of the comparison; the first one chooses the learning rates.
-        fine_tune: Budgets and grid.
-        novelty_networks: Training networks in the honesty check; 0 leaves it out.
+        validation_images: Held-out training images that choose learning rates, with the first of the seeds.
         precision: Number format of fine-tuning passes.
-        zero_shot_precision: Number format of zero-shot passes.
-        largest_macs: Networks with more multiply-adds are left out, and counted as such.
-        is_baseline_only: Whether only the He side of the comparison is measured, which serves every checkpoint.
     """
 
     splits: Mapping[str, int]

@@ -67,9 +67,6 @@ def result_key(**dependencies: Any) -> str:
 class ResultsFile:
     """Finished measurements by key, in memory and, where a path is given, in a file that only grows.
 
-    Args:
-        path: The file; ``None`` keeps nothing.
-
     Raises:
         DataError: The file cannot be read, or a line inside it is broken.
     """
