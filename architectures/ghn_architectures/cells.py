@@ -155,13 +155,7 @@ class Genotype:
 
 
 def draw_genotype(draw: Draw, *, steps: int, allowed: tuple[str, ...] = OPERATIONS) -> Genotype:
-    """A random pair of cells with at most ``steps`` steps that make a connected, sensible network.
-
-    Args:
-        draw: Source of randomness.
-        steps: Steps of each cell before unread ones are taken out.
-        allowed: Operations to choose from.
-    """
+    """A random pair of cells with at most ``steps`` steps that make a connected, sensible network."""
     reduction_operations = tuple(name for name in allowed if name != "msa")
     if draw.chance(0.5):
         reduction_operations = tuple(name for name in reduction_operations if name in FREE_OPERATIONS)

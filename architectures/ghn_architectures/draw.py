@@ -12,12 +12,9 @@ T = TypeVar("T")
 
 
 class Draw:
-    """A stream of random choices that a key decides.
+    """A stream of random choices that a key decides; streams of different keys are independent.
 
     Only ``random.Random.random`` is used, whose sequence Python promises to keep; the methods here are our own.
-
-    Args:
-        key: Anything that names the stream; streams of different keys are independent.
     """
 
     def __init__(self, key: str) -> None:

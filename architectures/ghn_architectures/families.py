@@ -187,14 +187,7 @@ def plan_mobilenet(draw: Draw, scale: int) -> Plan:
 
 
 def plan_cells(draw: Draw, scale: int, *, steps: tuple[int, int] = (1, 3), norm: str | None = None) -> Plan:
-    """Networks of repeated cells, the kind of DeepNets-1M, without self-attention.
-
-    Args:
-        draw: Source of randomness.
-        scale: 1 to 3.
-        steps: Least and most steps of a cell.
-        norm: ``batch`` or ``none``; drawn by default.
-    """
+    """Networks of repeated cells of so many ``steps``, the kind of DeepNets-1M, without self-attention."""
     allowed = tuple(name for name in OPERATIONS if name != "msa")
     num_cells = draw.integer(3, 4 + 2 * scale)
     is_deep = num_cells > 7
@@ -302,12 +295,7 @@ def plan_mlp(draw: Draw, scale: int) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A way to draw networks.
-
-    Attributes:
-        plan: Draws everything but the width, from a stream of random choices and a scale.
-        share: Share among the families of a split, relative.
-    """
+    """A way to draw networks: everything but the width, from random choices and a scale; and its relative share."""
 
     plan: Callable[[Draw, int], Plan]
     share: float

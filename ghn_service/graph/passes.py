@@ -326,11 +326,7 @@ def restrict_vocabulary(graph: ArchitectureGraph, op_types: Collection[str]) -> 
     """Contracts every node whose type an older checkpoint does not know.
 
     Its predecessors are joined to its successors, and its tensors are initialised by their fallback rules. The graph
-    comes back unchanged if there is no such node.
-
-    Args:
-        graph: The architecture.
-        op_types: Names of the types to keep; ``input`` is among them.
+    comes back unchanged if there is no such node; ``input`` is among the ``op_types`` that are kept.
     """
     unknown = [index for index, node in enumerate(graph.nodes) if node.op_type not in op_types]
     if not unknown:

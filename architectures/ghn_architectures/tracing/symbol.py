@@ -34,9 +34,6 @@ def rule(*functions: Any) -> Callable[[Rule], Rule]:
 class Recorder:
     """The raw graph of a network that is being traced, and the cost of the operations met.
 
-    Args:
-        module: The network.
-
     Attributes:
         graph: Nodes in order of execution.
         sources: The network's parameters by ``id``, in the order of ``named_parameters``.

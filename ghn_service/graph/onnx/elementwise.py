@@ -56,7 +56,7 @@ def read_multiply(context: ReadContext, node: OnnxNode, data: list[Value]) -> Va
 
 
 def read_divide(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
-    """Div: the end of a written-out normalisation, or mere arithmetic."""
+    """Div and Pow: the end of a written-out normalisation, or arithmetic whose weights start at one."""
     ends_norm = context.patterns.ends_norm(node)
     return _normalized(context, node, data) if ends_norm else combine(context, node, data, "ones")
 
@@ -73,11 +73,6 @@ def _normalized(context: ReadContext, node: OnnxNode, data: list[Value]) -> Valu
 def read_arithmetic(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """Sub, Max, Min and the like: data passes; a weight among the operands starts at zero."""
     return combine(context, node, data, "zeros")
-
-
-def read_power(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
-    """Pow: data passes; a trainable exponent starts at one."""
-    return combine(context, node, data, "ones")
 
 
 def read_where(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:

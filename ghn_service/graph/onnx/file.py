@@ -9,6 +9,7 @@ inline integers (axes and target shapes). External data is never opened.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -123,9 +124,7 @@ class OnnxFile:
         dtype = _INTEGER_DTYPES.get(tensor.data_type)
         if dtype is None or tensor.data_location == onnx.TensorProto.EXTERNAL:
             return None
-        count = 1
-        for size in tensor.dims:
-            count *= size
+        count = math.prod(tensor.dims)
         if not 0 <= count <= _MAX_INTEGERS:
             return None
         if tensor.raw_data:

@@ -12,6 +12,8 @@ from ghn_service.graph.onnx.file import OnnxNode
 from ghn_service.graph.onnx.values import ReadContext, Value, View
 from ghn_service.graph.raw_graph import INPUT, NOTHING, Flow, RawNode, TensorUse
 
+_MAX_POSITIONS = 2**31
+
 
 def read_convolution(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """Conv: a weight node, then a bias node. Convolutions over other than two axes get fallback weights."""
@@ -27,15 +29,18 @@ def read_convolution(context: ReadContext, node: OnnxNode, data: list[Value]) ->
         return _pass_weighted(context, node, data[0], spatial)
     groups = max(1, node.integer("group", 1))
     dilations = node.integers("dilations") or (1, 1)
-    attributes = {
+    op_type = "conv" if groups == 1 else "dil_conv" if min(dilations) > 1 else "sep_conv"
+    use = context.use(node, 1, view, "node", slot="weight", axes=(0, 1, 2, 3))
+    raw = RawNode(op_type, context.level, 0, use.torch_name or view.source.name, set(data[0].flow), use)
+    positions = math.prod(spatial) if spatial is not None else 0
+    raw.attributes = {
         "groups": groups,
         "stride": node.integers("strides") or (1, 1),
         "dilations": dilations,
         "padding": node.integers("pads") or (0, 0, 0, 0),
-        "positions": _count(spatial),
+        "positions": positions if 0 < positions < _MAX_POSITIONS else 0,
     }
-    op_type = "conv" if groups == 1 else "dil_conv" if min(dilations) > 1 else "sep_conv"
-    layer = _add_layer(context, node, 1, view, (0, 1, 2, 3), op_type, data[0].flow, attributes)
+    layer = context.graph.add(raw)
     bias = context.weight(node, 2)
     is_folded = context.names.has_folded_norm(node, bias.source if bias is not None else None)
     if is_folded:
@@ -169,28 +174,15 @@ def _read_linear(
         if shape is not None and len(shape) >= 2:
             rows, examples = math.prod(shape[:-1]), context.num_examples
             is_whole = examples > 0 and rows % examples == 0
-            positions = _count((rows // examples,) if is_whole else shape[1:-1])
+            positions = rows // examples if is_whole else math.prod(shape[1:-1])
             break
     axes = (0, 1) if is_output_first else (1, 0)
-    layer = _add_layer(context, node, index, view, axes, "conv", flow, {"positions": positions})
-    context.graph.nodes[layer].is_linear = True
+    use = context.use(node, index, view, "node", slot="weight", axes=axes)
+    raw = RawNode("conv", context.level, 0, use.torch_name or view.source.name, set(flow), use, is_linear=True)
+    raw.attributes = {"positions": positions if 0 < positions < _MAX_POSITIONS else 0}
+    layer = context.graph.add(raw)
     bias = context.weight(node, bias_index) if 0 <= bias_index < len(node.inputs) else None
     return _with_bias(context, node, layer, bias, bias_index, None)
-
-
-def _add_layer(
-    context: ReadContext,
-    node: OnnxNode,
-    index: int,
-    view: View,
-    axes: tuple[int, ...],
-    op_type: str,
-    flow: Flow,
-    attributes: dict[str, object],
-) -> int:
-    use = context.use(node, index, view, "node", slot="weight", axes=axes)
-    name = use.torch_name or view.source.name
-    return context.graph.add(RawNode(op_type, context.level, 0, name, set(flow), use, attributes=attributes))
 
 
 def _with_bias(
@@ -235,12 +227,6 @@ def _pass_weighted(context: ReadContext, node: OnnxNode, data: Value, spatial: t
     context.fall_back(node, 1, "kaiming_normal", literal=True)
     context.fall_back(node, 2, "zeros", literal=True)
     return Value(flow=data.flow or INPUT, spatial=spatial)
-
-
-def _count(sizes: tuple[int, ...] | None) -> int:
-    """Places per example at which a layer's weight is applied; 0 if unknown."""
-    count = math.prod(sizes) if sizes is not None else 0
-    return count if 0 < count < 2**31 else 0
 
 
 def meeting(context: ReadContext, node: OnnxNode, op_type: str, branches: list[Value]) -> Value:

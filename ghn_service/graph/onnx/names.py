@@ -98,17 +98,10 @@ class TorchNames:
         return self._last[1]
 
     def identify(self, source: Source, node: OnnxNode, slot: str, *, is_direct: bool = True) -> tuple[str, str]:
-        """The torch name of ``source`` as ``node`` uses it in ``slot``, and a token that tells uses apart.
+        """The torch name of ``source`` as ``node`` uses it in ``slot``, and a token that tells uses apart; "" for none.
 
-        Args:
-            source: The tensor.
-            node: The node that reads it.
-            slot: ``weight``, ``bias``, ``running_mean``, ``running_var`` or ``operand``.
-            is_direct: Whether the operand is the tensor itself or a view of it; of a tensor that it was computed
-                from, only the tensor's own name is evidence.
-
-        Returns:
-            The torch name, "" if it cannot be told, and the token, "" if there is none.
+        ``slot`` is ``weight``, ``bias``, ``running_mean``, ``running_var`` or ``operand``; with ``is_direct`` the
+        operand is the tensor itself or a view of it: else it was computed from it, and only its own name is evidence.
         """
         if not self._file.is_torch:
             return "", ""
@@ -202,13 +195,6 @@ def _token(source: Source, node: OnnxNode, origin: _Origin, slot: str, *, is_dir
     if exact:
         return exact
     return origin.tokens[0] if slot == "operand" and len(origin.tokens) == 1 else ""
-
-
-def sibling_name(name: str) -> str:
-    """The torch name of a layer's weight, given that of its bias; "" if it cannot be told."""
-    stem, dot, leaf = name.rpartition(".")
-    want = {"bias": "weight", "in_proj_bias": "in_proj_weight"}.get(leaf, "")
-    return f"{stem}{dot}{want}" if want else ""
 
 
 def _folded_name(source: Source, scopes: list[str]) -> str:

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ghn_service.graph.architecture import BufferSpec, ParameterSpec, ParameterUse
-from ghn_service.graph.onnx.names import sibling_name
 from ghn_service.graph.onnx.values import ReadContext
 from ghn_service.graph.passes import Skeleton
 from ghn_service.graph.raw_graph import Source, TensorUse
 
 _STATISTICS = {3: "running_mean", 4: "running_var"}
+_WEIGHT_OF_BIAS = {"bias": "weight", "in_proj_bias": "in_proj_weight"}
 _MAX_LISTED = 10
 _ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Sum", "Concat", "Where", "MatMul", "Einsum"})
 _EXPORT_INSTEAD = (
@@ -30,7 +30,12 @@ def settle_tensors(context: ReadContext, skeleton: Skeleton) -> tuple[list[Param
     Returns:
         Specs of the tensors that no kept node stands for, and the tensors that are no weights.
     """
-    _name_siblings(context)
+    for node in context.graph.nodes:  # a layer's weight is called after its bias where only the bias's name is known
+        bias, weight = context.graph.nodes[node.bias].weight if node.bias >= 0 else None, node.weight
+        if weight is not None and bias is not None and not weight.token and weight.source.kind == "CONSTANT":
+            stem, dot, leaf = bias.torch_name.rpartition(".")
+            if leaf in _WEIGHT_OF_BIAS:
+                weight.torch_name = f"{stem}{dot}{_WEIGHT_OF_BIAS[leaf]}"
     kept = set()
     for index in skeleton.order:
         kept |= {id(context.graph.nodes[index].weight), id(context.graph.nodes[index].norm_bias)}
@@ -106,16 +111,6 @@ def _unique(name: str, taken: set[str]) -> str:
         candidate = f"{name}#{count}"
     taken.add(candidate)
     return candidate
-
-
-def _name_siblings(context: ReadContext) -> None:
-    """Names a layer's weight after its bias where only the bias's name is known."""
-    for node in context.graph.nodes:
-        bias = context.graph.nodes[node.bias].weight if node.bias >= 0 else None
-        weight = node.weight
-        if weight is None or bias is None or weight.token or weight.source.kind != "CONSTANT" or not bias.torch_name:
-            continue
-        weight.torch_name = sibling_name(bias.torch_name) or weight.torch_name
 
 
 def reading_warnings(context: ReadContext) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from ghn_service.graph.architecture import leaky_relu_name
 from ghn_service.graph.onnx.file import FLOAT_TYPES, OnnxNode
@@ -41,18 +42,14 @@ def _seen(context: ReadContext, node: OnnxNode, view: View) -> View:
     if node.op_type in ("Squeeze", "Unsqueeze", "Flatten"):
         axes = node.integers("axes") or (context.file.integers(node.inputs[1]) if len(node.inputs) > 1 else None)
         return view.reshaped(_resized(node, view.shape, axes))
-    return view.derived(keeps_shape=False) if node.op_type == "Expand" else view
+    return View(view.source, None, None) if node.op_type == "Expand" else view
 
 
 def _reshaped(shape: tuple[int, ...] | None, target: tuple[int, ...] | None) -> tuple[int, ...] | None:
     if shape is None or target is None:
         return None
     sizes = [shape[axis] if size == 0 and axis < len(shape) else size for axis, size in enumerate(target)]
-    known, total = 1, 1
-    for size in sizes:
-        known *= size if size != -1 else 1
-    for size in shape:
-        total *= size
+    known, total = math.prod(size for size in sizes if size != -1), math.prod(shape)
     if min(sizes, default=1) < -1 or sizes.count(-1) > 1 or known < 1 or total % known:
         return None
     result = tuple(total // known if size == -1 else size for size in sizes)

@@ -45,10 +45,6 @@ class View:
         """The weight itself."""
         return View(source, source.shape, tuple(axis for axis, size in enumerate(source.shape) if size > 1))
 
-    def derived(self, *, keeps_shape: bool) -> View:
-        """The weight after a computation that is no mere view."""
-        return View(self.source, self.shape if keeps_shape else None, self.order if keeps_shape else None)
-
     def transposed(self, permutation: Shape) -> View:
         """The view with its axes permuted; without a permutation, reversed."""
         if self.shape is None:
@@ -201,7 +197,7 @@ class ReadContext:
             views: dict[int, View] = {}
             for view in (view for value in values for view in value.views):
                 if len(views) < _MAX_VIEWS:
-                    views[id(view.source)] = view.derived(keeps_shape=alone)
+                    views[id(view.source)] = view if alone else View(view.source, None, None)
             return Value(views=tuple(views.values()))
         if len(data) == 1:
             value = data[0]
@@ -213,10 +209,7 @@ class ReadContext:
     def weight(self, node: OnnxNode, index: int, *, literal: bool = True) -> View | None:
         """The weight at an operand, or None where the operand is absent, data, or not trainable.
 
-        Args:
-            node: The reading node.
-            index: Index of the operand.
-            literal: Whether constants of the file count as weights too.
+        With ``literal``, constants of the file count as weights too.
 
         Raises:
             InvalidArchitectureError: The operand is an empty tensor.
@@ -272,15 +265,8 @@ class ReadContext:
     ) -> TensorUse:
         """Records that a node reads a weight.
 
-        Args:
-            node: The reading node.
-            index: Index of the operand.
-            view: The weight as the operand shows it.
-            role: ``node``, ``buffer``, or a fallback rule.
-            slot: As in ``TorchNames.identify``.
-            axes: The view's axes in torch's order.
-            is_scale: Whether this is a normalisation's weight.
-            parameter_shape: As in ``TensorUse``.
+        ``role`` is ``node``, ``buffer`` or a fallback rule, ``slot`` as in ``TorchNames.identify``, ``axes`` are the
+        view's in torch's order, the rest as in ``TensorUse``.
         """
         torch_name, token = self.names.identify(view.source, node, slot, is_direct=view.order is not None)
         if view.source.folded and role != "node" and node.outputs[0] not in self.patterns.logit_additions:
