@@ -195,11 +195,7 @@ class TrainingSettings(_Section):
 
 
 def load_settings(path: Path | None, changes: Sequence[str] = ()) -> TrainingSettings:
-    """Settings from a TOML file and ``section.name=value`` changes, which win.
-
-    Args:
-        path: TOML file with the sections of ``TrainingSettings``; defaults where omitted.
-        changes: Such as ``optimizer.learning_rate=3e-4``; values are TOML, bare words are strings.
+    """Settings from a TOML file and ``section.name=value`` changes, which win; their values are TOML or bare words.
 
     Raises:
         InvalidOptionError: The file or a change cannot be read, or a value is impossible; ``field`` names it.

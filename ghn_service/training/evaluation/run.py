@@ -36,8 +36,6 @@ class Evaluation:
     """Everything that was measured.
 
     Attributes:
-        settings: What was asked for.
-        zero_shot: One entry per network.
         fine_tuned: One entry per network, data size and seed of which both sides are known.
         skipped: Networks left out: too expensive, or not made for this size of image.
         seconds: Wall-clock time of this call.
