@@ -28,13 +28,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A weight as one value shows it.
-
-    Attributes:
-        source: The weight.
-        shape: Shape of the value; None where it is unknown.
-        order: See the module docstring.
-    """
+    """A weight as one value of that shape shows it, None where the shape is unknown; see the module docstring."""
 
     source: Source
     shape: Shape | None
