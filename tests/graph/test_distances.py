@@ -28,7 +28,7 @@ def random_graphs(draw: st.DrawFn) -> ArchitectureGraph:
 @given(random_graphs(), st.integers(1, 50))
 def test_distances_are_those_of_breadth_first_search(graph: ArchitectureGraph, cutoff: int) -> None:
     expected = np.zeros((graph.num_nodes, graph.num_nodes), dtype=np.uint8)
-    reference = networkx.DiGraph(list(graph.edges))
+    reference = graph.to_networkx()
     for source, lengths in networkx.all_pairs_shortest_path_length(reference, cutoff=cutoff):
         for target, length in lengths.items():
             expected[source, target] = length

@@ -19,8 +19,8 @@ def test_contraction_keeps_who_reaches_whom(seed):
     restricted = restrict_vocabulary(graph, ("input", "conv"))
     kept = [index for index, node in enumerate(graph.nodes) if node.op_type in ("input", "conv")]
     assert [graph.nodes[index] for index in kept] == list(restricted.nodes)
-    before = networkx.transitive_closure(networkx.DiGraph(list(graph.edges))).subgraph(kept)
-    after = networkx.transitive_closure(networkx.DiGraph(list(restricted.edges)))
+    before = networkx.transitive_closure(graph.to_networkx()).subgraph(kept)
+    after = networkx.transitive_closure(restricted.to_networkx())
     place = {old: new for new, old in enumerate(kept)}
     assert {(place[source], place[target]) for source, target in before.edges} == set(after.edges)
 
