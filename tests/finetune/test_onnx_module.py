@@ -80,11 +80,6 @@ class Mixture(nn.Module):
         return self.head(torch.flatten(nn.functional.adaptive_avg_pool2d(features, 1), 1))
 
 
-#: Reference networks that take seconds, and of which smaller ones of the same family are here.
-LARGE = {
-    "resnet32", "resnet56", "resnet110", "resnet18", "resnet50", "wide_resnet28_10", "vgg11_bn", "vgg16_bn",
-    "densenet100", "mobilenet_v2", "efficientnet_b0", "convnext_tiny", "swin_tiny",
-}  # fmt: skip
 NETWORKS = {"residual": ResidualNetwork, "transformer": Transformer, "mixture": Mixture}
 
 
@@ -239,9 +234,7 @@ def test_transposed_weights_become_linear_layers_and_go_back():
     np.testing.assert_allclose(onnx.numpy_helper.to_array(first), weight + 1.0)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in ARCHITECTURES]
-)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_reference_networks_in_our_own_export(name):
     torch.manual_seed(0)
     module = ARCHITECTURES[name].build(Interface()).eval()
