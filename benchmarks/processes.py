@@ -14,6 +14,9 @@ from typing import Any
 import grpc
 import torch
 
+from ghn_service.server.app import start_server
+from ghn_service.server.settings import Settings
+
 CHUNK_BYTES = 2**20
 RAW_METHOD = "/raw.Raw/Stream"
 
@@ -37,9 +40,6 @@ def running(target: Any, *arguments: Any) -> Iterator[tuple[str, int]]:
 
 def serve_hypernetwork(pipe: Connection, checkpoint: Path) -> None:
     """ghn-service on a free port."""
-    from ghn_service.server.app import start_server
-    from ghn_service.server.settings import Settings
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     settings = Settings(port=0, checkpoints=(f"benchmark={checkpoint}",), device=("cpu",), log_level="ERROR")
