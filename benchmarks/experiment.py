@@ -14,6 +14,7 @@ import torch
 from ghn_client.atomic_file import write_file
 from ghn_client.finetune.images import measure_normalization
 from ghn_service.training.evaluation.fine_tune import FineTuneData, mean_and_error
+from ghn_service.training.evaluation.results import append_line, read_lines
 from ghn_service.training.images import require_split, split_validation
 from ghn_service.training.processes import work_through
 
@@ -31,17 +32,14 @@ def run_cells(path: Path, cells: Iterable[Cell], measure: Callable[[Cell], Cell]
         measure: Gives the results of a cell; with several workers it has to be a function of a module.
         workers: Processes, each with one thread. The results do not depend on their number.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines() if path.exists() else []
-    known = {_key(entry["cell"]): entry["result"] for entry in map(json.loads, lines)}
+    known = {_key(entry["cell"]): entry["result"] for entry in map(json.loads, read_lines(path))}
     wanted = list(cells)
     missing = list({_key(cell): cell for cell in wanted if _key(cell) not in known}.values())
     for cell, result in work_through(
         _measured, missing, start=functools.partial(_on_one_thread, measure), workers=workers
     ):
         known[_key(cell)] = result
-        with path.open("a") as file:
-            file.write(json.dumps({"cell": cell, "result": result}) + "\n")
+        append_line(path, {"cell": cell, "result": result})
         print(_key(cell), json.dumps(result), flush=True)
     return [{**cell, **known[_key(cell)]} for cell in wanted]
 

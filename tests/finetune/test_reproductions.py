@@ -22,6 +22,8 @@ def test_cells_are_measured_once(tmp_path):
         return {"square": cell["x"] ** 2}
 
     run_cells(tmp_path / "cells.jsonl", [{"x": 1}, {"x": 2}], measure)
+    with (tmp_path / "cells.jsonl").open("a") as file:
+        file.write('{"cell": {"x"')  # a run that was killed while it wrote
     results = run_cells(tmp_path / "cells.jsonl", [{"x": 2}, {"x": 3}], measure)
     assert measured == [{"x": 1}, {"x": 2}, {"x": 3}]
     assert results == [{"x": 2, "square": 4}, {"x": 3, "square": 9}]

@@ -76,16 +76,7 @@ class ResultsFile:
         self._results: dict[str, Result] = {}
         if path is None:
             return
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            text = path.read_text(encoding="utf-8") if path.exists() else ""
-            if text and not text.endswith("\n"):  # the last line was cut off
-                text = text[: text.rfind("\n") + 1]
-                write_file(path, text)
-                logger.warning("%s ended in the middle of a line, which is measured again", path.name)
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot use the results file {path.name}: {error}") from error
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(read_lines(path), start=1):
             try:
                 body = json.loads(line)
                 self._results[body["key"]] = decode_result(body["result"])
@@ -101,11 +92,33 @@ class ResultsFile:
         self._results[key] = result
         if self.path is None:
             return
-        line = json.dumps({"key": key, **description, "result": encode_result(result)})
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.path, {"key": key, **description, "result": encode_result(result)})
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file that only grows; a last one that was cut off is taken out. Makes the folder if absent.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        if text and not text.endswith("\n"):
+            text = text[: text.rfind("\n") + 1]
+            write_file(path, text)
+            logger.warning("%s ended in the middle of a line, which is measured again", path.name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot use the results file {path.name}: {error}") from error
+    return text.splitlines()
+
+
+def append_line(path: Path, body: Mapping[str, Any]) -> None:
+    """Writes a line of JSON at the end of a file; it is on the disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(body) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def encode_result(result: Result) -> dict[str, Any]:
