@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from ghn_client.wire.codec import allocate_buffer
+from ghn_client.huge_pages import allocate_buffer
 
 MIB = 2**20
 

@@ -34,7 +34,7 @@ import torch
 from benchmarks.measure import MIB, PeakMemory, median_seconds, paired_cpu_seconds, print_table, timed, warm_memory
 from benchmarks.processes import receive_raw_bytes, running, serve_hypernetwork, serve_raw_bytes
 from ghn_client import GHNClient, export_architecture
-from ghn_client.wire.codec import allocate_buffer
+from ghn_client.huge_pages import allocate_buffer
 from ghn_service.hypernetwork.checkpoint import save_checkpoint
 from ghn_service.hypernetwork.ghn import GHNConfig, GraphHyperNetwork
 from ghn_service.predictor import Predictor

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from ghn_client.huge_pages import HUGE_PAGES_FROM_BYTES, allocate_buffer
 from ghn_service.errors import PredictionError
 from ghn_service.graph.architecture import ParameterSpec
 
 PREDICTED = "predicted"
 TILED = "tiled"
-HUGE_PAGES_FROM_BYTES = 8 * 2**20
 
 
 def fallback_origin(rule: str) -> str:
@@ -36,10 +35,8 @@ def allocate_tensors(
     """
     sizes = [spec.num_elements for spec in specs.values()]
     num_bytes = sum(sizes) * dtype.itemsize
-    if device.type == "cpu" and num_bytes >= HUGE_PAGES_FROM_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        pages.madvise(mmap.MADV_HUGEPAGE)
-        memory = torch.frombuffer(pages, dtype=dtype)
+    if device.type == "cpu" and num_bytes >= HUGE_PAGES_FROM_BYTES:
+        memory = torch.frombuffer(allocate_buffer(num_bytes), dtype=dtype)
     else:
         memory = torch.empty(sum(sizes), dtype=dtype, device=device)
     pieces = torch.split(memory, sizes) if sizes else ()

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = {
     "ghn_service.errors": set(),
     "ghn_service.graph": {"ghn_service.errors"},
-    "ghn_service.parameters": {"ghn_service.graph", "ghn_service.errors"},
+    "ghn_service.parameters": {"ghn_client.huge_pages", "ghn_service.graph", "ghn_service.errors"},
     "ghn_service.hypernetwork": {
         "ghn_client.atomic_file",
         "ghn_service.parameters",

@@ -10,10 +10,8 @@ client reads them, and whatever is written in another way is left to the generat
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +20,7 @@ from crc32c import crc32c
 from google.protobuf.message import DecodeError
 
 from ghn_client.errors import LimitExceededError, StreamCorruptedError
+from ghn_client.huge_pages import allocate_buffer
 from ghn_client.wire import ghn_pb2
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ CHUNK_BYTES = 1 << 20
 MAX_HEADER_BYTES = 100_000_000
 """Bytes of a JSON header beyond which the safetensors library refuses a file."""
 
-HUGE_PAGES_FROM_BYTES = 8 << 20
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 """Bytes per element, by the safetensors name of the element type."""
@@ -289,23 +287,3 @@ def receive_stream(
     if trailer is None:
         raise StreamCorruptedError(f"the stream ended without its trailer, after {received} bytes")
     return buffer, trailer
-
-
-def allocate_buffer(num_bytes: int) -> memoryview:
-    """Writable memory of this size.
-
-    Large memory is mapped privately and in huge pages where the system has them: a bytearray is first filled with
-    zeros, page by page, which costs as much as receiving the weights does.
-
-    Raises:
-        MemoryError: There is not enough.
-    """
-    if num_bytes < HUGE_PAGES_FROM_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return memoryview(bytearray(num_bytes))
-    try:
-        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(f"cannot map {num_bytes} bytes: {error}") from error
-    with contextlib.suppress(OSError):  # a kernel without huge pages is slower, and as good
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(memory)
