@@ -112,7 +112,13 @@ class Trainer:
         self.stream.next_index = state.progress.next_index
 
     def start_from(self, tensors: dict[str, Tensor]) -> None:
-        """Begins with the given hypernetwork weights instead of random ones."""
+        """Begins with the given hypernetwork weights instead of random ones.
+
+        Where they know no places and this run does, the layer of places begins with zeros, so that all is as before.
+        """
+        own = self.hypernetwork.state_dict()
+        added = {name: torch.zeros_like(own[name]) for name in own if name.startswith("node_encoder.place.")}
+        tensors = added | tensors
         self.hypernetwork.load_state_dict(tensors)
         self.average.module.load_state_dict(tensors)
 

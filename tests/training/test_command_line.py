@@ -65,8 +65,13 @@ def test_a_run_may_start_from_a_checkpoint_or_another_run(tmp_path):
     write_image_folder(tmp_path / "data", classes=3)
     command = ("fit", "--data", tmp_path / "data", *TINY)
     assert run(*command, "--out", tmp_path / "one").exit_code == 0
-    for name in ("ghn.safetensors", "state.pt"):
-        result = run(*command, "--out", tmp_path / f"from {name}", "--start-from", tmp_path / "one" / name)
+    for name, change in (
+        ("ghn.safetensors", "seed=1"),
+        ("state.pt", "seed=1"),
+        ("state.pt", "hypernetwork.places=true"),
+    ):
+        out = ("--out", tmp_path / f"from {name} {change}", "--set", change)
+        result = run(*command, *out, "--start-from", tmp_path / "one" / name)
         assert result.exit_code == 0, result.output
 
 
