@@ -22,6 +22,7 @@ from ghn_service.predictor import (
     Predictor,
     choose_device,
 )
+from ghn_service.server.settings import CheckpointFile
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class ModelRegistry:
 
     def __init__(
         self,
-        files: Mapping[str, Path],
+        files: Mapping[str, CheckpointFile],
         devices: tuple[str, ...],
         *,
         load: LoadPredictor = load_predictor,
@@ -140,27 +141,35 @@ class ModelRegistry:
         raise UnknownModelError(f"no hypernetwork {name!r}; known are {', '.join(self._files)}", field="model")
 
     def _load_all(self) -> None:
-        for name, path in self._files.items():
+        for name, file in self._files.items():
             try:
-                self._models[name] = self._load_one(name, path)
+                self._models[name] = self._load_one(name, file)
                 logger.info("loaded", extra={"model": name, "digest": self._models[name].summary.digest})
             except GhnServiceError as error:
                 self._failures[name] = error
             except Exception:
                 logger.exception("a checkpoint cannot be loaded", extra={"model": name})
-                self._failures[name] = CheckpointError(f"the checkpoint {path.name!r} cannot be loaded; see the log")
+                self._failures[name] = CheckpointError(
+                    f"the checkpoint {file.path.name!r} cannot be loaded; see the log"
+                )
             if name in self._failures:
                 logger.error("cannot load %s: %s", name, self._failures[name], extra={"model": name})
         if self._models:
             self._on_ready()
         self._done.set()
 
-    def _load_one(self, name: str, path: Path) -> LoadedModel:
-        with memory_errors(f"there is not enough memory to load {path.name!r}"):
-            predictors = tuple(self._load(path, device) for device in self.devices)
-        summary = predictors[0].summary
-        assert summary is not None, "a predictor that was loaded from a file knows what was in it"
-        return LoadedModel(name, summary, predictors, self.devices)
+    def _load_one(self, name: str, file: CheckpointFile) -> LoadedModel:
+        with memory_errors(f"there is not enough memory to load {file.path.name!r}"):
+            predictors = tuple(self._load(file.path, device) for device in self.devices)
+        summaries = [predictor.summary for predictor in predictors]
+        for summary in summaries:
+            assert summary is not None, "a predictor that was loaded from a file knows what was in it"
+            if file.digest and summary.digest != file.digest:
+                raise CheckpointError(
+                    f"expected {file.path.name!r} with the sha256 {file.digest}, got a file with {summary.digest}"
+                )
+        assert summaries[0] is not None
+        return LoadedModel(name, summaries[0], predictors, self.devices)
 
 
 def resolve_devices(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import tomllib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +26,7 @@ from ghn_service.graph.raw_graph import GraphLimits
 BUNDLED_CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 DEFAULT_LIMITS = GraphLimits()
 MEBIBYTE = 2**20
+DIGEST_MARKER = "@sha256:"
 
 Names = Annotated[tuple[str, ...], NoDecode]
 
@@ -52,8 +55,8 @@ class Settings(BaseSettings):
     port: int = Field(default=50051, ge=0, le=65535)
     """Port to listen on; 0 for any free one."""
     checkpoints: Names = ()
-    """Hypernetworks to load, each NAME=FILE or FILE (its stem is the name); the first is the default one, and without
-    any those that come with the package are loaded."""
+    """Hypernetworks to load, each NAME=FILE or FILE (its stem is the name), with @sha256:DIGEST behind it to refuse any
+    other file; the first is the default one, and without any those that come with the package are loaded."""
     device: Names = ("auto",)
     """Devices that predict, one worker each: auto, cpu, cuda or cuda:N."""
     max_queue: int = Field(default=16, ge=0, le=10_000)
@@ -160,11 +163,24 @@ def load_settings(config: Path | None = None, *, arguments: Sequence[str] | None
     return Settings.model_construct(**found.model_dump())
 
 
-def checkpoint_files(settings: Settings) -> dict[str, Path]:
+@dataclass(frozen=True, slots=True)
+class CheckpointFile:
+    """A checkpoint to load.
+
+    Attributes:
+        path: The file.
+        digest: sha256 that it must have, in lower-case hexadecimal; "" for any.
+    """
+
+    path: Path
+    digest: str = ""
+
+
+def checkpoint_files(settings: Settings) -> dict[str, CheckpointFile]:
     """Checkpoint by name of the hypernetwork, the default one first.
 
     Raises:
-        ConfigurationError: There is none, a name is given twice, or a file is missing.
+        ConfigurationError: There is none, a name is given twice, a file is missing, or a digest is none.
     """
     entries = settings.checkpoints or tuple(str(path) for path in sorted(BUNDLED_CHECKPOINTS.glob("*.safetensors")))
     if not entries:
@@ -172,14 +188,14 @@ def checkpoint_files(settings: Settings) -> dict[str, Path]:
             "no trained checkpoint comes with this version, so --checkpoint FILE is needed "
             "(published hypernetworks are converted by `ghn-server import-checkpoint`)"
         )
-    files: dict[str, Path] = {}
+    files: dict[str, CheckpointFile] = {}
     for entry in entries:
-        name, path = _split_entry(entry)
+        name, file = _split_entry(entry)
         if name in files:
             raise ConfigurationError(f"two checkpoints are called {name!r}; name them with --checkpoint NAME=FILE")
-        if not path.is_file():
-            raise ConfigurationError(f"there is no checkpoint {str(path)!r}")
-        files[name] = path
+        if not file.path.is_file():
+            raise ConfigurationError(f"there is no checkpoint {str(file.path)!r}")
+        files[name] = file
     return files
 
 
@@ -199,11 +215,16 @@ def check_port(settings: Settings) -> None:
         raise ConfigurationError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from error
 
 
-def _split_entry(entry: str) -> tuple[str, Path]:
-    """Name and file of ``NAME=FILE`` or ``FILE``; a file that exists is taken as it stands."""
-    name, separator, rest = entry.partition("=")
-    if not separator or Path(entry).is_file():
-        return Path(entry).stem, Path(entry)
+def _split_entry(entry: str) -> tuple[str, CheckpointFile]:
+    """Name and file of ``[NAME=]FILE[@sha256:DIGEST]``; a file that exists is taken as it stands."""
+    text, marker, digest = entry.rpartition(DIGEST_MARKER)
+    if not marker or Path(entry).is_file():
+        text, digest = entry, ""
+    elif not re.fullmatch("[0-9a-fA-F]{64}", digest):
+        raise ConfigurationError(f"expected 64 hexadecimal digits after {DIGEST_MARKER}, got {entry!r}")
+    name, separator, rest = text.partition("=")
+    if not separator or Path(text).is_file():
+        name, rest = Path(text).stem, text
     if not name.strip() or not rest.strip():
         raise ConfigurationError(f"expected --checkpoint NAME=FILE or --checkpoint FILE, got {entry!r}")
-    return name.strip(), Path(rest.strip())
+    return name.strip(), CheckpointFile(Path(rest.strip()), digest.lower())

@@ -15,6 +15,7 @@ from ghn_service.errors import CheckpointError, ConfigurationError, InvalidOptio
 from ghn_service.server.app import RunningServer, start_server
 from ghn_service.server.settings import Settings
 from tests.server.fake_predictor import (
+    SUMMARY,
     FakePredictor,
     Gate,
     connect,
@@ -76,6 +77,21 @@ def test_not_ready_without_a_hypernetwork(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError):
             server.wait_ready(PATIENCE_S)
         assert (health(server, ""), health(server, SERVICE)) == (SERVING, NOT_SERVING)
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_only_the_checkpoint_of_the_given_digest_is_served(tmp_path: Path, is_right: bool) -> None:
+    digest = SUMMARY.digest if is_right else "0" * 64
+    settings = fake_settings(tmp_path)
+    settings = settings.model_copy(update={"checkpoints": (f"{settings.checkpoints[0]}@sha256:{digest}",)})
+    with start_server(settings, load=lambda path, device: FakePredictor()) as server, connect(server) as stub:
+        if is_right:
+            server.wait_ready(PATIENCE_S)
+        else:
+            with pytest.raises(CheckpointError):
+                server.wait_ready(PATIENCE_S)
+        found = stub.ListModels(ghn_pb2.ListModelsRequest(), timeout=PATIENCE_S).models
+        assert [model.digest for model in found] == ([digest] if is_right else [])
 
 
 def test_health_of_an_unknown_service(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ghn_service.errors import ConfigurationError
-from ghn_service.server.settings import Settings, checkpoint_files, load_settings
+from ghn_service.server.settings import CheckpointFile, Settings, checkpoint_files, load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -93,13 +93,27 @@ def test_checkpoints_are_named_by_their_stem_or_by_hand(tmp_path: Path) -> None:
     first.touch()
     second.touch()
     files = checkpoint_files(Settings(checkpoints=(str(first), f"mine={second}")))
-    assert list(files.items()) == [("first", first), ("mine", second)]
+    assert list(files.items()) == [("first", CheckpointFile(first)), ("mine", CheckpointFile(second))]
 
 
 def test_a_file_with_an_equals_sign_is_a_file(tmp_path: Path) -> None:
     path = tmp_path / "a=b.safetensors"
     path.touch()
-    assert checkpoint_files(Settings(checkpoints=(str(path),))) == {"a=b": path}
+    assert checkpoint_files(Settings(checkpoints=(str(path),))) == {"a=b": CheckpointFile(path)}
+
+
+def test_a_checkpoint_may_be_pinned_to_a_digest(tmp_path: Path) -> None:
+    path, odd = tmp_path / "a.safetensors", tmp_path / f"b@sha256:{'0' * 64}"
+    path.touch()
+    odd.touch()
+    digest = "AB" * 32
+    files = checkpoint_files(
+        Settings(checkpoints=(f"mine={path}@sha256:{digest}", f"{path}@sha256:{digest}", str(odd)))
+    )
+    pinned = CheckpointFile(path, digest.lower())
+    assert files == {"mine": pinned, "a": pinned, odd.stem: CheckpointFile(odd)}
+    with pytest.raises(ConfigurationError):
+        checkpoint_files(Settings(checkpoints=(f"{path}@sha256:{digest[1:]}",)))
 
 
 @pytest.mark.parametrize("entries", [("missing.safetensors",), ("=x",), ("a=missing.safetensors",)])
