@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer import Argument, Option
+from typer import Option
 
 from ghn_client import __version__
 from ghn_client.cli.options import (
     Dtype,
     ElementType,
+    ImageSize,
     Json,
     LowRank,
     Model,
-    ModelFile,
+    Network,
     Server,
     ShowAll,
     Tuning,
@@ -60,7 +61,7 @@ class Targets:
 
     output: Annotated[
         Path | None,
-        Option("--output", "-o", metavar="FILE", help="The weights, as safetensors; MODEL.safetensors if not given."),
+        Option("--output", "-o", metavar="FILE", help="The weights, as safetensors; NAME.safetensors if not given."),
     ] = None
     onnx_out: Annotated[Path | None, Option(metavar="FILE", help="The model with its predicted weights, too.")] = None
     report: Annotated[
@@ -85,9 +86,10 @@ class Targets:
 @command(app)
 def predict(
     server: Server,
-    model_file: ModelFile,
+    network: Network,
     targets: Targets,
     model: Model = "",
+    image_size: ImageSize = None,
     dtype: ElementType = Dtype.FLOAT32,
     seed: Annotated[int, Option(min=0, max=2**64 - 1, help="The same seed gives the same bytes.")] = 0,
     step: Annotated[
@@ -103,13 +105,17 @@ def predict(
 ) -> None:
     """Predict weights for a network, and write them to a file."""
     from ghn_client.cli import tables
+    from ghn_client.networks import file_stem, find_network, image_example
 
-    weights = targets.output or Path(model_file.with_suffix(".safetensors").name)
-    targets.check(model_file, weights)
+    weights = targets.output or Path(f"{file_stem(network)}.safetensors")
+    targets.check(Path(network), weights)
+    architecture = find_network(network)
+    example = None if isinstance(architecture, Path) else image_example(architecture, image_size)
     start = time.perf_counter()
     with server.connect() as client, tables.shown_progress() as on_progress:
         prediction = client.predict(
-            model_file,
+            architecture,
+            example,
             dtype=dtype,
             seed=seed,
             steps=step or (),
@@ -139,8 +145,9 @@ def predict(
 @command(app)
 def analyze(
     server: Server,
-    model_file: ModelFile,
+    network: Network,
     model: Model = "",
+    image_size: ImageSize = None,
     dtype: ElementType = Dtype.FLOAT32,
     low_rank: LowRank = "",
     show_all: ShowAll = False,
@@ -148,9 +155,12 @@ def analyze(
 ) -> None:
     """Say what a prediction would do with each tensor; with --low-rank, what ranks cost and save in each layer."""
     from ghn_client.cli import tables
+    from ghn_client.networks import find_network, image_example
 
+    architecture = find_network(network)
+    example = None if isinstance(architecture, Path) else image_example(architecture, image_size)
     with server.connect() as client:
-        analysis = client.analyze(model_file, dtype=dtype, model=model, low_rank=low_rank or None)
+        analysis = client.analyze(architecture, example, dtype=dtype, model=model, low_rank=low_rank or None)
     for sentence in analysis.warnings:
         warn(sentence)
     if as_json:
@@ -194,7 +204,7 @@ def health(
 
 @command(app)
 def plan(
-    model: Annotated[str, Argument(metavar="MODEL.onnx|SCRIPT:FACTORY", help="The network; weights may be missing.")],
+    network: Network,
     samples: Annotated[int, Option(min=1, metavar="N", help="Training samples.")],
     changed: Annotated[int | None, Option(metavar="M", help="Labels that have to change; all by default.")] = None,
     classes: Annotated[int | None, Option(metavar="C", help="Classes; those of the head by default.")] = None,
@@ -207,7 +217,7 @@ def plan(
     from ghn_client.cli.finetune import plan_network
 
     made = plan_network(
-        model, memory, samples=samples, changed=changed, classes=classes, rank=rank, optimizer=optimizer
+        network, memory, samples=samples, changed=changed, classes=classes, rank=rank, optimizer=optimizer
     )
     typer.echo(made.to_json() if as_json else str(made))
 
@@ -215,16 +225,14 @@ def plan(
 @command(app)
 def finetune(
     server: Server,
-    model: Annotated[
-        str, Argument(metavar="SCRIPT:FACTORY|MODEL.onnx", help="A function that returns the network, or a file.")
-    ],
+    network: Network,
     tuning: Tuning,
     as_json: Json = False,
 ) -> None:
     """Predict, load, recalibrate, tune and save in one go, for image classification."""
     from ghn_client.cli.finetune import tune
 
-    document, sentence = tune(model, server, tuning)
+    document, sentence = tune(network, server, tuning)
     if as_json:
         print_json(document)
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ghn_client.atomic_file import write_file
 from ghn_client.batchnorm import UPDATE, recalibrate_batchnorm, travelling_statistics
@@ -24,6 +24,7 @@ from ghn_client.finetune.images import ImageBatches, load_images
 from ghn_client.finetune.planner import Plan, facts_of_module
 from ghn_client.finetune.planner import plan as make_plan
 from ghn_client.finetune.strategies import prepare
+from ghn_client.networks import DEFAULT_IMAGE_SIZE, find_network, image_example
 from ghn_client.onnx.edit import OnnxModel, read_model, write_model
 from ghn_client.onnx.export import read_source
 from ghn_client.onnx.facts import facts_of_onnx
@@ -32,7 +33,6 @@ from ghn_client.onnx.torch_module import input_shape, module_from_onnx, to_onnx
 from ghn_client.options import parse_pairs
 from ghn_client.prediction import Prediction
 
-DEFAULT_IMAGE_SIZE = 32
 CALIBRATION_BATCHES = 20
 _UNITS = {"k": 2**10, "m": 2**20, "g": 2**30}
 
@@ -43,7 +43,8 @@ def plan_network(model: str, memory: str, **settings: Any) -> Plan:
     number = memory[:-1] if unit > 1 else memory
     if memory and not number.replace(".", "", 1).isdigit():
         raise InvalidOptionError(f"expected a size such as 500M or 2G, got {memory!r}")
-    facts = facts_of_module(build_network(model)) if _is_factory(model) else facts_of_onnx(model)
+    network = find_network(model)
+    facts = facts_of_onnx(network) if isinstance(network, Path) else facts_of_module(network)
     return make_plan(facts, memory_bytes=int(float(number) * unit) if memory else None, **settings)
 
 
@@ -130,45 +131,11 @@ class _Start(NamedTuple):
     to_onnx: Callable[[nn.Module], OnnxModel] | None = None
 
 
-def _is_factory(model: str) -> bool:
-    """Whether ``model`` is SCRIPT:FACTORY rather than the path of a file."""
-    return ":" in model and not Path(model).exists()
-
-
-def build_network(model: str) -> nn.Module:
-    """What the function of ``SCRIPT.py:FACTORY`` or ``package.module:FACTORY`` returns."""
-    script, _, factory = model.rpartition(":")
-    try:
-        if script.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(script).stem, script)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(script)
-    except (ModuleNotFoundError, FileNotFoundError) as error:
-        raise InvalidOptionError(f"cannot import {script!r}: {error}") from error
-    made = getattr(module, factory, None)
-    if made is None:
-        raise InvalidOptionError(f"{script!r} has no {factory!r}")
-    network: nn.Module = made() if callable(made) else made
-    return network
-
-
 def _start(model: str, server: Server, tuning: Tuning) -> _Start:
     """The network that ``model`` names, with the weights to start from."""
-    if _is_factory(model):
-        network, size = build_network(model), tuning.image_size or DEFAULT_IMAGE_SIZE
-        prediction, request = _predict(network, torch.zeros(1, 3, size, size), server, tuning)
-        if prediction is not None:
-            messages().print(str(prediction.load_into(network)))
-        return _Start(network, request, size)
-    path = Path(model)
-    if not path.is_file():
-        raise InvalidOptionError(
-            f"expected SCRIPT.py:FACTORY, package.module:FACTORY or an ONNX file, {model!r} is none of them"
-        )
+    path = find_network(model)
+    if isinstance(path, nn.Module):
+        return _start_module(path, server, tuning)
     (prediction, request), parameters = _predict(path, None, server, tuning), None
     if prediction is None:
         filled = read_model(path)
@@ -180,6 +147,18 @@ def _start(model: str, server: Server, tuning: Tuning) -> _Start:
     example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     network = module_from_onnx(filled, example, parameters=parameters)
     return _Start(network, request, shape[-1], lambda tuned: to_onnx(tuned, network, filled))
+
+
+def _start_module(network: nn.Module, server: Server, tuning: Tuning) -> _Start:
+    """A network of the user's own code or of timm."""
+    example = image_example(network, tuning.image_size)
+    image = example if isinstance(example, torch.Tensor) else next(iter(tree_leaves(example)), None)
+    if not isinstance(image, torch.Tensor) or image.dim() != 4:
+        raise InvalidOptionError(f"expected a network of images (B, C, S, S), {type(network).__name__} declares others")
+    prediction, request = _predict(network, example, server, tuning)
+    if prediction is not None:
+        messages().print(str(prediction.load_into(network)))
+    return _Start(network, request, image.shape[-1])
 
 
 def _image_shape(model: OnnxModel, wanted: int | None) -> tuple[int, ...]:

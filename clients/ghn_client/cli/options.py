@@ -46,7 +46,14 @@ def _server(name: str, metavar: str | None, text: str, **settings: Any) -> Any:
     return Option(envvar=f"GHN_{name}", metavar=metavar, help=text, rich_help_panel="Server", **settings)
 
 
-ModelFile = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The network; its weights stay here.")]
+Network = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL.onnx|timm:NAME|SCRIPT:FACTORY",
+        help="A file, a network of timm, or a function that returns one; its weights stay here.",
+    ),
+]
+ImageSize = Annotated[int | None, Option(min=1, help="Pixels per side; else what the network declares, or 32.")]
 Model = Annotated[str, _server("MODEL", "NAME", "One of `ghn-client models`.")]
 ElementType = Annotated[Dtype, Option(help="Element type of the weights.")]
 LowRank = Annotated[
@@ -122,7 +129,7 @@ class Tuning:
     epochs: Annotated[int, Option(min=1)] = 10
     learning_rate: Annotated[float, Option("--lr", min=0.0)] = 0.05
     batch_size: Annotated[int, Option(min=1)] = 64
-    image_size: Annotated[int | None, Option(min=1, help="Pixels per side; else the file's, or 32.")] = None
+    image_size: ImageSize = None
     limit: Annotated[int | None, Option(min=1, help="Use at most so many images of each split.")] = None
     patience: Annotated[int | None, Option(min=1, help="Stop after so many epochs without progress.")] = None
     resume: Annotated[Path | None, Option(metavar="FILE", help="Checkpoint to write, and to go on from.")] = None

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir
 import torch
@@ -85,9 +86,10 @@ def export_architecture(module: torch.nn.Module, example_inputs: Any = None) -> 
 
     Args:
         module: The network.
-        example_inputs: What it is called with: a tensor, a tuple of positional arguments, or a dict of keyword
-            arguments; only shapes and types matter. May be left out for a module that declares its inputs
-            (``example_input_array``, timm's ``pretrained_cfg``, transformers' ``dummy_inputs``).
+        example_inputs: What it is called with: a tensor (or numpy array, or shape), a tuple of positional arguments,
+            or a dict of keyword arguments; only shapes and types matter. May be left out for a module that declares
+            its inputs (``example_input_array``, timm's ``pretrained_cfg``, a ``config`` or ``dummy_inputs`` of
+            transformers).
 
     Returns:
         A serialised ``onnx.ModelProto``. Parameters and buffers are typed graph inputs, listed in the metadata
@@ -236,27 +238,49 @@ def _constant(value: onnx_ir.Value) -> torch.Tensor | None:
 # ---- example inputs and tracing --------------------------------------------------------------------------------------
 
 
-def _as_inputs(module: torch.nn.Module, example_inputs: Any) -> Inputs:
-    """Reads what users give: a tensor, a tuple of arguments, a dict of keyword arguments, or what the module declares.
+def declared_inputs(module: torch.nn.Module) -> Any:
+    """What ``module`` says that it is called with; None where it does not say.
 
-    Modules declare inputs as ``example_input_array`` (Lightning), ``pretrained_cfg`` (timm) or ``dummy_inputs``
-    (transformers).
+    Modules declare inputs as ``example_input_array`` (Lightning), ``pretrained_cfg`` (timm), or ``dummy_inputs``
+    (transformers; for their vision models, the size of images stands in ``config``).
     """
+    example = getattr(module, "example_input_array", None)
+    if example is not None:
+        return example
+    described = getattr(module, "pretrained_cfg", None)
+    if isinstance(described, Mapping) and described.get("input_size"):
+        return torch.zeros(1, *described["input_size"], device=META)
+    if getattr(module, "main_input_name", None) == "pixel_values":
+        config: Any = getattr(module, "config", None)
+        size = getattr(config, "image_size", None) or 224  # those that do not say are convolutional
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        return {"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), height, width, device=META)}
+    dummy = getattr(module, "dummy_inputs", None)
+    return dummy if isinstance(dummy, Mapping) and dummy else None
+
+
+def _as_inputs(module: torch.nn.Module, example_inputs: Any) -> Inputs:
+    """Reads what users give: a tensor or its shape, a tuple of arguments, a dict of keyword arguments, or nothing."""
     if example_inputs is None:
-        config, dummy = getattr(module, "pretrained_cfg", None), getattr(module, "dummy_inputs", None)
-        example_inputs = getattr(module, "example_input_array", None)
-        if example_inputs is None and isinstance(config, Mapping) and config.get("input_size"):
-            example_inputs = torch.zeros(1, *config["input_size"], device=META)
-        if example_inputs is None and isinstance(dummy, Mapping) and dummy:
-            example_inputs = dummy
+        example_inputs = declared_inputs(module)
     if example_inputs is None:
         raise ExportError(
             f"{type(module).__name__} does not say what it takes, and its input is not guessed: pass example_inputs,"
             " such as torch.zeros(1, 3, 224, 224); a tuple holds positional arguments, a dict keyword arguments"
         )
+    example_inputs = tree_map_only(np.ndarray, torch.as_tensor, example_inputs)
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
-    return tuple(example_inputs) if isinstance(example_inputs, list | tuple) else (example_inputs,), {}
+    if _is_shape(example_inputs):
+        return (torch.zeros(*example_inputs, device=META),), {}
+    if not isinstance(example_inputs, list | tuple):
+        return (example_inputs,), {}
+    is_shapes = bool(example_inputs) and all(map(_is_shape, example_inputs))
+    return tuple(torch.zeros(*item, device=META) if is_shapes else item for item in example_inputs), {}
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(type(size) is int and size > 0 for size in value)
 
 
 def _trace(module: torch.nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
