@@ -46,11 +46,15 @@ class UnsupportedOptionError(GhnServiceError):
 
 
 class UnknownModelError(GhnServiceError):
-    """No hypernetwork of that name is loaded."""
+    """No hypernetwork of that name is loaded, or the library has no such source."""
 
 
 class CheckpointError(GhnServiceError):
     """A checkpoint file is damaged, of another kind, or does not fit its own configuration."""
+
+
+class SourceError(GhnServiceError):
+    """A source of weights is damaged, has no weights, or has nothing in common with the target."""
 
 
 class DataError(GhnServiceError):

@@ -57,6 +57,7 @@ _BY_REASON: Mapping[str, type[GhnClientError]] = {
     "LIMIT_EXCEEDED": errors.LimitExceededError,
     "OVERLOADED": OverloadedError,
     "OUT_OF_MEMORY": OverloadedError,
+    "SOURCE_UNUSABLE": errors.SourceError,
     "UNKNOWN_MODEL": errors.UnknownModelError,
 }
 _BY_CODE: Mapping[grpc.StatusCode, type[GhnClientError]] = {

@@ -33,7 +33,7 @@ class InvalidOptionError(GhnClientError):
 
 
 class UnknownModelError(GhnClientError):
-    """The server has no hypernetwork of that name."""
+    """The server has no hypernetwork or source of that name."""
 
     exit_code = 2
 
@@ -52,6 +52,12 @@ class ExportError(GhnClientError):
 
 class UnsupportedArchitectureError(GhnClientError):
     """The model is well-formed but uses something that has no meaning for the service."""
+
+    exit_code = 4
+
+
+class SourceError(GhnClientError):
+    """A source of weights cannot be used: it has no weights, is quantised, or has nothing in common with the target."""
 
     exit_code = 4
 

@@ -95,6 +95,7 @@ STATUSES: dict[type[GhnServiceError], StatusRow] = {
     errors.OverloadedError: StatusRow(_CODE.RESOURCE_EXHAUSTED, "OVERLOADED", retry=True),
     errors.OutOfMemoryError: StatusRow(_CODE.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY", retry=True),
     errors.UnknownModelError: StatusRow(_CODE.NOT_FOUND, "UNKNOWN_MODEL", _model),
+    errors.SourceError: StatusRow(_CODE.FAILED_PRECONDITION, "SOURCE_UNUSABLE", _bad_request),
     errors.CheckpointError: StatusRow(_CODE.FAILED_PRECONDITION, "CHECKPOINT_BROKEN", _model),
     errors.UnavailableError: StatusRow(_CODE.UNAVAILABLE, "UNAVAILABLE", retry=True),
     errors.DeadlineExceededError: StatusRow(_CODE.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),

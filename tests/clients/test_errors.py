@@ -18,6 +18,7 @@ EXIT_CODES = {
     "GhnClientError": 1,
     "InvalidOptionError": 2,
     "UnknownModelError": 2,
+    "SourceError": 4,
     "InvalidArchitectureError": 3,
     "ExportError": 3,
     "UnsupportedArchitectureError": 4,

@@ -1,0 +1,1 @@
+"""Weights from a trained network: exact where the target contains it."""
