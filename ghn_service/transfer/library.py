@@ -159,7 +159,7 @@ class Library:
         if name in found:
             return load_source(found[name][0])
         raise UnknownModelError(
-            f"no source {name!r} in this server's library; known are {', '.join(found) or 'none'}, and {AUTO!r} chooses",
+            f"this server's library has no source {name!r}; known are {', '.join(found) or 'none'}; {AUTO!r} chooses",
             field="source",
         )
 
