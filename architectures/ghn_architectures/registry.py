@@ -76,6 +76,25 @@ ARCHITECTURES: dict[str, Configuration] = {
     "vgg11": ConvNetConfiguration(_VGG_WIDTHS, (1, 1, 2, 2, 2), norm="none"),
 }
 
+SOURCES: dict[str, Configuration] = {
+    "small_resnet": ResNetConfiguration(_CIFAR_WIDTHS, (2, 3, 3)),
+    "small_resnet18": ResNetConfiguration((32, 64, 128, 256), (1, 1, 1, 1)),
+    "small_vgg11_bn": ConvNetConfiguration((32, 64, 128, 192, 192), (1, 1, 2, 2, 2)),
+    "small_wide_resnet": ResNetConfiguration((32, 64, 128), (1, 1, 1), block="preactivation", stem_width=16),
+    "small_resnet50": ResNetConfiguration((32, 64, 128, 256), (1, 1, 2, 1), block="bottleneck", expansion=2),
+    "small_mobilenet_v2": MobileNetConfiguration(
+        widths=(8, 16, 24, 48, 64, 96, 128),
+        depths=(1, 1, 2, 2, 1, 1, 1),
+        strides=(1, 1, 2, 2, 1, 2, 1),
+        expansions=(1, 3, 4, 4, 4, 4, 4),
+        kernels=(3,) * 7,
+        stem_width=16,
+        head_width=256,
+        activation="relu6",
+    ),
+}
+"""Small networks that larger ones contain, block for block: what a library of trained sources is made of."""
+
 
 def reference_architecture(name: str, interface: Interface | None = None) -> Architecture:
     """The reference network ``name`` as a value.

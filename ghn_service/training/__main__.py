@@ -93,6 +93,28 @@ def fit(
 
 @app.command()
 @_reported
+def source(
+    network: Annotated[str, typer.Argument(help="Name of a small or reference network, or a TOML file.")],
+    data: DataFolder,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run: state, and NETWORK.safetensors at the end.")],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change the recipe; may be repeated.")
+    ] = None,
+    cache: Cache = None,
+) -> None:
+    """Train a small network, from which others take their weights, or go on with the run in --out."""
+    from ghn_service.training.settings import SourceRecipe, load_settings
+    from ghn_service.training.source import train_source
+
+    trained = train_source(network, data, out, load_settings(None, changes or (), SourceRecipe), cache=cache)
+    if trained is None:
+        typer.echo(f"stopped; the same command goes on in {out}")
+        return
+    typer.echo(f"{network}: {100 * trained.test_accuracy:.2f}% of test images")
+
+
+@app.command()
+@_reported
 def evaluate(
     checkpoint: Annotated[Path, typer.Option("--checkpoint", help="File that ghn-train fit wrote.")],
     data: DataFolder,

@@ -11,7 +11,7 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from pydantic import Field
@@ -194,7 +194,42 @@ class TrainingSettings(_Section):
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_settings(path: Path | None, changes: Sequence[str] = ()) -> TrainingSettings:
+class SourceRecipe(_Section):
+    """How ``ghn-train source`` trains a network; with the network and the data it decides every weight.
+
+    Attributes:
+        epochs: Passes over the training images.
+        small_epochs: Passes over crops of ``small_size`` pixels, the first of them.
+        small_size: Side of these crops.
+        optimizer: ``sgd``, with Nesterov momentum of 0.9, or ``adamw``.
+        learning_rate: The largest; it rises over ``warmup`` of the steps and falls to 0, both linearly.
+        warmup: Share of the steps with growing rate.
+        weight_decay: Of weights with two axes or more.
+        label_smoothing: Smoothing of the one-hot labels.
+        batch_size: Images per step.
+        seed: Seed of initial weights, order and augmentation.
+    """
+
+    epochs: int = Field(default=14, ge=1)
+    small_epochs: int = Field(default=9, ge=0)
+    small_size: int = Field(default=24, ge=4)
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float = Field(default=0.2, gt=0)
+    warmup: float = Field(default=0.15, gt=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    label_smoothing: float = Field(default=0.05, ge=0, lt=1)
+    batch_size: int = Field(default=128, ge=2)
+    seed: int = 0
+
+
+AnySettings = TypeVar("AnySettings", bound=pydantic.BaseModel)
+
+
+def load_settings(
+    path: Path | None,
+    changes: Sequence[str] = (),
+    kind: type[AnySettings] = TrainingSettings,  # type: ignore[assignment]
+) -> AnySettings:
     """Settings from a TOML file and ``section.name=value`` changes, which win; their values are TOML or bare words.
 
     Raises:
@@ -218,7 +253,7 @@ def load_settings(path: Path | None, changes: Sequence[str] = ()) -> TrainingSet
             value = {part: value}
         _merge(values, value)
     try:
-        return TrainingSettings.model_validate(values)
+        return kind.model_validate(values)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
