@@ -49,6 +49,7 @@ ALLOWED = {
         "ghn_client.batchnorm",
         "ghn_client.errors",
         "ghn_client.finetune.images",
+        "ghn_client.onnx.export",
     },
     "ghn_service.server": {
         "ghn_service",

@@ -3,6 +3,7 @@
 Examples:
     ghn-train fit --data data/cifar10 --out runs/first --set limits.minutes=60
     torchrun --nproc-per-node 4 -m ghn_service.training fit --data data/cifar10 --out runs/four
+    ghn-train source small_resnet --data data/cifar10 --out runs/small_resnet
     ghn-train evaluate --checkpoint runs/first/ghn.safetensors --data data/cifar10
 """
 
@@ -100,17 +101,19 @@ def source(
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change the recipe; may be repeated.")
     ] = None,
+    licence: Annotated[str, typer.Option(help="Terms under which the weights may be used, for the card.")] = "",
     cache: Cache = None,
 ) -> None:
     """Train a small network, from which others take their weights, or go on with the run in --out."""
     from ghn_service.training.settings import SourceRecipe, load_settings
     from ghn_service.training.source import train_source
 
-    trained = train_source(network, data, out, load_settings(None, changes or (), SourceRecipe), cache=cache)
-    if trained is None:
+    recipe = load_settings(None, changes or (), SourceRecipe)
+    summary = train_source(network, data, out, recipe, licence=licence, cache=cache)
+    if summary is None:
         typer.echo(f"stopped; the same command goes on in {out}")
-        return
-    typer.echo(f"{network}: {100 * trained.test_accuracy:.2f}% of test images")
+    else:
+        typer.echo(f"{summary.name}: {summary.card.accuracy:.2%} of test images; sha256 {summary.digest}")
 
 
 @app.command()

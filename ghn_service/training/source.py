@@ -7,14 +7,11 @@ last ones need the final size). Transformers want ``optimizer=adamw``.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import signal
 import time
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +21,7 @@ from ghn_architectures.architecture import Architecture, Interface
 from ghn_architectures.registry import ARCHITECTURES, SOURCES
 from ghn_client.atomic_file import replaced_file
 from ghn_client.finetune.images import ImageSet, Normalization, measure_normalization
+from ghn_client.onnx.export import export_architecture
 from ghn_service.errors import InvalidOptionError, TrainingError
 from ghn_service.training.evaluation.zero_shot import accuracy
 from ghn_service.training.images import Augmentation, interface_of, load_training_data, require_split
@@ -32,6 +30,8 @@ from ghn_service.training.precision import avoid_slow_layers, choose_precision, 
 from ghn_service.training.processes import on_stop_signals
 from ghn_service.training.settings import DataSettings, SourceRecipe
 from ghn_service.training.step import slot_generator
+from ghn_service.transfer.library import SourceSummary, save_source
+from ghn_service.transfer.source import SourceCard
 
 logger = logging.getLogger(__name__)
 STATE_FILE = "source.pt"
@@ -61,70 +61,65 @@ def find_source_network(name: str, interface: Interface) -> Architecture:
     return architecture
 
 
-@dataclass(frozen=True, eq=False)
-class TrainedSource:
-    """A trained network with what its card says.
-
-    ``details`` are values for JSON: recipe, seconds of training, number of training images, accuracies.
-    """
-
-    architecture: Architecture
-    module: nn.Module
-    normalization: Normalization
-    class_names: tuple[str, ...]
-    test_accuracy: float
-    details: dict[str, Any]
-
-
 def train_source(
     network: str,
     data_folder: Path,
     out: Path,
     recipe: SourceRecipe,
     *,
+    licence: str = "",
     cache: Path | None = None,
     save_minutes: float = 2.0,
-) -> TrainedSource | None:
-    """Trains a network, or goes on where a run in the folder ``out`` stopped; ``None`` where a signal stopped it.
+) -> SourceSummary | None:
+    """Trains a network, or goes on where a run in the folder ``out`` stopped, and writes ``out/NAME.safetensors``.
 
-    The images held out for validation are those that hypernetworks do not see either.
+    Images held out for validation are those that hypernetworks do not see either. ``licence`` are the terms of the
+    weights, for the card. Gives ``None`` where a signal asked to stop before the end.
 
     Raises:
         TrainingError: The folder holds another run, or the loss is not finite.
         DataError: The data cannot be read.
     """
     keep_freed_memory()
-    data = DataSettings()
-    training, validation = load_training_data(data_folder, data, cache or out.parent / "cache")
+    cache = cache or out.parent / "cache"
+    training, validation = load_training_data(data_folder, DataSettings(), cache)
     normalization = measure_normalization(training)
-    architecture = find_source_network(network, interface_of(training))
+    interface = interface_of(training)
+    architecture = find_source_network(network, interface)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        module = avoid_slow_layers(to_channels_last(architecture.build()))
-    run = _Run(module, training, normalization, recipe, {**recipe.model_dump(), "network": repr(architecture)})
+        module = to_channels_last(architecture.build())
+    run = _Run(avoid_slow_layers(module), training, normalization, recipe, repr(architecture))
     run.resume(out / STATE_FILE)
     if not run.finish(out / STATE_FILE, save_minutes):
         return None
-    test = require_split(
-        data_folder, "test", image_size=training.image_size, channels=training.channels, cache=cache or out / "cache"
+    size, channels = interface.image_size, interface.in_channels
+    test = require_split(data_folder, "test", image_size=size, channels=channels, cache=cache)
+    module.eval().half().float()  # what is measured is what the file keeps
+    changes = " ".join(f"--set {name}={value}" for name, value in recipe.model_dump(exclude_defaults=True).items())
+    card = SourceCard(
+        dataset=data_folder.name,
+        class_names=training.class_names,
+        accuracy=accuracy(module, test, normalization, batch_size=250),
+        recipe=f"{recipe.optimizer}, {recipe.epochs} epochs of {len(training)} images, the first {recipe.small_epochs} "
+        f"on crops of {recipe.small_size} pixels; shifted and mirrored; details.recipe",
+        seed=recipe.seed,
+        command=f"ghn-train source {network} --data {data_folder.name} --out {out.name} {changes}".rstrip(),
+        licence=licence,
+        normalization={"mean": normalization.mean, "std": normalization.std},
+        image_size=size,
+        details={
+            "recipe": recipe.model_dump(),
+            "validation_accuracy": accuracy(module, validation, normalization, batch_size=250),
+            "test_images": len(test),
+            "training_minutes": round(run.elapsed_s / 60, 1),
+            "multiply_adds": architecture.multiply_adds,
+        },
     )
-    module.eval().half().float()  # what is measured is what half precision keeps
-    scores = {
-        name: round(accuracy(module, images, normalization, batch_size=250), 4)
-        for name, images in (("validation", validation), ("test", test))
-    }
-    logger.info("%s: %s", network, scores)
-    details = {
-        "recipe": recipe.model_dump(),
-        "training_images": len(training),
-        "training_minutes": round(run.elapsed_s / 60, 1),
-        "validation_accuracy": scores["validation"],
-        "test_accuracy": scores["test"],
-        "test_images": len(test),
-        "multiply_adds": architecture.multiply_adds,
-        "configuration": {"family": architecture.family, **dataclasses.asdict(architecture.configuration)},  # type: ignore[call-overload]
-    }
-    return TrainedSource(architecture, module, normalization, training.class_names, scores["test"], details)
+    structure = export_architecture(module, torch.zeros(1, *interface.input_shape))
+    return save_source(
+        out / f"{architecture.name}.safetensors", structure, module.state_dict(), card=card, dtype=torch.float16
+    )
 
 
 class _Run:
@@ -136,10 +131,10 @@ class _Run:
         images: ImageSet,
         normalization: Normalization,
         recipe: SourceRecipe,
-        identity: dict[str, Any],
+        network: str,
     ) -> None:
         self.module, self.images, self.normalization, self.recipe = module, images, normalization, recipe
-        self.identity = identity
+        self.identity = {"network": network, **recipe.model_dump()}
         self.steps_per_epoch = max(1, len(images) // recipe.batch_size)
         self.step, self.elapsed_s = 0, 0.0
         self.precision = choose_precision("auto", torch.device("cpu"))
