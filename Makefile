@@ -65,12 +65,15 @@ reproduce-diversity: $(VENV)/.tests-installed  ## fine-tune from He, predicted a
 reproduce-low-rank: $(VENV)/.tests-installed  ## layer errors and accuracy of low-rank networks, spectral against function
 	$(BIN)/python -m benchmarks.reproduce_low_rank --data $(DATA)
 
-.PHONY: reproduce-norm-only reproduce-additive
+.PHONY: reproduce-norm-only reproduce-additive reproduce-express
 reproduce-norm-only: $(VENV)/.tests-installed  ## tune norm layers against controls of the same size; fills docs/results.md
 	$(BIN)/python -m benchmarks.reproduce_norm_only --data $(DATA) --checkpoint $(GHN) --story --workers $(WORKERS)
 
 reproduce-additive: $(VENV)/.tests-installed  ## neurons against changed labels, closed form and trained; fills docs/results.md
 	$(BIN)/python -m benchmarks.reproduce_additive --data $(DATA)
+
+reproduce-express: $(VENV)/.tests-installed  ## width of sparse random networks that express any layer; fills docs/results.md
+	$(BIN)/python -m benchmarks.reproduce_express
 
 evaluate: $(VENV)/.train-installed  ## evaluate the bundled hypernetwork on the images in DATA
 	$(BIN)/ghn-train evaluate --checkpoint $(GHN) --data $(DATA) --out runs/evaluation --test-images 1000 \

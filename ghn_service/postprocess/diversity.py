@@ -81,11 +81,15 @@ class TensorDiversity:
     rows_measured: int
 
     @property
+    def copies(self) -> float:
+        """Share of missing rank, repeated rows or tiled values, whichever is largest."""
+        return max(1.0 - self.rank / max(self.full_rank, 1), self.near_duplicate_rows, self.tiled_share, 0.0)
+
+    @property
     def trouble(self) -> float:
         """From 0 (as diverse as a random weight) to 1 (all copies): the worst of the measures."""
         excess = self.mean_abs_cosine - self.random_abs_cosine
-        deficit = 1.0 - self.rank / max(self.full_rank, 1)
-        return min(max(deficit, self.near_duplicate_rows, self.tiled_share, excess, 0.0), 1.0)
+        return min(max(self.copies, excess), 1.0)
 
 
 def measure_diversity(tensor: torch.Tensor, layer: WeightedLayer) -> TensorDiversity:

@@ -26,7 +26,7 @@ TIE_BREAK = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class DiversityNoise:
-    """Adds Gaussian noise to every weighted layer but the classifier.
+    """Adds Gaussian noise.
 
     Attributes:
         beta: Factor of the noise. The published recipes use 3e-5 with ``scale="correlation"``; with
@@ -34,7 +34,8 @@ class DiversityNoise:
         scale: ``correlation``: beta times the standard deviation of the row-correlation matrix, as published (a
             number between 0 and 1 that does not know the size of the weights). ``relative``: beta times the standard
             deviation of the layer's weights.
-        layer: First layer that is changed, counted from 1 in the order of the graph; 0 changes all.
+        layer: First layer that is changed, counted from 1 in the order of the graph; 0 changes those in need: from the
+            first tiled layer on, and earlier ones with copies or of lacking rank.
     """
 
     name: ClassVar[str] = "noise"
@@ -63,7 +64,7 @@ class DiversityNoise:
 
 @dataclass(frozen=True, slots=True)
 class Orthogonal:
-    """Replaces every weight but the classifier's by a semi-orthogonal one.
+    """Replaces weights by semi-orthogonal ones.
 
     ``qr`` is the published rule: the orthogonal factor of a QR decomposition of the whole weight as one tall matrix,
     which keeps the first columns and bends the later ones away from them. ``polar`` takes the semi-orthogonal matrix
@@ -73,7 +74,8 @@ class Orthogonal:
         method: ``qr`` (as published) or ``polar`` (nearest semi-orthogonal matrix).
         keep_rms: Whether each matrix keeps its root mean square; otherwise its singular values become 1. By default
             ``qr`` does not keep it, as published, and ``polar`` does.
-        layer: First layer that is changed, counted from 1 in the order of the graph; 0 changes all.
+        layer: First layer that is changed, counted from 1 in the order of the graph; 0 changes those in need: from the
+            first tiled layer on, and earlier ones with copies or of lacking rank.
     """
 
     name: ClassVar[str] = "orthogonal"
@@ -112,7 +114,8 @@ class Auto:
         cosine: Mean absolute cosine between rows, above that of random rows, from which a layer gets noise.
         beta: Standard deviation of that noise, relative to that of the layer; two copies with noise of 0.2 each have a
             cosine of 0.96.
-        layer: First layer that is changed, counted from 1 in the order of the graph; 0 changes all.
+        layer: First layer that is changed, counted from 1 in the order of the graph; 0 changes those in need: from the
+            first tiled layer on, and earlier ones with copies or of lacking rank.
     """
 
     name: ClassVar[str] = "auto"

@@ -10,7 +10,8 @@ import torch
 
 from ghn_service.errors import InvalidOptionError
 from ghn_service.graph.architecture import ArchitectureGraph
-from ghn_service.parameters import ParameterSet
+from ghn_service.parameters import TILED, ParameterSet
+from ghn_service.postprocess.diversity import measure_diversity
 from ghn_service.postprocess.options import parse_options, unknown_name
 from ghn_service.postprocess.remedies import Auto, DiversityNoise, Orthogonal
 from ghn_service.postprocess.weighted_layers import (
@@ -22,6 +23,7 @@ from ghn_service.postprocess.weighted_layers import (
 )
 
 MAX_STEPS = 16
+MAX_COPIES = 0.05
 
 
 PostProcessor = DiversityNoise | Orthogonal | Auto
@@ -67,21 +69,42 @@ def apply_steps(
     """
     device = next((tensor.device for tensor in parameters.values()), torch.device("cpu"))
     records = []
-    for index, step in enumerate(parse_steps(steps)):
+    parsed = parse_steps(steps)
+    in_need = layers_in_need(parameters, graph) if any(step.layer == 0 for step in parsed) else frozenset()
+    for index, step in enumerate(parsed):
         # A 63-bit seed: splitmix64 of the request's seed and the step's index.
         state = (seed + (index + 1) * 0x9E3779B97F4A7C15) % 2**64
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
         generator = torch.Generator(device).manual_seed((state ^ (state >> 31)) >> 1)
-        parameters, record = apply_step(step, parameters, graph, generator=generator)
+        parameters, record = apply_step(step, parameters, graph, generator=generator, in_need=in_need)
         records.append(record)
     return parameters, tuple(records)
 
 
+def layers_in_need(parameters: ParameterSet, graph: ArchitectureGraph) -> frozenset[int]:
+    """Numbers of the layers that steps change unless told otherwise: from the first tiled one on, and those of copies.
+
+    What is diverse already loses by being bent. The published recipes begin at a late layer, too.
+    """
+    layers = [layer for layer in weighted_layers(graph) if not layer.is_head]
+    first = next((layer.number for layer in layers if parameters.origins[layer.name] == TILED), len(layers) + 2)
+    return frozenset(
+        layer.number
+        for layer in layers
+        if layer.number >= first or measure_diversity(parameters[layer.name], layer).copies > MAX_COPIES
+    )
+
+
 def apply_step(
-    step: PostProcessor, parameters: ParameterSet, graph: ArchitectureGraph, *, generator: torch.Generator
+    step: PostProcessor,
+    parameters: ParameterSet,
+    graph: ArchitectureGraph,
+    *,
+    generator: torch.Generator,
+    in_need: frozenset[int] = frozenset(),
 ) -> tuple[ParameterSet, StepRecord]:
-    """Applies a step to every weighted layer but the classifier, and records what became of each."""
+    """Applies a step to its layers, or to those ``in_need`` where it names none, and records what became of each."""
     tensors = dict(parameters)
     records = []
     for layer in weighted_layers(graph):
@@ -89,6 +112,10 @@ def apply_step(
         values: Mapping[str, float] = {}
         if layer.is_head:
             reason = "the classifier is never changed"
+        elif step.layer == 0 and layer.number not in in_need:
+            reason = "no copies, full rank, and behind no tiled layer"
+            # drawn in any case, so that what one layer gets does not depend on what was found in another
+            torch.randn(layer.spec.torch_shape, generator=generator, device=generator.device)
         elif layer.number < step.layer:
             reason = f"before layer {step.layer}"
         else:

@@ -89,6 +89,22 @@ def test_larger_networks_on_all_test_images(sparsity):
         assert result.certificate.error_float32 <= 1e-4
 
 
+@pytest.mark.parametrize("sparsity", [0.5, 0.8])
+@pytest.mark.parametrize("outputs", [1, 2, 10])
+def test_any_layer_is_expressed_by_a_sparse_network_of_any_seed(sparsity, outputs):
+    target = nn.Linear(12, outputs)
+    inputs = torch.randn(50, 12, generator=generator())
+    for seed in range(10):
+        frozen = random_norm_network(target, sparsity=sparsity, generator=generator(seed))
+        assert float((frozen.inner.weight != 0).float().mean()) == pytest.approx(1 - sparsity, abs=0.12)
+        assert express(target, frozen, inputs=inputs).certificate.error_float64 <= 1e-5
+
+
+def test_a_sparsity_that_no_width_mends_is_refused():
+    with pytest.raises(InfeasibleError):
+        random_norm_network(nn.Linear(3, 1), sparsity=0.9999)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     widths=st.lists(st.integers(1, 7), min_size=2, max_size=4),
@@ -225,7 +241,9 @@ def test_feasibility_says_what_is_short():
 
 def test_networks_that_are_too_sparse_are_refused():
     target = mlp(6, 6, 3).eval()
-    frozen = random_norm_network(target, sparsity=0.95)
+    frozen = random_norm_network(target)
+    with torch.no_grad():
+        frozen.get_parameter("0.outer.weight")[:, 4:] = 0.0
     assert not feasibility(target, frozen).feasible
     with pytest.raises(InfeasibleError):
         express(target, frozen, inputs=torch.randn(20, 6))

@@ -110,7 +110,7 @@ def test_the_tiled_share(weight: torch.Tensor, expected: float) -> None:
 def test_auto_does_what_a_layer_calls_for_and_says_why(weight: torch.Tensor, outcome: str, word: str) -> None:
     graph = chain_graph([ExampleLayer("a.weight", (32, 64)), HEAD])
     parameters = with_tensor(random_parameters(graph), "a.weight", weight)
-    _, (record,) = apply_steps(parameters, graph, [Step("auto")], seed=0)
+    _, (record,) = apply_steps(parameters, graph, [Step("auto", {"layer": "1"})], seed=0)
     assert record.layers[0].outcome == outcome
     assert word in record.layers[0].reason
 

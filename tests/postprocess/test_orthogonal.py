@@ -64,7 +64,7 @@ def test_polar_is_the_nearest_semi_orthogonal_matrix() -> None:
 
 def test_the_groups_of_a_convolution_are_orthogonal_each_by_itself() -> None:
     layer = ExampleLayer("grouped.weight", (8, 3, 3, 3), attributes=LayerAttributes(groups=2))
-    _, after, _ = apply_to(layer, Orthogonal(method="polar", keep_rms=False))
+    _, after, _ = apply_to(layer, Orthogonal(method="polar", keep_rms=False, layer=1))
     for group in after.flatten(1).chunk(2):
         torch.testing.assert_close(group @ group.T, torch.eye(4), rtol=0, atol=1e-5)
 
@@ -72,7 +72,7 @@ def test_the_groups_of_a_convolution_are_orthogonal_each_by_itself() -> None:
 @pytest.mark.parametrize("groups", [2, 64])
 def test_qr_reads_the_whole_weight_of_a_grouped_convolution_as_one_tall_matrix(groups: int) -> None:
     layer = ExampleLayer("grouped.weight", (64, 64 // groups, 3, 3), attributes=LayerAttributes(groups=groups))
-    before, after, outcome = apply_to(layer, Orthogonal(method="qr"))
+    before, after, outcome = apply_to(layer, Orthogonal(method="qr", layer=1))
     rows = before.flatten(1)
     is_wide = rows.shape[0] < rows.shape[1]
     q, r = torch.linalg.qr(rows.T if is_wide else rows)
@@ -83,7 +83,7 @@ def test_qr_reads_the_whole_weight_of_a_grouped_convolution_as_one_tall_matrix(g
 
 def test_packed_projections_are_orthogonal_each_by_itself() -> None:
     layer = ExampleLayer("qkv.weight", (18, 6), attributes=LayerAttributes(packed=3))
-    _, after, _ = apply_to(layer, Orthogonal(method="polar", keep_rms=False))
+    _, after, _ = apply_to(layer, Orthogonal(method="polar", keep_rms=False, layer=1))
     for projection in after.chunk(3):
         torch.testing.assert_close(projection @ projection.T, torch.eye(6), rtol=0, atol=1e-5)
 
@@ -91,19 +91,19 @@ def test_packed_projections_are_orthogonal_each_by_itself() -> None:
 def test_a_transposed_weight_gives_the_transposed_result() -> None:
     plain, transposed = ExampleLayer("a.weight", (6, 10)), ExampleLayer("a.weight", (10, 6), permutation=(1, 0))
     weight = torch.randn((6, 10), generator=torch.Generator().manual_seed(5))
-    _, expected, _ = apply_to(plain, Orthogonal(), weight)
-    _, result, _ = apply_to(transposed, Orthogonal(), weight.T.contiguous())
+    _, expected, _ = apply_to(plain, Orthogonal(layer=1), weight)
+    _, result, _ = apply_to(transposed, Orthogonal(layer=1), weight.T.contiguous())
     torch.testing.assert_close(result, expected)
 
 
 def test_a_depthwise_layer_that_keeps_its_scale_is_left_alone_and_said_so() -> None:
     layer = ExampleLayer("depthwise.weight", (8, 1, 3, 3), attributes=LayerAttributes(groups=8))
-    before, after, outcome = apply_to(layer, Orthogonal(method="polar"))
+    before, after, outcome = apply_to(layer, Orthogonal(method="polar", layer=1))
     assert torch.equal(before, after)
     assert outcome == "kept"
 
 
 def test_a_weight_of_zeros_stays_zero_when_the_scale_is_kept() -> None:
     layer = ExampleLayer("zero.weight", (4, 6))
-    _, after, _ = apply_to(layer, Orthogonal(method="polar"), torch.zeros(4, 6))
+    _, after, _ = apply_to(layer, Orthogonal(method="polar", layer=1), torch.zeros(4, 6))
     assert torch.equal(after, torch.zeros(4, 6))

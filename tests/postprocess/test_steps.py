@@ -6,8 +6,16 @@ import pytest
 import torch
 
 from ghn_service.errors import InvalidOptionError
+from ghn_service.parameters import TILED, ParameterSet
 from ghn_service.postprocess.steps import POSTPROCESSORS, Step, apply_steps, parse_steps
-from tests.postprocess.layer_examples import PLAIN, chain_graph, random_parameters
+from tests.postprocess.layer_examples import (
+    PLAIN,
+    ExampleLayer,
+    chain_graph,
+    random_parameters,
+    tiled_weight,
+    with_tensor,
+)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +57,7 @@ def test_too_many_steps_are_refused() -> None:
 def test_the_same_seed_gives_the_same_values_and_another_seed_others() -> None:
     graph = chain_graph(PLAIN)
     parameters = random_parameters(graph)
-    steps = [Step("noise", {"beta": "0.1"}), Step("noise", {"beta": "0.1", "scale": "relative"})]
+    steps = [Step("noise", {"beta": "0.1", "layer": "1"}), Step("noise", {"beta": "0.1", "scale": "relative"})]
     first, again, other = (apply_steps(parameters, graph, steps, seed=seed)[0] for seed in (7, 7, 8))
     assert torch.equal(first["hidden.weight"], again["hidden.weight"])
     assert not torch.equal(first["hidden.weight"], other["hidden.weight"])
@@ -58,7 +66,7 @@ def test_the_same_seed_gives_the_same_values_and_another_seed_others() -> None:
 def test_steps_are_applied_in_the_order_given() -> None:
     graph = chain_graph(PLAIN)
     parameters = random_parameters(graph)
-    noise, orthogonal = Step("noise", {"beta": "0.5"}), Step("orthogonal")
+    noise, orthogonal = Step("noise", {"beta": "0.5", "layer": "1"}), Step("orthogonal", {"layer": "1"})
     last_orthogonal, records = apply_steps(parameters, graph, [noise, orthogonal], seed=0)
     last_noise, _ = apply_steps(parameters, graph, [orthogonal, noise], seed=0)
     columns = [values["hidden.weight"].T @ values["hidden.weight"] for values in (last_orthogonal, last_noise)]
@@ -70,9 +78,29 @@ def test_steps_are_applied_in_the_order_given() -> None:
 def test_relative_noise_has_the_asked_share_of_the_layers_deviation() -> None:
     graph = chain_graph(PLAIN)
     parameters = random_parameters(graph)
-    noisy, _ = apply_steps(parameters, graph, [Step("noise", {"beta": "0.1", "scale": "relative"})], seed=0)
+    noisy, _ = apply_steps(
+        parameters, graph, [Step("noise", {"beta": "0.1", "scale": "relative", "layer": "1"})], seed=0
+    )
     weight = parameters["wide.weight"]
     assert float((noisy["wide.weight"] - weight).std() / weight.std()) == pytest.approx(0.1, rel=0.1)
+
+
+@pytest.mark.parametrize("name", POSTPROCESSORS)
+def test_a_step_without_a_layer_changes_copies_and_what_is_behind_a_tiled_layer(name: str) -> None:
+    layers = [ExampleLayer(f"{letter}.weight", (16, 16)) for letter in "abcde"]
+    graph = chain_graph([*layers, ExampleLayer("head.weight", (5, 16), is_head=True)])
+    parameters = with_tensor(random_parameters(graph), "b.weight", tiled_weight(16, 16, 4))
+    origins = {**parameters.origins, "d.weight": TILED, "head.weight": TILED}
+    parameters = ParameterSet(parameters.specs, with_tensor(parameters, "d.weight", tiled_weight(16, 16, 8)), origins)
+    options = {"scale": "relative"} if name == "noise" else {}
+    changed, _ = apply_steps(parameters, graph, [Step(name, options)], seed=0)
+    names = [layer.name for layer in layers if not torch.equal(changed[layer.name], parameters[layer.name])]
+    # ``auto`` measures the layers behind a tiled one, too, and leaves a diverse one alone
+    assert names == ["b.weight", "d.weight", *(["e.weight"] if name != "auto" else [])]
+    everywhere, _ = apply_steps(parameters, graph, [Step(name, {**options, "layer": "1"})], seed=0)
+    assert torch.equal(everywhere["b.weight"], changed["b.weight"])
+    assert torch.equal(everywhere["head.weight"], parameters["head.weight"])
+    assert torch.equal(everywhere["a.weight"], parameters["a.weight"]) == (name == "auto")
 
 
 @pytest.mark.parametrize("name", POSTPROCESSORS)

@@ -17,13 +17,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
+from ghn_client.errors import InfeasibleError, InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.inserted_norms import ChannelNorm
 from ghn_client.finetune.matrix_layers import BATCH_NORM, norm_kind
 
 Matrix = nn.Linear | nn.Conv2d
 #: Between the two channels of a pair with opposite columns of A.
 PAIR_DISTANCE = 8
+#: Sparse blocks grow by this factor while they lack rank, to this many times their first width at most.
+WIDENING, MOST_WIDENING = 1.15, 64
+#: Smallest over largest eigenvalue of M^T M, below which a sparse block counts as lacking rank.
+FULL_RANK_TOLERANCE = 1e-9
 
 
 class FrozenBlock(nn.Module):
@@ -85,13 +89,14 @@ def norm_map(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     return scale, (0.0 if bias is None else bias.detach().double()) - scale * mean
 
 
-def express_width(fan_in: int, fan_out: int, *, slack: float = 1.25) -> int:
-    """Frozen channels that express a dense layer exactly: ``slack * fan_in * fan_out``.
+def express_width(fan_in: int, fan_out: int, *, slack: float = 1.25, sparsity: float = 0.0) -> int:
+    """Frozen channels that should express a dense layer exactly.
 
     One channel per weight is the theorem's width (arXiv:2302.07937); the slack of 1.25 keeps the system well
-    conditioned and is measured by us.
+    conditioned. Of sparse matrices a share ``sparsity ** fan_out`` of the channels leads nowhere, and is made up for.
+    Both are ours.
     """
-    return math.ceil(slack * fan_in * fan_out)
+    return math.ceil(slack * fan_in * fan_out / (1.0 - sparsity**fan_out))
 
 
 def random_norm_network(
@@ -112,12 +117,14 @@ def random_norm_network(
     Args:
         target: Network of linear and convolutional layers.
         slack: Frozen channels per weight of the target; 1 is the theorem's square system, which is poorly conditioned.
-        sparsity: Share of frozen weights that are zero, at random.
+        sparsity: Share of frozen weights that are zero, at random. Blocks are then widened until the system of their
+            layer has full rank, so that any weights can be expressed.
         generator: Source of the weights; default seed 0.
 
     Raises:
         InvalidOptionError: ``slack`` is below 1 or ``sparsity`` outside [0, 1).
         UnsupportedModuleError: A layer of the target has no such block.
+        InfeasibleError: So sparse a layer expresses nothing, however wide.
     """
     if slack < 1.0 or not 0.0 <= sparsity < 1.0:
         raise InvalidOptionError(f"expected slack >= 1 and 0 <= sparsity < 1, got {slack=} and {sparsity=}")
@@ -136,17 +143,42 @@ def random_norm_network(
 
 
 def _block(layer: Matrix, slack: float, sparsity: float, generator: torch.Generator) -> FrozenBlock:
-    """A random block in place of ``layer``: Gaussian of variance 1 / (fan-in times density), zero at random places."""
+    """A random block in place of ``layer``, as narrow as ``express_width`` says, wider where it lacks rank."""
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    fan_in, fan_out = layer.weight[0].numel(), layer.weight.shape[0] // groups
+    width = narrowest = express_width(fan_in, fan_out, slack=slack, sparsity=sparsity)
+    block = _random_block(layer, groups * width, sparsity, generator)
+    while sparsity and not _has_full_rank(layer, block):
+        width = math.ceil(WIDENING * width)
+        if width > MOST_WIDENING * narrowest:
+            raise InfeasibleError(
+                f"a layer of {fan_in} x {fan_out} lacks rank even with {width:,} channels of sparsity {sparsity:g};"
+                " keep more of the weights"
+            )
+        block = _random_block(layer, groups * width, sparsity, generator)
+    return block
+
+
+def _has_full_rank(layer: Matrix, block: FrozenBlock) -> bool:
+    """Whether any weights of ``layer`` can be expressed: M^T M of each group (``linear_system.py``) is regular."""
+    inner, outer = BlockPair("", layer, block).matrices()
+    for b, a in zip(inner, outer, strict=True):
+        system = (a[:, None] * b.T).flatten(0, 1)  # M^T (o p, n)
+        energies = torch.linalg.eigvalsh(system @ system.T)
+        if float(energies[0]) <= FULL_RANK_TOLERANCE * float(energies[-1]):
+            return False
+    return True
+
+
+def _random_block(layer: Matrix, width: int, sparsity: float, generator: torch.Generator) -> FrozenBlock:
+    """A block of ``width`` channels: Gaussian of variance 1 / (fan-in times density), zero at random places."""
     inner: Matrix
     outer: Matrix
     if isinstance(layer, nn.Linear):
-        width = express_width(layer.in_features, layer.out_features, slack=slack)
         inner = nn.Linear(layer.in_features, width, bias=False)
         outer = nn.Linear(width, layer.out_features, bias=False)
         norms: list[nn.Module] = [ChannelNorm(width, channel_axis=-1), ChannelNorm(layer.out_features, channel_axis=-1)]
     else:
-        groups = layer.groups
-        width = groups * express_width(layer.weight[0].numel(), layer.out_channels // groups, slack=slack)
         inner = nn.Conv2d(
             layer.in_channels,
             width,
@@ -154,11 +186,11 @@ def _block(layer: Matrix, slack: float, sparsity: float, generator: torch.Genera
             layer.stride,  # type: ignore[arg-type]
             layer.padding,  # type: ignore[arg-type]
             layer.dilation,  # type: ignore[arg-type]
-            groups,
+            layer.groups,
             bias=False,
             padding_mode=layer.padding_mode,
         )
-        outer = nn.Conv2d(width, layer.out_channels, 1, groups=groups, bias=False)
+        outer = nn.Conv2d(width, layer.out_channels, 1, groups=layer.groups, bias=False)
         norms = [nn.BatchNorm2d(width), nn.BatchNorm2d(layer.out_channels)]
     with torch.no_grad():
         for weight in (inner.weight, outer.weight):
