@@ -57,17 +57,41 @@ def serve(
 ) -> None:
     """Run the server until SIGTERM or SIGINT; `ghn-server serve --help` lists its options."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's own lines about a port that is taken; ours says it
+    from ghn_service.server.access import load_access
     from ghn_service.server.settings import check_port, checkpoint_files, load_settings
 
     with _one_line_errors():
         settings = load_settings(config, arguments=context.args)
         checkpoint_files(settings)
+        load_access(settings)
         check_port(settings)
         from ghn_service.server.app import serve as run  # imports torch, which takes seconds
         from ghn_service.server.logging import configure_logging
 
         configure_logging(settings.log_format, settings.log_level)
         run(settings)
+
+
+@app.command()
+def make_token(
+    name: Annotated[str, typer.Argument(help="Whose it is; shown in logs.")],
+    tokens: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The server's tokens file, to which the token is added.")
+    ] = None,
+) -> None:
+    """Make a token for clients, and print it; the server keeps only its hash."""
+    from ghn_service.server.access import append_token
+    from ghn_service.server.access import make_token as make
+
+    with _one_line_errors():
+        token, line = make(name)
+        if tokens is not None:
+            append_token(tokens, line)
+    if tokens is None:
+        typer.echo(
+            f"the line for the file of `ghn-server serve --tokens FILE`:\n{line}\nthe token, shown once:", err=True
+        )
+    typer.echo(token)
 
 
 @app.command()

@@ -69,6 +69,10 @@ class PredictionError(GhnServiceError):
     """The hypernetwork gave values that are no weights (NaN or infinity)."""
 
 
+class UnauthenticatedError(GhnServiceError):
+    """The call brings no token that this server knows."""
+
+
 class OverloadedError(GhnServiceError):
     """The queue is full; the same request may succeed later."""
 

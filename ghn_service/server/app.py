@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 from ghn_client.wire import ghn_pb2_grpc
 from ghn_client.wire.codec import SERVICE
 from ghn_service.errors import ConfigurationError, GhnServiceError, UnavailableError
+from ghn_service.server.access import Tokens, exposure_warning, load_access
 from ghn_service.server.calls import CallInterceptor
 from ghn_service.server.models import LoadPredictor, ModelRegistry, load_predictor, resolve_devices
 from ghn_service.server.queue import WorkQueue
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 SPARE_THREADS = 16
 """Threads beyond those of admitted predictions: for health, for dry runs, and for saying no."""
 MAX_CONCURRENT_CALLS = 1_000
+HEALTH_THREADS = 2
 MESSAGE_OVERHEAD_BYTES = 64 * 1024
 WORKER_JOIN_S = 10.0
 READY_POLL_S = 0.2
@@ -45,22 +47,25 @@ class RunningServer:
 
     Attributes:
         address: Where it listens, as ``host:port``; a host that clients can dial even if it listens on all.
+        health_address: The same of the port for health alone; "" for none.
 
     Raises:
-        ConfigurationError: There is no checkpoint, or the port is taken.
+        ConfigurationError: There is no checkpoint, a port is taken, or a file of TLS or tokens is unusable.
         InvalidOptionError: There is no such device.
     """
 
     def __init__(self, settings: Settings, *, load: LoadPredictor = load_predictor) -> None:
         devices = resolve_devices(settings.device)
         files = checkpoint_files(settings)
+        access = load_access(settings)
         self.settings = settings
         num_threads = settings.max_queue + settings.max_streams + SPARE_THREADS
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="ghn-call")
-        self._server = _build_grpc_server(settings, self._pool)
+        self._server = _build_grpc_server(settings, self._pool, access.tokens)
         self._health = health.HealthServicer(experimental_non_blocking=True, experimental_thread_pool=self._pool)
-        port = _bind(self._server, settings)
+        port = _bind(self._server, settings.host, settings.port, access.credentials)
         self.address = f"{_dialable(settings.host)}:{port}"
+        self._health_server, self.health_address = _build_health_server(settings, self._health)
         self._stopped = False
         self._watchdog = Watchdog(settings.send_idle_seconds)
         self._work_queue = WorkQueue(
@@ -69,6 +74,10 @@ class RunningServer:
         self._models = ModelRegistry(files, devices, load=load, on_ready=self._become_ready)
         self._register(settings)
         self._server.start()
+        if self._health_server is not None:
+            self._health_server.start()
+        if warning := exposure_warning(settings):
+            logger.warning("%s", warning)
         self._models.start()
 
     def __enter__(self) -> RunningServer:
@@ -99,6 +108,8 @@ class RunningServer:
         self._health.enter_graceful_shutdown()
         time.sleep(drain_s)
         self._server.stop(self.settings.grace_seconds if grace_s is None else grace_s).wait()
+        if self._health_server is not None:
+            self._health_server.stop(None)
         self._watchdog.close()
         if not self._work_queue.close(WORKER_JOIN_S):
             logger.warning("a worker did not end within %g seconds", WORKER_JOIN_S)
@@ -169,7 +180,16 @@ def _wait_until_ready(server: RunningServer, stop: threading.Event) -> None:
         return
 
 
-def _build_grpc_server(settings: Settings, pool: ThreadPoolExecutor) -> grpc.Server:
+def _build_health_server(settings: Settings, servicer: health.HealthServicer) -> tuple[grpc.Server | None, str]:
+    """A listener for probes that speak no TLS, and its address, if one is asked for."""
+    if settings.health_port is None:
+        return None, ""
+    server = grpc.server(ThreadPoolExecutor(HEALTH_THREADS, "ghn-health"), options=[("grpc.so_reuseport", 0)])
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    return server, f"{_dialable(settings.host)}:{_bind(server, settings.host, settings.health_port, None)}"
+
+
+def _build_grpc_server(settings: Settings, pool: ThreadPoolExecutor, tokens: Tokens | None) -> grpc.Server:
     options = [
         ("grpc.so_reuseport", 0),  # else a second server would share the port in silence
         ("grpc.max_receive_message_length", settings.max_request_bytes + MESSAGE_OVERHEAD_BYTES),
@@ -177,7 +197,7 @@ def _build_grpc_server(settings: Settings, pool: ThreadPoolExecutor) -> grpc.Ser
         *_keepalive_options(settings),
     ]
     return grpc.server(
-        pool, interceptors=[CallInterceptor()], options=options, maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS
+        pool, interceptors=[CallInterceptor(tokens)], options=options, maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS
     )
 
 
@@ -206,10 +226,13 @@ def _milliseconds(seconds: float) -> int:
     return round(seconds * 1000)
 
 
-def _bind(server: grpc.Server, settings: Settings) -> int:
-    address = f"{settings.host}:{settings.port}"
+def _bind(server: grpc.Server, host: str, wanted: int, credentials: grpc.ServerCredentials | None) -> int:
+    address = f"{host}:{wanted}"
     try:
-        port = server.add_insecure_port(address)
+        if credentials is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise ConfigurationError(f"cannot listen on {address}: the port is taken or the host is not ours") from error
     if port == 0:

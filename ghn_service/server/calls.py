@@ -20,10 +20,12 @@ import structlog
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health
 
 from ghn_client.wire.codec import SERVICE, serialize_event
 from ghn_service import errors
-from ghn_service.errors import GhnServiceError, InvalidOptionError, memory_errors
+from ghn_service.errors import GhnServiceError, InvalidOptionError, UnauthenticatedError, memory_errors
+from ghn_service.server.access import TOKEN_NAME, Tokens, peer_identity
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +94,7 @@ STATUSES: dict[type[GhnServiceError], StatusRow] = {
     errors.UnsupportedArchitectureError: StatusRow(_CODE.UNIMPLEMENTED, "UNSUPPORTED_ARCHITECTURE", _bad_request),
     errors.UnsupportedOptionError: StatusRow(_CODE.UNIMPLEMENTED, "UNSUPPORTED_OPTION", _bad_request),
     errors.LimitExceededError: StatusRow(_CODE.RESOURCE_EXHAUSTED, "LIMIT_EXCEEDED", _quota),
+    errors.UnauthenticatedError: StatusRow(_CODE.UNAUTHENTICATED, "UNAUTHENTICATED"),
     errors.OverloadedError: StatusRow(_CODE.RESOURCE_EXHAUSTED, "OVERLOADED", retry=True),
     errors.OutOfMemoryError: StatusRow(_CODE.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY", retry=True),
     errors.UnknownModelError: StatusRow(_CODE.NOT_FOUND, "UNKNOWN_MODEL", _model),
@@ -143,7 +146,14 @@ def encode_status(error: BaseException, *, request_id: str) -> RpcStatus:
 
 
 class CallInterceptor(grpc.ServerInterceptor):
-    """Wraps every method of our service; health and reflection pass as they are."""
+    """Asks for a token, but for health, and wraps every method of our service.
+
+    Args:
+        tokens: Who may call; None for everyone.
+    """
+
+    def __init__(self, tokens: Tokens | None = None) -> None:
+        self._tokens = tokens
 
     def intercept_service(
         self,
@@ -151,10 +161,15 @@ class CallInterceptor(grpc.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """The wrapped handler of a call; the events of a stream may come as bytes, serialised already."""
+        method = handler_call_details.method.rpartition("/")[2]
+        if self._tokens is not None and not handler_call_details.method.startswith(f"/{health.SERVICE_NAME}/"):
+            try:
+                TOKEN_NAME.set(self._tokens.admit(handler_call_details.invocation_metadata))
+            except UnauthenticatedError as error:
+                return _refuse(error, method)
         handler = continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith(f"/{SERVICE}/"):
             return handler
-        method = handler_call_details.method.rpartition("/")[2]
         parse, unary, stream = handler.request_deserializer, handler.unary_unary, handler.unary_stream
         assert parse is not None, "our methods take protobuf messages"
 
@@ -179,6 +194,16 @@ class CallInterceptor(grpc.ServerInterceptor):
         return grpc.unary_unary_rpc_method_handler(guarded_unary, parse_or_mark, handler.response_serializer)
 
 
+def _refuse(error: GhnServiceError, method: str) -> grpc.RpcMethodHandler[Any, Any]:
+    """A handler that ends a call of any method without reading its request."""
+
+    def refused(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+        with _guard(None, context, method):
+            raise error
+
+    return grpc.stream_stream_rpc_method_handler(refused)
+
+
 _MALFORMED = object()
 """Stands for a request that is no protobuf message."""
 
@@ -191,7 +216,7 @@ def _guard(request: Any, context: grpc.ServicerContext, method: str) -> Iterator
     is_usable = len(given) <= MAX_REQUEST_ID_CHARACTERS and given.isascii() and given.isprintable()
     request_id = given if given and is_usable else uuid.uuid4().hex
     error: Exception | None = None
-    with structlog.contextvars.bound_contextvars(request_id=request_id, method=method):
+    with structlog.contextvars.bound_contextvars(request_id=request_id, method=method, peer=peer_identity(context)):
         try:
             if request is _MALFORMED:
                 raise InvalidOptionError("the request is no message of this method")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -27,6 +27,9 @@ BUNDLED_CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 DEFAULT_LIMITS = GraphLimits()
 MEBIBYTE = 2**20
 DIGEST_MARKER = "@sha256:"
+
+OPTIONAL = ("tls_certificate", "tls_key", "tls_client_ca", "tokens", "health_port")
+"""Settings for which empty text is none."""
 
 Names = Annotated[tuple[str, ...], NoDecode]
 
@@ -59,6 +62,16 @@ class Settings(BaseSettings):
     other file; the first is the default one, and without any those that come with the package are loaded."""
     device: Names = ("auto",)
     """Devices that predict, one worker each: auto, cpu, cuda or cuda:N."""
+    tls_certificate: Path | None = None
+    """PEM file of the server's certificate and what leads to its authority; taken up anew when it is renewed."""
+    tls_key: Path | None = None
+    """PEM file of the certificate's key, without a password."""
+    tls_client_ca: Path | None = None
+    """PEM file of authorities; clients without a certificate of theirs are refused."""
+    tokens: Path | None = None
+    """File of hashed tokens (ghn-server make-token); calls without one are refused. Read again when it changes."""
+    health_port: int | None = Field(default=None, ge=0, le=65535)
+    """Port that answers health alone and in plain text, for probes without TLS; 0 for any free one, none if empty."""
     max_queue: int = Field(default=16, ge=0, le=10_000)
     """Requests that may wait for a device."""
     max_streams: int = Field(default=4, ge=1, le=1_000)
@@ -87,7 +100,7 @@ class Settings(BaseSettings):
     """Seconds after which a client is asked to connect anew, so that it sees new replicas; its running calls are
     finished first. 0 for never."""
     reflection: bool = True
-    """Whether the server describes its protocol to tools such as grpcurl."""
+    """Whether the server describes its protocol to tools such as grpcurl; with tokens off unless asked for."""
     exit_on_error: bool = True
     """Whether the server ends if a checkpoint cannot be loaded; else it stays up and is not ready."""
     drain_seconds: float = Field(default=0.0, ge=0, le=3_600, allow_inf_nan=False)
@@ -104,10 +117,22 @@ class Settings(BaseSettings):
     def _split_commas(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
+    @field_validator(
+        "tls_certificate", "tls_key", "tls_client_ca", "tokens", "health_port", "reflection", mode="before"
+    )
+    @classmethod
+    def _empty_is_none(cls, value: Any) -> Any:
+        return None if value == "" else value
+
     @field_validator("log_level", mode="before")
     @classmethod
     def _upper_case(cls, value: Any) -> Any:
         return value.upper() if isinstance(value, str) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hide_behind_tokens(cls, values: Any) -> Any:
+        return {"reflection": False, **values} if isinstance(values, dict) and values.get("tokens") else values
 
     @property
     def limits(self) -> GraphLimits:
