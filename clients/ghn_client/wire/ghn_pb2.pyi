@@ -84,6 +84,26 @@ LOW_RANK_METHOD_SCALED: LowRankMethod.ValueType  # 4
 """SPECTRAL times one number per layer that keeps the Frobenius norm of its weight."""
 global___LowRankMethod = LowRankMethod
 
+class _ClassLayer:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ClassLayerEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_ClassLayer.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    CLASS_LAYER_UNSPECIFIED: _ClassLayer.ValueType  # 0
+    """The server chooses: kept where source and architecture have equally many classes."""
+    CLASS_LAYER_RESET: _ClassLayer.ValueType  # 1
+    """Always the hypernetwork's."""
+
+class ClassLayer(_ClassLayer, metaclass=_ClassLayerEnumTypeWrapper):
+    """What becomes of the class layer."""
+
+CLASS_LAYER_UNSPECIFIED: ClassLayer.ValueType  # 0
+"""The server chooses: kept where source and architecture have equally many classes."""
+CLASS_LAYER_RESET: ClassLayer.ValueType  # 1
+"""Always the hypernetwork's."""
+global___ClassLayer = ClassLayer
+
 class _Stage:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -221,6 +241,32 @@ class LowRankOutput(google.protobuf.message.Message):
 global___LowRankOutput = LowRankOutput
 
 @typing.final
+class SourceOptions(google.protobuf.message.Message):
+    """Asks for the weights of a trained network wherever it fits the architecture; the hypernetwork predicts the rest."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    CLASS_LAYER_FIELD_NUMBER: builtins.int
+    POST_PROCESS_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Name of a source in the server's library, as ListModels gives it; `auto` for the one that fits best."""
+    class_layer: global___ClassLayer.ValueType
+    """What becomes of the class layer."""
+    post_process: builtins.bool
+    """Let post-processing change what the source gives; else it changes predicted tensors alone."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        class_layer: global___ClassLayer.ValueType = ...,
+        post_process: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["class_layer", b"class_layer", "name", b"name", "post_process", b"post_process"]) -> None: ...
+
+global___SourceOptions = SourceOptions
+
+@typing.final
 class PredictWeightsRequest(google.protobuf.message.Message):
     """Asks for the weights of one architecture."""
 
@@ -235,6 +281,7 @@ class PredictWeightsRequest(google.protobuf.message.Message):
     INCLUDE_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     REPORT_FIELD_NUMBER: builtins.int
+    SOURCE_FIELD_NUMBER: builtins.int
     model: builtins.str
     """Name of a loaded hypernetwork; "" is the server's default."""
     dtype: global___DataType.ValueType
@@ -261,6 +308,10 @@ class PredictWeightsRequest(google.protobuf.message.Message):
     def include(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Shell-style patterns on tensor names; only matching tensors are returned. Empty for all."""
 
+    @property
+    def source(self) -> global___SourceOptions:
+        """Ask for weights of a trained network; absent for the hypernetwork's alone."""
+
     def __init__(
         self,
         *,
@@ -273,9 +324,10 @@ class PredictWeightsRequest(google.protobuf.message.Message):
         include: collections.abc.Iterable[builtins.str] | None = ...,
         request_id: builtins.str = ...,
         report: builtins.bool = ...,
+        source: global___SourceOptions | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_seed", b"_seed", "architecture", b"architecture", "low_rank", b"low_rank", "seed", b"seed"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "architecture", b"architecture", "dtype", b"dtype", "include", b"include", "low_rank", b"low_rank", "model", b"model", "report", b"report", "request_id", b"request_id", "seed", b"seed", "steps", b"steps"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_seed", b"_seed", "architecture", b"architecture", "low_rank", b"low_rank", "seed", b"seed", "source", b"source"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "architecture", b"architecture", "dtype", b"dtype", "include", b"include", "low_rank", b"low_rank", "model", b"model", "report", b"report", "request_id", b"request_id", "seed", b"seed", "source", b"source", "steps", b"steps"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
 
 global___PredictWeightsRequest = PredictWeightsRequest
@@ -319,7 +371,7 @@ class TensorInfo(google.protobuf.message.Message):
     name: builtins.str
     """Key of the tensor in the reply."""
     origin: builtins.str
-    """`predicted`, `tiled`, or `fallback:<rule>`."""
+    """`predicted`, `tiled`, `fallback:<rule>`, or `source:<name> (<how>)`, where <how> is `exact`, `grown` or `cut`."""
     initializer: builtins.str
     """Name of the initializer in the architecture's file; differs from `name` where an exporter merged equal tensors."""
     torch_name: builtins.str
@@ -517,6 +569,7 @@ class AnalyzeArchitectureRequest(google.protobuf.message.Message):
     DTYPE_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     LOW_RANK_FIELD_NUMBER: builtins.int
+    SOURCE_FIELD_NUMBER: builtins.int
     model: builtins.str
     """Name of a loaded hypernetwork; "" is the server's default."""
     dtype: global___DataType.ValueType
@@ -531,6 +584,10 @@ class AnalyzeArchitectureRequest(google.protobuf.message.Message):
     def low_rank(self) -> global___LowRankOutput:
         """Predict the weights, and say what low rank would cost and save in each layer; absent for neither."""
 
+    @property
+    def source(self) -> global___SourceOptions:
+        """Say what a source would give; absent for the hypernetwork alone."""
+
     def __init__(
         self,
         *,
@@ -539,9 +596,10 @@ class AnalyzeArchitectureRequest(google.protobuf.message.Message):
         dtype: global___DataType.ValueType = ...,
         request_id: builtins.str = ...,
         low_rank: global___LowRankOutput | None = ...,
+        source: global___SourceOptions | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["architecture", b"architecture", "low_rank", b"low_rank"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "dtype", b"dtype", "low_rank", b"low_rank", "model", b"model", "request_id", b"request_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["architecture", b"architecture", "low_rank", b"low_rank", "source", b"source"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "dtype", b"dtype", "low_rank", b"low_rank", "model", b"model", "request_id", b"request_id", "source", b"source"]) -> None: ...
 
 global___AnalyzeArchitectureRequest = AnalyzeArchitectureRequest
 
@@ -629,6 +687,53 @@ class LowRankLayer(google.protobuf.message.Message):
 global___LowRankLayer = LowRankLayer
 
 @typing.final
+class TransferSummary(google.protobuf.message.Message):
+    """What a source gives an architecture."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: builtins.int
+    IS_EXACT_FIELD_NUMBER: builtins.int
+    CUT_GROUPS_FIELD_NUMBER: builtins.int
+    LEFT_OUT_FIELD_NUMBER: builtins.int
+    SIMILARITY_FIELD_NUMBER: builtins.int
+    STATISTICS_FIELD_NUMBER: builtins.int
+    is_exact: builtins.bool
+    """Whether the network computes what the source does: nothing was cut, and nothing left out."""
+    similarity: builtins.float
+    """How near the architectures are, 0 to 1."""
+    @property
+    def source(self) -> global___SourceInfo:
+        """The source; absent where `auto` found none that pays."""
+
+    @property
+    def cut_groups(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Channel groups of the source of which the architecture keeps a part; sentences."""
+
+    @property
+    def left_out(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Blocks of the source that the architecture has no place for."""
+
+    @property
+    def statistics(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Running statistics that come with the weights."""
+
+    def __init__(
+        self,
+        *,
+        source: global___SourceInfo | None = ...,
+        is_exact: builtins.bool = ...,
+        cut_groups: collections.abc.Iterable[builtins.str] | None = ...,
+        left_out: collections.abc.Iterable[builtins.str] | None = ...,
+        similarity: builtins.float = ...,
+        statistics: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["source", b"source"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cut_groups", b"cut_groups", "is_exact", b"is_exact", "left_out", b"left_out", "similarity", b"similarity", "source", b"source", "statistics", b"statistics"]) -> None: ...
+
+global___TransferSummary = TransferSummary
+
+@typing.final
 class AnalyzeArchitectureResponse(google.protobuf.message.Message):
     """What a prediction would do."""
 
@@ -664,6 +769,7 @@ class AnalyzeArchitectureResponse(google.protobuf.message.Message):
     GRAPH_DIGEST_FIELD_NUMBER: builtins.int
     MODEL_FIELD_NUMBER: builtins.int
     LOW_RANK_LAYERS_FIELD_NUMBER: builtins.int
+    TRANSFER_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Identifier of this request in the server's logs."""
     num_nodes: builtins.int
@@ -704,6 +810,10 @@ class AnalyzeArchitectureResponse(google.protobuf.message.Message):
     def low_rank_layers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___LowRankLayer]:
         """What low rank would do with each weighted layer, if it was asked for."""
 
+    @property
+    def transfer(self) -> global___TransferSummary:
+        """What the source would give, if one was named."""
+
     def __init__(
         self,
         *,
@@ -721,8 +831,10 @@ class AnalyzeArchitectureResponse(google.protobuf.message.Message):
         graph_digest: builtins.str = ...,
         model: builtins.str = ...,
         low_rank_layers: collections.abc.Iterable[global___LowRankLayer] | None = ...,
+        transfer: global___TransferSummary | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["buffers", b"buffers", "graph_digest", b"graph_digest", "low_rank_layers", b"low_rank_layers", "model", b"model", "num_edges", b"num_edges", "num_nodes", b"num_nodes", "num_parameters", b"num_parameters", "num_predicted_parameters", b"num_predicted_parameters", "op_type_counts", b"op_type_counts", "request_id", b"request_id", "tensors", b"tensors", "total_bytes", b"total_bytes", "unknown_operators", b"unknown_operators", "warnings", b"warnings"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["transfer", b"transfer"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["buffers", b"buffers", "graph_digest", b"graph_digest", "low_rank_layers", b"low_rank_layers", "model", b"model", "num_edges", b"num_edges", "num_nodes", b"num_nodes", "num_parameters", b"num_parameters", "num_predicted_parameters", b"num_predicted_parameters", "op_type_counts", b"op_type_counts", "request_id", b"request_id", "tensors", b"tensors", "total_bytes", b"total_bytes", "transfer", b"transfer", "unknown_operators", b"unknown_operators", "warnings", b"warnings"]) -> None: ...
 
 global___AnalyzeArchitectureResponse = AnalyzeArchitectureResponse
 
@@ -785,6 +897,56 @@ class ModelInfo(google.protobuf.message.Message):
 global___ModelInfo = ModelInfo
 
 @typing.final
+class SourceInfo(google.protobuf.message.Message):
+    """A trained network of the server's library, to take weights from."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    NUM_PARAMETERS_FIELD_NUMBER: builtins.int
+    DATASET_FIELD_NUMBER: builtins.int
+    CLASS_NAMES_FIELD_NUMBER: builtins.int
+    ACCURACY_FIELD_NUMBER: builtins.int
+    LICENCE_FIELD_NUMBER: builtins.int
+    CARD_JSON_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Name to use in requests."""
+    digest: builtins.str
+    """sha256 of its file, in hexadecimal."""
+    num_parameters: builtins.int
+    """Scalars in its tensors."""
+    dataset: builtins.str
+    """Data that it was trained on, "" if unknown."""
+    accuracy: builtins.float
+    """Share of test images that it gets right, 0 to 1; absent if unknown."""
+    licence: builtins.str
+    """Terms under which its weights may be used, "" if unknown."""
+    card_json: builtins.str
+    """Its whole card as a JSON object: recipe, seed, command, normalisation of its images, and more."""
+    @property
+    def class_names(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Names of its classes, in order; empty if unknown."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        digest: builtins.str = ...,
+        num_parameters: builtins.int = ...,
+        dataset: builtins.str = ...,
+        class_names: collections.abc.Iterable[builtins.str] | None = ...,
+        accuracy: builtins.float | None = ...,
+        licence: builtins.str = ...,
+        card_json: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_accuracy", b"_accuracy", "accuracy", b"accuracy"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_accuracy", b"_accuracy", "accuracy", b"accuracy", "card_json", b"card_json", "class_names", b"class_names", "dataset", b"dataset", "digest", b"digest", "licence", b"licence", "name", b"name", "num_parameters", b"num_parameters"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_accuracy", b"_accuracy"]) -> typing.Literal["accuracy"] | None: ...
+
+global___SourceInfo = SourceInfo
+
+@typing.final
 class ListModelsResponse(google.protobuf.message.Message):
     """The loaded hypernetworks."""
 
@@ -792,6 +954,7 @@ class ListModelsResponse(google.protobuf.message.Message):
 
     MODELS_FIELD_NUMBER: builtins.int
     STEPS_FIELD_NUMBER: builtins.int
+    SOURCES_FIELD_NUMBER: builtins.int
     @property
     def models(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ModelInfo]:
         """One entry a hypernetwork; the default first."""
@@ -800,13 +963,18 @@ class ListModelsResponse(google.protobuf.message.Message):
     def steps(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Names of the post-processing steps that requests may use."""
 
+    @property
+    def sources(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SourceInfo]:
+        """Trained networks whose weights requests may ask for, by name."""
+
     def __init__(
         self,
         *,
         models: collections.abc.Iterable[global___ModelInfo] | None = ...,
         steps: collections.abc.Iterable[builtins.str] | None = ...,
+        sources: collections.abc.Iterable[global___SourceInfo] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["models", b"models", "steps", b"steps"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["models", b"models", "sources", b"sources", "steps", b"steps"]) -> None: ...
 
 global___ListModelsResponse = ListModelsResponse
 
