@@ -20,6 +20,11 @@ def fallback_origin(rule: str) -> str:
     return f"fallback:{rule}"
 
 
+def source_origin(source: str, how: str) -> str:
+    """The origin of a tensor that comes from a source: ``how`` is ``exact``, ``grown`` or ``cut``."""
+    return f"source:{source} ({how})"
+
+
 def allocate_tensors(
     specs: Mapping[str, ParameterSpec], *, dtype: torch.dtype, device: torch.device
 ) -> dict[str, torch.Tensor]:
@@ -52,7 +57,8 @@ class ParameterSet(Mapping[str, torch.Tensor]):
     Attributes:
         specs: What each tensor is; same keys and order as ``tensors``.
         tensors: The values.
-        origins: ``predicted``, ``tiled`` (predicted, then repeated to fit) or ``fallback:<rule>``, per tensor.
+        origins: ``predicted``, ``tiled`` (predicted, then repeated to fit), ``fallback:<rule>`` or
+            ``source:<name> (<how>)``, per tensor.
         warnings: What the user should know about these values; sentences.
 
     Raises:

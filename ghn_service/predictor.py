@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghn_service.errors import InvalidOptionError, OutOfMemoryError, PredictionError, memory_errors
+from ghn_service.errors import InvalidOptionError, OutOfMemoryError, PredictionError, SourceError, memory_errors
 from ghn_service.graph.architecture import ArchitectureGraph, ParameterSpec
 from ghn_service.graph.onnx.reader import read_onnx
 from ghn_service.graph.passes import restrict_vocabulary
@@ -27,16 +27,26 @@ from ghn_service.hypernetwork.checkpoint import CheckpointSummary, load_checkpoi
 from ghn_service.hypernetwork.features import Target, build_features, collate, is_tiled
 from ghn_service.hypernetwork.fill import MAX_ELEMENTS_HELD, fill_parameters
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
-from ghn_service.parameters import PREDICTED, TILED, ParameterSet, allocate_tensors, fallback_origin
+from ghn_service.parameters import (
+    PREDICTED,
+    TILED,
+    ParameterSet,
+    allocate_tensors,
+    fallback_origin,
+    source_origin,
+)
 from ghn_service.postprocess.distribution_shift import METADATA_KEY, GraphStatistics, decode_statistics, measure_shift
 from ghn_service.postprocess.diversity import build_report, measure_network
 from ghn_service.postprocess.low_rank.output import LowRankRecord, apply_low_rank
 from ghn_service.postprocess.low_rank.ranks import LowRank
 from ghn_service.postprocess.steps import Step, apply_steps, parse_steps
 from ghn_service.postprocess.weighted_layers import StepRecord
+from ghn_service.transfer.source import Source
+from ghn_service.transfer.transfer import Head, Transfer, TransferPlan, plan_transfer, transfer_weights
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 READING, ENCODING, DECODING, POST_PROCESSING = "reading", "encoding", "decoding", "post-processing"
+TRANSFERRING = "transferring"
 MAX_SEED = 2**64 - 1
 
 OnStage = Callable[[str], None]
@@ -85,16 +95,58 @@ class PredictionOptions:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class PlannedTransfer:
+    """A trained network that a prediction takes weights from, wherever they fit.
+
+    Attributes:
+        source: The trained network.
+        structure: The architecture, as serialised ONNX.
+        plan: What fits.
+        head: What becomes of the class layer.
+        post_process: Whether post-processing changes what the source gives; else predicted tensors alone.
+    """
+
+    source: Source
+    structure: bytes
+    plan: TransferPlan
+    head: Head = "auto"
+    post_process: bool = False
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Origin of every tensor that the source gives, running statistics included."""
+        return {name: source_origin(self.source.name, how) for name, how in self.plan.origins.items() if how != "none"}
+
+    def carry_out(self, seed: int) -> Transfer:
+        """The weights."""
+        return transfer_weights(self.source, self.structure, self.plan, head=self.head, seed=seed)
+
+
+def plan_source(
+    source: Source, structure: bytes, *, head: Head = "auto", post_process: bool = False
+) -> PlannedTransfer:
+    """What a source gives an architecture; arguments as in ``PlannedTransfer``.
+
+    Raises:
+        SourceError: It has no weights, or nothing in common with the architecture.
+    """
+    return PlannedTransfer(source, structure, plan_transfer(source, structure, head=head), head, post_process)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class PredictionResult:
     """A prediction and how it came about.
 
     Attributes:
         parameters: The tensors, on the CPU.
         graph: The architecture as it was read.
-        seconds: Seconds by stage: ``reading`` (if bytes were given), ``encoding``, ``decoding``, ``post-processing``.
+        seconds: Seconds by stage: ``reading`` (if bytes were given), ``transferring``, ``encoding``, ``decoding``,
+            ``post-processing``.
         records: What each post-processing step did.
         low_rank: What became of each layer, if factors were asked for.
         report: The diversity report as values that ``json`` writes, if it was asked for.
+        transfer: The source, if one was asked for.
+        statistics: Running means and variances that come with a source's weights, in float32.
     """
 
     parameters: ParameterSet
@@ -103,6 +155,8 @@ class PredictionResult:
     records: tuple[StepRecord, ...] = ()
     low_rank: LowRankRecord | None = None
     report: Mapping[str, Any] | None = None
+    transfer: PlannedTransfer | None = None
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +166,12 @@ class ArchitectureAnalysis:
     Attributes:
         graph: The architecture as it was read.
         specs: Every trainable tensor, in the order of a reply.
-        origins: Origin of each tensor by name: ``predicted``, ``tiled`` or ``fallback:<rule>``.
+        origins: Origin of each tensor by name: ``predicted``, ``tiled``, ``fallback:<rule>`` or
+            ``source:<name> (<how>)``.
         op_types: Type of the node that stands for each tensor by name; "" if none does.
         warnings: What is not understood, or what the user should know; sentences.
         low_rank: What low rank would do with each layer, if it was asked for.
+        transfer: The source, if one was asked for.
     """
 
     graph: ArchitectureGraph
@@ -124,6 +180,7 @@ class ArchitectureAnalysis:
     op_types: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     low_rank: LowRankRecord | None = None
+    transfer: PlannedTransfer | None = None
 
     @property
     def num_predicted_parameters(self) -> int:
@@ -185,20 +242,24 @@ class Predictor:
         *,
         options: PredictionOptions | None = None,
         on_stage: OnStage | None = None,
+        transfer: PlannedTransfer | None = None,
     ) -> PredictionResult:
-        """Predicts every trainable tensor of an architecture.
+        """Predicts every trainable tensor of an architecture, but for those that a source gives.
 
         Args:
             architecture: A graph, or a serialised ONNX model.
             options: What may be chosen; None for the defaults.
             on_stage: Called with the name of a stage when it begins, and again while it goes on; what it raises ends
                 the prediction.
+            transfer: A trained network to take weights from, wherever they fit; what it gives unchanged shares its
+                memory.
 
         Raises:
             InvalidArchitectureError: The bytes are no such network.
             UnsupportedArchitectureError: The network uses something without meaning here.
             LimitExceededError: The network is too large.
             PredictionError: A predicted value is not finite.
+            SourceError: A value of the source is not finite.
             OutOfMemoryError: The device has not enough memory for this network.
         """
         options = options or PredictionOptions()
@@ -207,67 +268,108 @@ class Predictor:
             with memory_errors(f"{self.device} has too little memory for this network; ask for a part, or float16"):
                 graph = _read(architecture, clock)
                 known = restrict_vocabulary(graph, self.ghn.config.op_types)
-                with clock.stage(ENCODING):
-                    features = build_features(known, self.ghn.config)
-                    embeddings = self.ghn.encode(collate([features]).to(self.device))
-                with clock.stage(DECODING):
-                    parameters = self._decode(known, features.targets, embeddings, options, clock)
-                if not options.has_steps:
-                    return PredictionResult(parameters, graph, clock.seconds)
-                with clock.stage(POST_PROCESSING):
-                    result = self._post_process(parameters, known, options, clock)
-                return replace(result, graph=graph)
+                given: Mapping[str, Tensor] = {}
+                statistics: Mapping[str, Tensor] = {}
+                if transfer is not None:
+                    with clock.stage(TRANSFERRING):
+                        found = transfer.carry_out(options.seed)
+                        given, statistics = found.tensors, _converted(found.statistics, torch.float32)
+                        known = replace(known, warnings=(*known.warnings, *found.warnings))
+                parameters = self._make_parameters(known, given, transfer.origins if transfer else {}, options, clock)
+                result = PredictionResult(parameters, graph, clock.seconds)
+                if options.has_steps:
+                    kept = () if transfer and transfer.post_process else given
+                    with clock.stage(POST_PROCESSING):
+                        result = self._post_process(parameters, known, options, clock, kept)
+                statistics = {name: value for name, value in statistics.items() if options.includes(name)}
+                return replace(result, graph=graph, transfer=transfer, statistics=statistics)
         except OutOfMemoryError:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             raise
 
-    def analyze(self, architecture: ArchitectureGraph | bytes) -> ArchitectureAnalysis:
+    def analyze(
+        self, architecture: ArchitectureGraph | bytes, *, transfer: PlannedTransfer | None = None
+    ) -> ArchitectureAnalysis:
         """Says what a prediction would do with each tensor, without predicting; raises as ``run`` does."""
         graph = _read(architecture, _StageClock(None))
         known = restrict_vocabulary(graph, self.ghn.config.op_types)
         targets = {target.name: target for target in build_features(known, self.ghn.config).targets}
         specs = {spec.name: spec for spec in known.parameters()}
+        given = transfer.origins if transfer else {}
         return ArchitectureAnalysis(
             graph=graph,
             specs=specs,
-            origins={name: self._origin(spec, targets.get(name)) for name, spec in specs.items()},
+            origins={name: given.get(name) or self._origin(spec, targets.get(name)) for name, spec in specs.items()},
             op_types=dict.fromkeys(specs, "")
             | {spec.name: node.op_type for node in known.nodes for spec in node.parameters},
-            warnings=known.warnings,
+            warnings=(*known.warnings, *(transfer.plan.warnings if transfer else ())),
+            transfer=transfer,
         )
+
+    def _make_parameters(
+        self,
+        graph: ArchitectureGraph,
+        given: Mapping[str, Tensor],
+        origins: Mapping[str, str],
+        options: PredictionOptions,
+        clock: _StageClock,
+    ) -> ParameterSet:
+        """The wanted tensors; before steps, all of them, in float32 on the steps' device.
+
+        The hypernetwork is asked only for what is not ``given`` by a source, with these ``origins``.
+        """
+        has_steps = options.has_steps
+        wanted = {spec.name: spec for spec in graph.parameters() if has_steps or options.includes(spec.name)}
+        dtype = torch.float32 if has_steps else DTYPES[options.dtype]
+        device = self.device if has_steps else torch.device("cpu")
+        taken = _converted({name: given[name] for name in wanted if name in given}, dtype, device)
+        missing = {name: spec for name, spec in wanted.items() if name not in taken}
+        if not taken:
+            return self._decode(graph, missing, options, clock, dtype=dtype, device=device)
+        predicted: Mapping[str, Tensor] = {}
+        if missing:
+            made = self._decode(graph, missing, options, clock, dtype=dtype, device=device)
+            predicted, origins = made, {**origins, **made.origins}
+        tensors = {name: taken[name] if name in taken else predicted[name] for name in wanted}
+        return ParameterSet(wanted, tensors, {name: origins[name] for name in wanted}, graph.warnings)
 
     def _decode(
         self,
         graph: ArchitectureGraph,
-        targets: tuple[Target, ...],
-        embeddings: Tensor,
+        specs: Mapping[str, ParameterSpec],
         options: PredictionOptions,
         clock: _StageClock,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> ParameterSet:
-        """Decodes blocks and fills the wanted tensors; before steps, all of them, in float32 on the steps' device."""
-        has_steps = options.has_steps
-        specs = {spec.name: spec for spec in graph.parameters() if has_steps or options.includes(spec.name)}
-        by_name = {target.name: target for target in targets if target.name in specs}
-        tensors = allocate_tensors(
-            specs,
-            dtype=torch.float32 if has_steps else DTYPES[options.dtype],
-            device=self.device if has_steps else torch.device("cpu"),
-        )
-        origins = {name: self._origin(spec, by_name.get(name)) for name, spec in specs.items()}
-        parameters = ParameterSet(specs, tensors, origins, graph.warnings)
-        blocks = self.ghn.decode_blocks(
-            embeddings, list(by_name.values()), seed=options.seed, max_elements=MAX_ELEMENTS_HELD
-        )
-        fill_parameters(parameters, blocks, graph, seed=options.seed, on_group=partial(clock.tick, DECODING))
+        """Encodes the architecture, decodes the blocks of some tensors, and fills these."""
+        with clock.stage(ENCODING):
+            features = build_features(graph, self.ghn.config)
+            embeddings = self.ghn.encode(collate([features]).to(self.device))
+        with clock.stage(DECODING):
+            by_name = {target.name: target for target in features.targets if target.name in specs}
+            tensors = allocate_tensors(specs, dtype=dtype, device=device)
+            origins = {name: self._origin(spec, by_name.get(name)) for name, spec in specs.items()}
+            parameters = ParameterSet(specs, tensors, origins, graph.warnings)
+            blocks = self.ghn.decode_blocks(
+                embeddings, list(by_name.values()), seed=options.seed, max_elements=MAX_ELEMENTS_HELD
+            )
+            fill_parameters(parameters, blocks, graph, seed=options.seed, on_group=partial(clock.tick, DECODING))
         return parameters
 
     def _post_process(
-        self, predicted: ParameterSet, graph: ArchitectureGraph, options: PredictionOptions, clock: _StageClock
+        self,
+        predicted: ParameterSet,
+        graph: ArchitectureGraph,
+        options: PredictionOptions,
+        clock: _StageClock,
+        kept: Collection[str],
     ) -> PredictionResult:
-        """Steps, then the report about them, then factors."""
+        """Steps, which leave ``kept`` alone, then the report about them, then factors."""
         before = measure_network(predicted, graph) if options.report else {}
-        parameters, records = apply_steps(predicted, graph, options.steps, seed=options.seed)
+        parameters, records = apply_steps(predicted, graph, options.steps, seed=options.seed, kept=kept)
         report: dict[str, Any] | None = None
         if options.report:
             clock.tick(POST_PROCESSING)
@@ -331,6 +433,25 @@ class _StageClock:
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
+
+
+def _converted(
+    given: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """A source's tensors as they are wanted; copies only where type or device differ.
+
+    Raises:
+        SourceError: A value is not finite, or is beyond the element type.
+    """
+    converted = {name: tensor.to(device=device, dtype=dtype).contiguous() for name, tensor in given.items()}
+    for name, tensor in converted.items():
+        if not tensor.sum(dtype=torch.float64).isfinite():
+            raise SourceError(
+                f"the values that the source gives for {name!r} are not all finite in {dtype}; check the source, or "
+                "ask for float32",
+                field="source",
+            )
+    return converted
 
 
 def _finished(parameters: ParameterSet, options: PredictionOptions, weights: Mapping[str, str]) -> ParameterSet:

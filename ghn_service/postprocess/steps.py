@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -58,11 +58,23 @@ def parse_steps(steps: Sequence[Step]) -> tuple[PostProcessor, ...]:
 
 
 def apply_steps(
-    parameters: ParameterSet, graph: ArchitectureGraph, steps: Sequence[Step], *, seed: int
+    parameters: ParameterSet,
+    graph: ArchitectureGraph,
+    steps: Sequence[Step],
+    *,
+    seed: int,
+    kept: Collection[str] = (),
 ) -> tuple[ParameterSet, tuple[StepRecord, ...]]:
     """Applies steps in order, on the device of the parameters.
 
     Every step draws from a generator of its own, seeded with the request's seed and the step's place in the list.
+
+    Args:
+        parameters: The weights.
+        graph: Their architecture.
+        steps: What to apply.
+        seed: The request's.
+        kept: Names of weights that stay as they are: those that come from a trained network.
 
     Raises:
         InvalidOptionError: As ``parse_steps``.
@@ -77,7 +89,7 @@ def apply_steps(
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
         generator = torch.Generator(device).manual_seed((state ^ (state >> 31)) >> 1)
-        parameters, record = apply_step(step, parameters, graph, generator=generator, in_need=in_need)
+        parameters, record = apply_step(step, parameters, graph, generator=generator, in_need=in_need, kept=kept)
         records.append(record)
     return parameters, tuple(records)
 
@@ -103,8 +115,12 @@ def apply_step(
     *,
     generator: torch.Generator,
     in_need: frozenset[int] = frozenset(),
+    kept: Collection[str] = (),
 ) -> tuple[ParameterSet, StepRecord]:
-    """Applies a step to its layers, or to those ``in_need`` where it names none, and records what became of each."""
+    """Applies a step to its layers, or to those ``in_need`` where it names none, and records what became of each.
+
+    The classifier and the weights ``kept`` stay as they are.
+    """
     tensors = dict(parameters)
     records = []
     for layer in weighted_layers(graph):
@@ -112,8 +128,9 @@ def apply_step(
         values: Mapping[str, float] = {}
         if layer.is_head:
             reason = "the classifier is never changed"
-        elif step.layer == 0 and layer.number not in in_need:
-            reason = "no copies, full rank, and behind no tiled layer"
+        elif layer.name in kept or (step.layer == 0 and layer.number not in in_need):
+            is_kept = layer.name in kept
+            reason = "from a trained network" if is_kept else "no copies, full rank, and behind no tiled layer"
             # drawn in any case, so that what one layer gets does not depend on what was found in another
             torch.randn(layer.spec.torch_shape, generator=generator, device=generator.device)
         elif layer.number < step.layer:

@@ -92,16 +92,20 @@ class _ClassLayerEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     CLASS_LAYER_UNSPECIFIED: _ClassLayer.ValueType  # 0
     """The server chooses: kept where source and architecture have equally many classes."""
-    CLASS_LAYER_RESET: _ClassLayer.ValueType  # 1
-    """Always the hypernetwork's."""
+    CLASS_LAYER_KEEP: _ClassLayer.ValueType  # 1
+    """The source's; refused where there are not equally many classes."""
+    CLASS_LAYER_RESET: _ClassLayer.ValueType  # 2
+    """The hypernetwork's."""
 
 class ClassLayer(_ClassLayer, metaclass=_ClassLayerEnumTypeWrapper):
     """What becomes of the class layer."""
 
 CLASS_LAYER_UNSPECIFIED: ClassLayer.ValueType  # 0
 """The server chooses: kept where source and architecture have equally many classes."""
-CLASS_LAYER_RESET: ClassLayer.ValueType  # 1
-"""Always the hypernetwork's."""
+CLASS_LAYER_KEEP: ClassLayer.ValueType  # 1
+"""The source's; refused where there are not equally many classes."""
+CLASS_LAYER_RESET: ClassLayer.ValueType  # 2
+"""The hypernetwork's."""
 global___ClassLayer = ClassLayer
 
 class _Stage:
@@ -120,6 +124,8 @@ class _StageEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumType
     """Predicting weights."""
     STAGE_POST_PROCESSING: _Stage.ValueType  # 4
     """Post-processing."""
+    STAGE_TRANSFERRING: _Stage.ValueType  # 5
+    """Taking weights from a source."""
 
 class Stage(_Stage, metaclass=_StageEnumTypeWrapper):
     """Where the server is with a request."""
@@ -134,6 +140,8 @@ STAGE_PREDICTING: Stage.ValueType  # 3
 """Predicting weights."""
 STAGE_POST_PROCESSING: Stage.ValueType  # 4
 """Post-processing."""
+STAGE_TRANSFERRING: Stage.ValueType  # 5
+"""Taking weights from a source."""
 global___Stage = Stage
 
 @typing.final
