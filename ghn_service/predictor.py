@@ -158,6 +158,13 @@ class PredictionResult:
     transfer: PlannedTransfer | None = None
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all values together."""
+        return self.parameters.num_bytes + sum(
+            value.numel() * value.element_size() for value in self.statistics.values()
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ArchitectureAnalysis:
@@ -181,6 +188,12 @@ class ArchitectureAnalysis:
     warnings: tuple[str, ...] = ()
     low_rank: LowRankRecord | None = None
     transfer: PlannedTransfer | None = None
+
+    @property
+    def statistics(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of the running statistics that come with a source's weights."""
+        given = self.transfer.origins if self.transfer else {}
+        return {buffer.name: buffer.shape for buffer in self.graph.buffers if buffer.name in given}
 
     @property
     def num_predicted_parameters(self) -> int:

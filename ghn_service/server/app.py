@@ -21,8 +21,9 @@ from ghn_service.server.calls import CallInterceptor
 from ghn_service.server.models import LoadPredictor, ModelRegistry, load_predictor, resolve_devices
 from ghn_service.server.queue import WorkQueue
 from ghn_service.server.service import GhnService
-from ghn_service.server.settings import Settings, checkpoint_files
+from ghn_service.server.settings import Settings, checkpoint_files, source_folders
 from ghn_service.server.watchdog import Watchdog
+from ghn_service.transfer.library import Library
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class RunningServer:
     Attributes:
         address: Where it listens, as ``host:port``; a host that clients can dial even if it listens on all.
         health_address: The same of the port for health alone; "" for none.
+        sources: Trained networks that weights are taken from.
 
     Raises:
         ConfigurationError: There is no checkpoint, a port is taken, or a file of TLS or tokens is unusable.
@@ -58,6 +60,7 @@ class RunningServer:
         devices = resolve_devices(settings.device)
         files = checkpoint_files(settings)
         access = load_access(settings)
+        self.sources = Library(source_folders(settings))
         self.settings = settings
         num_threads = settings.max_queue + settings.max_streams + SPARE_THREADS
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="ghn-call")
@@ -120,7 +123,7 @@ class RunningServer:
         self._server.stop(0.0)
 
     def _register(self, settings: Settings) -> None:
-        service = GhnService(settings, self._models, self._work_queue, self._watchdog)
+        service = GhnService(settings, self._models, self.sources, self._work_queue, self._watchdog)
         ghn_pb2_grpc.add_GhnServiceServicer_to_server(service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._health.set("", _SERVING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
@@ -19,16 +20,27 @@ from ghn_service.predictor import (
     ENCODING,
     POST_PROCESSING,
     READING,
+    TRANSFERRING,
     ArchitectureAnalysis,
+    PlannedTransfer,
     PredictionOptions,
 )
 from ghn_service.server.models import LoadedModel
 from ghn_service.server.queue import JobProgress
 from ghn_service.server.settings import Settings
+from ghn_service.transfer.library import SourceSummary
+from ghn_service.transfer.source import Source
+from ghn_service.transfer.transfer import Head
 
 MAX_INCLUDE_PATTERNS = 256
 MAX_PATTERN_CHARACTERS = 1024
 MAX_OPTION_CHARACTERS = 256
+MAX_SOURCE_CHARACTERS = 256
+HEADS: Mapping[int, Head] = {
+    ghn_pb2.CLASS_LAYER_UNSPECIFIED: "auto",
+    ghn_pb2.CLASS_LAYER_KEEP: "keep",
+    ghn_pb2.CLASS_LAYER_RESET: "reset",
+}
 
 DTYPE_NAMES: Mapping[int, str] = {
     ghn_pb2.DATA_TYPE_UNSPECIFIED: "float32",
@@ -40,6 +52,7 @@ STAGES: Mapping[str, ghn_pb2.Stage.ValueType] = {
     "": ghn_pb2.STAGE_QUEUED,
     READING: ghn_pb2.STAGE_ENCODING,
     ENCODING: ghn_pb2.STAGE_ENCODING,
+    TRANSFERRING: ghn_pb2.STAGE_TRANSFERRING,
     DECODING: ghn_pb2.STAGE_PREDICTING,
     POST_PROCESSING: ghn_pb2.STAGE_POST_PROCESSING,
 }
@@ -90,6 +103,25 @@ def decode_dtype(dtype: int) -> str:
     return DTYPE_NAMES[dtype]
 
 
+def decode_source(source: ghn_pb2.SourceOptions) -> tuple[str, Head, bool]:
+    """Name of a source, what becomes of the class layer, and whether post-processing changes what the source gives.
+
+    Raises:
+        InvalidOptionError: There is no name, or a value is impossible.
+    """
+    if not 1 <= len(source.name) <= MAX_SOURCE_CHARACTERS:
+        raise InvalidOptionError(
+            f"expected the name of a source, 1 to {MAX_SOURCE_CHARACTERS} characters, got {len(source.name)}",
+            field="source.name",
+        )
+    if source.class_layer not in HEADS:
+        known = ", ".join(ghn_pb2.ClassLayer.keys())
+        raise InvalidOptionError(
+            f"expected one of {known}, got the number {source.class_layer}", field="source.class_layer"
+        )
+    return source.name, HEADS[source.class_layer], source.post_process
+
+
 def encode_progress(progress: JobProgress) -> ghn_pb2.PredictWeightsResponse:
     """A sign of life."""
     stage = STAGES[progress.stage]
@@ -132,6 +164,35 @@ def encode_analysis(
         low_rank_layers=[_encode_factor_record(layer) for layer in analysis.low_rank.layers]
         if analysis.low_rank
         else (),
+        transfer=encode_transfer(analysis.transfer, analysis.statistics) if analysis.transfer else None,
+    )
+
+
+def encode_transfer(transfer: PlannedTransfer, statistics: Iterable[str]) -> ghn_pb2.TransferSummary:
+    """What a source gives; ``statistics`` are the names of those that come along."""
+    plan = transfer.plan
+    return ghn_pb2.TransferSummary(
+        source=encode_source(transfer.source),
+        is_exact=plan.is_exact,
+        cut_groups=plan.cut_groups,
+        left_out=plan.left_out,
+        similarity=plan.similarity,
+        statistics=statistics,
+    )
+
+
+def encode_source(source: Source | SourceSummary) -> ghn_pb2.SourceInfo:
+    """What people should know of a source."""
+    card = source.card
+    return ghn_pb2.SourceInfo(
+        name=source.name,
+        digest=source.digest,
+        num_parameters=source.num_parameters,
+        dataset=card.dataset,
+        class_names=card.class_names,
+        accuracy=card.accuracy,
+        licence=card.licence,
+        card_json=json.dumps(dataclasses.asdict(card), separators=(",", ":"), ensure_ascii=False),
     )
 
 
@@ -151,7 +212,9 @@ def _encode_factor_record(layer: FactorRecord) -> ghn_pb2.LowRankLayer:
     )
 
 
-def encode_models(models: Iterable[LoadedModel], *, default_name: str) -> ghn_pb2.ListModelsResponse:
+def encode_models(
+    models: Iterable[LoadedModel], sources: Iterable[SourceSummary], *, default_name: str
+) -> ghn_pb2.ListModelsResponse:
     """The answer of ListModels."""
     entries = [
         ghn_pb2.ModelInfo(
@@ -166,7 +229,7 @@ def encode_models(models: Iterable[LoadedModel], *, default_name: str) -> ghn_pb
         )
         for model in models
     ]
-    return ghn_pb2.ListModelsResponse(models=entries, steps=list(POSTPROCESSORS))
+    return ghn_pb2.ListModelsResponse(models=entries, steps=list(POSTPROCESSORS), sources=map(encode_source, sources))
 
 
 def encode_server_info(

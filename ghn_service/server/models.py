@@ -17,6 +17,7 @@ from ghn_service.hypernetwork.checkpoint import CheckpointSummary
 from ghn_service.predictor import (
     ArchitectureAnalysis,
     OnStage,
+    PlannedTransfer,
     PredictionOptions,
     PredictionResult,
     Predictor,
@@ -33,12 +34,19 @@ class ServedPredictor(Protocol):
     summary: CheckpointSummary | None
 
     def run(
-        self, architecture: ArchitectureGraph, *, options: PredictionOptions, on_stage: OnStage
+        self,
+        architecture: ArchitectureGraph,
+        *,
+        options: PredictionOptions,
+        on_stage: OnStage,
+        transfer: PlannedTransfer | None = None,
     ) -> PredictionResult:
         """Predicts weights; called by one thread at a time."""
         ...
 
-    def analyze(self, architecture: ArchitectureGraph) -> ArchitectureAnalysis:
+    def analyze(
+        self, architecture: ArchitectureGraph, *, transfer: PlannedTransfer | None = None
+    ) -> ArchitectureAnalysis:
         """Says what ``run`` would do."""
         ...
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
+from typing import Any
 
 import torch
+from google.protobuf.json_format import MessageToDict
 
 from ghn_client.wire.codec import DTYPE_BYTES, encode_safetensors_header
 from ghn_client.wire.metadata import PredictionMetadata, TensorInfo, TensorUse, encode_metadata
@@ -16,9 +19,11 @@ from ghn_service.graph.architecture import ArchitectureGraph, ParameterSpec
 from ghn_service.parameters import ParameterSet
 from ghn_service.postprocess.low_rank.output import LowRankRecord, encode_low_rank_record
 from ghn_service.postprocess.weighted_layers import StepRecord
-from ghn_service.predictor import ArchitectureAnalysis, PredictionOptions, PredictionResult
+from ghn_service.predictor import ArchitectureAnalysis, PlannedTransfer, PredictionOptions, PredictionResult
+from ghn_service.server.messages import encode_transfer
 from ghn_service.server.models import LoadedModel
 
+STATISTICS_DTYPE = "F32"
 SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 VERSION = version("ghn-service")
 
@@ -39,6 +44,8 @@ def encode_result_header(result: PredictionResult, options: PredictionOptions, m
         warnings=parameters.warnings,
         records=result.records,
         low_rank=result.low_rank,
+        transfer=result.transfer,
+        statistics={name: tuple(tensor.shape) for name, tensor in result.statistics.items()},
     )
 
 
@@ -46,15 +53,26 @@ def expected_bytes(analysis: ArchitectureAnalysis, dtype: str, model: LoadedMode
     """Bytes of the reply to a request without further options."""
     options = PredictionOptions(dtype=dtype)
     header = _encode_header(
-        analysis.graph, analysis.specs, analysis.origins, options, model, warnings=analysis.warnings
+        analysis.graph,
+        analysis.specs,
+        analysis.origins,
+        options,
+        model,
+        warnings=analysis.warnings,
+        transfer=analysis.transfer,
+        statistics=analysis.statistics,
     )
     num_elements = sum(spec.num_elements for spec in analysis.specs.values())
-    return len(header) + num_elements * DTYPE_BYTES[SAFETENSORS_DTYPES[dtype]]
+    num_statistics = sum(map(math.prod, analysis.statistics.values()))
+    num_bytes = num_elements * DTYPE_BYTES[SAFETENSORS_DTYPES[dtype]]
+    return len(header) + num_bytes + num_statistics * DTYPE_BYTES[STATISTICS_DTYPE]
 
 
-def encode_values(parameters: ParameterSet) -> Iterator[memoryview]:
-    """The bytes of each tensor, in order; views of its memory, unless it is not contiguous."""
-    for tensor in parameters.values():
+def encode_values(
+    parameters: ParameterSet, statistics: Mapping[str, torch.Tensor] | None = None
+) -> Iterator[memoryview]:
+    """The bytes of each tensor, in the header's order; views of its memory, unless it is not contiguous."""
+    for tensor in (*(statistics or {}).values(), *parameters.values()):
         yield tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -81,8 +99,10 @@ def _encode_header(
     warnings: tuple[str, ...],
     records: Sequence[StepRecord] = (),
     low_rank: LowRankRecord | None = None,
+    transfer: PlannedTransfer | None = None,
+    statistics: Mapping[str, tuple[int, ...]],
 ) -> bytes:
-    """Length and JSON of a file's header."""
+    """Length and JSON of a file's header; running statistics, which are always float32, come before the weights."""
     metadata = PredictionMetadata(
         model=model.name,
         model_digest=model.summary.digest,
@@ -106,11 +126,23 @@ def _encode_header(
         low_rank=encode_low_rank_record(low_rank) if low_rank else None,
         include=options.include,
         versions={"ghn-service": VERSION, "torch": torch.__version__},
+        transfer=_transfer_document(transfer, statistics) if transfer else None,
     )
-    tensors = {name: (SAFETENSORS_DTYPES[options.dtype], spec.shape) for name, spec in specs.items()}
+    tensors = {name: (STATISTICS_DTYPE, shape) for name, shape in statistics.items()}
+    tensors |= {name: (SAFETENSORS_DTYPES[options.dtype], spec.shape) for name, spec in specs.items()}
     try:
         return encode_safetensors_header(tensors, encode_metadata(metadata))
     except ValueError as error:
         raise InvalidArchitectureError(
             f"the tensor names do not fit a safetensors file: {error}", field="architecture.onnx_model"
         ) from error
+
+
+def _transfer_document(transfer: PlannedTransfer, statistics: Iterable[str]) -> dict[str, Any]:
+    """``TransferSummary`` in protobuf's JSON mapping, as the metadata has it."""
+    document: dict[str, Any] = MessageToDict(
+        encode_transfer(transfer, statistics),
+        preserving_proto_field_name=True,
+        always_print_fields_with_no_presence=True,
+    )
+    return document

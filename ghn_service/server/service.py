@@ -15,11 +15,12 @@ from ghn_client.wire.codec import encode_chunks
 from ghn_service.errors import DeadlineExceededError, InvalidOptionError
 from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.graph.onnx.reader import read_onnx
-from ghn_service.predictor import READING, PredictionOptions, PredictionResult
+from ghn_service.predictor import READING, PlannedTransfer, PredictionOptions, PredictionResult, plan_source
 from ghn_service.server.messages import (
     decode_dtype,
     decode_low_rank,
     decode_options,
+    decode_source,
     encode_analysis,
     encode_models,
     encode_progress,
@@ -30,6 +31,7 @@ from ghn_service.server.queue import Job, StageCallback, WorkQueue
 from ghn_service.server.reply import VERSION, encode_report, encode_result_header, encode_values, expected_bytes
 from ghn_service.server.settings import Settings
 from ghn_service.server.watchdog import Watchdog
+from ghn_service.transfer.library import Library
 
 Events = Iterator[ghn_pb2.PredictWeightsResponse | bytes]
 
@@ -40,14 +42,23 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
     Args:
         settings: Limits.
         models: The hypernetworks.
+        sources: Trained networks that weights are taken from.
         work_queue: Where predictions wait.
         watchdog: Ends streams that stand still.
     """
 
-    def __init__(self, settings: Settings, models: ModelRegistry, work_queue: WorkQueue, watchdog: Watchdog) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        models: ModelRegistry,
+        sources: Library,
+        work_queue: WorkQueue,
+        watchdog: Watchdog,
+    ) -> None:
         self.settings = settings
         self.limits = settings.limits
         self.models = models
+        self.sources = sources
         self.work_queue = work_queue
         self.watchdog = watchdog
         self.started = time.monotonic()
@@ -67,17 +78,19 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
                     f"none of the {len(list(graph.parameters()))} tensors matches {', '.join(options.include)}",
                     field="include",
                 )
-            for progress in job.follow(partial(_predict, model, graph, options)):
+            transfer = self._plan_transfer(request)
+            for progress in job.follow(partial(_predict, model, graph, options, transfer)):
                 yield encode_progress(progress)
             result = job.result()
             header = encode_result_header(result, options, model)
-            total_bytes = len(header) + result.parameters.num_bytes
+            total_bytes = len(header) + result.num_bytes
             yield ghn_pb2.PredictWeightsResponse(
                 header=ghn_pb2.StreamHeader(request_id=request.request_id, total_bytes=total_bytes)
             )
             start = time.perf_counter()
+            values = encode_values(result.parameters, result.statistics)
             with self.watchdog.watch(context.cancel, deadline=job.deadline) as watch:
-                for chunk in encode_chunks(itertools.chain([header], encode_values(result.parameters))):
+                for chunk in encode_chunks(itertools.chain([header], values)):
                     if time.monotonic() > job.deadline:
                         raise DeadlineExceededError("the request ran out of time while its weights were sent")
                     yield chunk
@@ -97,10 +110,11 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
         low_rank = decode_low_rank(request.low_rank, with_curves=True) if request.HasField("low_rank") else None
         model = self.models.get(request.model)
         graph = read_onnx(request.architecture.onnx_model, limits=self.limits)
-        analysis = model.predictors[0].analyze(graph)
+        transfer = self._plan_transfer(request)
+        analysis = model.predictors[0].analyze(graph, transfer=transfer)
         if low_rank is not None:
             with self._admit(context) as job:
-                for _ in job.follow(partial(_predict, model, graph, PredictionOptions(low_rank=low_rank))):
+                for _ in job.follow(partial(_predict, model, graph, PredictionOptions(low_rank=low_rank), transfer)):
                     pass
                 analysis = replace(analysis, low_rank=job.result().low_rank)
         total_bytes = expected_bytes(analysis, dtype, model)
@@ -109,8 +123,8 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
     def ListModels(  # noqa: N802
         self, request: ghn_pb2.ListModelsRequest, context: grpc.ServicerContext
     ) -> ghn_pb2.ListModelsResponse:
-        """Lists the hypernetworks that are loaded."""
-        return encode_models(self.models.loaded(), default_name=self.models.default_name)
+        """Lists the hypernetworks that are loaded, and the library of sources."""
+        return encode_models(self.models.loaded(), self.sources.summaries(), default_name=self.models.default_name)
 
     def GetServerInfo(  # noqa: N802
         self, request: ghn_pb2.GetServerInfoRequest, context: grpc.ServicerContext
@@ -118,6 +132,16 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
         """Tells version, devices and limits."""
         uptime_s = time.monotonic() - self.started
         return encode_server_info(self.settings, self.models.devices, version=VERSION, uptime_s=uptime_s)
+
+    def _plan_transfer(
+        self, request: ghn_pb2.PredictWeightsRequest | ghn_pb2.AnalyzeArchitectureRequest
+    ) -> PlannedTransfer | None:
+        """What the source of a request gives; None where it names none, or ``auto`` finds none that pays."""
+        if not request.HasField("source"):
+            return None
+        name, head, post_process = decode_source(request.source)
+        source = self.sources.load(name)
+        return plan_source(source, request.architecture.onnx_model, head=head, post_process=post_process)
 
     def _admit(self, context: grpc.ServicerContext) -> Job[PredictionResult]:
         """A place in the queue, until the client or the server gives up."""
@@ -134,8 +158,9 @@ def _predict(
     model: LoadedModel,
     graph: ArchitectureGraph,
     options: PredictionOptions,
+    transfer: PlannedTransfer | None,
     device_index: int,
     on_stage: StageCallback,
 ) -> PredictionResult:
     """The work of one job, on a worker's thread."""
-    return model.predictors[device_index].run(graph, options=options, on_stage=on_stage)
+    return model.predictors[device_index].run(graph, options=options, on_stage=on_stage, transfer=transfer)

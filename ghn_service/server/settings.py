@@ -22,6 +22,7 @@ from pydantic_settings import (
 
 from ghn_service.errors import ConfigurationError
 from ghn_service.graph.raw_graph import GraphLimits
+from ghn_service.transfer import BUNDLED_SOURCES
 
 BUNDLED_CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 DEFAULT_LIMITS = GraphLimits()
@@ -60,6 +61,9 @@ class Settings(BaseSettings):
     checkpoints: Names = ()
     """Hypernetworks to load, each NAME=FILE or FILE (its stem is the name), with @sha256:DIGEST behind it to refuse any
     other file; the first is the default one, and without any those that come with the package are loaded."""
+    sources: Names = ()
+    """Folders with trained networks to take weights from, as `ghn-server add-source` writes them; those that come with
+    the package are there without."""
     device: Names = ("auto",)
     """Devices that predict, one worker each: auto, cpu, cuda or cuda:N."""
     tls_certificate: Path | None = None
@@ -112,7 +116,7 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least level that is logged."""
 
-    @field_validator("checkpoints", "device", mode="before")
+    @field_validator("checkpoints", "sources", "device", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
@@ -222,6 +226,18 @@ def checkpoint_files(settings: Settings) -> dict[str, CheckpointFile]:
             raise ConfigurationError(f"there is no checkpoint {str(file.path)!r}")
         files[name] = file
     return files
+
+
+def source_folders(settings: Settings) -> tuple[Path, ...]:
+    """Where the library of sources is: the operator's folders, then the one that comes with the package.
+
+    Raises:
+        ConfigurationError: There is no such folder.
+    """
+    for folder in map(Path, settings.sources):
+        if not folder.is_dir():
+            raise ConfigurationError(f"there is no folder of sources {str(folder)!r}")
+    return (*map(Path, settings.sources), BUNDLED_SOURCES)
 
 
 def check_port(settings: Settings) -> None:

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 
 from ghn_client.atomic_file import replaced_file
 from ghn_service.errors import SourceError, UnknownModelError
+from ghn_service.transfer import BUNDLED_SOURCES
 from ghn_service.transfer.source import Source, SourceCard
 
 METADATA_KEY = "ghn_source"
@@ -37,7 +38,6 @@ AUTO = "auto"
 MAX_STRUCTURE_BYTES = 64 * 2**20
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Bytes per element, by the element types that a source may have."""
-BUNDLED_SOURCES = Path(__file__).resolve().parents[1] / "sources"
 
 
 @dataclass(frozen=True, slots=True)

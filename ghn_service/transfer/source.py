@@ -55,3 +55,8 @@ class Source:
     tensors: Mapping[str, torch.Tensor]
     card: SourceCard = field(default_factory=SourceCard)
     digest: str = ""
+
+    @property
+    def num_parameters(self) -> int:
+        """Scalars in its tensors."""
+        return sum(tensor.numel() for tensor in self.tensors.values())

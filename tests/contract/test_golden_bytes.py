@@ -86,6 +86,7 @@ def test_field_numbers() -> None:
             "include": 7,
             "request_id": 8,
             "report": 9,
+            "source": 10,
         },
         "PredictWeightsResponse": {"progress": 1, "header": 2, "chunk": 3, "trailer": 4},
         "StreamHeader": {"request_id": 1, "total_bytes": 6},

@@ -42,7 +42,7 @@ class FakePredictor:
     threads: list[str] = field(default_factory=list)
 
     def run(
-        self, architecture: ArchitectureGraph, *, options: PredictionOptions, on_stage: OnStage
+        self, architecture: ArchitectureGraph, *, options: PredictionOptions, on_stage: OnStage, transfer: Any = None
     ) -> PredictionResult:
         self.num_runs += 1
         self.threads.append(threading.current_thread().name)
@@ -57,7 +57,7 @@ class FakePredictor:
         parameters = ParameterSet(specs, tensors, origins, architecture.warnings)
         return PredictionResult(parameters, architecture, {ENCODING: 0.0, DECODING: 0.0})
 
-    def analyze(self, architecture: ArchitectureGraph) -> ArchitectureAnalysis:
+    def analyze(self, architecture: ArchitectureGraph, *, transfer: Any = None) -> ArchitectureAnalysis:
         specs = {spec.name: spec for spec in architecture.parameters()}
         op_types = {spec.name: node.op_type for node in architecture.nodes for spec in node.parameters}
         return ArchitectureAnalysis(

@@ -33,7 +33,8 @@ class TensorInfo:
 
     Attributes:
         name: Key in the file.
-        origin: ``predicted``, ``tiled`` or ``fallback:<rule>``.
+        origin: ``predicted``, ``tiled``, ``fallback:<rule>``, or ``source:<name> (<how>)`` with ``exact``, ``grown`` or
+            ``cut``.
         initializer: Name in the architecture's file.
         torch_name: Key in the module's ``state_dict`` where it can be told, or "".
         permutation: Torch's axis i is stored axis ``permutation[i]``; empty where the layout is torch's own.
@@ -72,6 +73,7 @@ class PredictionMetadata:
         low_rank: What became of each layer, as JSON values; None for dense weights.
         include: Patterns that chose the tensors; empty for all.
         versions: Version by package.
+        transfer: What a source gave, as ``ghn.v1.TransferSummary`` in protobuf's JSON mapping; None without a source.
     """
 
     model: str
@@ -86,6 +88,11 @@ class PredictionMetadata:
     low_rank: Mapping[str, Any] | None = None
     include: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    transfer: Mapping[str, Any] | None = None
+
+
+_LATER_FIELDS = ("transfer",)
+"""Fields that files have only where they say something, and older ones never."""
 
 
 def encode_metadata(metadata: PredictionMetadata) -> dict[str, str]:
@@ -93,6 +100,8 @@ def encode_metadata(metadata: PredictionMetadata) -> dict[str, str]:
     encoded = {"format": "pt", FORMAT_KEY: FORMAT}  # other readers look for the first: torch's conventions
     for item in dataclasses.fields(metadata):
         value = getattr(metadata, item.name)
+        if item.name in _LATER_FIELDS and value is None:
+            continue
         if item.name == "tensors":
             value = list(map(_encode_tensor, value))
         is_text = isinstance(value, str)
@@ -113,6 +122,8 @@ def decode_metadata(encoded: Mapping[str, str]) -> PredictionMetadata:
     try:
         values: dict[str, Any] = {}
         for item in dataclasses.fields(PredictionMetadata):
+            if item.name in _LATER_FIELDS and PREFIX + item.name not in encoded:
+                continue
             text = encoded[PREFIX + item.name]
             values[item.name] = text if item.type == "str" else json.loads(text)
         for name in ("buffers", "warnings", "steps", "include"):
