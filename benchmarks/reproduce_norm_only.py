@@ -41,7 +41,7 @@ from ghn_client.finetune.images import ImageBatches, load_images
 from ghn_client.finetune.matrix_layers import find_head, matrix_layers, norm_layers
 from ghn_client.finetune.norm_only import gamma_report
 from ghn_client.finetune.strategies import prepare
-from ghn_service.server.settings import BUNDLED_CHECKPOINTS
+from ghn_service.published import BUNDLED_CHECKPOINTS
 
 #: Strategy, options and learning rate by the name in the tables; the first five in the order that the paper predicts.
 #: Single weights have small gradients: of 0.1, 0.5 and 2 the last is the best rate for them (3,000 images, 5 epochs).

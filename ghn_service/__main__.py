@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 app = typer.Typer(
     name="ghn-server",
@@ -21,6 +25,8 @@ app = typer.Typer(
 )
 
 EXIT_FAILED = 1
+WIDTH = 160
+"""Of tables where no terminal says how wide it is."""
 
 
 @contextmanager
@@ -108,15 +114,61 @@ def import_checkpoint(
 
 
 @app.command()
+def pull(
+    names: Annotated[list[str], typer.Argument(metavar="NAME|hf://OWNER/REPO/FILE[@REVISION]...")],
+    force: Annotated[bool, typer.Option("--force", help="Fetch again what is in the cache.")] = False,
+) -> None:
+    """Fetch hypernetworks into the cache and convert them, so that they can be served at once, also offline."""
+    from ghn_service.hypernetwork.checkpoint import load_checkpoint
+    from ghn_service.hypernetwork.download import find_checkpoint
+
+    for name in names:
+        with _one_line_errors():
+            path = find_checkpoint(name, force=force)
+            _, summary = load_checkpoint(path)
+        typer.echo(f"{name}: {summary.kind}, {summary.num_parameters:,} parameters, sha256 {summary.digest}")
+        typer.echo(path)
+
+
+@app.command()
+def checkpoints(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the hypernetworks that have a name, and what is in the cache."""
+    from ghn_service.hypernetwork.download import cached_checkpoint, cached_checkpoints
+    from ghn_service.published import PUBLISHED
+
+    known = {name: (item, cached_checkpoint(name)) for name, item in PUBLISHED.items()}
+    found = {path for _, path in known.values()}
+    others = {source: path for source, path in cached_checkpoints() if path not in found}
+    if as_json:
+        rows = [
+            {"name": name, **dataclasses.asdict(item), "file": None if path is None else str(path)}
+            for name, (item, path) in known.items()
+        ]
+        rows += [{"name": source, "file": str(path)} for source, path in others.items()]
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table("name", "kind", "parameters", "download", "trained on", "licence", "here", box=None, pad_edge=False)
+    for name, (item, path) in known.items():
+        download = "bundled" if "/" not in item.location else f"{4 * item.num_parameters / 1e6:,.0f} MB"
+        here = "yes" if path is not None else "no: ghn-server pull " + name
+        table.add_row(name, item.kind, f"{item.num_parameters:,}", download, item.dataset, item.licence, here)
+    for source in others:
+        table.add_row(source, "", "", "", "", "", "yes")
+    Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False).print(table)
+    typer.echo("others: hf://OWNER/REPO/FILE[@REVISION] or https://HOST/FILE, wherever a checkpoint can be given")
+
+
+@app.command()
 def show_checkpoint(
-    path: Annotated[Path, typer.Argument(help="A checkpoint of ours.")],
+    source: Annotated[str, typer.Argument(metavar="FILE|NAME|hf://...", help="A checkpoint.")],
 ) -> None:
     """Print what a checkpoint holds, as JSON."""
     from ghn_service.hypernetwork.checkpoint import load_checkpoint
     from ghn_service.hypernetwork.config import encode_config
+    from ghn_service.hypernetwork.download import find_checkpoint
 
     with _one_line_errors():
-        _, summary = load_checkpoint(path)
+        _, summary = load_checkpoint(find_checkpoint(source))
     card = summary.card
     document = {
         "kind": summary.kind,

@@ -24,6 +24,7 @@ from ghn_service.graph.architecture import ArchitectureGraph, ParameterSpec
 from ghn_service.graph.onnx.reader import read_onnx
 from ghn_service.graph.passes import restrict_vocabulary
 from ghn_service.hypernetwork.checkpoint import CheckpointSummary, load_checkpoint
+from ghn_service.hypernetwork.download import find_checkpoint
 from ghn_service.hypernetwork.features import Target, build_features, collate, is_tiled
 from ghn_service.hypernetwork.fill import MAX_ELEMENTS_HELD, fill_parameters
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
@@ -218,14 +219,14 @@ class Predictor:
         """Loads a checkpoint.
 
         Args:
-            path: A file of ``hypernetwork.checkpoint``.
+            path: A file of ``hypernetwork.checkpoint``, or what ``hypernetwork.download`` fetches.
             device: ``auto`` (CUDA if there is any, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
 
         Raises:
             CheckpointError: The file is no checkpoint.
             InvalidOptionError: There is no such device.
         """
-        return cls(*load_checkpoint(Path(path), device=choose_device(device)))
+        return cls(*load_checkpoint(find_checkpoint(str(path)), device=choose_device(device)))
 
     @property
     def device(self) -> torch.device:

@@ -80,7 +80,8 @@ class GHNClient:
         """A client of a server inside this process, which stops when the client is closed.
 
         Args:
-            checkpoint: A hypernetwork; None for the one that comes with ghn-service.
+            checkpoint: A hypernetwork: a file, a name such as ``ghn3-t`` or ``hf://OWNER/REPO/FILE[@REVISION]``, which
+                are fetched once; None for the one that comes with ghn-service.
             timeout_s: As for ``GHNClient``.
 
         Raises:

@@ -11,7 +11,6 @@ from typing import Any
 
 from ghn_client.errors import EmbeddedServerError
 
-READY_TIMEOUT_S = 300.0
 NOT_EMBEDDED = ("tls_certificate", "tls_key", "tls_client_ca", "tokens", "health_port")
 """Settings of a server on a network, which variables may hold."""
 
@@ -20,7 +19,8 @@ def start_embedded_server(checkpoint: str | Path | None = None) -> Any:
     """A running server (``ghn_service.server.app.RunningServer``) with its ``address``, to be stopped with ``stop``.
 
     Args:
-        checkpoint: A hypernetwork; None for the trained one that comes with ghn-service.
+        checkpoint: A hypernetwork: a file, a published name, or ``hf://OWNER/REPO/FILE``, which are fetched once; None
+            for the trained one that comes with ghn-service.
 
     Raises:
         EmbeddedServerError: ghn-service is not installed, has no such checkpoint, or cannot load it.
@@ -40,7 +40,7 @@ def start_embedded_server(checkpoint: str | Path | None = None) -> Any:
     try:
         chosen = (str(checkpoint),) if checkpoint is not None else None
         server = app.start_server(settings.load_settings(**flags, checkpoints=chosen))
-        server.wait_ready(READY_TIMEOUT_S)
+        server.wait_ready()
     except BaseException as error:
         if server is not None:
             server.stop(0.0)

@@ -85,12 +85,13 @@ _RENAMES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )
 
 
-def import_checkpoint(source: Path, destination: Path) -> CheckpointSummary:
+def import_checkpoint(source: Path, destination: Path, *, dataset: str = "") -> CheckpointSummary:
     """Converts a published hypernetwork; no pickled code is run.
 
     Args:
         source: A ``.pt`` file (torch or joblib), or ``.safetensors`` with a ``.config.json`` beside it.
         destination: The checkpoint to write, ``.safetensors``.
+        dataset: Data that it was trained on, for its card; "" if unknown.
 
     Returns:
         What was written.
@@ -108,7 +109,7 @@ def import_checkpoint(source: Path, destination: Path) -> CheckpointSummary:
     for name, tensor in ghn.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{source.name!r}: tensor {name!r} has values that are not finite")
-    return save_checkpoint(ghn, destination, card=ModelCard(trained_on=f"imported from {source.name}"))
+    return save_checkpoint(ghn, destination, card=ModelCard(dataset, trained_on=f"imported from {source.name}"))
 
 
 def infer_config(tensors: Mapping[str, Tensor], declared: Mapping[str, Any], *, source: str) -> GHNConfig:

@@ -14,6 +14,7 @@ import torch
 from ghn_service.errors import CheckpointError, GhnServiceError, UnavailableError, UnknownModelError, memory_errors
 from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.hypernetwork.checkpoint import CheckpointSummary
+from ghn_service.hypernetwork.download import find_checkpoint
 from ghn_service.predictor import (
     ArchitectureAnalysis,
     OnStage,
@@ -158,7 +159,7 @@ class ModelRegistry:
             except Exception:
                 logger.exception("a checkpoint cannot be loaded", extra={"model": name})
                 self._failures[name] = CheckpointError(
-                    f"the checkpoint {file.path.name!r} cannot be loaded; see the log"
+                    f"the checkpoint {Path(file.source).name!r} cannot be loaded; see the log"
                 )
             if name in self._failures:
                 logger.error("cannot load %s: %s", name, self._failures[name], extra={"model": name})
@@ -167,14 +168,15 @@ class ModelRegistry:
         self._done.set()
 
     def _load_one(self, name: str, file: CheckpointFile) -> LoadedModel:
-        with memory_errors(f"there is not enough memory to load {file.path.name!r}"):
-            predictors = tuple(self._load(file.path, device) for device in self.devices)
+        with memory_errors(f"there is not enough memory to load {Path(file.source).name!r}"):
+            path = find_checkpoint(file.source)
+            predictors = tuple(self._load(path, device) for device in self.devices)
         summaries = [predictor.summary for predictor in predictors]
         for summary in summaries:
             assert summary is not None, "a predictor that was loaded from a file knows what was in it"
             if file.digest and summary.digest != file.digest:
                 raise CheckpointError(
-                    f"expected {file.path.name!r} with the sha256 {file.digest}, got a file with {summary.digest}"
+                    f"expected {Path(file.source).name!r} with the sha256 {file.digest}, got one with {summary.digest}"
                 )
         assert summaries[0] is not None
         return LoadedModel(name, summaries[0], predictors, self.devices)

@@ -20,11 +20,11 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from ghn_service.errors import ConfigurationError
+from ghn_service.errors import CheckpointError, ConfigurationError
 from ghn_service.graph.raw_graph import GraphLimits
+from ghn_service.published import BUNDLED_CHECKPOINTS, HUB, WEB, is_remote, model_name
 from ghn_service.transfer import BUNDLED_SOURCES
 
-BUNDLED_CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 DEFAULT_LIMITS = GraphLimits()
 MEBIBYTE = 2**20
 DIGEST_MARKER = "@sha256:"
@@ -59,7 +59,8 @@ class Settings(BaseSettings):
     port: int = Field(default=50051, ge=0, le=65535)
     """Port to listen on; 0 for any free one."""
     checkpoints: Names = ()
-    """Hypernetworks to load, each NAME=FILE or FILE (its stem is the name), with @sha256:DIGEST behind it to refuse any
+    """Hypernetworks to load, each NAME=FILE or FILE (its stem is the name; a published name or hf://OWNER/REPO/FILE may
+    stand for it, see `ghn-server checkpoints`), with @sha256:DIGEST behind it to refuse any
     other file; the first is the default one, and without any those that come with the package are loaded."""
     sources: Names = ()
     """Folders with trained networks to take weights from, as `ghn-server add-source` writes them; those that come with
@@ -197,11 +198,11 @@ class CheckpointFile:
     """A checkpoint to load.
 
     Attributes:
-        path: The file.
+        source: Its path, or where it is fetched from when it is loaded (``published.is_remote``).
         digest: sha256 that it must have, in lower-case hexadecimal; "" for any.
     """
 
-    path: Path
+    source: str
     digest: str = ""
 
 
@@ -215,15 +216,18 @@ def checkpoint_files(settings: Settings) -> dict[str, CheckpointFile]:
     if not entries:
         raise ConfigurationError(
             "no trained checkpoint comes with this version, so --checkpoint FILE is needed "
-            "(published hypernetworks are converted by `ghn-server import-checkpoint`)"
+            "(`ghn-server checkpoints` lists published ones)"
         )
     files: dict[str, CheckpointFile] = {}
     for entry in entries:
         name, file = _split_entry(entry)
         if name in files:
             raise ConfigurationError(f"two checkpoints are called {name!r}; name them with --checkpoint NAME=FILE")
-        if not file.path.is_file():
-            raise ConfigurationError(f"there is no checkpoint {str(file.path)!r}")
+        if not is_remote(file.source) and not Path(file.source).is_file():
+            raise ConfigurationError(
+                f"there is no checkpoint {file.source!r}; `ghn-server checkpoints` lists published ones, others are "
+                "hf://OWNER/REPO/FILE"
+            )
         files[name] = file
     return files
 
@@ -264,8 +268,11 @@ def _split_entry(entry: str) -> tuple[str, CheckpointFile]:
     elif not re.fullmatch("[0-9a-fA-F]{64}", digest):
         raise ConfigurationError(f"expected 64 hexadecimal digits after {DIGEST_MARKER}, got {entry!r}")
     name, separator, rest = text.partition("=")
-    if not separator or Path(text).is_file():
-        name, rest = Path(text).stem, text
-    if not name.strip() or not rest.strip():
+    if not separator or Path(text).is_file() or text.startswith((HUB, WEB)):
+        name, rest = "", text
+    elif not name.strip() or not rest.strip():
         raise ConfigurationError(f"expected --checkpoint NAME=FILE or --checkpoint FILE, got {entry!r}")
-    return name.strip(), CheckpointFile(Path(rest.strip()), digest.lower())
+    try:
+        return name.strip() or model_name(rest), CheckpointFile(rest.strip(), digest.lower())
+    except CheckpointError as error:
+        raise ConfigurationError(str(error)) from error

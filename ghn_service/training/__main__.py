@@ -76,16 +76,19 @@ def fit(
     ] = None,
     resume: Annotated[str, typer.Option(help="auto: go on with the run in --out; never: refuse to.")] = "auto",
     start_from: Annotated[
-        Path | None, typer.Option(help="Checkpoint or state file whose weights a new run begins with.")
+        str | None,
+        typer.Option(metavar="FILE|NAME|hf://...", help="Checkpoint or state whose weights a new run begins with."),
     ] = None,
     cache: Cache = None,
 ) -> None:
     """Train a hypernetwork on random architectures and a folder of labelled images."""
+    from ghn_service.hypernetwork.download import find_checkpoint
     from ghn_service.training.run import fit as run_fit
     from ghn_service.training.settings import load_settings
 
     settings = load_settings(config, changes or ())
-    progress = run_fit(data, out, settings, resume=resume, start_from=start_from, cache=cache)
+    start = find_checkpoint(start_from) if start_from else None
+    progress = run_fit(data, out, settings, resume=resume, start_from=start, cache=cache)
     typer.echo(
         f"{progress.networks} networks in {progress.step} steps and {progress.elapsed_s / 60:.1f} minutes; "
         f"checkpoint in {out}"
@@ -119,7 +122,9 @@ def source(
 @app.command()
 @_reported
 def evaluate(
-    checkpoint: Annotated[Path, typer.Option("--checkpoint", help="File that ghn-train fit wrote.")],
+    checkpoint: Annotated[
+        str, typer.Option(metavar="FILE|NAME|hf://...", help="File that ghn-train fit wrote, or a published one.")
+    ],
     data: DataFolder,
     splits: Annotated[
         str, typer.Option(help="Splits, separated by commas, each with its number of networks if not --networks.")
@@ -147,6 +152,7 @@ def evaluate(
     cache: Cache = None,
 ) -> None:
     """Measure a hypernetwork: zero-shot accuracy, fine-tuning against He initialisation, and novelty."""
+    from ghn_service.hypernetwork.download import find_checkpoint
     from ghn_service.training.evaluation import report
     from ghn_service.training.evaluation.fine_tune import FineTuneSettings
     from ghn_service.training.evaluation.measurements import EvaluationSettings
@@ -165,7 +171,7 @@ def evaluate(
         is_baseline_only=baseline_only,
     )
     evaluation = run_evaluation(
-        checkpoint,
+        find_checkpoint(checkpoint),
         data,
         settings,
         workers=workers,

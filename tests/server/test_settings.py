@@ -93,13 +93,13 @@ def test_checkpoints_are_named_by_their_stem_or_by_hand(tmp_path: Path) -> None:
     first.touch()
     second.touch()
     files = checkpoint_files(Settings(checkpoints=(str(first), f"mine={second}")))
-    assert list(files.items()) == [("first", CheckpointFile(first)), ("mine", CheckpointFile(second))]
+    assert list(files.items()) == [("first", CheckpointFile(str(first))), ("mine", CheckpointFile(str(second)))]
 
 
 def test_a_file_with_an_equals_sign_is_a_file(tmp_path: Path) -> None:
     path = tmp_path / "a=b.safetensors"
     path.touch()
-    assert checkpoint_files(Settings(checkpoints=(str(path),))) == {"a=b": CheckpointFile(path)}
+    assert checkpoint_files(Settings(checkpoints=(str(path),))) == {"a=b": CheckpointFile(str(path))}
 
 
 def test_a_checkpoint_may_be_pinned_to_a_digest(tmp_path: Path) -> None:
@@ -110,8 +110,8 @@ def test_a_checkpoint_may_be_pinned_to_a_digest(tmp_path: Path) -> None:
     files = checkpoint_files(
         Settings(checkpoints=(f"mine={path}@sha256:{digest}", f"{path}@sha256:{digest}", str(odd)))
     )
-    pinned = CheckpointFile(path, digest.lower())
-    assert files == {"mine": pinned, "a": pinned, odd.stem: CheckpointFile(odd)}
+    pinned = CheckpointFile(str(path), digest.lower())
+    assert files == {"mine": pinned, "a": pinned, odd.stem: CheckpointFile(str(odd))}
     with pytest.raises(ConfigurationError):
         checkpoint_files(Settings(checkpoints=(f"{path}@sha256:{digest[1:]}",)))
 

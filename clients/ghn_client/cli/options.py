@@ -69,7 +69,12 @@ class Server:
 
     address: Annotated[str, _server("ADDRESS", "HOST:PORT", "A running server; else one starts in this process.")] = ""
     checkpoint: Annotated[
-        Path | None, _server("CHECKPOINT", "FILE", "Hypernetwork of the server in this process; else the bundled one.")
+        str | None,
+        _server(
+            "CHECKPOINT",
+            "FILE|NAME|hf://...",
+            "Hypernetwork of the server in this process: a file, or what `ghn-server checkpoints` lists.",
+        ),
     ] = None
     token_file: Annotated[
         Path | None, _server("TOKEN_FILE", "FILE", "The server's token; sent over TLS or to this machine only.")
