@@ -21,6 +21,7 @@ DISTRIBUTIONS = {
     "grpc_health": "grpcio-health-checking",
     "grpc_reflection": "grpcio-reflection",
     "grpc_status": "grpcio-status",
+    "huggingface_hub": "huggingface-hub",
     "onnx_ir": "onnx-ir",
     "pydantic": "pydantic-settings",
     "pydantic_settings": "pydantic-settings",

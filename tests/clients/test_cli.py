@@ -160,7 +160,7 @@ def test_a_deadline_has_its_exit_code(model: Path, tmp_path: Path) -> None:
         (["analyze", "tiny.onnx", "--low-rank", "rank"], 2, "InvalidOptionError"),
         (["models", "--address", "localhost:1"], 5, "ServerUnavailableError"),
         (["plan", "nothing.onnx", "--samples", "10"], 3, "InvalidArchitectureError"),
-        (["finetune", "nothing.onnx", "--data", "."], 2, "InvalidOptionError"),
+        (["finetune", "nothing.onnx", "--data", "."], 3, "InvalidArchitectureError"),
     ],
 )
 def test_a_failure_is_json_where_json_was_asked_for(
