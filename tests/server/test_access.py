@@ -195,14 +195,11 @@ def test_a_refusal_has_details(guarded: RunningServer) -> None:
     assert info.reason == "UNAUTHENTICATED"
 
 
-@pytest.mark.parametrize(
-    ("tokened", "choice", "is_on"), [(True, None, False), (True, True, True), (False, False, False)]
-)
+@pytest.mark.parametrize(("choice", "is_on"), [({}, False), ({"reflection": True}, True)])
 def test_reflection_is_off_with_tokens_unless_asked_for(
-    tmp_path: Path, tokens: Path, tokened: bool, choice: bool | None, is_on: bool
+    tmp_path: Path, tokens: Path, choice: dict[str, bool], is_on: bool
 ) -> None:
-    settings = {"tokens": tokens if tokened else None, "reflection": choice}
-    with fake_server(tmp_path, **settings) as server, grpc.insecure_channel(server.address) as channel:
+    with fake_server(tmp_path, tokens=tokens, **choice) as server, grpc.insecure_channel(server.address) as channel:
         reflection = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
         request = reflection_pb2.ServerReflectionRequest(list_services="")
         code = code_of(lambda: next(reflection(iter([request]), metadata=bearer("plain"))))
