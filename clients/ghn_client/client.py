@@ -40,19 +40,21 @@ class GHNClient:
         prediction.load_into(module)
 
     Args:
-        address: ``host:port``, or any gRPC target.
+        address: ``host:port``, or any gRPC target; of several servers (``dns:///ghn:50051``, ``ipv4:IP:PORT,IP:PORT``)
+            those that are ready take calls in turn.
         token: Bearer token; sent over TLS or to this machine only.
         tls: Whether to encrypt; implied by any of the files below.
-        root_certificates: PEM file of the authorities to trust, instead of the system's.
+        root_certificates: PEM file of the authorities to trust, instead of the public ones that gRPC knows.
         client_certificate: PEM file of a certificate, for servers that ask clients for one.
         client_key: PEM file of its private key.
+        server_name: Name in the server's certificate, where it is not the address (a tunnel, several servers).
         timeout_s: Seconds that a call may take, retries included; None for 300 for predictions and 30 for the rest.
         max_attempts: How often a call is tried while the server is away or busy.
         max_bytes: The largest prediction to accept; nothing is allocated before this check.
 
     Raises:
         InvalidOptionError: The address is empty.
-        AuthenticationError: The token would travel in plain text.
+        AuthenticationError: The token is none, or would travel in plain text.
     """
 
     def __init__(
@@ -64,13 +66,16 @@ class GHNClient:
         root_certificates: str | Path | None = None,
         client_certificate: str | Path | None = None,
         client_key: str | Path | None = None,
+        server_name: str = "",
         timeout_s: float | None = None,
         max_attempts: int = MAX_ATTEMPTS,
         max_bytes: int = MAX_BYTES,
     ) -> None:
         paths = [Path(item) if item else None for item in (root_certificates, client_certificate, client_key)]
         files = paths if tls or any(paths) else None
-        self._connection = Connection(address, token=token, tls=files, max_attempts=max_attempts)
+        self._connection = Connection(
+            address, token=token, tls=files, server_name=server_name, max_attempts=max_attempts
+        )
         self._timeout_s = timeout_s
         self._max_bytes = max_bytes
         self._server: Any = None

@@ -7,6 +7,7 @@ is covered as well (gRPC's own retry policy ends with the first message). See gR
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import random
 import threading
@@ -28,13 +29,14 @@ from ghn_client.errors import (
     OverloadedError,
     TemporaryError,
 )
+from ghn_client.wire.codec import SERVICE
 
 MAX_ATTEMPTS = 4
 FIRST_BACKOFF_S = 0.25
 LAST_BACKOFF_S = 5.0
 KEEPALIVE_MS = 30_000
 
-_OPTIONS: Sequence[tuple[str, int]] = (
+_OPTIONS: Sequence[tuple[str, int | str]] = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 200),
@@ -47,6 +49,9 @@ _OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.http2.max_pings_without_data", 0),
 )
 _SCHEMES = ("dns:", "ipv4:", "ipv6:")
+"""Targets that may stand for several servers; any other address is one server."""
+_BALANCED = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": SERVICE}}
+"""Calls go to all servers in turn, but for those that say "not serving" or do not answer (gRFC A17)."""
 _PUSHBACK_KEY = "grpc-retry-pushback-ms"
 _CODE = grpc.StatusCode
 _BY_REASON: Mapping[str, type[GhnClientError]] = {
@@ -81,8 +86,9 @@ class Connection:
     Args:
         address: ``host:port``, or any gRPC target.
         token: Bearer token; sent over TLS or to this machine only.
-        tls: PEM files of the authorities to trust (None: the system's), of the client's certificate and of its key;
+        tls: PEM files of the authorities to trust (None: gRPC's own), of the client's certificate and of its key;
             None for plain text.
+        server_name: Name in the server's certificate; "" for that of the address.
         max_attempts: Attempts per call.
 
     Attributes:
@@ -90,14 +96,22 @@ class Connection:
 
     Raises:
         InvalidOptionError: The address is empty.
-        AuthenticationError: The token would travel in plain text.
+        AuthenticationError: The token is none, or would travel in plain text.
     """
 
     def __init__(
-        self, address: str, *, token: str | None, tls: Sequence[Path | None] | None, max_attempts: int
+        self,
+        address: str,
+        *,
+        token: str | None,
+        tls: Sequence[Path | None] | None,
+        server_name: str = "",
+        max_attempts: int,
     ) -> None:
         if not address.strip():
             raise InvalidOptionError("expected an address such as 'localhost:50051', got an empty one", field="address")
+        if token and not (token.isascii() and token.isprintable() and " " not in token):
+            raise AuthenticationError("expected a token of printable ASCII characters without blanks")
         if token and tls is None and not _is_loopback(address):
             raise AuthenticationError(
                 f"the token would be sent to {address} in plain text; use TLS (tls=True), or a server on this machine"
@@ -105,6 +119,11 @@ class Connection:
         self.address = address
         self.metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._tls = tls
+        self._options = [*_OPTIONS]
+        if address.startswith(_SCHEMES):
+            self._options.append(("grpc.service_config", json.dumps(_BALANCED)))
+        if server_name:
+            self._options.append(("grpc.default_authority", server_name))
         self._max_attempts = max_attempts
         self._lock = threading.Lock()
         self._channel: grpc.Channel | None = None
@@ -164,9 +183,9 @@ class Connection:
             if self._channel is None or self._pid != os.getpid():
                 self._pid = os.getpid()
                 if self._tls is None:
-                    self._channel = grpc.insecure_channel(self.address, options=_OPTIONS)
+                    self._channel = grpc.insecure_channel(self.address, options=self._options)
                 else:
-                    self._channel = grpc.secure_channel(self.address, _credentials(self._tls), options=_OPTIONS)
+                    self._channel = grpc.secure_channel(self.address, _credentials(self._tls), options=self._options)
             return self._channel
 
 
@@ -176,9 +195,9 @@ def _is_loopback(address: str) -> bool:
         return True
     target = address.rpartition("/")[2]
     target = target.partition(":")[2] if target.startswith(_SCHEMES) else target
-    host = target.rpartition(":")[0].strip("[]")
+    hosts = {part.rpartition(":")[0].strip("[]") for part in target.split(",")}
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return all(host == "localhost" or ipaddress.ip_address(host).is_loopback for host in hosts)
     except ValueError:
         return False
 
@@ -221,14 +240,35 @@ def _error_from_rpc(call: grpc.Call, address: str) -> GhnClientError:
     kind = _BY_REASON.get(reason) or _BY_CODE.get(call.code(), errors.ServerError)
     text = call.details() or ""
     if kind is errors.ServerUnavailableError:
-        cause = text or "connection lost"
-        text = f"no server answers at {address} ({cause}); check the address, and TLS on both sides"
+        kind, text = _explain_unavailable(text or "connection lost", address)
+    elif call.code() is _CODE.UNAUTHENTICATED:
+        text += "; give one with token=... (of ghn-client: --token-file FILE, or the variable GHN_TOKEN)"
     elif kind is DeadlineExceededError:
         text = f"the server at {address} did not finish in time ({text or 'deadline exceeded'}); raise timeout_s"
     error = kind(text or f"the server at {address} gave no reason", **fields)
     if isinstance(error, TemporaryError):
         error.retry_after_s = retry_after_s
     return error
+
+
+def _explain_unavailable(text: str, address: str) -> tuple[type[GhnClientError], str]:
+    """What keeps a client from a server, told by gRPC's own text; faults of TLS do not go away by trying again."""
+    if "CERTIFICATE_VERIFY_FAILED" in text or "Hostname Verification" in text:
+        cause = (
+            text.rpartition("CERTIFICATE_VERIFY_FAILED: ")[2] if "VERIFY_FAILED" in text else "made for another name"
+        )
+        return AuthenticationError, (
+            f"the certificate of the server at {address} cannot be trusted ({cause.removesuffix(': OK')}); give its "
+            "authority as root_certificates (--ca-file), or the name it was made for as server_name (--server-name)"
+        )
+    if "WRONG_VERSION_NUMBER" in text:
+        return AuthenticationError, f"the server at {address} does not speak TLS, which this client asks for"
+    hint = "check the address"
+    if "failed to connect" in text and "Socket closed" in text:
+        hint = (
+            "it may ask for TLS (tls=True, --tls) or for a certificate of the client (client_certificate, --cert-file)"
+        )
+    return errors.ServerUnavailableError, f"no server answers at {address} ({text}); {hint}"
 
 
 def _pushback_s(call: grpc.Call) -> float | None:

@@ -110,7 +110,7 @@ class DeadlineExceededError(GhnClientError):
 
 
 class AuthenticationError(GhnClientError):
-    """The server refuses the token, or the token may not be sent over this connection."""
+    """The server refuses the token, it may not be sent over this connection, or TLS of the two sides does not fit."""
 
     exit_code = 7
 

@@ -5,28 +5,32 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from ghn_client import GHNClient, connection
 from ghn_client.errors import AuthenticationError, InvalidOptionError, ServerUnavailableError
-from ghn_service.server.app import RunningServer
+from ghn_service.server.app import RunningServer, start_server
 from ghn_service.server.settings import Settings
-from tests.server.fake_predictor import FakePredictor, Gate, fake_server
+from tests.server.fake_predictor import FakePredictor, Gate, fake_server, fake_settings
 from tests.server.freezing_proxy import freezing_proxy
-from tests.server.patience import PATIENCE_S
+from tests.server.patience import PATIENCE_S, wait_until
 from tests.server.small_models import TINY
 
 
-@pytest.mark.parametrize("address", ["gpu-server:50051", "dns:///gpu-server:50051", "10.0.0.1:50051"])
+@pytest.mark.parametrize(
+    "address", ["gpu-server:50051", "dns:///gpu-server:50051", "10.0.0.1:50051", "ipv4:127.0.0.1:1,10.0.0.1:1"]
+)
 def test_a_token_does_not_travel_in_plain_text(address: str) -> None:
     with pytest.raises(AuthenticationError):
         GHNClient(address, token="secret")
 
 
 @pytest.mark.parametrize(
-    "address", ["localhost:1", "127.0.0.1:1", "[::1]:1", "unix:/tmp/socket", "dns:///localhost:1", "ipv4:127.0.0.1:1"]
+    "address",
+    ["localhost:1", "127.0.0.1:1", "[::1]:1", "unix:/tmp/socket", "dns:///localhost:1", "ipv4:127.0.0.1:1,127.0.0.1:2"],
 )
 def test_a_token_may_go_to_this_machine(address: str) -> None:
     GHNClient(address, token="secret").close()
@@ -34,6 +38,13 @@ def test_a_token_may_go_to_this_machine(address: str) -> None:
 
 def test_a_token_may_travel_encrypted() -> None:
     GHNClient("gpu-server:50051", token="secret", tls=True).close()
+
+
+@pytest.mark.parametrize("token", ["two words", "line\nbreak", "schlüssel"])
+def test_a_token_that_cannot_be_sent_is_refused_without_being_shown(token: str) -> None:
+    with pytest.raises(AuthenticationError) as caught:
+        GHNClient("localhost:1", token=token)
+    assert token not in str(caught.value)
 
 
 def test_an_empty_address_is_refused() -> None:
@@ -89,6 +100,27 @@ def test_a_server_that_vanishes_during_a_call_is_noticed(tmp_path: Path, monkeyp
             client.predict(TINY)
         freezer.join()
         gate.opened.set()
+
+
+@pytest.mark.parametrize("target", ["ipv4:{},{},{}", "ipv4:{2},{1},{0}"])
+def test_calls_go_in_turn_to_the_servers_that_are_ready(tmp_path: Path, target: str) -> None:
+    may_load, predictors = threading.Event(), [FakePredictor(), FakePredictor()]
+    with ExitStack() as stack:
+        servers = [stack.enter_context(fake_server(tmp_path, predictor)) for predictor in predictors]
+        settings = fake_settings(tmp_path)
+
+        def load(path: Path, device: str) -> FakePredictor:
+            may_load.wait(PATIENCE_S)
+            return FakePredictor()
+
+        loading = stack.enter_context(start_server(settings, load=load))
+        stack.callback(may_load.set)
+        address = target.format(*(server.address for server in (*servers, loading)))
+        client = stack.enter_context(GHNClient(address, max_attempts=1))
+        wait_until(lambda: client.health().ready)
+        for _ in range(20):
+            client.predict(TINY)
+    assert min(predictor.num_runs for predictor in predictors) >= 5
 
 
 def test_pings_of_the_client_are_rarer_than_a_server_allows() -> None:

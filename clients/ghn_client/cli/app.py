@@ -191,8 +191,8 @@ def health(
     """Say whether a server is alive and can predict; exits with 0 if so, 1 if it is not ready, 5 if it is not there."""
     # Health needs no token, and a server inside this process would be pointless.
     address, timeout = server.address or DEFAULT_HEALTH_ADDRESS, server.timeout or HEALTH_TIMEOUT_S
-    server = dataclasses.replace(server, address=address, timeout=timeout, checkpoint=None, token_file=None)
-    with server.connect() as client:
+    server = dataclasses.replace(server, address=address, timeout=timeout, checkpoint=None)
+    with server.connect(needs_token=False) as client:
         state = client.health()
     if as_json:
         print_json(dataclasses.asdict(state))

@@ -77,7 +77,8 @@ class Server:
         ),
     ] = None
     token_file: Annotated[
-        Path | None, _server("TOKEN_FILE", "FILE", "The server's token; sent over TLS or to this machine only.")
+        Path | None,
+        _server("TOKEN_FILE", "FILE", "A token, else that in GHN_TOKEN; sent over TLS or to this machine only."),
     ] = None
     tls: Annotated[bool, _server("TLS", None, "Encrypt the connection.")] = False
     ca_file: Annotated[Path | None, _server("CA_FILE", "PEM", "Authorities to trust.")] = None
@@ -85,12 +86,15 @@ class Server:
         Path | None, _server("CERT_FILE", "PEM", "Certificate of this client, for servers that ask for one.")
     ] = None
     key_file: Annotated[Path | None, _server("KEY_FILE", "PEM", "Its key.")] = None
+    server_name: Annotated[
+        str, _server("SERVER_NAME", "NAME", "Name in the server's certificate, if it is not the address.")
+    ] = ""
     timeout: Annotated[
         float | None, _server("TIMEOUT", "SECONDS", "Seconds that the call may take, retries included.", min=0.001)
     ] = None
 
-    def connect(self) -> GHNClient:
-        """A client of the server that the options name."""
+    def connect(self, *, needs_token: bool = True) -> GHNClient:
+        """A client of the server that the options name; without the token where none is needed."""
         from ghn_client.client import GHNClient
 
         if self.address and self.checkpoint is not None:
@@ -101,22 +105,26 @@ class Server:
             return GHNClient.embedded(self.checkpoint, timeout_s=self.timeout)
         return GHNClient(
             self.address,
-            token=_read_token(self.token_file) if self.token_file else None,
+            token=_read_token(self.token_file) if needs_token else None,
             tls=self.tls,
             root_certificates=self.ca_file,
             client_certificate=self.cert_file,
             client_key=self.key_file,
+            server_name=self.server_name,
             timeout_s=self.timeout,
         )
 
 
-def _read_token(path: Path) -> str:
+def _read_token(path: Path | None) -> str | None:
+    """The token of the file, else of the environment; never of a flag, which other users of the machine can see."""
+    if path is None:
+        return os.environ.get("GHN_TOKEN", "").strip() or None
     try:
         token = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise AuthenticationError(f"cannot read the token file {str(path)!r}: {error}") from error
-    if not token or not token.isprintable() or not token.isascii():
-        raise AuthenticationError(f"expected one line of printable ASCII in the token file {str(path)!r}")
+    if not token:
+        raise AuthenticationError(f"there is no token in the file {str(path)!r}")
     return token
 
 
