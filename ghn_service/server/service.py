@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -31,8 +32,10 @@ from ghn_service.server.queue import Job, StageCallback, WorkQueue
 from ghn_service.server.reply import VERSION, encode_report, encode_result_header, encode_values, expected_bytes
 from ghn_service.server.settings import Settings
 from ghn_service.server.watchdog import Watchdog
-from ghn_service.transfer.library import Library
+from ghn_service.transfer.auto import choose_source
+from ghn_service.transfer.library import AUTO, Library
 
+logger = logging.getLogger(__name__)
 Events = Iterator[ghn_pb2.PredictWeightsResponse | bytes]
 
 
@@ -140,8 +143,14 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
         if not request.HasField("source"):
             return None
         name, head, post_process = decode_source(request.source)
-        source = self.sources.load(name)
-        return plan_source(source, request.architecture.onnx_model, head=head, post_process=post_process)
+        structure = request.architecture.onnx_model
+        if name != AUTO:
+            return plan_source(self.sources.load(name), structure, head=head, post_process=post_process)
+        choice = choose_source(self.sources, structure, head=head)
+        logger.info("source chosen", extra={"reasons": choice.reasons})
+        if choice.source is None or choice.plan is None:
+            return None
+        return PlannedTransfer(choice.source, structure, choice.plan, head, post_process)
 
     def _admit(self, context: grpc.ServicerContext) -> Job[PredictionResult]:
         """A place in the queue, until the client or the server gives up."""
