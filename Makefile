@@ -50,6 +50,14 @@ test-gpu: $(VENV)/.tests-installed  ## run the tests that need a CUDA device
 test-soak: $(VENV)/.tests-installed  ## run the endurance tests
 	$(BIN)/python -m pytest -m soak
 
+FUZZ_SECONDS ?= 300
+
+.PHONY: fuzz
+fuzz: $(VENV)/.tests-installed  ## fuzz what reads bytes of strangers, FUZZ_SECONDS for each of four targets
+	-$(PIP) install --quiet -c constraints.txt -e '.[fuzz]'
+	for target in reader request codec file; do \
+		$(BIN)/python -m tests.fuzzing $$target --seconds $(FUZZ_SECONDS) || exit 1; done
+
 zoo: $(VENV)/.tests-installed  ## predict for dozens of public networks and write docs/zoo.md
 	$(BIN)/python -m pytest -m zoo -n $(WORKERS) tests/zoo --zoo-table docs/zoo.md
 

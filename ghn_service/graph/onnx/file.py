@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 
 import numpy
 import onnx
@@ -32,6 +33,7 @@ _MAX_PREFIX = 200
 _TRACED_KEY = "pkg.torch.onnx.original_node_name"
 _KIND_KEY = "pkg.torch.export.graph_signature.InputSpec.kind"
 _DOMAINS = ("", "ai.onnx")
+_FunctionKey = tuple[str, str, str]
 _GRAPH_TYPES = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
 
@@ -150,6 +152,8 @@ def load_file(data: bytes, limits: GraphLimits) -> OnnxFile:
     """
     model = _parse(data, limits)
     graph = model.graph
+    _check_text(tensor.name for tensor in graph.initializer)
+    _check_text(info.name for info in (*graph.input, *graph.output))
     initializers: dict[str, TensorHeader] = {}
     for tensor in graph.initializer:
         if not tensor.name:
@@ -225,6 +229,13 @@ def _parse(data: bytes, limits: GraphLimits) -> onnx.ModelProto:
     return model
 
 
+def _check_text(names: Iterable[object]) -> None:
+    """Refuses names that are not UTF-8, which protobuf hands out as bytes."""
+    for name in names:
+        if not isinstance(name, str):
+            raise InvalidArchitectureError(f"the name {name!r} is not valid UTF-8; rename it")
+
+
 def _static_shape(info: onnx.ValueInfoProto) -> tuple[int, ...] | None:
     tensor_type = info.type.tensor_type
     if not tensor_type.HasField("shape"):
@@ -271,7 +282,6 @@ def _read_declarations(
 class _Frame:
     """A body that is being expanded: its nodes still to come, and how its names read outside."""
 
-    key: tuple[str, str, str]
     nodes: Iterator[onnx.NodeProto]
     names: Mapping[str, str]
     prefix: str
@@ -283,26 +293,23 @@ def _flat_nodes(model: onnx.ModelProto, limits: GraphLimits) -> Iterator[OnnxNod
     functions = {(item.domain, item.name, item.overload): item for item in model.functions}
     if len(functions) < len(model.functions):
         raise InvalidArchitectureError("a model-local function is defined more than once")
-    stack = [_Frame(("", "", ""), iter(model.graph.node), {}, "", {})]
-    calling: set[tuple[str, str, str]] = set()
+    if functions:
+        _check_expansion(model, functions, limits)
+    stack = [_Frame(iter(model.graph.node), {}, "", {})]
     num_nodes = num_operands = expansions = 0
     while stack:
         frame = stack[-1]
         proto = next(frame.nodes, None)
         if proto is None:
-            calling.discard(stack.pop().key)
+            stack.pop()
             continue
         node, num_inner = _read_node(proto, frame, limits)
         num_nodes += 1 + num_inner
         num_operands += len(node.inputs) + len(node.outputs)
-        key = (proto.domain, proto.op_type, proto.overload)
-        function = functions.get(key) if functions else None
+        function = functions.get(_callee(proto)) if functions else None
         if function is None:
             yield node
         else:
-            if key in calling:
-                raise InvalidArchitectureError(f"the model-local function {key[1]!r} calls itself, maybe indirectly")
-            calling.add(key)
             expansions += 1
             num_operands += len(function.input)
             prefix = f"{node.label}#{expansions}/"
@@ -313,12 +320,32 @@ def _flat_nodes(model: onnx.ModelProto, limits: GraphLimits) -> Iterator[OnnxNod
             raise exceeded("operands", f"over {8 * limits.max_edges}", 8 * limits.max_edges)
 
 
+def _callee(proto: onnx.NodeProto) -> _FunctionKey:
+    return proto.domain, proto.op_type, proto.overload
+
+
+def _check_expansion(
+    model: onnx.ModelProto, functions: Mapping[_FunctionKey, onnx.FunctionProto], limits: GraphLimits
+) -> None:
+    """Refuses a file of a kilobyte that stands for millions of nodes, before any of them is made."""
+    calls = {key: [_callee(node) for node in item.node] for key, item in functions.items()}
+    sizes: dict[_FunctionKey, int] = {}
+    try:
+        for key in TopologicalSorter(
+            {key: functions.keys() & callees for key, callees in calls.items()}
+        ).static_order():
+            sizes[key] = sum(1 + sizes.get(callee, 0) for callee in calls[key])
+    except CycleError as error:
+        raise InvalidArchitectureError("a model-local function calls itself, maybe indirectly") from error
+    num_nodes = sum(1 + sizes.get(_callee(node), 0) for node in model.graph.node)
+    if num_nodes > limits.max_nodes:
+        raise exceeded("nodes", f"over {limits.max_nodes}", limits.max_nodes)
+
+
 def _read_node(proto: onnx.NodeProto, frame: _Frame, limits: GraphLimits) -> tuple[OnnxNode, int]:
     """A node, which reads what its subgraphs read, and the number of nodes in its subgraphs."""
     inputs, outputs, name, num_inner = list(proto.input), list(proto.output), proto.name, 0
     op_type, domain = proto.op_type, proto.domain
-    if not (isinstance(name, str) and isinstance(op_type, str) and isinstance(domain, str)):
-        raise InvalidArchitectureError(f"the name or operator of node {name!r} ({op_type!r}) is not valid UTF-8")
     attributes: dict[str, onnx.AttributeProto] = {}
     for attribute in proto.attribute:
         if attribute.type in _GRAPH_TYPES:
@@ -330,6 +357,7 @@ def _read_node(proto: onnx.NodeProto, frame: _Frame, limits: GraphLimits) -> tup
             attributes.setdefault(attribute.name, attribute)
         elif attribute.ref_attr_name in frame.bindings:
             attributes.setdefault(attribute.name, frame.bindings[attribute.ref_attr_name])
+    _check_text((name, op_type, domain, *inputs, *outputs))
     if frame.prefix:
         inputs = [frame.names.get(item, frame.prefix + item) if item else "" for item in inputs]
         outputs = [frame.names.get(item, frame.prefix + item) if item else "" for item in outputs]
@@ -345,8 +373,7 @@ def _enter(function: onnx.FunctionProto, call: OnnxNode, prefix: str) -> _Frame:
     names = dict(zip(function.input, call.inputs + [""] * len(function.input), strict=False))
     names.update((inner, outer) for inner, outer in zip(function.output, call.outputs, strict=False) if outer)
     bindings = {item.name: item for item in function.attribute_proto} | call.attributes
-    key = (function.domain, function.name, function.overload)
-    return _Frame(key, iter(function.node), names, prefix, bindings)
+    return _Frame(iter(function.node), names, prefix, bindings)
 
 
 def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
@@ -392,10 +419,6 @@ def _find_producers(nodes: list[OnnxNode], defined: set[str], outputs: list[str]
         for name in node.outputs:
             if not name:
                 continue
-            if not isinstance(name, str):
-                raise InvalidArchitectureError(
-                    f"node {node.label!r} writes the value {name!r}, whose name is not valid UTF-8"
-                )
             if name in defined:
                 raise InvalidArchitectureError(f"the value {name!r}, written by node {node.label!r}, is defined twice")
             defined.add(name)

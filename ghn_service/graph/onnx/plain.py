@@ -37,11 +37,11 @@ def read_view(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
 def _seen(context: ReadContext, node: OnnxNode, view: View) -> View:
     if node.op_type == "Transpose":
         return view.transposed(node.integers("perm"))
+    operand = context.file.integers(node.inputs[1]) if len(node.inputs) > 1 else None  # older versions: an attribute
     if node.op_type == "Reshape":
-        return view.reshaped(_reshaped(view.shape, context.file.integers(node.inputs[1])))
+        return view.reshaped(_reshaped(view.shape, node.integers("shape") or operand))
     if node.op_type in ("Squeeze", "Unsqueeze", "Flatten"):
-        axes = node.integers("axes") or (context.file.integers(node.inputs[1]) if len(node.inputs) > 1 else None)
-        return view.reshaped(_resized(node, view.shape, axes))
+        return view.reshaped(_resized(node, view.shape, node.integers("axes") or operand))
     return View(view.source, None, None) if node.op_type == "Expand" else view
 
 

@@ -34,15 +34,17 @@ def read_onnx(data: bytes, *, limits: GraphLimits = DEFAULT_LIMITS) -> Architect
         LimitExceededError: The model is over a limit.
     """
     try:
-        context = ReadContext(load_file(data, limits), limits)
-        for node in context.file.nodes:
-            key = (node.domain, node.op_type)
-            if len(node.inputs) < MINIMUM_INPUTS.get(key, 0) or not node.outputs:
+        file = load_file(data, limits)
+        for node in file.nodes:
+            fewest = MINIMUM_INPUTS.get((node.domain, node.op_type), 0)
+            if len(node.inputs) < fewest or not node.outputs:
                 raise InvalidArchitectureError(
                     f"node {node.label!r} ({node.op_type}) has {len(node.inputs)} inputs and {len(node.outputs)}"
-                    f" outputs; expected at least {MINIMUM_INPUTS.get(key, 0)} and 1"
+                    f" outputs; expected at least {fewest} and 1"
                 )
-            context.read(node, OPERATORS.get(key, read_unknown))
+        context = ReadContext(file, limits)
+        for node in file.nodes:
+            context.read(node, OPERATORS.get((node.domain, node.op_type), read_unknown))
         context.graph.outputs = [context.values[name].flow for name in context.file.outputs]
         skeleton = simplify(context.graph, limits)
         others, buffers = settle_tensors(context, skeleton)

@@ -337,8 +337,6 @@ def _unusable_operand(header: TensorHeader, node: OnnxNode) -> Exception:
 
 def _check_tensor(name: str, shape: Shape, limits: GraphLimits) -> int:
     """The number of elements of a tensor whose name can be a key of a reply and whose size is within the limits."""
-    if not isinstance(name, str):
-        raise InvalidArchitectureError(f"the tensor name {name!r} is not valid UTF-8; rename it")
     if name in _UNSAFE_NAMES:
         raise InvalidArchitectureError(
             f"a tensor is called {name!r}, which is reserved in safetensors files; rename it"
