@@ -192,7 +192,7 @@ def _layer_similarity(a: Layer, b: Layer) -> float:
     if a.kind == "conv":
         if is_depthwise(a) != is_depthwise(b):
             return 0.0
-        score = 1.0 if (a.groups > 1) == (b.groups > 1) else 0.4
+        score: float = 1.0 if (a.groups > 1) == (b.groups > 1) else 0.4
         for mine, theirs in zip(a.placement, b.placement, strict=True):
             score *= 1.0 if mine[1] == theirs[1] else 0.5
             score *= 1.0 if mine[0] == theirs[0] else 0.9 if min(mine[0], theirs[0]) > 1 else 0.6
@@ -211,7 +211,7 @@ def _unit_similarity(a: Unit, b: Unit) -> float:
         score = matched / max(len(a.layers), len(b.layers))
         score *= 1.0 if a.kind == b.kind else 0.5
         score *= 1.0 if a.activation == b.activation else 0.9
-        return score * (1.0 if a.scale == b.scale else 0.3) * max(len(a.layers), 1) ** 0.5
+        return float(score * (1.0 if a.scale == b.scale else 0.3) * len(a.layers) ** 0.5)
     return 0.05 if a.kind == b.kind and not a.layers and not b.layers else 0.0
 
 
@@ -240,7 +240,7 @@ def _overlap(a: Layer, b: Layer) -> float:
     ratio = 1.0
     for x, y in zip(one.shape, other.shape, strict=True):
         ratio *= min(x, y) / max(x, y)
-    return ratio ** (1 / max(len(one.shape), 1))
+    return float(ratio ** (1 / max(len(one.shape), 1)))
 
 
 # ---- units ----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 MAX_PARTS = 4096
+Flag = Literal["pinned", "even", "dotted", "position", "rows"]
+_FLAGS: tuple[Flag, ...] = ("pinned", "even", "dotted", "position", "rows")
 
 
 class Dim:
@@ -74,7 +76,7 @@ class Dim:
                 found.append(dim)
         return found
 
-    def mark(self, flag: Literal["pinned", "even", "dotted", "position", "rows"]) -> None:
+    def mark(self, flag: Flag) -> None:
         """Sets a flag on all leaves."""
         for leaf in self.leaves():
             setattr(leaf, f"is_{flag}", True)
@@ -145,7 +147,7 @@ def split_sum(dim: Dim, sizes: Sequence[int]) -> tuple[Dim, ...] | None:
             return (dim,)
         dim.kind, dim.parts = "concat", tuple(_like(dim, size) for size in sizes)
         return dim.parts
-    waiting, pieces, fresh = list(reversed(dim.parts)), [], []
+    waiting, found, fresh = list(reversed(dim.parts)), list[Dim](), list[Dim]()
     for size in sizes:
         got: list[Dim] = []
         while size:
@@ -160,10 +162,10 @@ def split_sum(dim: Dim, sizes: Sequence[int]) -> tuple[Dim, ...] | None:
                 waiting.append(halves[1])
             got.append(part)
             size -= part.size
-        pieces.append(concatenation(got) if len(got) != 1 else got[0])
+        found.append(concatenation(got) if len(got) != 1 else got[0])
         fresh.extend(got)
     dim.parts = tuple(fresh)
-    return tuple(pieces)
+    return tuple(found)
 
 
 def _like(dim: Dim, size: int) -> Dim:
@@ -219,17 +221,18 @@ def _unify_equal(a: Dim, b: Dim) -> bool:
     if a.kind == "concat" and b.kind == "concat":
         bounds = sorted({*_bounds(a.parts), *_bounds(b.parts)})
         sizes = [end - start for start, end in zip([0, *bounds], bounds, strict=False)]
-        pieces = split_sum(a, sizes), split_sum(b, sizes)
-        if pieces[0] is None or pieces[1] is None:
+        one, other = split_sum(a, sizes), split_sum(b, sizes)
+        if one is None or other is None:
             return False
-        return all([unify(one, other) for one, other in zip(*pieces, strict=True)])
+        results = [unify(x, y) for x, y in zip(one, other, strict=True)]
+        return all(results)
     if a.kind == "concat":
         a, b = b, a
     if b.kind == "concat" and any(leaf is a for leaf in b.leaves()):
         return False  # a group cannot be a part of itself
-    for flag in ("pinned", "even", "dotted", "position", "rows"):
+    for flag in _FLAGS:
         if getattr(a, f"is_{flag}"):
-            b.mark(flag)  # type: ignore[arg-type]
+            b.mark(flag)
     a.parent = b
     return True
 

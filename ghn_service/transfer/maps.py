@@ -49,7 +49,8 @@ class Relations:
         for a, b in zip(mine, theirs, strict=True):
             if a.kind == "concat" and b.kind == "concat":
                 if len(a.parts) == len(b.parts):
-                    done &= all([self.relate(x, y, late=late) for x, y in zip(a.parts, b.parts, strict=True)])
+                    for x, y in zip(a.parts, b.parts, strict=True):
+                        done &= self.relate(x, y, late=late)
                 elif late:
                     self._match_parts(a, b)
                 else:
@@ -57,7 +58,7 @@ class Relations:
             elif a.kind == "concat" or b.kind == "concat":
                 return False
             elif a.is_position and b.is_position:
-                continue
+                done &= a.size == b.size or len(mine) == 1
             else:
                 done &= self._bind(a, b)
         return done

@@ -22,7 +22,7 @@ from ghn_service.transfer.axes import Dim, concatenation, reshaped, split_sum, u
 MAX_RANK = 16
 _MAX_INTEGERS = 4096
 Kind = str
-"""``conv``, ``linear``, ``norm`` (with statistics), ``layer_norm``, ``scale``, ``shift``, ``table``, ``token`` or ``other``."""
+"""conv, deconv, linear, norm (with statistics), layer_norm, scale, shift, table, token or other."""
 
 
 @dataclass(eq=False, slots=True)
@@ -46,7 +46,7 @@ class Tensor:
 
 @dataclass(eq=False, slots=True)
 class Value:
-    """What is known of a value: its axes (None if unknown), its integers if it is a small constant, where it comes from.
+    """What is known of a value: axes (None if unknown), integers of a small constant, and where it comes from.
 
     Attributes:
         tensor: The tensor that it is a mere view of.
@@ -100,6 +100,7 @@ class Network:
     layers: list[Layer]
     input: str
     consumers: dict[str, list[int]]
+    even_axes: list[Dim]
 
 
 def read_network(data: bytes, limits: GraphLimits, field_name: str) -> Network:
@@ -125,6 +126,7 @@ class _Reader:
         self.tensors: dict[str, Tensor] = {}
         self.layers: list[Layer] = []
         self.made_by: dict[str, Layer] = {}
+        self.even_axes: list[Dim] = []
         self.consumers: dict[str, list[int]] = {}
         for index, node in enumerate(file.nodes):
             for name in node.inputs:
@@ -200,7 +202,7 @@ class _Reader:
                 value.is_data = is_data
                 value.waiting = waiting if value.tensor is None else ()
                 self.values[name] = value
-        return Network(self.file, self.values, self.tensors, self.layers, self.input, self.consumers)
+        return Network(self.file, self.values, self.tensors, self.layers, self.input, self.consumers, self.even_axes)
 
     def _meet(self, node: OnnxNode, operands: list[Value], is_data: bool) -> None:
         """Records tensors that meet data here and that no handler has given a layer."""
@@ -439,7 +441,7 @@ def _transposed_convolution(reader: _Reader, node: OnnxNode, operands: list[Valu
 
 
 def _linear(reader: _Reader, node: OnnxNode, operands: list[Value], pairs: list[tuple[int, int]]) -> None:
-    """Unifies axes that operands 0 and 1 are summed over together, ``(axis of 0, axis of 1)``, and says who is fan-in."""
+    """Unifies axes that two operands are summed over together, ``(axis of 0, axis of 1)``; notes who is fan-in."""
     for first, second in pairs:
         dims = (operands[0].axes or [])[first], (operands[1].axes or [])[second]
         unify(*dims)
@@ -533,6 +535,7 @@ def _layer_norm(reader: _Reader, node: OnnxNode, operands: list[Value]) -> list[
         _broadcast(operands)
     for axis in axes[start:]:
         axis.mark("even")
+        reader.even_axes.append(axis)
     epsilon = node.attributes["epsilon"].f if "epsilon" in node.attributes else 1e-5
     tensors = {name: reader.weight(operands, i + 1) for i, name in enumerate(("weight", "bias"))}
     tensors = {name: t for name, t in tensors.items() if t is not None and t.kind == "parameter"}
@@ -564,7 +567,7 @@ def _pool(reader: _Reader, node: OnnxNode, operands: list[Value]) -> list[Value]
 
 
 def _listed_axes(node: OnnxNode, operands: list[Value], rank: int, position: int = 1) -> list[int] | None:
-    """The axes that an operator names, as attribute or operand; all where it names none, None where they are unknown."""
+    """The axes that an operator names, as attribute or operand; all if it names none, None if they are unknown."""
     if "axes" in node.attributes:
         axes = list(node.integers("axes"))
     elif len(operands) > position and node.inputs[position]:
@@ -585,6 +588,7 @@ def _reduce(reader: _Reader, node: OnnxNode, operands: list[Value]) -> list[Valu
         return _unknown(reader, node, operands)
     for axis in axes:
         dims[axis].mark("even" if node.op_type in ("ReduceMean", "ReduceMax", "ReduceMin") else "pinned")
+        reader.even_axes.append(dims[axis])
     keep = node.integer("keepdims", 1)
     kept = [Dim(1) if i in axes else dim for i, dim in enumerate(dims) if keep or i not in axes]
     return [Value(kept)]
@@ -727,7 +731,9 @@ def _slice(reader: _Reader, node: OnnxNode, operands: list[Value]) -> list[Value
     if not _known(value):
         return []
     dims = list(value.axes or [])
-    named = {name: node.integers(name) for name in ("starts", "ends", "axes") if name in node.attributes}
+    named: dict[str, tuple[int, ...]] = {
+        name: node.integers(name) for name in ("starts", "ends", "axes") if name in node.attributes
+    }
     for position, name in enumerate(("starts", "ends", "axes", "steps"), start=1):
         if len(operands) > position and node.inputs[position]:
             if operands[position].ints is None:
@@ -870,8 +876,10 @@ _HANDLERS: dict[str, _Handler] = {
     **_rows(_view, "Identity Cast CastLike Dropout"),
     **_rows(
         _same,
-        "Relu Sigmoid Tanh Erf Gelu FastGelu QuickGelu Elu Selu Celu LeakyRelu ThresholdedRelu HardSigmoid HardSwish Mish Softplus"
-        " Softsign Swish Silu Sqrt Reciprocal Exp Log Neg Abs Sin Cos Sign Floor Ceil Round Not IsNaN IsInf Clip Trilu",
+        "Relu Sigmoid Tanh Erf Gelu FastGelu QuickGelu Elu Selu Celu LeakyRelu ThresholdedRelu HardSigmoid HardSwish"
+        " Mish Softplus"
+        " Softsign Swish Silu Sqrt Reciprocal Exp Log Neg Abs Sin Cos Sign Floor Ceil Round Not IsNaN IsInf Clip"
+        " Trilu CumSum",
     ),
     **_rows(
         _elementwise,

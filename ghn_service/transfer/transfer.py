@@ -270,7 +270,12 @@ def _plan(target: Network, given: Network, head: Head) -> TransferPlan:
             if tensor.name not in origins:
                 origins[tensor.name] = "none"
                 reasons.setdefault(tensor.name, "the source has no layer in this place")
-    differences = find_differences(target, given, alignment, relations, {step.target.name: step for step in kept})
+    copied = {
+        step.target.name: step.source.name
+        for step in kept
+        if step.source is not None and step.mode == "copy" and origins[step.target.name] != "cut"
+    }
+    differences = find_differences(target, given, alignment, relations, copied)
     if is_reset:
         differences.insert(0, "the class layer is not the source's")
     cut = _cut_groups(kept, relations)
@@ -438,7 +443,7 @@ def _make_tensor(
             value *= shares.to(value.device, value.dtype).view(shape)
             free = (found.index < 0).to(value.device)
             if position not in target.contracted and bool(free.any()) and step.role in ("var", "weight"):
-                value[(slice(None),) * position + (free,)] = 1.0
+                value.movedim(position, 0)[free] = 1.0
     if step.layers[0].kind == "conv" and step.role == "weight" and step.layers[1] is not None:
         value = _place_kernel(value, step.layers[0], step.layers[1])
     elif tuple(value.shape) != target.shape:
@@ -474,7 +479,10 @@ def _passing_values(step: _Step, relations: Relations, maps: Mapping[Dim, Channe
     same = same if axis > out else same.T
     if layer.kind == "linear":
         return same.reshape(target.shape)
-    value[(slice(None), slice(None), *(before // dilation for _, _, dilation, before in layer.placement))] = same
+    pixel = value
+    for _, _, dilation, before in layer.placement:
+        pixel = pixel.select(2, before // dilation)
+    pixel.copy_(same)
     return value
 
 

@@ -136,6 +136,20 @@ class OnnxFile:
         values = tensor.int64_data if tensor.data_type == onnx.TensorProto.INT64 else tensor.int32_data
         return tuple(values) if len(values) == count else None
 
+    def small_constant(self, name: str) -> bytes:
+        """The inline bytes of a constant of at most 64 elements, to compare constants by; empty if it has none."""
+        tensor = self.tensors.get(name)
+        attributes = self.producers[name].attributes if tensor is None and name in self.producers else {}
+        if "value" in attributes:
+            tensor = attributes["value"].t
+        if tensor is None:
+            return b"".join(item.SerializeToString() for item in attributes.values())[: 8 * _MAX_INTEGERS]
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or not 0 <= math.prod(tensor.dims) <= _MAX_INTEGERS:
+            return b""
+        if tensor.data_type == onnx.TensorProto.FLOAT and not tensor.raw_data:
+            return numpy.array(tensor.float_data, dtype="<f4").tobytes()
+        return tensor.raw_data
+
     def value_shape(self, name: str) -> tuple[int, ...] | None:
         """The shape that the file states for a value, if it states a fixed one."""
         info = self.value_shapes.get(name)
