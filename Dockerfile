@@ -1,12 +1,17 @@
 # ghn-service with its bundled checkpoint:
-#   docker build -t ghn-service . && docker run -p 50051:50051 ghn-service
+#   docker build -t ghn-service . && docker run -p 127.0.0.1:50051:50051 ghn-service
+# On GPUs:
+#   docker build -t ghn-service:cuda --build-arg DEVICE=cuda --build-arg TORCH_INDEX_URL= .
+#   docker run --gpus all -p 127.0.0.1:50051:50051 ghn-service:cuda
 #
 # Build arguments:
-#   DEVICE           device that predicts: cpu, or cuda for an image that is run with --gpus all
-#   TORCH_INDEX_URL  extra package index to take torch from, such as PyTorch's index of CPU builds, which makes the
-#                    image several gigabytes smaller; pip's own index if empty
+#   DEVICE           device that predicts: cpu or cuda
+#   TORCH_INDEX_URL  extra package index to take torch from: PyTorch's own CPU builds, which make the image several
+#                    gigabytes smaller; if empty pip's index, which has builds for CUDA
+#   EXTRAS           extras of the package to install, such as tracing
 FROM python:3.11-slim-bookworm AS build
-ARG TORCH_INDEX_URL=""
+ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+ARG EXTRAS=""
 WORKDIR /build
 RUN python -m venv /opt/ghn
 ENV PATH=/opt/ghn/bin:$PATH
@@ -16,7 +21,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY clients ./clients
 COPY architectures ./architectures
 COPY ghn_service ./ghn_service
-RUN pip install --no-cache-dir -c constraints.txt .
+RUN pip install --no-cache-dir -c constraints.txt ".[${EXTRAS}]"
 
 FROM python:3.11-slim-bookworm
 ARG DEVICE=cpu

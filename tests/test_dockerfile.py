@@ -17,6 +17,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 Instruction = tuple[str, str]
+BASE_IMAGE_BYTES = 130_000_000
+"""Of python:3.11-slim-bookworm, unpacked."""
+MAX_IMAGE_BYTES = 1_600_000_000
 
 
 def instructions() -> list[Instruction]:
@@ -44,6 +47,12 @@ def test_the_server_does_not_run_as_root() -> None:
     assert all(name not in ("RUN", "COPY", "ADD") for name, _ in instructions()[last_user:])
 
 
+def test_torch_comes_without_cuda_unless_asked_for() -> None:
+    (index,) = (argument for argument in arguments("ARG") if argument.startswith("TORCH_INDEX_URL="))
+    assert index.endswith("/cpu")
+    assert any('--extra-index-url "$TORCH_INDEX_URL"' in step and "torch==" in step for step in arguments("RUN"))
+
+
 def test_build_tools_stay_in_the_first_stage() -> None:
     assert len(arguments("FROM")) == 2
     assert any(argument.startswith("--from=build") for argument in arguments("COPY"))
@@ -68,6 +77,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def is_reachable(url: str) -> bool:
+    """Whether a package index answers; without it pip's own has to do."""
+    if not url.startswith("https://"):
+        return False
+    try:
+        with socket.create_connection((url.split("/")[2], 443), timeout=3):
+            return True
+    except OSError:
+        return False
+
+
+def num_bytes(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
+
+
 class CleanDirectory:
     """Runs the instructions as an engine would, in a folder that stands for the container's root."""
 
@@ -90,6 +114,8 @@ class CleanDirectory:
                 self.environment[name] = os.path.expandvars(self.inside(value).replace("${DEVICE}", "cpu"))
                 if name == "PATH":
                     self.environment[name] = self.inside(value).replace("$PATH", os.environ["PATH"])
+        elif keyword == "ARG" and is_reachable(argument.partition("=")[2]):
+            self.environment["TORCH_INDEX_URL"] = argument.partition("=")[2]
         elif keyword == "COPY" and not argument.startswith("--from"):
             *sources, target = argument.split()
             for source in sources:
@@ -110,6 +136,10 @@ def test_the_steps_install_and_start_a_healthy_server(tmp_path: Path) -> None:
     container = CleanDirectory(tmp_path)
     for keyword, argument in instructions():
         container.run(keyword, argument)
+    python = tmp_path / "opt" / "ghn" / "bin" / "python"
+    question = [str(python), "-c", "import torch; print(torch.version.cuda)"]
+    if subprocess.run(question, capture_output=True, text=True, check=True).stdout.strip() == "None":
+        assert num_bytes(tmp_path / "opt" / "ghn") + BASE_IMAGE_BYTES < MAX_IMAGE_BYTES
     port = str(free_port())
     container.environment |= {"GHN_PORT": port, "GHN_HOST": "127.0.0.1"}
     command = json.loads(arguments("ENTRYPOINT")[0]) + json.loads(arguments("CMD")[0])

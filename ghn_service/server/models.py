@@ -183,11 +183,11 @@ class ModelRegistry:
 
 
 def resolve_devices(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Full names of the devices (``cuda:0`` for ``auto`` on a machine with a GPU), without repetitions.
+    """Full names of the devices (``cuda:0`` for ``auto`` on a machine with a GPU), one for each worker.
 
     Raises:
         InvalidOptionError: There is no such device.
     """
     devices = [choose_device(name) for name in names or ("auto",)]
     full = [torch.device(item.type, item.index or 0) if item.type == "cuda" else item for item in devices]
-    return tuple(dict.fromkeys(str(device) for device in full))
+    return tuple(str(device) for device in full)

@@ -66,7 +66,7 @@ class Settings(BaseSettings):
     """Folders with trained networks to take weights from, as `ghn-server add-source` writes them; those that come with
     the package are there without."""
     device: Names = ("auto",)
-    """Devices that predict, one worker each: auto, cpu, cuda or cuda:N."""
+    """Devices that predict: auto, cpu, cuda or cuda:N; each has a worker, and one that is named twice has two."""
     tls_certificate: Path | None = None
     """PEM file of the server's certificate and what leads to its authority; taken up anew when it is renewed."""
     tls_key: Path | None = None

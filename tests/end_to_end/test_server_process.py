@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -68,6 +69,18 @@ def test_another_process_gives_the_same_bytes(channel: grpc.Channel, checkpoint:
         second.wait_ready(60)
         with grpc.insecure_channel(second.address) as other:
             assert predict(other, TINY, seed=1) == predict(channel, TINY, seed=1)
+
+
+def test_two_workers_give_the_same_bytes_at_once(channel: grpc.Channel, checkpoint: Path) -> None:
+    expected = [predict(channel, TINY, seed=seed) for seed in range(6)]
+    settings = Settings(port=0, checkpoints=(str(checkpoint),), device=("cpu", "cpu"))
+    with start_server(settings) as second, ThreadPoolExecutor(6) as callers:
+        second.wait_ready(60)
+        with grpc.insecure_channel(second.address) as other:
+            info = ghn_pb2_grpc.GhnServiceStub(other).GetServerInfo(ghn_pb2.GetServerInfoRequest())
+            assert list(info.devices) == ["cpu", "cpu"]
+            calls = [callers.submit(predict, other, TINY, seed=seed) for seed in range(6)]
+            assert [call.result() for call in calls] == expected
 
 
 def test_a_step_draws_from_the_seed(channel: grpc.Channel) -> None:

@@ -132,15 +132,15 @@ def test_an_unknown_device_is_an_error(tmp_path: Path) -> None:
         start_server(fake_settings(tmp_path, device=("cuda:99",)))
 
 
-def test_two_devices_have_a_worker_and_a_copy_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ghn_service.server.app.resolve_devices", lambda names: ("one", "two"))
+def test_two_devices_have_a_worker_and_a_copy_each(tmp_path: Path) -> None:
     gate, copies = Gate(), []
 
     def load(path: Path, device: str) -> FakePredictor:
         copies.append(FakePredictor(gate))
         return copies[-1]
 
-    with start_server(fake_settings(tmp_path), load=load) as server, connect(server) as stub:
+    settings = fake_settings(tmp_path, device=("cpu", "cpu"))
+    with start_server(settings, load=load) as server, connect(server) as stub:
         server.wait_ready(PATIENCE_S)
         streams = [stub.PredictWeights(predict_request(TINY)) for _ in range(2)]
         for stream in streams:
