@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from ghn_client.onnx.torch_module import merge_onnx
     from ghn_client.options import LowRankOptions, Step
     from ghn_client.prediction import Prediction
+    from ghn_client.sources import Source
 
 _HOMES = {
     "GHNClient": "client",
     "LoadReport": "loading",
     "LowRankOptions": "options",
     "Prediction": "prediction",
+    "Source": "sources",
     "Step": "options",
     "export_architecture": "onnx.export",
     "load_parameters": "loading",
@@ -39,6 +41,7 @@ __all__ = [
     "LoadReport",
     "LowRankOptions",
     "Prediction",
+    "Source",
     "Step",
     "__version__",
     "export_architecture",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,23 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ghn_client.connection import MAX_ATTEMPTS, Connection
-from ghn_client.embedded import start_embedded_server
+from ghn_client.embedded import lent_source, start_embedded_server
 from ghn_client.errors import GhnClientError, InvalidOptionError, ServerUnavailableError
-from ghn_client.info import Analysis, Health, ModelInfo, ServerInfo, decode_all, decode_analysis, decode_server_info
+from ghn_client.info import (
+    Analysis,
+    Health,
+    ModelInfo,
+    ServerInfo,
+    SourceInfo,
+    decode_all,
+    decode_analysis,
+    decode_server_info,
+    decode_source,
+)
 from ghn_client.onnx.export import Architecture, read_source
 from ghn_client.options import LowRankLike, StepLike, encode_low_rank, encode_step
 from ghn_client.prediction import Prediction
+from ghn_client.sources import CLASS_LAYERS, SourceLike, as_source, example_of, is_in_library, read_local
 from ghn_client.wire import ghn_pb2
 from ghn_client.wire.codec import SERVICE, Progress, open_prediction_stream, receive_stream
 from ghn_client.wire.ghn_pb2_grpc import GhnServiceStub
@@ -127,6 +139,7 @@ class GHNClient:
         model: str = "",
         include: Sequence[str] = (),
         report: bool = False,
+        source: SourceLike | None = None,
         timeout_s: float | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Prediction:
@@ -143,6 +156,10 @@ class GHNClient:
             model: Name of one of ``models()``; "" for the server's default.
             include: Shell-style patterns on tensor names; empty for all.
             report: Ask for the diversity report.
+            source: A trained network to take weights from wherever they fit; the hypernetwork predicts the rest. A
+                module, an ONNX file, a pair of either and its weights, ``timm:NAME``, a name in the server's library
+                (see ``sources``), ``auto``, or a ``Source``. The weights of a network of this machine stay on it, so
+                only a server inside this process takes one.
             timeout_s: Seconds for all attempts together; None for the client's.
             on_progress: Called for every sign of life, on this thread.
 
@@ -152,9 +169,9 @@ class GHNClient:
         if not 0 <= seed < 1 << 64:
             raise InvalidOptionError(f"expected a seed from 0 to 2**64 - 1, got {seed}", field="seed")
         fields = _common_fields(model, dtype, low_rank)
-        source = read_source(architecture, example_inputs)
+        target = read_source(architecture, example_inputs)
         request = ghn_pb2.PredictWeightsRequest(
-            architecture=ghn_pb2.Architecture(onnx_model=source.structure),
+            architecture=ghn_pb2.Architecture(onnx_model=target.structure),
             seed=seed,
             steps=[encode_step(step) for step in steps],
             include=list(include),
@@ -166,14 +183,17 @@ class GHNClient:
             events = open_prediction_stream(channel)(request, timeout=remaining_s, metadata=self._connection.metadata)
             try:
                 buffer, trailer = receive_stream(events, max_bytes=self._max_bytes, on_progress=on_progress)
-                return Prediction.from_buffer(buffer, trailer=trailer, source=source)
+                return Prediction.from_buffer(buffer, trailer=trailer, source=target)
             except GhnClientError as error:
                 error.request_id = error.request_id or request.request_id
                 raise
             finally:
                 events.cancel()
 
-        return self._connection.call(attempt, timeout_s=timeout_s or self._timeout_s or PREDICT_TIMEOUT_S)
+        with self._found_source(source, architecture, example_inputs) as options:
+            request.MergeFrom(ghn_pb2.PredictWeightsRequest(source=options))
+            timeout_s = timeout_s or self._timeout_s or PREDICT_TIMEOUT_S
+            return self._connection.call(attempt, timeout_s=timeout_s)
 
     def analyze(
         self,
@@ -183,6 +203,7 @@ class GHNClient:
         dtype: str = "float32",
         model: str = "",
         low_rank: LowRankLike | None = None,
+        source: SourceLike | None = None,
         timeout_s: float | None = None,
     ) -> Analysis:
         """Says what ``predict`` would do with each tensor; arguments as there.
@@ -192,13 +213,21 @@ class GHNClient:
         """
         fields = _common_fields(model, dtype, low_rank)
         structure = read_source(architecture, example_inputs).structure
-        request = ghn_pb2.AnalyzeArchitectureRequest(architecture=ghn_pb2.Architecture(onnx_model=structure), **fields)
-        timeout_s = timeout_s or self._timeout_s or (PREDICT_TIMEOUT_S if low_rank else SHORT_TIMEOUT_S)
-        return decode_analysis(self._unary("AnalyzeArchitecture", request, timeout_s))
+        timeout_s = timeout_s or self._timeout_s or (PREDICT_TIMEOUT_S if low_rank or source else SHORT_TIMEOUT_S)
+        with self._found_source(source, architecture, example_inputs) as options:
+            request = ghn_pb2.AnalyzeArchitectureRequest(
+                architecture=ghn_pb2.Architecture(onnx_model=structure), source=options, **fields
+            )
+            return decode_analysis(self._unary("AnalyzeArchitecture", request, timeout_s))
 
     def models(self, *, timeout_s: float | None = None) -> tuple[ModelInfo, ...]:
         """The hypernetworks that the server has loaded, the default one first."""
         return decode_all(ModelInfo, self._unary("ListModels", ghn_pb2.ListModelsRequest(), timeout_s).models)
+
+    def sources(self, *, timeout_s: float | None = None) -> tuple[SourceInfo, ...]:
+        """The trained networks of the server's library, by name."""
+        found = self._unary("ListModels", ghn_pb2.ListModelsRequest(), timeout_s).sources
+        return tuple(map(decode_source, found))
 
     def steps(self, *, timeout_s: float | None = None) -> tuple[str, ...]:
         """Names of the post-processing steps that the server knows."""
@@ -219,6 +248,30 @@ class GHNClient:
                 return Health(alive=False, ready=False)
             serving.append(reply.status == health_pb2.HealthCheckResponse.SERVING)
         return Health(*serving)
+
+    @contextlib.contextmanager
+    def _found_source(
+        self, source: SourceLike | None, target: Architecture, example_inputs: Any
+    ) -> Iterator[ghn_pb2.SourceOptions | None]:
+        """What a request says of a source; a network of this machine is known to the server within the body."""
+        if source is None:
+            yield None
+            return
+        wanted = as_source(source)
+        options = ghn_pb2.SourceOptions(class_layer=CLASS_LAYERS[wanted.class_layer], post_process=wanted.post_process)
+        if is_in_library(wanted):
+            options.name = str(wanted.network)
+            yield options
+            return
+        if self._server is None:
+            raise InvalidOptionError(
+                f"weights of a network of this machine are not sent to a server, and {self.address} is one: use the "
+                "server inside this process (GHNClient.embedded(), no --address), or have its operator add the source "
+                "(ghn-server add-source FILE --to DIR, ghn-server serve --sources DIR) and name it",
+                field="source",
+            )
+        with lent_source(self._server, read_local(wanted, example_of(target, example_inputs))) as options.name:
+            yield options
 
     def _unary(
         self,

@@ -5,11 +5,15 @@ It needs the full package ghn-service, which is imported only when such a server
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ghn_client.errors import EmbeddedServerError
+from ghn_client.errors import EmbeddedServerError, SourceError
+from ghn_client.sources import LocalSource
 
 NOT_EMBEDDED = ("tls_certificate", "tls_key", "tls_client_ca", "tokens", "health_port")
 """Settings of a server on a network, which variables may hold."""
@@ -48,3 +52,26 @@ def start_embedded_server(checkpoint: str | Path | None = None) -> Any:
             raise EmbeddedServerError(f"the server inside this process cannot start: {error}") from error
         raise
     return server
+
+
+@contextlib.contextmanager
+def lent_source(server: Any, local: LocalSource) -> Iterator[str]:
+    """Makes a source of this process known to the server in it; gives the name to ask for, good within the body.
+
+    Raises:
+        SourceError: Its file is damaged, or none of ours.
+    """
+    library: Any = importlib.import_module("ghn_service.transfer.library")
+    sources: Any = importlib.import_module("ghn_service.transfer.source")
+    errors: Any = importlib.import_module("ghn_service.errors")
+    if local.path is None:
+        digest = library.digest_of(local.structure, local.tensors)
+        card = sources.SourceCard(**local.card)
+        source = sources.Source(local.name, local.structure, local.tensors, card, digest)
+    else:
+        try:
+            source = dataclasses.replace(library.load_source(local.path), name=local.name)
+        except errors.SourceError as error:
+            raise SourceError(str(error), field="source") from error
+    with server.sources.lend(source) as name:
+        yield name

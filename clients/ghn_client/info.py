@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -12,6 +13,8 @@ from ghn_client.wire import ghn_pb2
 from ghn_client.wire.metadata import TensorInfo, TensorUse
 
 Value = TypeVar("Value")
+
+NAMES_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,62 @@ class LowRankLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class SourceInfo:
+    """A trained network to take weights from.
+
+    Attributes:
+        name: Name to use in requests; of a network of this machine, what origins call it.
+        digest: sha256 of what it holds.
+        num_parameters: Scalars in its tensors.
+        dataset: Data that it was trained on; "" if unknown.
+        class_names: Names of its classes, in order; empty if unknown.
+        accuracy: Share of test images that it gets right; None if unknown.
+        licence: Terms under which its weights may be used; "" if unknown.
+        card: All that is known: recipe, seed, command, normalisation of its images, and more.
+    """
+
+    name: str
+    digest: str
+    num_parameters: int
+    dataset: str
+    class_names: tuple[str, ...]
+    accuracy: float | None
+    licence: str
+    card: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """What a source gives an architecture.
+
+    Attributes:
+        source: The source.
+        is_exact: Whether the network computes what the source does: nothing was cut, and nothing left out.
+        cut_groups: Channel groups of the source of which the network keeps a part.
+        left_out: Blocks of the source that the network has no place for.
+        similarity: How near the architectures are, 0 to 1.
+        statistics: Running statistics that come with the weights.
+    """
+
+    source: SourceInfo
+    is_exact: bool
+    cut_groups: tuple[str, ...]
+    left_out: tuple[str, ...]
+    similarity: float
+    statistics: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if self.is_exact:
+            return f"the function of {self.source.name}, exactly"
+        parts = [f"parts of {self.source.name}, similarity {self.similarity:.2f}"]
+        for what, names in (("cut", self.cut_groups), ("left out", self.left_out)):
+            if names:
+                more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+                parts.append(f"{what}: {', '.join(names[:NAMES_SHOWN])}{more}")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
 class Analysis:
     """What a prediction would do with an architecture.
 
@@ -67,6 +126,7 @@ class Analysis:
         op_type_counts: Nodes per op type.
         unknown_operators: Operators that data passes through as if they were element-wise.
         low_rank: What low rank would do with each weighted layer, if it was asked for.
+        transfer: What the source would give, if one was named; None too where ``auto`` finds none that pays.
     """
 
     model: str
@@ -82,6 +142,7 @@ class Analysis:
     op_type_counts: Mapping[str, int]
     unknown_operators: tuple[str, ...]
     low_rank: tuple[LowRankLayer, ...] = ()
+    transfer: Transfer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +193,26 @@ def decode_analysis(reply: ghn_pb2.AnalyzeArchitectureResponse) -> Analysis:
         for layer in reply.low_rank_layers
     )
     counts = dict(reply.op_type_counts)
-    return _decode(Analysis, reply, tensors=tuple(tensors), op_type_counts=counts, low_rank=tuple(layers))
+    transfer = decode_transfer(reply.transfer) if reply.HasField("transfer") else None
+    return _decode(
+        Analysis,
+        reply,
+        tensors=tuple(tensors),
+        op_type_counts=counts,
+        low_rank=tuple(layers),
+        transfer=transfer,
+    )
+
+
+def decode_transfer(summary: ghn_pb2.TransferSummary) -> Transfer:
+    """The value of a message."""
+    return _decode(Transfer, summary, source=decode_source(summary.source))
+
+
+def decode_source(source: ghn_pb2.SourceInfo) -> SourceInfo:
+    """The value of a message."""
+    accuracy = source.accuracy if source.HasField("accuracy") else None
+    return _decode(SourceInfo, source, accuracy=accuracy, card=json.loads(source.card_json or "{}"))
 
 
 def decode_server_info(reply: ghn_pb2.GetServerInfoResponse) -> ServerInfo:

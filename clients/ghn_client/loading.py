@@ -24,6 +24,7 @@ class LoadReport:
         fallback: The loaded parameters that a rule initialised instead of the hypernetwork.
         mismatched: Expected and given shape, of parameters whose shape differs.
         reset_buffers: Buffers of the meta device that got their initial values (running statistics).
+        statistics: Running statistics that came with the weights of a source.
     """
 
     loaded: tuple[str, ...] = ()
@@ -32,6 +33,7 @@ class LoadReport:
     fallback: tuple[str, ...] = ()
     mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     reset_buffers: tuple[str, ...] = ()
+    statistics: tuple[str, ...] = ()
 
     @property
     def is_complete(self) -> bool:
@@ -40,6 +42,8 @@ class LoadReport:
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} parameters loaded, {len(self.fallback)} of them by a fallback rule"]
+        if self.statistics:
+            parts.append(f"{len(self.statistics)} running statistics loaded")
         for what, names in (("missing", self.missing), ("unexpected", self.unexpected)):
             if names:
                 parts.append(f"{len(names)} {what}: {_shown(names)}")
@@ -56,6 +60,7 @@ def load_parameters(
     strict: bool = True,
     assign: bool = False,
     origins: Mapping[str, str] | None = None,
+    statistics: Mapping[str, torch.Tensor] | None = None,
 ) -> LoadReport:
     """Puts ``parameters`` into ``module``.
 
@@ -69,7 +74,8 @@ def load_parameters(
         strict: Whether every parameter must get a value, and every tensor must be used.
         assign: Make the given tensors the module's parameters instead of copying them; saves memory, and the module
             shares it with ``parameters``.
-        origins: ``predicted``, ``tiled`` or ``fallback:<rule>`` by name, for the report.
+        origins: ``predicted``, ``tiled``, ``fallback:<rule>`` or ``source:<name> (<how>)`` by name, for the report.
+        statistics: Running means and variances by name in ``named_buffers``, which come with the weights of a source.
 
     Raises:
         LoadError: They do not fit, and ``strict``; or a buffer of the meta device has no known value. The module is
@@ -89,14 +95,23 @@ def load_parameters(
         for name in given:
             if name not in fitting:
                 mismatched[name] = (tuple(owned[name].shape), tuple(parameters[name].shape))
-    statistics, unknown = _meta_buffers(module)
+    on_meta, unknown = _meta_buffers(module)
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    measured = {name: value for name, value in (statistics or {}).items() if name in buffers}
+    for name, value in measured.items():
+        if value.shape != buffers[name].shape:
+            mismatched[name] = (tuple(buffers[name].shape), tuple(value.shape))
     report = LoadReport(
         loaded=tuple(name for name in owned if name in sources),
         missing=tuple(name for name in owned if name not in sources and name not in mismatched),
-        unexpected=tuple(name for name in parameters if name not in owned),
+        unexpected=(
+            *(name for name in parameters if name not in owned),
+            *(name for name in statistics or {} if name not in measured),
+        ),
         fallback=tuple(name for name in owned if (origins or {}).get(sources.get(name, ""), "").startswith("fallback")),
         mismatched=mismatched,
-        reset_buffers=tuple(statistics),
+        reset_buffers=tuple(name for name in on_meta if name not in measured),
+        statistics=tuple(name for name in measured if name not in mismatched),
     )
     if strict and not report.is_complete:
         raise LoadError(
@@ -111,12 +126,15 @@ def load_parameters(
     for names in ties.values():
         if names[0] in sources:
             _put(module, names, owned[names[0]], parameters[sources[names[0]]], assign=assign)
-    for layer in dict.fromkeys(statistics.values()):
+    for layer in dict.fromkeys(on_meta.values()):
         devices = (item.device for item in layer.parameters(recurse=False) if not item.is_meta)
         device = next(devices, torch.device("cpu"))
         for name, buffer in list(layer.named_buffers(recurse=False)):
             layer.register_buffer(name, torch.empty_like(buffer, device=device))
         layer.reset_running_stats()
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    for name in report.statistics:
+        buffers[name].copy_(measured[name])
     return report
 
 

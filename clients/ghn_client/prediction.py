@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -11,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from google.protobuf.json_format import ParseDict, ParseError
 
 from ghn_client.atomic_file import write_file
-from ghn_client.errors import FileError, StreamCorruptedError
+from ghn_client.batchnorm import evaluation_mode
+from ghn_client.errors import FileError, LoadError, StreamCorruptedError
+from ghn_client.info import Transfer, decode_transfer
 from ghn_client.loading import LoadReport, load_parameters
 from ghn_client.onnx.edit import write_model
 from ghn_client.onnx.export import Architecture, ModelSource, read_source
 from ghn_client.onnx.fill import fill_model
+from ghn_client.outputs import largest_relative_difference
 from ghn_client.wire import ghn_pb2
 from ghn_client.wire.codec import decode_safetensors_header
 from ghn_client.wire.metadata import PredictionMetadata, TensorInfo, decode_metadata
@@ -47,6 +52,7 @@ class Prediction(Mapping[str, torch.Tensor]):
         seconds: Seconds that the server spent, by what it did; empty for a loaded file.
         report: The diversity report, if it was asked for.
         source: The architecture that it was made for; None for a loaded file.
+        statistics: Running means and variances that came with a source's weights, by name; no weights themselves.
     """
 
     buffer: bytearray | memoryview
@@ -55,6 +61,7 @@ class Prediction(Mapping[str, torch.Tensor]):
     seconds: Mapping[str, float] = field(default_factory=dict)
     report: Mapping[str, Any] | None = None
     source: ModelSource | None = None
+    statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @staticmethod
     def from_buffer(
@@ -78,10 +85,13 @@ class Prediction(Mapping[str, torch.Tensor]):
             if count:  # torch takes no empty buffer
                 flat = torch.frombuffer(buffer, dtype=dtype, count=count, offset=item.start)
             tensors[name] = flat.reshape(item.shape)
+        metadata = decode_metadata(encoded)
+        measured = set((metadata.transfer or {}).get("statistics", ()))
         return Prediction(
             buffer=buffer,
-            tensors=tensors,
-            metadata=decode_metadata(encoded),
+            tensors={name: tensor for name, tensor in tensors.items() if name not in measured},
+            statistics={name: tensor for name, tensor in tensors.items() if name in measured},
+            metadata=metadata,
             seconds=dict(trailer.seconds) if trailer else {},
             report=json.loads(trailer.report_json) if trailer and trailer.report_json else None,
             source=source,
@@ -129,13 +139,38 @@ class Prediction(Mapping[str, torch.Tensor]):
 
     @property
     def origins(self) -> Mapping[str, str]:
-        """``predicted``, ``tiled`` or ``fallback:<rule>`` by name."""
+        """``predicted``, ``tiled``, ``fallback:<rule>`` or ``source:<name> (<how>)`` by name."""
         return {name: note.origin for name, note in self.notes.items()}
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the user should know; sentences."""
         return self.metadata.warnings
+
+    @cached_property
+    def transfer(self) -> Transfer | None:
+        """What a source gave: exactly its function, or what was cut and left out; None without a source.
+
+        Raises:
+            FileError: The file's metadata is damaged.
+        """
+        if self.metadata.transfer is None:
+            return None
+        try:
+            summary = ParseDict(dict(self.metadata.transfer), ghn_pb2.TransferSummary(), ignore_unknown_fields=True)
+            return decode_transfer(summary)
+        except (ParseError, ValueError) as error:
+            raise FileError(f"the metadata of the prediction is damaged: {error}") from error
+
+    @property
+    def needs_recalibration(self) -> bool:
+        """Whether running statistics have to be measured on data, as ``recalibrate_batchnorm`` does.
+
+        Those of a source belong to its function: where nothing was cut or left out, measuring them anew loses accuracy.
+        """
+        if self.transfer is not None and (self.transfer.cut_groups or self.transfer.left_out):
+            return bool(self.statistics)
+        return any(name.endswith(("running_mean", "running_var")) for name in self.metadata.buffers)
 
     @property
     def num_parameters(self) -> int:
@@ -162,7 +197,31 @@ class Prediction(Mapping[str, torch.Tensor]):
         """
         state = self.state_dict()
         origins = {key: self.notes[name].origin for key, name in zip(state, self.tensors, strict=True)}
-        return load_parameters(module, state, strict=strict, assign=assign, origins=origins)
+        return load_parameters(module, state, strict=strict, assign=assign, origins=origins, statistics=self.statistics)
+
+    def verify(self, source: torch.nn.Module, target: torch.nn.Module, inputs: Any) -> float:
+        """The certificate of a transfer: how far the outputs of a source and of a network with these weights are apart.
+
+        Args:
+            source: The trained network.
+            target: The network that the weights are for; it is left as it is.
+            inputs: What both are called with: a tensor, a tuple of arguments, or a dict of keyword arguments.
+
+        Returns:
+            max |source - target| / rms(source) in evaluation mode, the largest of all outputs; a transfer that says
+            that it is exact stays below 1e-4 in float32.
+
+        Raises:
+            LoadError: The weights do not fit the target, or the outputs are of different shapes.
+        """
+        loaded = copy.deepcopy(target)
+        self.load_into(loaded)
+        with evaluation_mode(source), evaluation_mode(loaded), torch.no_grad():
+            outputs = [_call(network, inputs) for network in (source, loaded)]
+        try:
+            return largest_relative_difference(*outputs)
+        except ValueError as error:
+            raise LoadError(f"source and target cannot be compared: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Writes the safetensors file whole, or raises a ``FileError`` and leaves what was there."""
@@ -184,3 +243,9 @@ class Prediction(Mapping[str, torch.Tensor]):
         """
         source = self.source if model is None else read_source(model, example_inputs)
         write_model(fill_model(self, source), Path(path))
+
+
+def _call(network: torch.nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return network(**inputs)
+    return network(*inputs) if isinstance(inputs, list | tuple) else network(inputs)

@@ -155,7 +155,7 @@ def encode_analysis(
             )
             for name, spec in analysis.specs.items()
         ],
-        buffers=[buffer.name for buffer in graph.buffers],
+        buffers=[buffer.name for buffer in graph.buffers if buffer.name not in analysis.statistics],
         warnings=analysis.warnings,
         op_type_counts=Counter(node.op_type for node in graph.nodes),
         unknown_operators=graph.unknown_operators,

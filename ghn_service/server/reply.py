@@ -120,7 +120,7 @@ def _encode_header(
             )
             for name, spec in specs.items()
         ),
-        buffers=tuple(buffer.name for buffer in graph.buffers),
+        buffers=tuple(buffer.name for buffer in graph.buffers if buffer.name not in statistics),
         warnings=warnings,
         steps=tuple(dataclasses.asdict(record) for record in records),
         low_rank=encode_low_rank_record(low_rank) if low_rank else None,

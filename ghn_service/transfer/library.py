@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import threading
+import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -168,15 +169,20 @@ class Library:
         return next((summary.num_bytes for summary in self.summaries() if summary.name == name), 0)
 
     @contextlib.contextmanager
-    def lend(self, source: Source) -> Iterator[None]:
-        """Makes a source of this process known under its name until the body ends."""
+    def lend(self, source: Source) -> Iterator[str]:
+        """Makes a source of this process known until the body ends; gives the name to load it by, which is no other's.
+
+        Args:
+            source: Keeps its own name in what is said of it.
+        """
+        key = f"lent:{uuid.uuid4().hex}"
         with self._lock:
-            self._lent[source.name] = source
+            self._lent[key] = source
         try:
-            yield
+            yield key
         finally:
             with self._lock:
-                self._lent.pop(source.name, None)
+                del self._lent[key]
 
     def _found(self) -> dict[str, tuple[Path, SourceSummary]]:
         """Path and summary of every source in the folders, by name; a file is read again only where it has changed."""
@@ -194,6 +200,15 @@ class Library:
                     failures[path.name] = str(error)
             self.failures = failures
         return dict(sorted(found.items()))
+
+
+def digest_of(structure: bytes, tensors: Mapping[str, torch.Tensor]) -> str:
+    """sha256 of a source that is in no file, in hexadecimal."""
+    found = hashlib.sha256(structure)
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 @contextlib.contextmanager

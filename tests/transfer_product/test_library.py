@@ -164,8 +164,9 @@ def test_a_library_reads_nothing_outside_of_its_folders(tmp_path: Path, name: st
 
 def test_a_lent_source_is_known_until_it_is_given_back(tmp_path: Path) -> None:
     library = Library([tmp_path])
-    with library.lend(Source("mine", STRUCTURE, tensors())):
-        assert library.load("mine").structure == STRUCTURE
-        assert (library.summaries(), library.size("mine")) == ((), 0)
+    with library.lend(Source("mine", STRUCTURE, tensors())) as key, library.lend(Source("mine", b"", {})) as other:
+        assert library.load(key).structure == STRUCTURE
+        assert library.load(other).structure == b""
+        assert (library.summaries(), library.size(key)) == ((), 0)
     with pytest.raises(UnknownModelError):
-        library.load("mine")
+        library.load(key)

@@ -22,6 +22,7 @@ from ghn_client.cli.options import (
     Network,
     Server,
     ShowAll,
+    Sources,
     Tuning,
     command,
     print_json,
@@ -88,6 +89,7 @@ def predict(
     server: Server,
     network: Network,
     targets: Targets,
+    sources: Sources,
     model: Model = "",
     image_size: ImageSize = None,
     dtype: ElementType = Dtype.FLOAT32,
@@ -123,6 +125,7 @@ def predict(
             model=model,
             include=include or (),
             report=targets.report is not None,
+            source=sources.chosen(),
             on_progress=on_progress,
         )
     prediction.save(weights)
@@ -146,6 +149,7 @@ def predict(
 def analyze(
     server: Server,
     network: Network,
+    sources: Sources,
     model: Model = "",
     image_size: ImageSize = None,
     dtype: ElementType = Dtype.FLOAT32,
@@ -160,7 +164,9 @@ def analyze(
     architecture = find_network(network)
     example = None if isinstance(architecture, Path) else image_example(architecture, image_size)
     with server.connect() as client:
-        analysis = client.analyze(architecture, example, dtype=dtype, model=model, low_rank=low_rank or None)
+        analysis = client.analyze(
+            architecture, example, dtype=dtype, model=model, low_rank=low_rank or None, source=sources.chosen()
+        )
     for sentence in analysis.warnings:
         warn(sentence)
     if as_json:
@@ -171,15 +177,16 @@ def analyze(
 
 @command(app)
 def models(server: Server, as_json: Json = False) -> None:
-    """List the hypernetworks that a server has loaded."""
+    """List the hypernetworks that a server has loaded, and the trained networks of its library."""
     from ghn_client.cli import tables
 
     with server.connect() as client:
-        found, steps = client.models(), client.steps()
+        found, sources, steps = client.models(), client.sources(), client.steps()
     if as_json:
-        print_json({"models": [dataclasses.asdict(item) for item in found], "steps": list(steps)})
+        loaded, known = ([dataclasses.asdict(item) for item in found], [dataclasses.asdict(item) for item in sources])
+        print_json({"models": loaded, "sources": known, "steps": list(steps)})
     else:
-        tables.print_models(found, steps)
+        tables.print_models(found, sources, steps)
 
 
 @command(app)

@@ -28,6 +28,7 @@ from ghn_client.errors import AuthenticationError, GhnClientError, InvalidOption
 
 if typing.TYPE_CHECKING:
     from ghn_client.client import GHNClient
+    from ghn_client.sources import Source
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -126,6 +127,56 @@ def _read_token(path: Path | None) -> str | None:
     if not token:
         raise AuthenticationError(f"there is no token in the file {str(path)!r}")
     return token
+
+
+class ClassLayer(StrEnum):
+    """What becomes of a source's class layer."""
+
+    AUTO = "auto"
+    KEEP = "keep"
+    RESET = "reset"
+
+
+def _source(name: str, text: str, metavar: str | None = None) -> Any:
+    return Option(f"--{name}", metavar=metavar, help=text, rich_help_panel="Source")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sources:
+    """Which trained network weights are taken from, and how."""
+
+    source: Annotated[
+        str,
+        _source(
+            "source",
+            "Take weights of a trained network: a file, timm:NAME, SCRIPT:FACTORY, one of `ghn-client models`, or auto.",
+            "S",
+        ),
+    ] = ""
+    source_weights: Annotated[
+        Path | None, _source("source-weights", "Its weights, where it has none: .safetensors or .pt.", "FILE")
+    ] = None
+    class_layer: Annotated[
+        ClassLayer, _source("class-layer", "auto keeps the class layer where there are equally many classes.")
+    ] = ClassLayer.AUTO
+    steps_on_source: Annotated[bool, _source("steps-on-source", "Let --step change what the source gives, too.")] = (
+        False
+    )
+
+    def chosen(self) -> Source | None:
+        """What the options name, if anything."""
+        from ghn_client.sources import Source
+
+        if not self.source:
+            if self.source_weights is not None:
+                raise InvalidOptionError("--source-weights belong to a network: name it with --source")
+            return None
+        return Source(
+            self.source,
+            weights=self.source_weights,
+            class_layer=self.class_layer.value,
+            post_process=self.steps_on_source,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

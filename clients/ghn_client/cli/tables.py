@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import string
@@ -19,7 +20,7 @@ from rich.table import Table
 
 from ghn_client.atomic_file import write_file
 from ghn_client.cli.options import messages
-from ghn_client.info import Analysis, LowRankLayer, ModelInfo
+from ghn_client.info import Analysis, LowRankLayer, ModelInfo, SourceInfo, Transfer
 from ghn_client.prediction import Prediction
 from ghn_client.wire.codec import Progress as Event
 
@@ -27,10 +28,11 @@ MAX_ROWS = 80
 """Layers that are shown unless all are asked for."""
 
 PIPE_WIDTH = 160
-_RIGHT = ("parameters", "classes", "std")
+_RIGHT = ("parameters", "classes", "accuracy", "std")
 _STAGES = {
     "queued": "waiting for a device",
     "encoding": "reading the architecture",
+    "transferring": "taking weights from the source",
     "predicting": "predicting weights",
     "post_processing": "post-processing",
     "streaming": "receiving weights",
@@ -76,11 +78,15 @@ def print_prediction(prediction: Prediction, written: Sequence[str], seconds: fl
     console, metadata = _data_console(), prediction.metadata
     _print_layers(console, rows, show_all=show_all)
     files = " and ".join([f"{written[0]} ({_bytes_text(len(prediction.buffer))})", *written[1:]])
+    if prediction.transfer is not None:
+        _print_transfer(console, prediction.transfer)
+        advice = "measure the running statistics anew (recalibrate_batchnorm)"
+        console.print(f"before use: {advice if prediction.needs_recalibration else 'nothing; keep running statistics'}")
     console.print(f"written to {files} in {seconds:.1f} s; hypernetwork {metadata.model}, seed {metadata.seed}")
 
 
 def print_analysis(analysis: Analysis, *, show_all: bool) -> None:
-    """One line a layer, then what the graph is made of, then what low rank would do."""
+    """One line a layer, then what the graph is made of, what a source gives, and what low rank would do."""
     console = _data_console()
     rows = [_Row(item.torch_name or item.name, item.shape, item.origin) for item in analysis.tensors]
     _print_layers(console, rows, show_all=show_all)
@@ -91,6 +97,8 @@ def print_analysis(analysis: Analysis, *, show_all: bool) -> None:
     )
     if analysis.buffers:
         console.print(f"not weights, left to you: {len(analysis.buffers)} buffers, such as {analysis.buffers[0]}")
+    if analysis.transfer is not None:
+        _print_transfer(console, analysis.transfer)
     if analysis.low_rank:
         _print_low_rank(console, analysis.low_rank)
 
@@ -124,6 +132,23 @@ def _print_layers(console: Console, rows: Sequence[_Row], *, show_all: bool) -> 
     console.print(f"{_count_text(total)} parameters in {len(rows)} tensors: {', '.join(told)}")
 
 
+def _print_transfer(console: Console, transfer: Transfer) -> None:
+    """What a source gives, and what is known of it."""
+    source = transfer.source
+    known = {
+        "trained on": source.dataset,
+        "accuracy": "" if source.accuracy is None else f"{source.accuracy:.1%}",
+        "licence": source.licence,
+        "digest": source.digest[:16],
+    }
+    console.print(f"source: {transfer}")
+    console.print("source: " + ", ".join(f"{name} {value}" for name, value in known.items() if value))
+    normalization = source.card.get("normalization")
+    if normalization:
+        told = ", ".join(f"{key} {tuple(round(x, 4) for x in values)}" for key, values in normalization.items())
+        console.print(f"source: its images have {told}")
+
+
 def _print_low_rank(console: Console, layers: Sequence[LowRankLayer]) -> None:
     """One line a layer: what it would become, and its error at other ranks; then the notes, and what is saved."""
     notes = dict.fromkeys(layer.note for layer in layers if layer.note)
@@ -147,8 +172,8 @@ def _print_low_rank(console: Console, layers: Sequence[LowRankLayer]) -> None:
     console.print(f"{told}; errors are those of the layer's function, relative to its output")
 
 
-def print_models(models: Sequence[ModelInfo], steps: Sequence[str]) -> None:
-    """One line a hypernetwork, then the post-processing steps."""
+def print_models(models: Sequence[ModelInfo], sources: Sequence[SourceInfo], steps: Sequence[str]) -> None:
+    """One line a hypernetwork, one a source, then the post-processing steps."""
     table = _table("name", "kind", "parameters", "classes", "trained on", "device", "digest")
     for model in models:
         name = f"{model.name} (default)" if model.is_default else model.name
@@ -156,6 +181,14 @@ def print_models(models: Sequence[ModelInfo], steps: Sequence[str]) -> None:
         table.add_row(name, model.kind, size, str(model.num_classes), trained_on, model.device, model.digest[:12])
     console = _data_console()
     console.print(table)
+    table = _table("source", "parameters", "trained on", "classes", "accuracy", "licence", "digest")
+    for source in sources:
+        accuracy = "" if source.accuracy is None else f"{source.accuracy:.1%}"
+        classes = str(len(source.class_names)) if source.class_names else "unknown"
+        about = [source.dataset or "unknown", classes, accuracy, source.licence or "unknown"]
+        table.add_row(source.name, _count_text(source.num_parameters), *about, source.digest[:12])
+    if sources:
+        console.print(table)
     console.print(f"post-processing steps: {', '.join(steps) or 'none'}")
 
 
@@ -207,6 +240,9 @@ def prediction_document(prediction: Prediction, written: Sequence[str], seconds:
             }
             for name, value in prediction.items()
         ],
+        "transfer": dataclasses.asdict(prediction.transfer) if prediction.transfer else None,
+        "statistics": list(prediction.statistics),
+        "needs_recalibration": prediction.needs_recalibration,
         "warnings": list(prediction.warnings),
         "server_seconds": dict(prediction.seconds),
         "seconds": round(seconds, 3),

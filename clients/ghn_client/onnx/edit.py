@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import onnx
+import onnx.numpy_helper
 import torch
 from google.protobuf.message import DecodeError
 from onnx.external_data_helper import load_external_data_for_model
@@ -75,6 +76,35 @@ def read_model(path: str | Path) -> onnx.ModelProto:
     except (OSError, ValueError, onnx.checker.ValidationError) as error:
         raise InvalidArchitectureError(f"cannot read the model {str(path)!r}: {error}") from error
     return model
+
+
+def tensors_of(model: onnx.ModelProto) -> dict[str, torch.Tensor]:
+    """The floating-point tensors of a model by name, of initializers and constants; the model's own lose their bytes.
+
+    Raises:
+        InvalidArchitectureError: The bytes of a tensor do not fit its shape.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for graph in graphs(model.graph):
+        constants = [(node.output[0], item.t) for node in graph.node if node.op_type == "Constant"
+                     for item in node.attribute if item.name == "value"]  # fmt: skip
+        for name, proto in [*((item.name, item) for item in graph.initializer), *constants]:
+            dtype = TORCH_DTYPES.get(proto.data_type)
+            has_data = proto.HasField("raw_data") or proto.float_data or proto.double_data or proto.int32_data
+            if dtype is None or not dtype.is_floating_point or not has_data:
+                continue
+            try:
+                if proto.HasField("raw_data"):
+                    values = torch.frombuffer(bytearray(proto.raw_data), dtype=dtype)
+                    proto.ClearField("raw_data")
+                elif dtype == torch.bfloat16:
+                    values = torch.tensor(list(proto.int32_data), dtype=torch.int32).to(torch.int16).view(dtype)
+                else:
+                    values = torch.from_numpy(onnx.numpy_helper.to_array(proto).copy())
+                tensors[name] = values.reshape(tuple(proto.dims))
+            except (ValueError, RuntimeError) as error:
+                raise InvalidArchitectureError(f"the tensor {name!r} of the model is damaged: {error}") from error
+    return tensors
 
 
 def load_external(model: onnx.ModelProto, path: Path) -> None:

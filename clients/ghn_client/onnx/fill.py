@@ -61,6 +61,8 @@ def fill_model(prediction: Prediction, source: ModelSource | None) -> onnx.Model
     for name, tensor in prediction.items():
         if not name.endswith((FACTOR_IN, FACTOR_OUT)):
             filler.put(prediction.notes.get(name) or TensorInfo(name, "", initializer=name), tensor)
+    for name, tensor in prediction.statistics.items():
+        filler.put(TensorInfo(name, "", initializer=name), tensor)
     layers = (prediction.metadata.low_rank or {}).get("layers", ())
     permutations = {item["parameter"]: item["permutation"] for item in layers if item.get("permutation")}
     for name, pair in pairs.items():
