@@ -19,10 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghn_service.errors import InvalidOptionError, OutOfMemoryError, PredictionError, SourceError, memory_errors
+from ghn_service.errors import (
+    InvalidArchitectureError,
+    InvalidOptionError,
+    LimitExceededError,
+    OutOfMemoryError,
+    PredictionError,
+    SourceError,
+    UnsupportedArchitectureError,
+    memory_errors,
+)
 from ghn_service.graph.architecture import ArchitectureGraph, ParameterSpec
 from ghn_service.graph.onnx.reader import read_onnx
 from ghn_service.graph.passes import restrict_vocabulary
+from ghn_service.graph.raw_graph import GraphLimits
 from ghn_service.hypernetwork.checkpoint import CheckpointSummary, load_checkpoint
 from ghn_service.hypernetwork.download import find_checkpoint
 from ghn_service.hypernetwork.features import Target, build_features, collate, is_tiled
@@ -42,6 +52,8 @@ from ghn_service.postprocess.low_rank.output import LowRankRecord, apply_low_ran
 from ghn_service.postprocess.low_rank.ranks import LowRank
 from ghn_service.postprocess.steps import Step, apply_steps, parse_steps
 from ghn_service.postprocess.weighted_layers import StepRecord
+from ghn_service.transfer.auto import choose_source
+from ghn_service.transfer.library import AUTO, Library
 from ghn_service.transfer.source import Source
 from ghn_service.transfer.transfer import Head, Transfer, TransferPlan, plan_transfer, transfer_weights
 
@@ -124,14 +136,45 @@ class PlannedTransfer:
 
 
 def plan_source(
-    source: Source, structure: bytes, *, head: Head = "auto", post_process: bool = False
-) -> PlannedTransfer:
-    """What a source gives an architecture; arguments as in ``PlannedTransfer``.
+    library: Library,
+    name: str,
+    structure: bytes,
+    *,
+    head: Head = "auto",
+    post_process: bool = False,
+    limits: GraphLimits | None = None,
+) -> tuple[PlannedTransfer | None, tuple[str, ...]]:
+    """What a source of a library gives an architecture; other arguments as in ``PlannedTransfer``.
+
+    Args:
+        library: Where sources are.
+        name: One of them; ``auto`` for the one that fits best.
+        structure: The architecture, which has been read within the limits already.
+        head: What becomes of the class layer.
+        post_process: Whether post-processing changes what the source gives.
+        limits: The largest network that is read.
+
+    Returns:
+        The plan, None where ``auto`` finds no source that pays, and why it chose so, in sentences.
 
     Raises:
-        SourceError: It has no weights, or nothing in common with the architecture.
+        UnknownModelError: There is no such source.
+        SourceError: It has no weights, cannot be read, or has nothing in common with the architecture.
     """
-    return PlannedTransfer(source, structure, plan_transfer(source, structure, head=head), head, post_process)
+    if name == AUTO:
+        choice = choose_source(library, structure, head=head)
+        if choice.source is None or choice.plan is None:
+            return None, (
+                "The hypernetwork alone serves this architecture better than any source.",
+                *choice.reasons[:1],
+            )
+        return PlannedTransfer(choice.source, structure, choice.plan, head, post_process), choice.reasons[:1]
+    source = library.load(name)
+    try:
+        plan = plan_transfer(source, structure, head=head, limits=limits)
+    except (InvalidArchitectureError, UnsupportedArchitectureError, LimitExceededError) as error:
+        raise SourceError(f"the source {source.name!r} cannot be read: {error}", field="source") from error
+    return PlannedTransfer(source, structure, plan, head, post_process), ()
 
 
 @dataclass(frozen=True, eq=False, slots=True)

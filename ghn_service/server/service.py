@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,10 +31,8 @@ from ghn_service.server.queue import Job, StageCallback, WorkQueue
 from ghn_service.server.reply import VERSION, encode_report, encode_result_header, encode_values, expected_bytes
 from ghn_service.server.settings import Settings
 from ghn_service.server.watchdog import Watchdog
-from ghn_service.transfer.auto import choose_source
-from ghn_service.transfer.library import AUTO, Library
+from ghn_service.transfer.library import Library
 
-logger = logging.getLogger(__name__)
 Events = Iterator[ghn_pb2.PredictWeightsResponse | bytes]
 
 
@@ -81,7 +78,7 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
                     f"none of the {len(list(graph.parameters()))} tensors matches {', '.join(options.include)}",
                     field="include",
                 )
-            transfer = self._plan_transfer(request)
+            transfer, graph = self._plan_transfer(request, graph)
             for progress in job.follow(partial(_predict, model, graph, options, transfer)):
                 yield encode_progress(progress)
             result = job.result()
@@ -113,7 +110,7 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
         low_rank = decode_low_rank(request.low_rank, with_curves=True) if request.HasField("low_rank") else None
         model = self.models.get(request.model)
         graph = read_onnx(request.architecture.onnx_model, limits=self.limits)
-        transfer = self._plan_transfer(request)
+        transfer, graph = self._plan_transfer(request, graph)
         analysis = model.predictors[0].analyze(graph, transfer=transfer)
         if low_rank is not None:
             with self._admit(context) as job:
@@ -137,20 +134,17 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
         return encode_server_info(self.settings, self.models.devices, version=VERSION, uptime_s=uptime_s)
 
     def _plan_transfer(
-        self, request: ghn_pb2.PredictWeightsRequest | ghn_pb2.AnalyzeArchitectureRequest
-    ) -> PlannedTransfer | None:
-        """What the source of a request gives; None where it names none, or ``auto`` finds none that pays."""
+        self, request: ghn_pb2.PredictWeightsRequest | ghn_pb2.AnalyzeArchitectureRequest, graph: ArchitectureGraph
+    ) -> tuple[PlannedTransfer | None, ArchitectureGraph]:
+        """What the source of a request gives, if it names one, and the graph with what the user should know of it."""
         if not request.HasField("source"):
-            return None
+            return None, graph
         name, head, post_process = decode_source(request.source)
         structure = request.architecture.onnx_model
-        if name != AUTO:
-            return plan_source(self.sources.load(name), structure, head=head, post_process=post_process)
-        choice = choose_source(self.sources, structure, head=head)
-        logger.info("source chosen", extra={"reasons": choice.reasons})
-        if choice.source is None or choice.plan is None:
-            return None
-        return PlannedTransfer(choice.source, structure, choice.plan, head, post_process)
+        transfer, reasons = plan_source(
+            self.sources, name, structure, head=head, post_process=post_process, limits=self.limits
+        )
+        return transfer, replace(graph, warnings=(*graph.warnings, *reasons))
 
     def _admit(self, context: grpc.ServicerContext) -> Job[PredictionResult]:
         """A place in the queue, until the client or the server gives up."""

@@ -149,7 +149,7 @@ class Sources:
         str,
         _source(
             "source",
-            "Take weights of a trained network: a file, timm:NAME, SCRIPT:FACTORY, one of `ghn-client models`, or auto.",
+            "Take weights of a trained network: a file, timm:NAME, SCRIPT:FACTORY, one of `ghn-client models`, auto.",
             "S",
         ),
     ] = ""
