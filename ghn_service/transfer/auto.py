@@ -56,7 +56,7 @@ def choose_source(
         except SourceError as error:
             refused.append(f"{summary.name}: {error}.")
             continue
-        rank = (True, float(summary.num_parameters)) if plan.is_exact else (False, plan.similarity)
+        rank = (True, float(summary.num_parameters)) if plan.contains_source else (False, plan.similarity)
         found.append((rank, source, plan))
     found.sort(key=lambda item: item[0], reverse=True)
     reasons = [_describe(source, plan) for _, source, plan in found]
@@ -70,6 +70,6 @@ def choose_source(
 
 def _describe(source: Source, plan: TransferPlan) -> str:
     """Why a source is a better or worse choice."""
-    if plan.is_exact:
+    if plan.contains_source:
         return f"{source.name}: the architecture contains it."
     return f"{source.name}: not contained, similarity {plan.similarity:.2f}."

@@ -37,7 +37,12 @@ _SHAPED = frozenset({"Reshape", "Expand", "Split", "Slice"})
 
 
 def find_differences(
-    target: Network, source: Network, alignment: Alignment, relations: Relations, copied: Mapping[str, str]
+    target: Network,
+    source: Network,
+    alignment: Alignment,
+    relations: Relations,
+    copied: Mapping[str, str],
+    ends: tuple[str, str] | None = None,
 ) -> list[str]:
     """Why the target will not compute what the source computes; empty if it will.
 
@@ -47,6 +52,7 @@ def find_differences(
         alignment: Of both.
         relations: Which group of the source each group of the target stands for.
         copied: Source tensor by target tensor, for tensors that were mapped without loss.
+        ends: The values of target and source to compare; None for their outputs.
     """
     found = list(_broken_maps(target, relations))
     numbers: dict[object, int] = {}
@@ -69,7 +75,7 @@ def find_differences(
     mine = _Numbering(target, numbers, copied, of_target, skipped)
     limit = len(numbers)
     mine.run()
-    ends = [_output(net) for net in (target, source)]
+    ends = ends or (_output(target), _output(source))
     if mine.of.get(ends[0]) != theirs.of.get(ends[1]):
         odd = next((node for node, number in mine.made if number >= limit), None)
         what = f"from {odd.label!r} ({odd.op_type}) on, it" if odd is not None else "it"

@@ -40,6 +40,7 @@ class TransferPlan:
             (an inserted layer that passes its input on).
         similarity: Share of the layers of both networks that the alignment explains, weighted by sizes; 0 to 1.
         is_exact: Whether the target will compute what the source computes.
+        contains_source: Whether it will up to the class layer, should that be reset.
         cut_groups: Channel groups that are narrower than the source's, by the layers that produce them.
         left_out: Layers of the source that the target has no place for.
         reasons: Why a target tensor is not mapped, for every ``none``.
@@ -50,6 +51,7 @@ class TransferPlan:
     sources: Mapping[str, str]
     similarity: float
     is_exact: bool
+    contains_source: bool = False
     cut_groups: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     reasons: Mapping[str, str] = field(default_factory=dict)
@@ -275,7 +277,9 @@ def _plan(target: Network, given: Network, head: Head) -> TransferPlan:
         for step in kept
         if step.source is not None and step.mode == "copy" and origins[step.target.name] != "cut"
     }
-    differences = find_differences(target, given, alignment, relations, copied)
+    ends = (_class_layer_input(target, classes), _class_layer_input(given, known)) if is_reset else None
+    differences = find_differences(target, given, alignment, relations, copied, ends)
+    contains_source = not differences
     if is_reset:
         differences.insert(0, "the class layer is not the source's")
     cut = _cut_groups(kept, relations)
@@ -284,6 +288,7 @@ def _plan(target: Network, given: Network, head: Head) -> TransferPlan:
         sources={step.target.name: step.source.name if step.source else "" for step in kept},
         similarity=alignment.score,
         is_exact=not differences,
+        contains_source=contains_source,
         cut_groups=cut,
         left_out=tuple(dict.fromkeys(layer.label for layer in alignment.left_out)),
         reasons=reasons,
@@ -331,6 +336,15 @@ def _relate_passing(tensor: Tensor, layer: Layer, relations: Relations) -> None:
                 relations._bind(a, relations.of[b])
             elif a in relations.of:
                 relations._bind(b, relations.of[a])
+
+
+def _class_layer_input(network: Network, classes: list[Dim]) -> str:
+    """What the layer that makes the classes reads; "" if there is none."""
+    for layer in network.layers:
+        leaves = (leaf for tensor in layer.tensors.values() for axis in tensor.axes for leaf in axis.leaves())
+        if any(leaf in classes for leaf in leaves):
+            return network.file.nodes[layer.index].inputs[0]
+    return ""
 
 
 def _refusal(step: _Step, relations: Relations, classes: list[Dim]) -> str:
@@ -421,8 +435,8 @@ def _make_tensor(
 ) -> torch.Tensor:
     """The values of one target tensor."""
     target, mode = step.target, step.mode
-    if mode == "zero" and step.role in ("weight", "bias"):
-        return torch.zeros(target.shape)
+    if mode == "zero":  # statistics of another stage's block need not fit
+        return torch.full(target.shape, 1.0 if step.role == "var" else 0.0)
     if step.source is None:
         return _passing_values(step, relations, maps)
     value = original = values[step.source.name]
