@@ -84,9 +84,9 @@ def fit(
     """Train a hypernetwork on random architectures and a folder of labelled images."""
     from ghn_service.hypernetwork.download import find_checkpoint
     from ghn_service.training.run import fit as run_fit
-    from ghn_service.training.settings import load_settings
+    from ghn_service.training.settings import TrainingSettings, load_settings
 
-    settings = load_settings(config, changes or ())
+    settings = load_settings(config, changes or (), TrainingSettings)
     start = find_checkpoint(start_from) if start_from else None
     progress = run_fit(data, out, settings, resume=resume, start_from=start, cache=cache)
     typer.echo(
