@@ -71,7 +71,7 @@ class VectorDecoder(nn.Module):
             return
         rows = sorted({target.node for target in wanted})
         place = dict(zip(rows, range(len(rows)), strict=True))
-        hidden = self.activation(self.hidden(embeddings[rows]))
+        hidden = self.activation(self.hidden(embeddings[rows].to(self.hidden.weight.dtype)))
         decoded = torch.unflatten(self.output(hidden), 1, (2, -1))  # (nodes, 2, length)
         values = {Role.VECTOR: decoded[:, 0], Role.BIAS: decoded[:, 1]}
         if Role.CLASS_BIAS in {target.role for target in wanted}:
@@ -124,6 +124,7 @@ class TiledDecoder(nn.Module):
             max_elements: Largest number of values to hold for one group; None for no limit.
         """
         yield from self.vectors(embeddings, targets)
+        embeddings = embeddings.to(self.grid.weight.dtype)
         matrices = [target for target in targets if target.role not in VECTOR_ROLES]
         by_kernel = grouped(matrices, attrgetter("kernel"))
         kernels, limits = sorted(by_kernel), self.max_shape[2:]
@@ -217,6 +218,7 @@ class LowRankDecoder(nn.Module):
         matrices = [target for target in targets if target.role not in VECTOR_ROLES]
         if not matrices:
             return
+        embeddings = embeddings.to(self.expand.weight.dtype)
         features = self.activation(self.expand(embeddings[[target.node for target in matrices]]))
         features = self.factors(self.activation(self.hidden(features)))
         features = self.activation(torch.unflatten(features, 1, (2, self.rank, self.rank)))  # (nodes, 2, r, r)

@@ -81,6 +81,15 @@ class GraphHyperNetwork(nn.Module):
         """Where the hypernetwork is."""
         return self.node_encoder.type_embedding.weight.device
 
+    def decode_matrices_in(self, dtype: torch.dtype) -> None:
+        """Keeps the decoder of matrices, which is nearly all of a large hypernetwork, and its products in this type.
+
+        Encoder and vectors stay in float32: they cost little, and errors of the one would reach every tensor.
+        """
+        for part in self.decoder.children():
+            if part is not self.decoder.vectors:
+                part.to(dtype)
+
     def encode(self, batch: GraphBatch) -> Tensor:
         """Node embeddings (T, C) of a batch that is on the hypernetwork's device."""
         features = self.node_encoder(batch.data.type_row, batch.data.shape_rows, batch.data.places)

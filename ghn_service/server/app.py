@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import FrameType
 
 import grpc
@@ -44,7 +45,7 @@ class RunningServer:
 
     Args:
         settings: Everything that can be chosen.
-        load: Reads one checkpoint onto one device.
+        load: Reads one checkpoint onto one device; None for ``load_predictor`` with the settings' element type.
 
     Attributes:
         address: Where it listens, as ``host:port``; a host that clients can dial even if it listens on all.
@@ -56,7 +57,7 @@ class RunningServer:
         InvalidOptionError: There is no such device.
     """
 
-    def __init__(self, settings: Settings, *, load: LoadPredictor = load_predictor) -> None:
+    def __init__(self, settings: Settings, *, load: LoadPredictor | None = None) -> None:
         devices = resolve_devices(settings.device)
         files = checkpoint_files(settings)
         access = load_access(settings)
@@ -74,7 +75,8 @@ class RunningServer:
         self._work_queue = WorkQueue(
             num_workers=len(devices), max_queue=settings.max_queue, max_active=settings.max_streams
         )
-        self._models = ModelRegistry(files, devices, load=load, on_ready=self._become_ready)
+        load_as_set = partial(load_predictor, compute_dtype=settings.compute_dtype)
+        self._models = ModelRegistry(files, devices, load=load or load_as_set, on_ready=self._become_ready)
         self._register(settings)
         self._server.start()
         if self._health_server is not None:
@@ -136,7 +138,7 @@ class RunningServer:
         self._health.set(SERVICE, _SERVING)
 
 
-def start_server(settings: Settings, *, load: LoadPredictor = load_predictor) -> RunningServer:
+def start_server(settings: Settings, *, load: LoadPredictor | None = None) -> RunningServer:
     """Starts a server; it listens at once, and loads its hypernetworks in the background."""
     return RunningServer(settings, load=load)
 

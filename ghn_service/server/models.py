@@ -56,9 +56,9 @@ LoadPredictor = Callable[[Path, str], ServedPredictor]
 """Makes a predictor of a checkpoint file and the name of a device."""
 
 
-def load_predictor(path: Path, device: str) -> ServedPredictor:
+def load_predictor(path: Path, device: str, *, compute_dtype: str = "float32") -> ServedPredictor:
     """The real ``LoadPredictor``."""
-    return Predictor.from_checkpoint(path, device=device)
+    return Predictor.from_checkpoint(path, device=device, compute_dtype=compute_dtype)
 
 
 @dataclass(frozen=True, slots=True)

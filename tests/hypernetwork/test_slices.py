@@ -35,8 +35,20 @@ def test_unused_slices_have_no_gradient():
 @pytest.mark.parametrize("elements", [1, 50, 10**6])
 def test_products_do_not_depend_on_how_much_is_copied_at_once(monkeypatch, elements):
     monkeypatch.setattr(slices, "MAX_COPIED_ELEMENTS", elements)
+    monkeypatch.setattr(slices, "MIN_DIRECT_ELEMENTS", 10**6)
     weight, bias, features = torch.randn(9, 7, 4)[:8, :5], torch.randn(9, 7)[:8, :5], torch.randn(2, 3, 4)
     expected = functional.linear(features, weight.reshape(40, 4), bias.reshape(40)).view(2, 3, 8, 5)
     with torch.no_grad():
         torch.testing.assert_close(sliced_linear(features, weight, bias), expected)
     torch.testing.assert_close(sliced_linear(features, weight, bias), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_slices_are_multiplied_where_they_are(monkeypatch, dtype):
+    monkeypatch.setattr(slices, "MIN_DIRECT_ELEMENTS", 1)
+    weight, bias, features = torch.randn(9, 7, 4), torch.randn(9, 7), torch.randn(2, 3, 4)
+    weight, bias, features = weight.to(dtype)[:8, :5], bias.to(dtype)[:8, :5], features.to(dtype)
+    expected = functional.linear(features.double(), weight.reshape(40, 4).double(), bias.reshape(40).double())
+    with torch.no_grad():
+        found = sliced_linear(features, weight, bias)
+    torch.testing.assert_close(found, expected.view(2, 3, 8, 5).to(dtype))
