@@ -15,12 +15,14 @@ from ghn_client.atomic_file import write_file
 from ghn_client.finetune.images import measure_normalization
 from ghn_service.training.evaluation.fine_tune import FineTuneData, mean_and_error
 from ghn_service.training.evaluation.results import append_line, read_lines
-from ghn_service.training.images import require_split, split_validation
+from ghn_service.training.images import load_split, require_split, split_validation
 from ghn_service.training.processes import work_through
 
 Cell = dict[str, Any]
-CHOOSING_SEED = 1000
-"""The seed with which learning rates are chosen on validation images; it is not among those reported."""
+CHOOSING_SEEDS = (1000, 1001, 1002)
+"""The seeds with which learning rates are chosen on validation images; they are not among those reported."""
+RATES = "half a decade apart, hill-climbed from the best of 0.003 to 1 until it beats both its neighbours"
+_COARSE = range(-5, 1)
 
 
 def run_cells(path: Path, cells: Iterable[Cell], measure: Callable[[Cell], Cell], *, workers: int = 1) -> list[Cell]:
@@ -58,20 +60,37 @@ def _measured(measure: Callable[[Cell], Cell], cell: Cell) -> Cell:
 
 
 @functools.cache
-def cifar10(folder: Path, cache: Path | None, *, image_size: int, held_out: int) -> FineTuneData:
-    """Training images without the held-out ones, those, and test images, read once."""
-    everything, test = (require_split(folder, split, image_size=image_size, cache=cache) for split in ("train", "test"))
-    training, validation = split_validation(everything, held_out)
+def image_data(folder: Path, cache: Path | None, *, image_size: int, held_out: int) -> FineTuneData:
+    """Training images in colour without the held-out ones, those (or the folder's own), and test images; read once."""
+    training, test = (
+        require_split(folder, split, image_size=image_size, channels=3, cache=cache) for split in ("train", "test")
+    )
+    validation = load_split(folder, "validation", image_size=image_size, channels=3, cache=cache)
+    if validation is None:
+        training, validation = split_validation(training, held_out)
     return FineTuneData(training, validation, test, measure_normalization(training))
 
 
 def run_seeds(
-    path: Path, cell: Cell, measure: Callable[[Cell], Cell], *, rates: Sequence[float], seeds: int
+    path: Path, cell: Cell, measure: Callable[[Cell], Cell], *, seeds: int, rate: float | None = None
 ) -> list[Cell]:
-    """Chooses the learning rate of a cell on validation images with ``CHOOSING_SEED``, then measures every seed."""
-    grid = run_cells(path, [{**cell, "rate": rate, "seed": CHOOSING_SEED} for rate in rates], measure)
-    best = max(grid, key=lambda tried: float(tried["accuracy"]))
-    return run_cells(path, [{**cell, "rate": best["rate"], "seed": seed} for seed in range(seeds)], measure)
+    """Chooses the learning rate of a cell on validation images unless it is given, then measures every seed with it.
+
+    The best of a coarse grid with the first of ``CHOOSING_SEEDS`` is where a climb with all of them begins, which ends
+    where a rate is better than the next lower and the next higher one: a choice is never at an edge.
+    """
+
+    def score(exponent: int, count: int = len(CHOOSING_SEEDS)) -> float:
+        rate = float(f"{10 ** (exponent / 2):.0e}")
+        tried = run_cells(path, [{**cell, "rate": rate, "seed": seed} for seed in CHOOSING_SEEDS[:count]], measure)
+        return sum(item["accuracy"] for item in tried) / count
+
+    if rate is None:
+        best = max(_COARSE, key=lambda exponent: score(exponent, 1))
+        while (better := max((best, best - 1, best + 1), key=score)) != best:
+            best = better
+        rate = float(f"{10 ** (best / 2):.0e}")
+    return run_cells(path, [{**cell, "rate": rate, "seed": seed} for seed in range(seeds)], measure)
 
 
 def grouped(cells: Iterable[Cell], *keys: str) -> dict[tuple[Any, ...], list[Cell]]:

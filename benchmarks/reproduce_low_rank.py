@@ -6,9 +6,11 @@
 1. Relative function error of He-normal layers (no data; the table of arXiv:2202.00834's setting as derived in
    ``docs/postprocessing.md``).
 2. Test accuracy of a convolutional network trained from factors on small CIFAR-10 images, with and without BatchNorm.
-   Spectral and function factors of one seed come from the same dense weights and see the same batches, so their
-   difference is paired. The learning rate is chosen per row and method from one grid on validation images, with a seed
-   that is not among those reported.
+   Factors of one seed come from the same dense weights and see the same batches, so differences are paired. The
+   learning rate of every row and way is chosen on validation images by one rule (``experiment.run_seeds``), with seeds
+   that are not among those reported. Besides the methods of the product there are two ways that tell which part of them
+   helps: rows of the spectral product at the length of their row of W, and optimised factors times one number that
+   keeps the norm of W. For ReLU behind Gaussian inputs, keeping the norm keeps the size of the signal.
 
 A run can be stopped and goes on where it was: finished trainings are kept as lines of ``--cells``. ``--costs`` prints
 what factoring costs instead: CPU seconds of one thread for He-normal weights of every layer that gets smaller by it,
@@ -19,6 +21,7 @@ that matching the function need not cost more) and a randomised SVD with the ene
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 from collections import Counter
@@ -32,7 +35,18 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.charts import bar_chart
-from benchmarks.experiment import CHOOSING_SEED, Cell, cifar10, fill_page, grouped, percent, run_seeds, table, verdict
+from benchmarks.experiment import (
+    CHOOSING_SEEDS,
+    RATES,
+    Cell,
+    fill_page,
+    grouped,
+    image_data,
+    percent,
+    run_seeds,
+    table,
+    verdict,
+)
 from ghn_client.factors import FACTOR_IN, FACTOR_OUT
 from ghn_client.finetune import factorize_module
 from ghn_client.finetune.factored import frobenius_decay
@@ -44,30 +58,42 @@ from ghn_service.training.images import Augmentation, Batches
 from tests.zoo_support import build_torchvision
 
 SHAPES = ((64, 64, 1), (64, 512, 4), (256, 256, 4), (256, 256, 32), (576, 256, 4), (576, 256, 32))
-METHODS = ("spectral", "function")
+SPECTRAL, SCALED, ROWS, OPTIMIZED_SCALED = "spectral", "scaled", "spectral, rows kept", "function_optimized, norm kept"
+WAYS = (SPECTRAL, SCALED, ROWS, "function", "function_optimized", OPTIMIZED_SCALED)
 DENSE = "dense"
 Shape = tuple[int, int]
 WIDTHS = (32, 64, 128)
 IMAGE_SIZE = 16
 BATCH_SIZE = 64
 AT_CHANCE = 0.12
-FULL_RANK = 1.0
+NO_RANK = 0.0
 DEPTHWISE = 49  # inputs of the depthwise convolutions of the networks here: kernels of 7 x 7
 
 
 def layer_errors() -> list[str]:
     """The first table, from three draws of each shape."""
-    methods = (*METHODS, "function_optimized")
     rows = []
     for inputs, width, rank in SHAPES:
-        errors = dict.fromkeys(methods, 0.0)
+        errors = dict.fromkeys(WAYS, 0.0)
         for seed in range(3):
             weight = torch.randn(width, inputs, generator=torch.Generator().manual_seed(seed)) * math.sqrt(2 / inputs)
-            for method in methods:
-                u, v = factorize(weight, rank, method=method, activation="relu")
-                errors[method] += relative_function_error(weight, u, v, activation="relu") / 3
+            for way in WAYS:
+                u, v = factors(weight, rank, way)
+                errors[way] += relative_function_error(weight, u, v, activation="relu") / 3
         rows.append([f"{inputs} x {width}", rank, *(f"{error:.4f}" for error in errors.values())])
-    return table(["inputs x width", "rank", *METHODS, "function, optimised"], rows)
+    return table(["inputs x width", "rank", *WAYS], rows)
+
+
+def factors(weight: torch.Tensor, rank: int, way: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors u (m, r) and v (d, r) of a weight (m, d), by a method of the product or one of the two other ways."""
+    if way == ROWS:
+        u, v = factorize(weight, rank, method=SPECTRAL, activation="relu")
+        return u * (weight.norm(dim=1) / (u @ v.T).norm(dim=1))[:, None], v
+    if way == OPTIMIZED_SCALED:
+        u, v = factorize(weight, rank, method="function_optimized", activation="relu")
+        root = (weight.norm() / (u @ v.T).norm()).sqrt()
+        return u * root, v * root
+    return factorize(weight, rank, method=way, activation="relu")
 
 
 def build_network(*, normalize: bool) -> nn.Sequential:
@@ -93,13 +119,13 @@ def build_network(*, normalize: bool) -> nn.Sequential:
     return network
 
 
-def factored_network(network: nn.Sequential, *, size: float, method: str) -> nn.Module:
-    """The network with factors of the given method in every layer that gets smaller by it, but the classifier.
+def factored_network(network: nn.Sequential, *, size: float, way: str) -> nn.Module:
+    """The network with factors of the given way in every layer that gets smaller by it, but the classifier.
 
     Args:
         network: The dense network.
         size: The rank of every layer where at least 1, else the share of each layer's full rank.
-        method: How factors are computed.
+        way: How factors are computed, one of ``WAYS``.
     """
     state = {}
     *hidden, _ = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
@@ -110,7 +136,7 @@ def factored_network(network: nn.Sequential, *, size: float, method: str) -> nn.
         rank = min(int(size), full_rank) if size >= 1 else max(round(size * full_rank), 1)
         if rank * sum(matrix.shape) >= matrix.numel():
             continue
-        u, v = factorize(matrix, rank, method=method, activation="relu")
+        u, v = factors(matrix, rank, way)
         state[f"{name}.weight{FACTOR_IN}"] = v.T.reshape(rank, *weight.shape[1:])
         state[f"{name}.weight{FACTOR_OUT}"] = u.reshape(weight.shape[0], rank, *(1,) * (weight.dim() - 2))
     return factorize_module(network, state)
@@ -137,14 +163,14 @@ def train(
 
 def measure(cell: Cell, *, folder: Path, cache: Path | None) -> Cell:
     """Accuracy and number of parameters of the network of a cell after training."""
-    data = cifar10(folder, cache, image_size=IMAGE_SIZE, held_out=2000)
+    data = image_data(folder, cache, image_size=IMAGE_SIZE, held_out=2000)
     torch.manual_seed(cell["seed"])
     dense = build_network(normalize=cell["batchnorm"])
-    is_dense = cell["method"] == DENSE
-    network = dense if is_dense else factored_network(dense, size=cell["size"], method=cell["method"])
+    is_dense = cell["way"] == DENSE
+    network = dense if is_dense else factored_network(dense, size=cell["size"], way=cell["way"])
     images = data.training.first(cell["images"])
     train(network, images, data.normalization, steps=cell["steps"], rate=cell["rate"], seed=cell["seed"])
-    scored = data.validation if cell["seed"] == CHOOSING_SEED else data.test
+    scored = data.validation if cell["seed"] in CHOOSING_SEEDS else data.test
     reached = accuracy(network.eval(), scored, data.normalization, batch_size=500)
     return {"accuracy": reached, "parameters": sum(parameter.numel() for parameter in network.parameters())}
 
@@ -155,83 +181,71 @@ def run_rows(arguments: argparse.Namespace) -> list[Cell]:
     sizes = [*map(float, arguments.ranks), *arguments.fractions]
     finished = []
     for batchnorm in (False, True):
-        for size, method in [(size, method) for size in sizes for method in METHODS] + [(FULL_RANK, DENSE)]:
-            cell = {"batchnorm": batchnorm, "size": size, "method": method}
+        for size, way in [(NO_RANK, DENSE), *itertools.product(sizes, WAYS)]:
+            cell = {"batchnorm": batchnorm, "size": size, "way": way}
             cell |= {"images": arguments.images, "steps": arguments.steps}
-            finished += run_seeds(arguments.cells, cell, one, rates=arguments.rates, seeds=arguments.seeds)
+            finished += run_seeds(arguments.cells, cell, one, seeds=arguments.seeds)
     return finished
 
 
 def accuracy_table(results: Sequence[Cell]) -> list[str]:
-    """The second table: mean and standard error in percent."""
+    """The second table: mean and standard error in percent, learning rate, runs at chance; bold is the best."""
     rows = []
-    for (batchnorm, size), methods in _rows(results).items():
-        both = [methods[name] for name in METHODS]
-        rows.append(
-            [
-                "yes" if batchnorm else "no",
-                _size_name(size),
-                f"{both[0][0]['parameters']:,}",
-                *(percent(_accuracies(cells), 2) for cells in both),
-                percent(_differences(methods), 2, "+"),
-                ", ".join(map(_at_chance, both)),
-                ", ".join(f"{cells[0]['rate']:g}" for cells in both),
-            ]
-        )
-    for batchnorm in (False, True):
-        dense = [cell for cell in results if cell["method"] == DENSE and cell["batchnorm"] == batchnorm]
-        if dense:
-            norm, accuracies = "yes" if batchnorm else "no", percent(_accuracies(dense), 2)
-            count, rate = f"{dense[0]['parameters']:,}", f"{dense[0]['rate']:g}"
-            rows.append([norm, "dense", count, accuracies, "-", "-", _at_chance(dense), rate])
-    header = ["BatchNorm", "rank", "parameters", *METHODS, "difference, paired", "at chance", "learning rates"]
-    return table(header, rows)
+    for (batchnorm, size), ways in _rows(results).items():
+        means = {way: mean_and_error(_accuracies(cells))[0] for way, cells in ways.items()}
+        row = ["yes" if batchnorm else "no", _size_name(size), f"{next(iter(ways.values()))[0]['parameters']:,}"]
+        for way in WAYS if DENSE not in ways else (DENSE,):
+            accuracy = percent(_accuracies(ways[way]))
+            accuracy = f"**{accuracy}**" if means[way] == max(means.values()) and DENSE not in ways else accuracy
+            row.append(f"{accuracy}, {ways[way][0]['rate']:g}{_at_chance(ways[way])}")
+        rows.append([*row, *["-"] * (len(WAYS) + 3 - len(row))])
+    return table(["BatchNorm", "rank", "parameters", *WAYS], rows)
 
 
 def verdicts(results: Sequence[Cell]) -> Iterator[str]:
-    """What the rows say, with the same rule for every row: a gain or loss is one beyond two standard errors."""
-    for batchnorm in (False, True):
-        outcomes: dict[str, list[str]] = {"helps": [], "hurts": [], "makes no difference that can be seen": []}
-        for (norm, size), methods in _rows(results).items():
-            if norm == batchnorm:
-                outcomes[verdict(_differences(methods))].append(_size_name(size))
-        found = "; ".join(f"it {outcome} at rank {', '.join(sizes)}" for outcome, sizes in outcomes.items() if sizes)
-        yield f"- {'With' if batchnorm else 'Without'} BatchNorm, `function` against `spectral`: {found}."
+    """Each way against the one that decides, with the same rule for every row: beyond two standard errors."""
+    for batchnorm, reference in itertools.product((False, True), (SPECTRAL, SCALED)):
+        for way in WAYS:
+            outcomes: dict[str, list[str]] = {"helps": [], "hurts": [], "makes no difference that can be seen": []}
+            for (norm, size), ways in _rows(results).items():
+                if norm == batchnorm and DENSE not in ways and way not in (SPECTRAL, reference):
+                    outcomes[verdict(_differences(ways, way, reference))].append(_size_name(size))
+            if found := "; ".join(f"{outcome} at {', '.join(sizes)}" for outcome, sizes in outcomes.items() if sizes):
+                yield f"- {'With' if batchnorm else 'Without'} BatchNorm, `{way}` against `{reference}`: {found}."
 
 
 def _rows(results: Sequence[Cell]) -> dict[tuple[Any, ...], dict[str, list[Cell]]]:
-    """Cells by method, for each BatchNorm and size."""
-    rows = grouped((cell for cell in results if cell["method"] != DENSE), "batchnorm", "size")
-    return {row: {name: group for (name,), group in grouped(cells, "method").items()} for row, cells in rows.items()}
+    """Cells by way, for each BatchNorm and size."""
+    rows = grouped(results, "batchnorm", "size")
+    return {row: {name: group for (name,), group in grouped(cells, "way").items()} for row, cells in rows.items()}
 
 
 def _size_name(size: float) -> str:
-    return f"{size:g}" if size >= 1 else f"{size:g} of full"
+    return "dense" if size == NO_RANK else f"rank {size:g}" if size >= 1 else f"{size:g} of full"
 
 
 def _at_chance(cells: Sequence[Cell]) -> str:
-    return str(sum(accuracy < AT_CHANCE for accuracy in _accuracies(cells)))
+    count = sum(accuracy < AT_CHANCE for accuracy in _accuracies(cells))
+    return f", {count} at chance" if count else ""
 
 
 def _accuracies(cells: Sequence[Cell]) -> list[float]:
     return [cell["accuracy"] for cell in cells]
 
 
-def _differences(methods: dict[str, list[Cell]]) -> list[float]:
-    spectral, function = (_accuracies(methods[name]) for name in METHODS)
-    return [b - a for a, b in zip(spectral, function, strict=True)]
+def _differences(ways: dict[str, list[Cell]], way: str, reference: str) -> list[float]:
+    return [b - a for a, b in zip(_accuracies(ways[reference]), _accuracies(ways[way]), strict=True)]
 
 
 def setting(arguments: argparse.Namespace) -> str:
     """How the networks of the second table were trained."""
-    rates = ", ".join(f"{rate:g}" for rate in arguments.rates)
     return (
         f"CIFAR-10 at {IMAGE_SIZE} x {IMAGE_SIZE}, {arguments.images:,} training images; three convolutions of "
         f"{', '.join(map(str, WIDTHS))} channels and two hidden linear layers of 256, ReLU, the classifier dense; "
         f"{arguments.steps} steps of {BATCH_SIZE} images, SGD with momentum 0.9, cosine to zero, Frobenius decay 1e-4; "
-        f"rate of each row and method chosen from {rates} on 2,000 validation images with a seed of its own; "
-        f"{arguments.seeds} seeds. Test accuracy in percent, mean ± standard error; differences are paired by seed; "
-        f"at chance: how many of the runs are below {AT_CHANCE:.0%}, as they did not learn."
+        f"rates chosen by the mean of {len(CHOOSING_SEEDS)} seeds on 2,000 validation images, {RATES}; "
+        f"{arguments.seeds} further seeds. Test accuracy in percent, mean ± standard error, and the rate; at chance: "
+        f"runs below {AT_CHANCE:.0%}, which did not learn."
     )
 
 
@@ -239,10 +253,12 @@ def chart(results: Sequence[Cell]) -> str:
     """Paired differences by rank, with and without BatchNorm."""
     groups: dict[str, dict[str, tuple[float, float]]] = {}
     for (batchnorm, size), methods in _rows(results).items():
-        mean, error = mean_and_error(_differences(methods))
+        if DENSE in methods:
+            continue
+        mean, error = mean_and_error(_differences(methods, SCALED, SPECTRAL))
         name = "with BatchNorm" if batchnorm else "without BatchNorm"
-        groups.setdefault(f"rank {_size_name(size)}", {})[name] = (100 * mean, 100 * error)
-    return bar_chart("function minus spectral, paired by seed", groups, y_label="test accuracy, percentage points")
+        groups.setdefault(_size_name(size), {})[name] = (100 * mean, 100 * error)
+    return bar_chart("scaled minus spectral, paired by seed", groups, y_label="test accuracy, percentage points")
 
 
 def layer_shapes(network: str) -> Counter[Shape]:
@@ -266,7 +282,7 @@ def cost_row(network: str, fraction: float) -> list[str]:
         "full SVD": lambda weight, _: torch.linalg.svd(weight, full_matrices=False),
         **{
             method: partial(factorize, method=method, activation=activation)
-            for method in (*METHODS, "function_optimized")
+            for method in ("spectral", "function", "function_optimized")
         },
         "randomised SVD": spectral_by_sketch,
     }
@@ -309,7 +325,6 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=10_000, help="training images")
     parser.add_argument("--steps", type=int, default=400, help=f"steps of {BATCH_SIZE} images")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.03, 0.1])
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4, 8])
     parser.add_argument("--fractions", type=float, nargs="*", default=[0.125, 0.25])
     parser.add_argument("--costs", action="store_true", help="print what factoring costs, and nothing else")

@@ -1,12 +1,14 @@
 """Norm-only tuning against its controls, from random and from predicted weights.
 
-``python -m benchmarks.reproduce_norm_only --data FOLDER`` (``make reproduce-norm-only``) fills its part of
-``docs/results.md``: the order of arXiv:2003.00152 (all > norm + head > norm-only > random parameters
-of the same number > head only) on a size that two cores finish within the hour, the scales after training, and what
-setting those near zero to zero costs. With ``--story`` it also writes the table of three architectures, two starts and
-four strategies. The protocol follows the paper at a smaller size: momentum 0.9, running statistics follow the batches,
-and scales that start uniform in [0, 1] with He weights. In the second table random weights start with scales of one, as
-everybody starts.
+``python -m benchmarks.reproduce_norm_only --data FOLDER --other-data FOLDER`` (``make reproduce-norm-only``) fills its
+part of ``docs/results.md``: the order of arXiv:2003.00152 (all > norm + head > norm only > random parameters of the
+same number > head only) from random weights on CIFAR-10, for several depths and widths, and from predicted weights on
+images that the hypernetwork has not seen; the scales after training, and what setting those near zero to zero costs.
+With ``--story`` it also writes the table of three architectures, two starts and four strategies. The protocol follows
+the paper at a smaller size: momentum 0.9, weight decay 1e-4, running statistics follow the batches, and scales that
+start uniform in [0, 1] with He weights. From predicted weights, and in the table of the story, random weights start
+with scales of one, as everybody starts. The learning rate of every row is chosen on validation images by one rule
+(``experiment.run_seeds``), with seeds that are not among those reported.
 
 A run can be stopped and goes on where it was: finished cells are kept by their settings, those of predicted starts also
 by the digest of the hypernetwork, so that another hypernetwork measures only those anew.
@@ -18,8 +20,8 @@ import argparse
 import itertools
 import statistics
 import time
-from collections.abc import Iterable
-from functools import cache, partial
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,18 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from benchmarks.charts import line_chart
-from benchmarks.experiment import Cell, file_digest, fill_page, grouped, run_cells, table
+from benchmarks.experiment import (
+    CHOOSING_SEEDS,
+    RATES,
+    Cell,
+    file_digest,
+    fill_page,
+    grouped,
+    image_data,
+    percent,
+    run_seeds,
+    table,
+)
 from ghn_architectures.architecture import Interface
 from ghn_architectures.convnet import ConvNetConfiguration
 from ghn_architectures.mobilenet import MobileNetConfiguration
@@ -37,29 +50,33 @@ from ghn_client import GHNClient
 from ghn_client.batchnorm import UPDATE, recalibrate_batchnorm, travelling_statistics
 from ghn_client.finetune.fit import FitSettings, evaluate, fit
 from ghn_client.finetune.handle import FineTuneHandle, Part
-from ghn_client.finetune.images import ImageBatches, load_images
+from ghn_client.finetune.images import ImageBatches
 from ghn_client.finetune.matrix_layers import find_head, matrix_layers, norm_layers
 from ghn_client.finetune.norm_only import gamma_report
 from ghn_client.finetune.strategies import prepare
 from ghn_service.published import BUNDLED_CHECKPOINTS
+from ghn_service.training.evaluation.fine_tune import small_training_set
 
-#: Strategy, options and learning rate by the name in the tables; the first five in the order that the paper predicts.
-#: Single weights have small gradients: of 0.1, 0.5 and 2 the last is the best rate for them (3,000 images, 5 epochs).
-STRATEGIES: dict[str, tuple[str, dict[str, Any], float]] = {
-    "all": ("all", {}, 0.1),
-    "norm + head": ("norm_only", {"head": True}, 0.1),
-    "norm only": ("norm_only", {"head": False}, 0.1),
-    "random 2 per channel": ("random_per_channel", {}, 2.0),
-    "head only": ("head_only", {}, 0.1),
-    "additive": ("additive", {"width": 64}, 0.05),
-    "low-rank": ("low_rank_update", {"rank": 4}, 0.05),
+#: Strategy and options by the name in the tables; the first five in the order that the paper predicts.
+STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "all": ("all", {}),
+    "norm + head": ("norm_only", {"head": True}),
+    "norm only": ("norm_only", {"head": False}),
+    "random 2 per channel": ("random_per_channel", {}),
+    "head only": ("head_only", {}),
+    "all but norm": ("all_but_norm", {}),
+    "additive": ("additive", {"width": 64}),
+    "low-rank": ("low_rank_update", {"rank": 4}),
 }
-CONTROLS = ("all", "norm + head", "norm only", "random 2 per channel", "head only")
+ORDER = ("all", "norm + head", "norm only", "random 2 per channel", "head only")
+CONTROLS = (*ORDER, "all but norm")
 STORY = ("all", "norm + head", "additive", "low-rank")
 CONTROLLED = "resnet14"
-FULL = {"images": 8_000, "test": 2_000, "epochs": 8, "batch": 128}
+SIZES = ("resnet8", "resnet32", "resnet14, half width", "resnet14, double width")
+FULL = {"images": 4_000, "test": 2_000, "epochs": 30, "batch": 64}
 QUICK = {"images": 64, "test": 32, "epochs": 1, "batch": 32}
-SEEDS, QUICK_SEEDS = (0, 1, 2), (0,)
+VALIDATION_IMAGES = 1_000
+WEIGHT_DECAY = 1e-4
 IMAGE_SIZE = 32
 HE, UNIFORM, PREDICTED = "He", "He, scales in [0, 1]", "GHN"
 
@@ -68,9 +85,13 @@ BIN_WIDTH = 0.1
 
 
 def networks() -> dict[str, Any]:
-    """Configurations by name: a ResNet-14 of half width, and two of other families for the story."""
+    """Configurations by name: a ResNet-14 of 8 to 32 channels, its sizes, and two of other families for the story."""
     return {
         CONTROLLED: ResNetConfiguration((8, 16, 32), (2, 2, 2)),
+        "resnet8": ResNetConfiguration((8, 16, 32), (1, 1, 1)),
+        "resnet32": ResNetConfiguration((8, 16, 32), (5, 5, 5)),
+        "resnet14, half width": ResNetConfiguration((4, 8, 16), (2, 2, 2)),
+        "resnet14, double width": ResNetConfiguration((16, 32, 64), (2, 2, 2)),
         "convnet": ConvNetConfiguration((16, 32, 64), (1, 1, 1)),
         "mobilenet": MobileNetConfiguration(
             widths=(8, 16, 24),
@@ -90,13 +111,6 @@ def build(name: str, seed: int) -> nn.Module:
     return module
 
 
-@cache
-def images(data: str, count: int, test: int) -> tuple[Any, Any]:
-    """Training and test images."""
-    training, held_out = load_images(data, image_size=IMAGE_SIZE, limit=count)
-    return training, held_out.first(test)
-
-
 def start(cell: Cell, batches: ImageBatches, checkpoint: Path) -> nn.Module:
     """The network at its start: He weights, with the paper's scales or scales of one, or predicted weights."""
     network = build(cell["network"], cell["seed"])
@@ -113,26 +127,28 @@ def start(cell: Cell, batches: ImageBatches, checkpoint: Path) -> nn.Module:
     return network
 
 
-def measure(cell: Cell, *, data: str, checkpoint: Path) -> Cell:
+def measure(cell: Cell, *, folders: Mapping[str, Path], checkpoint: Path) -> Cell:
     """Accuracy before and after, sizes, scales and processor time of one start, strategy and seed."""
-    training, test = images(data, cell["images"], cell["test"])
+    data = image_data(folders[cell["data"]], None, image_size=IMAGE_SIZE, held_out=VALIDATION_IMAGES)
+    training = small_training_set(data.training, cell["images"], seed=cell["seed"])
+    scored = data.validation if cell["seed"] in CHOOSING_SEEDS else data.test.first(cell["test"])
     batches = ImageBatches(training, batch_size=cell["batch"], augment=True, seed=cell["seed"])
-    held_out = ImageBatches(test, batch_size=500, augment=False)
+    held_out = ImageBatches(scored, batch_size=500, augment=False)
     network = start(cell, batches, checkpoint)
     before = evaluate(network, held_out)[0]
-    strategy, options, _ = STRATEGIES[cell["strategy"]]
+    strategy, options = STRATEGIES[cell["strategy"]]
     torch.manual_seed(cell["seed"])
-    handle = random_per_channel(network) if strategy == "random_per_channel" else prepare(network, strategy, **options)
+    handle = OWN_STRATEGIES[strategy](network) if strategy in OWN_STRATEGIES else prepare(network, strategy, **options)
     begin = time.process_time()
-    fit(handle, batches, settings=FitSettings(epochs=cell["epochs"], learning_rate=cell["rate"]))
+    fit(handle, batches, settings=FitSettings(cell["epochs"], cell["rate"], weight_decay=cell["weight_decay"]))
     result: Cell = {
         "seconds": round(time.process_time() - begin, 1),
         "accuracy": evaluate(handle.module, held_out)[0],
-        "accuracy_before": before,
+        "before": before,
         "trainable": handle.num_trainable,
         "delta_bytes": 4 * sum(value.numel() for part in handle.parts for value in part.state().values()),
     }
-    if strategy in ("all", "norm_only") and cell["network"] == CONTROLLED:
+    if strategy in ("all", "norm_only"):
         result.update(_scales(handle.merge(), held_out))
     return result
 
@@ -178,18 +194,14 @@ def random_per_channel(module: nn.Module, *, count: int = 2, seed: int = 0) -> F
     return FineTuneHandle(part)
 
 
-def cells_of(
-    networks: Iterable[str],
-    starts: Iterable[Cell],
-    names: Iterable[str],
-    seeds: Iterable[int],
-    settings: dict[str, Any],
-) -> list[Cell]:
-    """Every strategy from every start with every seed; the sizes of the run are a part of every cell."""
-    return [
-        {"network": network, **start, "strategy": name, "rate": STRATEGIES[name][2], "seed": seed, **settings}
-        for seed, network, start, name in itertools.product(seeds, networks, starts, names)
-    ]
+def all_but_norm(module: nn.Module) -> FineTuneHandle:
+    """Tunes every parameter but scales and shifts of norm layers: what training gains from them."""
+    norms = {f"{path}." for path in norm_layers(module)}
+    names = [name for name, _ in module.named_parameters() if not any(name.startswith(path) for path in norms)]
+    return FineTuneHandle(Part("all_but_norm", {}, module, {"tuned": names}, travelling_statistics(module, UPDATE)))
+
+
+OWN_STRATEGIES = {"random_per_channel": random_per_channel, "all_but_norm": all_but_norm}
 
 
 def predicted_starts(checkpoint: Path) -> list[Cell]:
@@ -197,38 +209,40 @@ def predicted_starts(checkpoint: Path) -> list[Cell]:
     return [{"start": PREDICTED, "checkpoint": file_digest(checkpoint)}]
 
 
-def protocol(controls: list[Cell], settings: dict[str, Any]) -> list[str]:
-    """Sizes of the run, its seeds, and the hypernetwork."""
-    seeds = ", ".join(str(seed) for (seed,) in grouped(controls, "seed"))
-    digests = {cell["checkpoint"] for cell in controls if "checkpoint" in cell}
-    hypernetwork = f" The hypernetwork is the one whose file has SHA-256 `{digests.pop()}...`." if digests else ""
-    sizes = (
-        f"{settings['images']:,} training and {settings['test']:,} test images of CIFAR-10, {settings['epochs']} epochs"
-    )
-    return [f"{sizes}, seeds {seeds}; mean and standard deviation.{hypernetwork}"]
+def _accuracies(group: Iterable[Cell], key: str = "accuracy") -> list[float]:
+    return [cell[key] for cell in group]
 
 
-def _control_table(controls: list[Cell]) -> list[str]:
+def _control_table(cells: list[Cell]) -> list[str]:
     rows = []
-    for (start, strategy), group in grouped(controls, "start", "strategy").items():
-        spread = statistics.stdev(cell["accuracy"] for cell in group) if len(group) > 1 else 0.0
-        accuracy = f"{_mean(group, 'accuracy'):.2%} ± {spread:.2%}"
-        row = [start, strategy, f"{group[0]['trainable']:,}", f"{_mean(group, 'accuracy_before'):.2%}", accuracy]
+    for (network, start, strategy), group in grouped(cells, "network", "start", "strategy").items():
+        accuracy = f"{percent(_accuracies(group, 'before'))} → {percent(_accuracies(group))}"
+        row = [network, start, strategy, f"{group[0]['trainable']:,}", accuracy, f"{group[0]['rate']:g}"]
         if "disabled" in group[0]:
-            row += [f"{_mean(group, 'disabled'):.1%}", f"{_mean(group, 'accuracy_zeroed'):.2%}"]
-        rows.append([*row, "-", "-"][:7])
-    header = ["start", "tuned", "numbers", "accuracy before", "accuracy", "disabled channels", "with those at zero"]
+            row += [f"{_mean(group, 'disabled'):.1%}", f"{100 * _mean(group, 'accuracy_zeroed'):.1f}"]
+        rows.append([*row, "-", "-"][:8])
+    header = [
+        "network",
+        "start",
+        "tuned",
+        "numbers",
+        "before → after",
+        "rate",
+        "disabled channels",
+        "with those at zero",
+    ]
     return table(header, rows)
 
 
-def _verdicts(controls: list[Cell]) -> list[str]:
+def _verdicts(cells: list[Cell]) -> list[str]:
     """Whether the expected order holds for each start, also where it does not."""
     lines = []
-    for (start,), cells in grouped(controls, "start").items():
-        means = {name: _mean(group, "accuracy") for (name,), group in grouped(cells, "strategy").items()}
+    for (network, start), group in grouped(cells, "network", "start").items():
+        strategies = grouped(group, "strategy")
+        means = {name: _mean(strategies[name,], "accuracy") for name in ORDER if (name,) in strategies}
         order = sorted(means, key=lambda name: -means[name])
-        verdict = "holds" if order == list(means) else "does not hold"
-        lines.append(f"- {start}: {' > '.join(order)}. The expected order {verdict}.")
+        found = "holds" if order == list(means) else "does not hold"
+        lines.append(f"- {network}, {start}: {' > '.join(order)}. The expected order {found}.")
     return lines
 
 
@@ -247,10 +261,13 @@ def _story_table(story: list[Cell]) -> list[str]:
     starts = list(dict.fromkeys(cell["start"] for cell in story))
     rows: list[list[str]] = []
     for (network,), cells in grouped(story, "network").items():
-        before = {cell["start"]: f"{cell['accuracy_before']:.2%}" for cell in cells}
+        before = {cell["start"]: f"{cell['before']:.2%}" for cell in cells}
         rows.append([network, "nothing", "0", "0 KiB", *(before[start] for start in starts)])
         for (strategy,), group in grouped(cells, "strategy").items():
-            found = {cell["start"]: f"{cell['accuracy']:.2%} in {cell['seconds']:.0f} s" for cell in group}
+            starts_found = grouped(group, "start").items()
+            found = {
+                name: f"{percent(_accuracies(own))} in {_mean(own, 'seconds'):.0f} s" for (name,), own in starts_found
+            }
             sizes = [f"{group[0]['trainable']:,}", f"{group[0]['delta_bytes'] / 1024:.1f} KiB"]
             rows.append([network, strategy, *sizes, *(found[start] for start in starts)])
     return table(["network", "tuned", "numbers", "delta", *(f"from {start}" for start in starts)], rows)
@@ -261,29 +278,56 @@ def _mean(group: list[Cell], key: str) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True, help="folder of CIFAR-10")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, type=Path, help="folder of CIFAR-10, for random starts")
+    parser.add_argument("--other-data", type=Path, help="images that the hypernetwork has not seen; none by default")
     parser.add_argument("--output", type=Path, default=Path("docs"))
     parser.add_argument("--cells", type=Path, default=Path("runs/norm_only.jsonl"))
     parser.add_argument("--checkpoint", type=Path, help="hypernetwork for predicted starts; the shipped one by default")
-    parser.add_argument("--no-predicted", action="store_true", help="random starts only")
+    parser.add_argument("--sizes", action="store_true", help="also other depths and widths")
     parser.add_argument("--story", action="store_true", help="also three architectures and four strategies")
-    parser.add_argument("--workers", type=int, default=1, help="processes, each with one thread")
     parser.add_argument("--quick", action="store_true", help="a minute, for a test")
     options = parser.parse_args(arguments)
-    settings, seeds = (QUICK, QUICK_SEEDS) if options.quick else (FULL, SEEDS)
+    torch.set_num_threads(1)
+    settings, seeds, rate = (QUICK, 1, 0.1) if options.quick else (FULL, 3, None)
     checkpoint = options.checkpoint or min(BUNDLED_CHECKPOINTS.glob("*.safetensors"))
-    predicted = [] if options.no_predicted else predicted_starts(checkpoint)
-    run = partial(run_cells, options.cells, workers=options.workers)
-    one = partial(measure, data=options.data, checkpoint=checkpoint)
-    controls = run(cells_of([CONTROLLED], [{"start": UNIFORM}, *predicted], CONTROLS, seeds, settings), one)
-    blocks = {"norm only: protocol": protocol(controls, settings), "norm only: accuracy": _control_table(controls)}
+    folders = {folder.name: folder for folder in (options.data, options.other_data) if folder}
+    one = partial(measure, folders=folders, checkpoint=checkpoint)
+
+    def rows(data: Path, networks: Iterable[str], starts: Iterable[Cell], names: Iterable[str]) -> list[Cell]:
+        found = []
+        for network, start, name in itertools.product(networks, starts, names):
+            cell = {"data": data.name, "network": network, **start, "strategy": name, "weight_decay": WEIGHT_DECAY}
+            found += run_seeds(options.cells, {**cell, **settings}, one, seeds=seeds, rate=rate)
+        return found
+
+    controls = rows(options.data, [CONTROLLED], [{"start": UNIFORM}], CONTROLS)
+    blocks = {"norm only: protocol": [protocol(settings, seeds)], "norm only: accuracy": _control_table(controls)}
     blocks["norm only: order"] = _verdicts(controls)
-    if options.story:
-        story = cells_of(networks(), [{"start": HE}, *predicted], STORY, seeds[:1], settings)
-        blocks["norm only: story"] = _story_table(run(story, one))
     chart = line_chart("Scales after training", _histograms(controls), x_label="|gamma|", y_label="share of channels")
+    starts = [{"start": HE}, *predicted_starts(checkpoint)]
+    if options.other_data:
+        predicted = rows(options.other_data, [CONTROLLED], starts, ORDER)
+        blocks["norm only: predicted"] = [f"On {options.other_data.name}:", "", *_control_table(predicted)]
+        blocks["norm only: predicted"] += ["", f"Hypernetwork: SHA-256 `{file_digest(checkpoint)}...`."]
+    if options.sizes:
+        sizes = rows(options.data, SIZES, [{"start": UNIFORM}], ORDER)
+        blocks["norm only: sizes"] = [*_control_table(sizes), "", *_verdicts(sizes)]
+    if options.story and options.other_data:
+        story = rows(options.other_data, (CONTROLLED, "convnet", "mobilenet"), starts, STORY)
+        blocks["norm only: story"] = _story_table(story)
     fill_page(options.output, blocks, {"norm_only_results": chart})
+
+
+def protocol(settings: Mapping[str, int], seeds: int) -> str:
+    """How the networks were trained."""
+    return (
+        f"{settings['images']:,} training images (class-balanced, another draw for each seed) and at most "
+        f"{settings['test']:,} test images, {settings['epochs']} epochs in batches of {settings['batch']}, SGD with "
+        f"momentum 0.9, cosine to zero, weight decay {WEIGHT_DECAY:g}; rates chosen by the mean of "
+        f"{len(CHOOSING_SEEDS)} seeds on validation images, {RATES}; {seeds} further seeds, mean ± standard error in "
+        "percent. A channel counts as disabled where |gamma| < 0.01."
+    )
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 
 from benchmarks import reproduce_additive, reproduce_norm_only
-from benchmarks.experiment import fill_page, run_cells
+from benchmarks.experiment import fill_page, run_cells, run_seeds
 from tests.shared_data import shared_path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +30,19 @@ def test_cells_are_measured_once(tmp_path):
     assert results == [{"x": 2, "square": 4}, {"x": 3, "square": 9}]
 
 
+@pytest.mark.parametrize("best", [0.0003, 0.03, 3.0])
+def test_a_learning_rate_is_never_at_the_edge_of_what_was_tried(tmp_path, best):
+    tried = set()
+
+    def measure(cell):
+        tried.add(cell["rate"])
+        return {"accuracy": -abs(math.log(cell["rate"] / best)) + 0.01 * (cell["seed"] % 7)}
+
+    cells = run_seeds(tmp_path / "cells.jsonl", {"x": 1}, measure, seeds=2)
+    assert [(cell["rate"], cell["seed"]) for cell in cells] == [(best, 0), (best, 1)]
+    assert min(tried) < best < max(tried)
+
+
 def square(cell):
     return {"square": cell["x"] ** 2}
 
@@ -40,22 +54,26 @@ def test_several_workers_measure_the_same_and_in_the_given_order(tmp_path):
     assert len((tmp_path / "two.jsonl").read_text().splitlines()) == 3
 
 
-def test_cells_of_predicted_starts_depend_on_the_hypernetwork_and_others_do_not(tmp_path):
-    def keys(content):
+def test_cells_of_predicted_starts_depend_on_the_hypernetwork(tmp_path):
+    starts = []
+    for content in (b"one", b"two"):
         checkpoint = tmp_path / "ghn.safetensors"
         checkpoint.write_bytes(content)
-        predicted = reproduce_norm_only.predicted_starts(checkpoint)
-        starts = [{"start": reproduce_norm_only.HE}, *predicted]
-        cells = reproduce_norm_only.cells_of(["resnet14"], starts, reproduce_norm_only.STORY, (0, 1), {})
-        return {str(cell) for cell in cells}
+        starts.append(reproduce_norm_only.predicted_starts(checkpoint))
+    assert starts[0] != starts[1]
 
-    first, second = keys(b"one"), keys(b"two")
-    assert all(("GHN" in key) != (key in second) for key in first)
+
+def test_everything_but_norm_layers_is_tuned_by_their_control():
+    network = reproduce_norm_only.build(reproduce_norm_only.CONTROLLED, 0)
+    everything = sum(value.numel() for value in network.parameters())
+    tuned = reproduce_norm_only.all_but_norm(network).num_trainable
+    norms = reproduce_norm_only.prepare(network, "norm_only", head=False).num_trainable
+    assert tuned + norms == everything
 
 
 @pytest.mark.parametrize(
     ("module", "name", "extra"),
-    [(reproduce_additive, "additive", []), (reproduce_norm_only, "norm_only", ["--no-predicted", "--story"])],
+    [(reproduce_additive, "additive", []), (reproduce_norm_only, "norm_only", [])],
 )
 def test_quick_runs_write_tables_and_plots(tmp_path, module, name, extra):
     data = shared_path("data/cifar10")

@@ -12,6 +12,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ class FineTuneSettings:
     """How networks are fine-tuned.
 
     Attributes:
-        learning_rates: The grid; SGD with momentum 0.9, constant.
+        learning_rates: The grid.
         choose_at: Steps after which a side keeps only its best learning rate.
         budgets: Steps at which the two sides are compared.
         longest: Steps of the He side, so that its way to the predicted side's accuracy can be counted.
@@ -37,6 +38,8 @@ class FineTuneSettings:
         batch_size: Images per step.
         weight_decay: Weight decay.
         clip: Largest gradient norm.
+        optimizer: ``sgd`` (momentum 0.9) or ``adamw``.
+        schedule: ``constant``, which serves every budget with one run, or ``cosine`` to zero at the end of the run.
     """
 
     learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
@@ -47,6 +50,8 @@ class FineTuneSettings:
     batch_size: int = 64
     weight_decay: float = 5e-4
     clip: float = 5.0
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    schedule: Literal["constant", "cosine"] = "constant"
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,11 @@ class _Run:
         self.settings, self.rate, self.precision, self.data = settings, rate, precision, data
         self.batches = Batches(data.training, data.normalization, Augmentation(), settings.batch_size)
         self.generator = torch.Generator().manual_seed(seed)
-        self.optimizer = torch.optim.SGD(
-            self.module.parameters(), lr=rate, momentum=0.9, weight_decay=settings.weight_decay
-        )
+        groups, decay = self.module.parameters(), settings.weight_decay
+        if settings.optimizer == "sgd":
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, weight_decay=decay)
+        else:
+            self.optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=decay)
         self.step = 0
         self.points: list[tuple[int, float]] = [(0, self.score(data.test))]
 
@@ -110,6 +117,9 @@ class _Run:
 
     def advance(self, steps: int) -> None:
         while self.step < steps:
+            if self.settings.schedule == "cosine":
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.rate * 0.5 * (1 + math.cos(math.pi * self.step / self.settings.longest))
             pixels, labels = self.batches.draw(generator=self.generator)
             with target_passes(pixels.device, self.precision):
                 logits = self.module(pixels)
