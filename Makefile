@@ -65,17 +65,19 @@ bench: $(VENV)/.tests-installed  ## measure speed and memory against limits meas
 	$(BIN)/python -m benchmarks
 
 DATA ?= ../shared/data/cifar10
+# images that the hypernetwork has not seen; here the folder of the Debian package dataset-fashion-mnist
+OTHER_DATA ?= /usr/share/datasets/fashion-mnist
 GHN ?= $(firstword $(wildcard ghn_service/checkpoints/*.safetensors))
 
 reproduce-diversity: $(VENV)/.tests-installed  ## fine-tune from He, predicted and repaired starts; fills docs/results.md
-	$(BIN)/python -m benchmarks.reproduce_diversity --data $(DATA) --checkpoint $(GHN)
+	$(BIN)/python -m benchmarks.reproduce_diversity --data $(OTHER_DATA) --checkpoint $(GHN)
 
 reproduce-low-rank: $(VENV)/.tests-installed  ## layer errors and accuracy of low-rank networks, spectral against function
 	$(BIN)/python -m benchmarks.reproduce_low_rank --data $(DATA)
 
 .PHONY: reproduce-norm-only reproduce-additive reproduce-express
 reproduce-norm-only: $(VENV)/.tests-installed  ## tune norm layers against controls of the same size; fills docs/results.md
-	$(BIN)/python -m benchmarks.reproduce_norm_only --data $(DATA) --checkpoint $(GHN) --story --workers $(WORKERS)
+	$(BIN)/python -m benchmarks.reproduce_norm_only --data $(DATA) --other-data $(OTHER_DATA) --checkpoint $(GHN) --sizes --story
 
 reproduce-additive: $(VENV)/.tests-installed  ## neurons against changed labels, closed form and trained; fills docs/results.md
 	$(BIN)/python -m benchmarks.reproduce_additive --data $(DATA)

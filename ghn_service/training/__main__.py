@@ -74,7 +74,9 @@ def fit(
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change one setting; may be repeated.")
     ] = None,
+    preset: Annotated[str | None, typer.Option(help="Settings to begin with: gpu.")] = None,
     resume: Annotated[str, typer.Option(help="auto: go on with the run in --out; never: refuse to.")] = "auto",
+    state_parts: Annotated[bool, typer.Option("--state-parts", help="Save states in files below 16 MiB.")] = False,
     start_from: Annotated[
         str | None,
         typer.Option(metavar="FILE|NAME|hf://...", help="Checkpoint or state whose weights a new run begins with."),
@@ -86,7 +88,8 @@ def fit(
     from ghn_service.training.run import fit as run_fit
     from ghn_service.training.settings import TrainingSettings, load_settings
 
-    settings = load_settings(config, changes or (), TrainingSettings)
+    parts = [f"limits.state_part_bytes={15 * 2**20}"] if state_parts else []
+    settings = load_settings(config, [*(changes or ()), *parts], TrainingSettings, preset=preset)
     start = find_checkpoint(start_from) if start_from else None
     progress = run_fit(data, out, settings, resume=resume, start_from=start, cache=cache)
     typer.echo(

@@ -60,6 +60,11 @@ class Workers:
         for item, part in zip(parameters, torch.split(flat, [item.numel() for item in parameters]), strict=True):
             item.grad = part.view_as(item).clone()
 
+    def wait(self) -> None:
+        """Waits until all processes are here."""
+        if self.world_size > 1:
+            distributed.barrier()
+
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is set in any process."""
         return bool(self.sum_(torch.tensor(float(flag), device=self.device)).item() > 0)
@@ -69,17 +74,21 @@ class Workers:
 def join_workers(device: torch.device | None = None) -> Iterator[Workers]:
     """The processes of this run, as ``torchrun`` describes them in the environment; one process without it.
 
-    Where no device is given, each process has a GPU of its own if there is one, otherwise the CPU.
+    Where no device is given, each process has a GPU of its own, or a share of one where there are fewer, otherwise the
+    CPU. Processes that share a GPU talk through gloo.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     if device is None:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        count = torch.cuda.device_count()
+        device = torch.device("cuda", local_rank % count) if count else torch.device("cpu")
     if world_size == 1:
         yield Workers(0, 1, device)
         return
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    has_own = device.type == "cuda" and torch.cuda.device_count() >= local_size
+    distributed.init_process_group("nccl" if has_own else "gloo")
     try:
         yield Workers(rank, world_size, device)
     finally:

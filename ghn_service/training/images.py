@@ -126,11 +126,11 @@ class Augmentation:
         device = images.device
         pad = min(self.pad, height - 1, width - 1)
         padded = functional.pad(images.float(), (pad, pad, pad, pad), mode="reflect").to(images.dtype)
-        shift = torch.randint(0, 2 * pad + 1, (2, batch), generator=generator).to(device)
+        shift = torch.randint(0, 2 * pad + 1, (2, batch), generator=generator, device=generator.device).to(device)
         rows = shift[0, :, None] + torch.arange(height, device=device)  # (B, H)
         columns = shift[1, :, None] + torch.arange(width, device=device)  # (B, W)
         if self.flip:
-            mirrored = torch.rand(batch, generator=generator).to(device) < 0.5
+            mirrored = torch.rand(batch, generator=generator, device=generator.device).to(device) < 0.5
             columns = torch.where(mirrored[:, None], columns.flip(1), columns)
         which = torch.arange(batch, device=device)[:, None, None]
         # advanced indices around the channel axis put it last: (B, H, W, C)
@@ -149,7 +149,8 @@ class Batches:
     def draw(self, *, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """One batch: normalised images (B, C, H, W) in channels_last, and labels (B,)."""
         device = self.images.images.device
-        indices = torch.randint(0, len(self.images), (self.size,), generator=generator).to(device)
+        indices = torch.randint(0, len(self.images), (self.size,), generator=generator, device=generator.device)
+        indices = indices.to(device)
         pixels = self.augmentation.apply(self.images.images[indices], generator=generator)
         floats = self.normalization.apply(pixels).contiguous(memory_format=torch.channels_last)
         return floats, self.images.labels[indices]

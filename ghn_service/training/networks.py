@@ -7,23 +7,34 @@ Networks are numbered; candidate ``index`` is always the same network and is kep
 from __future__ import annotations
 
 import functools
+import gzip
+import json
 import logging
+import os
 import random
-from collections.abc import Callable
+import sys
+import zlib
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from ghn_architectures.architecture import CANONICAL, Architecture, Interface
+from ghn_architectures.architecture import CANONICAL, Architecture, Configuration, Interface
 from ghn_architectures.generator import sample_architecture
 from ghn_architectures.registry import reference_architecture
+from ghn_client.atomic_file import write_file
 from ghn_client.batchnorm import use_batch_statistics
 from ghn_service.errors import GhnServiceError, TrainingError
 from ghn_service.hypernetwork.config import GHNConfig
 from ghn_service.hypernetwork.features import GraphFeatures, build_features
 from ghn_service.training.precision import avoid_slow_layers
+from ghn_service.training.processes import work_through
 from ghn_service.training.settings import SamplingSettings
 
 logger = logging.getLogger(__name__)
@@ -33,10 +44,14 @@ _TOO_MANY_REJECTED = 10_000
 ArchitectureSource = Callable[[int], Architecture]
 
 
-@functools.lru_cache(maxsize=65536)
+_costs: dict[Architecture, int] = {}
+
+
 def multiply_adds(architecture: Architecture) -> int:
     """Multiply-adds of one image, kept: finding them takes as long as finding the architecture."""
-    return architecture.multiply_adds
+    if architecture not in _costs:
+        _costs[architecture] = architecture.multiply_adds
+    return _costs[architecture]
 
 
 @functools.lru_cache(maxsize=65536)
@@ -71,6 +86,78 @@ class Pool:
     def __call__(self, index: int) -> Architecture:
         """Network number ``index``, modulo the size of the pool."""
         return find_network(self.split, str(index % self.size), self.interface)
+
+
+class DrawnPool:
+    """A pool whose networks were drawn by all processors at once and are kept in a file of ``folder``.
+
+    Drawing takes 30 ms of processor time each, too long where a GPU waits. A file of another generator is made anew.
+    """
+
+    def __init__(self, pool: Pool, folder: Path, *, workers: int | None = None) -> None:
+        sizes = "-".join(map(str, asdict(pool.interface).values()))
+        self.pool, self.path = pool, folder / f"pool-{pool.split}-{pool.size}-{sizes}.json.gz"
+        self._networks = self._read() or self._draw(workers or os.cpu_count() or 1)
+
+    def __call__(self, index: int) -> Architecture:
+        """Network number ``index``, modulo the size of the pool.
+
+        Raises:
+            TrainingError: It cannot be made for this size of image.
+        """
+        network = self._networks[index % self.pool.size]
+        if network is None:
+            raise TrainingError(f"network {index} of {self.pool.split} cannot be made for {self.pool.interface}")
+        return network
+
+    def _draw(self, workers: int) -> list[Architecture | None]:
+        rows: list[Any] = [None] * self.pool.size
+        tasks = [range(first, self.pool.size, 4 * workers) for first in range(4 * workers)]
+        for task, found in work_through(_draw_networks, tasks, start=partial(_itself, self.pool), workers=workers):
+            rows[task.start :: task.step] = found
+        write_file(self.path, gzip.compress(json.dumps(rows).encode(), mtime=0))
+        return [row and _decode_network(row, self.pool.interface) for row in rows]
+
+    def _read(self) -> list[Architecture | None]:
+        try:
+            rows = json.loads(gzip.decompress(self.path.read_bytes()))
+            networks = [row and _decode_network(row, self.pool.interface) for row in rows]
+        except FileNotFoundError:
+            return []
+        except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError) as error:
+            logger.warning("ignoring a broken file %s: %s", self.path.name, error)
+            return []
+        samples = range(0, self.pool.size, max(1, self.pool.size // 8))
+        return networks if all(networks[index] == find_candidate(self.pool, index) for index in samples) else []
+
+
+def _itself(pool: Pool) -> Pool:
+    return pool
+
+
+def _draw_networks(pool: Pool, indices: range) -> list[Any]:
+    """Family, configuration, name and cost of the networks with these numbers; None for what cannot be made."""
+    return [network and _encode_network(network) for network in (find_candidate(pool, index) for index in indices)]
+
+
+def _encode_network(network: Architecture) -> list[Any]:
+    fields = TypeAdapter(type(network.configuration)).dump_python(network.configuration, mode="json")
+    return [network.family, network.configuration.family, fields, network.name, multiply_adds(network)]
+
+
+def _decode_network(row: Sequence[Any], interface: Interface) -> Architecture:
+    family, kind, fields, name, cost = row
+    configuration = CONFIGURATIONS[kind].validate_python(fields)
+    network = Architecture(family, configuration, interface, name)
+    _costs[network] = cost
+    return network
+
+
+CONFIGURATIONS = {
+    kind.family: TypeAdapter(kind)
+    for kind in Configuration.__subclasses__()
+    if getattr(sys.modules[kind.__module__], kind.__name__) is kind  # not what a decorator replaced
+}
 
 
 @dataclass(frozen=True, eq=False)

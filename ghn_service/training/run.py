@@ -10,15 +10,16 @@ from pathlib import Path
 
 import torch
 
+from ghn_architectures.architecture import Interface
 from ghn_client.finetune.images import measure_normalization
 from ghn_service.errors import TrainingError
 from ghn_service.hypernetwork.checkpoint import CheckpointSummary, ModelCard, load_checkpoint, save_checkpoint
 from ghn_service.hypernetwork.config import decode_config
 from ghn_service.postprocess.distribution_shift import METADATA_KEY, encode_statistics, summarize_graphs
-from ghn_service.training.distributed import join_workers
+from ghn_service.training.distributed import Workers, join_workers
 from ghn_service.training.evaluation.zero_shot import make_validation
 from ghn_service.training.images import interface_of, load_training_data
-from ghn_service.training.networks import ArchitectureSource, NetworkStream, Pool
+from ghn_service.training.networks import ArchitectureSource, DrawnPool, NetworkStream, Pool
 from ghn_service.training.precision import keep_freed_memory
 from ghn_service.training.settings import SamplingSettings, TrainingSettings
 from ghn_service.training.state import Progress, find_state, load_state
@@ -55,20 +56,33 @@ def fit(
         normalization = measure_normalization(training)
         hypernetwork = {**settings.hypernetwork, "num_classes": training.num_classes}
         settings = settings.model_copy(update={"hypernetwork": hypernetwork})
-        interface, limits, sampling = interface_of(training), settings.limits, settings.sampling
+        interface, limits = interface_of(training), settings.limits
         validate = make_validation(
             source or Pool("val", interface, limits.validation_networks),
             range(limits.validation_networks),
             validation.first(limits.validation_images),
             normalization,
         )
-        source = source or Pool(sampling.split, interface, sampling.pool)
+        source = source or _training_pool(settings, interface, cache or out.parent / "cache", workers)
         trainer = Trainer(settings, training, normalization, source, out, workers, validation=validate)
         _begin(trainer, out, resume, start_from)
         progress = trainer.run()
         if workers.is_main:
             export_checkpoint(trainer, out / "ghn.safetensors", data_folder.name)
         return progress
+
+
+def _training_pool(
+    settings: TrainingSettings, interface: Interface, cache: Path, workers: Workers
+) -> ArchitectureSource:
+    """The networks to train on; with ``limits.draw_first`` the main process draws them and the others read its file."""
+    pool = Pool(settings.sampling.split, interface, settings.sampling.pool)
+    if not settings.limits.draw_first:
+        return pool
+    if workers.is_main:
+        DrawnPool(pool, cache)
+    workers.wait()
+    return DrawnPool(pool, cache)
 
 
 def _begin(trainer: Trainer, out: Path, resume: str, start_from: Path | None) -> None:

@@ -6,6 +6,7 @@ trained with.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import tomllib
@@ -144,6 +145,9 @@ class LimitSettings(_Section):
         rollback_after: Consecutive bad steps after which the last good state is loaded.
         divergence: A loss above this multiple of the log of the class count is a bad step.
         give_up_after: Rollbacks after which the run stops with an error.
+        draw_first: Draw the whole pool with all processors before training, into a file of the cache folder.
+        state_part_bytes: Saved states are split into files of at most so many bytes; None for one file.
+        cuda_graphs: On a GPU, record the passes of each network once and replay them, where that works.
     """
 
     steps: int = Field(default=100_000, ge=1)
@@ -156,6 +160,9 @@ class LimitSettings(_Section):
     rollback_after: int = Field(default=10, ge=1)
     divergence: float = Field(default=20.0, gt=1)
     give_up_after: int = Field(default=5, ge=1)
+    draw_first: bool = False
+    state_part_bytes: int | None = Field(default=None, ge=1024)
+    cuda_graphs: bool = False
 
 
 class TrainingSettings(_Section):
@@ -222,6 +229,23 @@ class SourceRecipe(_Section):
     seed: int = 0
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    # what keeps a large GPU busy: target networks are launch-bound there, so larger batches and networks cost little
+    "gpu": {
+        "data": {"batch_size": 256, "batches_per_network": 1},
+        "sampling": {
+            "meta_batch": 8,
+            "split": "broad",
+            "pool": 12_000,
+            "largest_nodes": 400,
+            "budget_macs": 60e6,
+            "largest_macs": 400e6,
+            "start_macs": 30e6,
+        },
+        "limits": {"draw_first": True, "save_minutes": 2.0, "validate_minutes": 4.0, "cuda_graphs": True},
+    }
+}
+
 AnySettings = TypeVar("AnySettings", bound=pydantic.BaseModel)
 
 
@@ -229,13 +253,19 @@ def load_settings(
     path: Path | None,
     changes: Sequence[str] = (),
     kind: type[AnySettings] = TrainingSettings,  # type: ignore[assignment]
+    *,
+    preset: str | None = None,
 ) -> AnySettings:
-    """Settings from a TOML file and ``section.name=value`` changes, which win; their values are TOML or bare words.
+    """Settings of a preset, a TOML file and ``section.name=value`` changes; later ones win.
+
+    Values of changes are TOML or bare words.
 
     Raises:
         InvalidOptionError: The file or a change cannot be read, or a value is impossible; ``field`` names it.
     """
-    values: dict[str, Any] = {}
+    if preset is not None and preset not in PRESETS:
+        raise InvalidOptionError(f"expected a preset of {', '.join(PRESETS)}, got {preset!r}", field="preset")
+    values: dict[str, Any] = copy.deepcopy(PRESETS[preset]) if preset else {}
     if path:
         try:
             _merge(values, tomllib.loads(path.read_text(encoding="utf-8")))

@@ -1,23 +1,28 @@
-"""The full state of a training run in one file, written so that a crash leaves the old or the new one, never half.
+"""The full state of a training run, written so that a crash leaves the old or the new one, never half.
+
+It is one file, or a folder of parts where files must not be large.
 
 Randomness needs no state: every draw of a run comes from a generator seeded with (seed, attempt, step, slot).
 """
 
 from __future__ import annotations
 
+import io
 import logging
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ghn_client.atomic_file import replaced_file
+from ghn_client.atomic_file import replaced_file, write_file
 from ghn_service.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 STATE_FILE = "state.pt"
 PREVIOUS_STATE_FILE = "state.previous.pt"
+STATE_PARTS, PREVIOUS_STATE_PARTS, _UNFINISHED_PARTS = "state.parts", "state.previous.parts", "state.unfinished.parts"
 _FORMAT = 1
 
 
@@ -61,25 +66,58 @@ class TrainingState:
     optimizers: list[dict[str, Any]]
 
 
-def save_state(state: TrainingState, folder: Path) -> Path:
-    """Writes ``state`` into ``folder`` atomically; the state before it stays as ``state.previous.pt``."""
+def save_state(state: TrainingState, folder: Path, *, part_bytes: int | None = None) -> Path:
+    """Writes ``state`` into ``folder`` atomically; the state before it stays as ``state.previous.pt`` or ``.parts``.
+
+    With ``part_bytes`` it is a folder of files of at most so many bytes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    body = {"format": _FORMAT, **vars(state), "progress": asdict(state.progress)}
+    if part_bytes is not None:
+        return _save_parts(body, folder, part_bytes)
     path = folder / STATE_FILE
     with replaced_file(path) as part:
-        torch.save({"format": _FORMAT, **vars(state), "progress": asdict(state.progress)}, part)
+        torch.save(body, part)
         if path.exists():
             path.replace(folder / PREVIOUS_STATE_FILE)
     return path
 
 
+def _save_parts(body: dict[str, Any], folder: Path, part_bytes: int) -> Path:
+    """Writes a folder of parts beside the present one and takes its place."""
+    path, previous, unfinished = (folder / name for name in (STATE_PARTS, PREVIOUS_STATE_PARTS, _UNFINISHED_PARTS))
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    memory = io.BytesIO()
+    torch.save(body, memory)
+    content = memory.getbuffer()
+    count = -(-len(content) // part_bytes)
+    for index in range(count):
+        part = content[index * part_bytes : (index + 1) * part_bytes]
+        write_file(unfinished / f"{index:03d}-of-{count:03d}", part)
+    if path.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        path.rename(previous)
+    unfinished.rename(path)
+    return path
+
+
+def _read_parts(path: Path) -> io.BytesIO:
+    """The content of a folder of parts."""
+    parts = sorted(path.glob("*-of-*"))
+    if not parts or len(parts) != int(parts[0].name.rpartition("-")[2]):
+        raise TrainingError(f"{path.name} has {len(parts)} parts, not all of them")
+    return io.BytesIO(b"".join(part.read_bytes() for part in parts))
+
+
 def load_state(path: Path) -> TrainingState:
-    """Reads a file that ``save_state`` wrote; no code of the file runs.
+    """Reads a file or folder that ``save_state`` wrote; no code of it runs.
 
     Raises:
-        TrainingError: The file is damaged or of another kind.
+        TrainingError: It is damaged or of another kind.
     """
     try:
-        body = torch.load(path, map_location="cpu", weights_only=True)
+        body = torch.load(_read_parts(path) if path.is_dir() else path, map_location="cpu", weights_only=True)
         if (version := body.pop("format", None)) != _FORMAT:
             raise TrainingError(f"{path.name}: expected training state format {_FORMAT}, got {version!r}")
         return TrainingState(**{**body, "progress": Progress(**body["progress"])})
@@ -90,12 +128,13 @@ def load_state(path: Path) -> TrainingState:
 
 
 def find_state(folder: Path) -> TrainingState | None:
-    """The newest readable state of a run folder: ``state.pt``, else ``state.previous.pt``; None without either.
+    """The newest readable state of a run folder; None where there is none.
 
     Raises:
         TrainingError: There are states, but none can be read.
     """
-    paths = [folder / name for name in (STATE_FILE, PREVIOUS_STATE_FILE) if (folder / name).exists()]
+    names = (STATE_FILE, STATE_PARTS, PREVIOUS_STATE_FILE, PREVIOUS_STATE_PARTS)
+    paths = [folder / name for name in names if (folder / name).exists()]
     for path in paths:
         try:
             return load_state(path)

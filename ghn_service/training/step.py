@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,17 +32,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class LossAndGradient:
-    """Loss (without the penalty), accuracy, and gradient per predicted tensor; zeros for one that is not used."""
+    """Loss (without the penalty) and accuracy as scalar tensors, and the gradient per predicted tensor.
 
-    loss: float
-    accuracy: float
+    Nothing here waits for a GPU; a tensor that is not used has a gradient of zeros.
+    """
+
+    loss: Tensor
+    accuracy: Tensor
     gradients: dict[str, Tensor]
 
     @property
-    def is_finite(self) -> bool:
-        """Whether loss and gradients are free of NaN and infinity."""
-        total = sum((gradient.sum() for gradient in self.gradients.values()), torch.tensor(self.loss))
-        return bool(torch.isfinite(total))
+    def is_finite(self) -> Tensor:
+        """Whether loss and gradients are free of NaN and infinity, as a scalar tensor."""
+        norms = torch._foreach_norm(list(self.gradients.values()))
+        return torch.isfinite(torch.stack([self.loss, *norms]).sum())
 
 
 def measure_loss(
@@ -61,7 +64,7 @@ def measure_loss(
     """
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in predicted.items()}
     sums = {name: torch.zeros_like(tensor) for name, tensor in leaves.items()} if len(batches) > 1 else {}
-    loss_sum = accuracy_sum = 0.0
+    losses, accuracies = [], []
     gradients: dict[str, Tensor] = {}
     for images, labels in batches:
         with target_passes(images.device, precision):
@@ -75,12 +78,98 @@ def measure_loss(
         }
         for name, total in sums.items():
             total.add_(gradients[name], alpha=1.0 / len(batches))
-        loss_sum += loss.item() / len(batches)
-        accuracy_sum += (logits.argmax(1) == labels).float().mean().item() / len(batches)
+        losses.append(loss.detach())
+        accuracies.append((logits.argmax(1) == labels).float().mean())
     gradients = sums or gradients
     if settings.penalty:
         add_penalty_gradient(gradients, predicted, settings.penalty)
-    return LossAndGradient(loss_sum, accuracy_sum, gradients)
+    return LossAndGradient(torch.stack(losses).mean(), torch.stack(accuracies).mean(), gradients)
+
+
+def record_cuda_graph(run: Callable[[], LossAndGradient]) -> tuple[Callable[[], object], LossAndGradient]:
+    """Records what ``run`` does on the GPU; gives what replays it, and the result, which every replay writes anew."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # libraries choose their algorithms and get their memory before anything is recorded
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph.replay, result
+
+
+class LossRecorder:
+    """``measure_loss`` with the launches of each network recorded once and replayed with new weights and images.
+
+    Target networks are small, so that launching their kernels takes longer than running them. What cannot be recorded
+    is computed as ever; recordings end when a fifth of the memory of the GPU is left.
+
+    Args:
+        record: Records a computation on fixed tensors, as ``record_cuda_graph`` does.
+        has_room: Whether there is memory for another recording.
+    """
+
+    def __init__(
+        self,
+        record: Callable[[Callable[[], LossAndGradient]], tuple[Callable[[], object], LossAndGradient]],
+        has_room: Callable[[], bool],
+    ) -> None:
+        self.record, self.has_room = record, has_room
+        self._recordings: dict[int, tuple[dict[str, Tensor], Callable[[], object], LossAndGradient] | None] = {}
+        self._examples: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(
+        self,
+        network: PreparedNetwork,
+        predicted: Mapping[str, Tensor],
+        examples: Sequence[tuple[Tensor, Tensor]],
+        settings: ObjectiveSettings,
+        *,
+        precision: torch.dtype,
+    ) -> LossAndGradient:
+        """What ``measure_loss`` gives for this network; the tensors hold until the network's next turn."""
+        if not self._examples:  # one set for all networks
+            self._examples = [(images.clone(), labels.clone()) for images, labels in examples]
+        for (images, labels), (new_images, new_labels) in zip(self._examples, examples, strict=True):
+            images.copy_(new_images)
+            labels.copy_(new_labels)
+        if network.index not in self._recordings and self.has_room():
+            weights = {name: tensor.detach().clone() for name, tensor in predicted.items()}
+
+            def run() -> LossAndGradient:
+                return measure_loss(
+                    network.module, weights, network.constants, self._examples, settings, precision=precision
+                )
+
+            try:
+                self._recordings[network.index] = (weights, *self.record(run))
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                logger.info("network %d is not recorded: %s", network.index, error)
+                self._recordings[network.index] = None
+        recording = self._recordings.get(network.index)
+        if recording is None:
+            return measure_loss(network.module, predicted, network.constants, examples, settings, precision=precision)
+        weights, replay, result = recording
+        with torch.no_grad():
+            torch._foreach_copy_([weights[name] for name in predicted], list(predicted.values()))
+        replay()
+        return result
+
+
+def make_recorder(device: torch.device) -> LossRecorder | None:
+    """A recorder for this device; None where there is nothing to record with."""
+    if device.type != "cuda":
+        return None
+
+    def has_room() -> bool:
+        free, total = torch.cuda.mem_get_info(device)
+        return free > total // 5
+
+    return LossRecorder(record_cuda_graph, has_room)
 
 
 @torch.no_grad()
@@ -88,24 +177,38 @@ def add_penalty_gradient(gradients: dict[str, Tensor], predicted: Mapping[str, T
     """Adds the gradient of ``weight * sum of Frobenius norms`` of the predicted tensors, in place."""
     names = list(predicted)
     norms = torch._foreach_norm([predicted[name].detach() for name in names])
-    scales = (weight / torch.stack(norms).clamp_min(1e-12)).tolist()
-    for name, scale in zip(names, scales, strict=True):
-        gradients[name].add_(predicted[name].detach(), alpha=scale)
+    scales = weight / torch.stack(norms).clamp_min(1e-12)
+    for name, scale in zip(names, scales.unbind(), strict=True):
+        gradients[name].addcmul_(predicted[name].detach(), scale)
 
 
 @dataclass
 class StepOutcome:
-    """What happened in one step, in this process: results of the networks that counted, numbers of those left out."""
+    """What happened in one step, in this process.
 
-    losses: list[float] = field(default_factory=list)
-    accuracies: list[float] = field(default_factory=list)
-    not_finite: list[int] = field(default_factory=list)
+    Attributes:
+        networks: Numbers of the networks that were run.
+        results: Loss, accuracy, and 1 where those and the gradient are finite, for each of them: (3,) on the device.
+            Networks that are not finite add no gradient.
+        out_of_memory: Numbers of those that did not fit into memory.
+    """
+
+    networks: list[int] = field(default_factory=list)
+    results: list[Tensor] = field(default_factory=list)
     out_of_memory: list[int] = field(default_factory=list)
 
+    def totals(self, device: torch.device) -> Tensor:
+        """Finite networks, the sum of their losses, others, and those out of memory: (4,), without waiting for it."""
+        table = torch.stack(self.results) if self.results else torch.zeros(0, 3, device=device)
+        is_finite = table[:, 2] > 0
+        used, loss = is_finite.sum(), torch.where(is_finite, table[:, 0], 0.0).sum()
+        lost = torch.tensor(float(len(self.out_of_memory)), device=device)
+        return torch.stack([used.float(), loss, len(table) - used.float(), lost])
 
-def slot_generator(*parts: int) -> torch.Generator:
+
+def slot_generator(*parts: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator of its own for (seed, attempt, step, slot), so that no draw depends on any other."""
-    return torch.Generator().manual_seed(random.Random("/".join(map(str, parts))).getrandbits(62))
+    return torch.Generator(device).manual_seed(random.Random("/".join(map(str, parts))).getrandbits(62))
 
 
 def accumulate_gradients(
@@ -116,6 +219,7 @@ def accumulate_gradients(
     *,
     seeds: tuple[int, int, int],
     precision: torch.dtype,
+    recorder: LossRecorder | None = None,
 ) -> StepOutcome:
     """Adds this process' part of the meta-batch gradient to ``hypernetwork``.
 
@@ -126,6 +230,7 @@ def accumulate_gradients(
         settings: Batches per network, size of the meta-batch, and the loss.
         seeds: Seed, attempt and step.
         precision: Number format of the target networks' passes.
+        recorder: Replays the passes of networks that were here before.
     """
     outcome = StepOutcome()
     if not networks:
@@ -136,12 +241,15 @@ def accumulate_gradients(
     gradients: list[Tensor] = []
     for (slot, network), predicted in zip(networks, predictions, strict=True):
         torch.manual_seed(slot_generator(*seeds, slot, 1).initial_seed())  # dropout inside target networks
-        generator = slot_generator(*seeds, slot)
+        generator = slot_generator(*seeds, slot, device=hypernetwork.device)
         examples = [batches.draw(generator=generator) for _ in range(settings.data.batches_per_network)]
         try:
-            result = measure_loss(
-                network.module, predicted, network.constants, examples, settings.objective, precision=precision
-            )
+            if recorder is not None:
+                result = recorder(network, predicted, examples, settings.objective, precision=precision)
+            else:
+                result = measure_loss(
+                    network.module, predicted, network.constants, examples, settings.objective, precision=precision
+                )
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -150,14 +258,14 @@ def accumulate_gradients(
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             continue
-        if not result.is_finite:
-            logger.warning("network %d gives a loss or gradient that is not finite; left out", network.index)
-            outcome.not_finite.append(network.index)
-            continue
-        outcome.losses.append(result.loss)
-        outcome.accuracies.append(result.accuracy)
+        is_finite = result.is_finite
+        outcome.networks.append(network.index)
+        outcome.results.append(torch.stack([result.loss, result.accuracy, is_finite.float()]))
         outputs.extend(predicted.values())
-        gradients.extend(gradient / settings.sampling.meta_batch for gradient in result.gradients.values())
+        gradients.extend(
+            torch.where(is_finite, gradient / settings.sampling.meta_batch, 0.0)
+            for gradient in result.gradients.values()
+        )
     if outputs:
         torch.autograd.backward(outputs, gradients)
     return outcome

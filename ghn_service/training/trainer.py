@@ -43,7 +43,7 @@ from ghn_service.training.processes import on_stop_signals
 from ghn_service.training.run_log import RunLog
 from ghn_service.training.settings import TrainingSettings
 from ghn_service.training.state import Progress, TrainingState, save_state
-from ghn_service.training.step import StepOutcome, accumulate_gradients
+from ghn_service.training.step import StepOutcome, accumulate_gradients, make_recorder
 
 logger = logging.getLogger(__name__)
 _MOST_PREPARED = 20_000  # about 50 kB each
@@ -78,6 +78,7 @@ class Trainer:
         self.progress = Progress()
         self.stream = NetworkStream(source, settings.sampling, seed=settings.seed)
         self.precision = choose_precision(settings.precision, workers.device)
+        self.recorder = make_recorder(workers.device) if settings.limits.cuda_graphs else None
         self.stop_requested = False
         self._prepared: dict[Architecture, PreparedNetwork | None] = {}
         self._last_good = self.state()
@@ -188,6 +189,7 @@ class Trainer:
             settings,
             seeds=(settings.seed, self.progress.attempt, self.progress.step),
             precision=self.precision,
+            recorder=self.recorder,
         )
         norm = self._update(outcome)
         self.progress.step += 1
@@ -215,21 +217,21 @@ class Trainer:
 
     def _update(self, outcome: StepOutcome) -> float:
         """Clips and applies the gradient of all processes; NaN where the step has to be skipped."""
-        counts = [len(outcome.losses), sum(outcome.losses), len(outcome.not_finite), len(outcome.out_of_memory)]
-        totals = self.workers.sum_(torch.tensor(counts, dtype=torch.float32, device=self.workers.device))
-        used, loss_sum, not_finite, out_of_memory = totals.tolist()
-        self.progress.skipped_networks += int(not_finite)
-        self.progress.out_of_memory += int(out_of_memory)
+        totals = self.workers.sum_(outcome.totals(self.workers.device))
         parameters = list(self.hypernetwork.parameters())
         self.workers.sum_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.optimizer.clip, foreach=True).item()
+        whole = torch.nn.utils.clip_grad_norm_(parameters, self.settings.optimizer.clip, foreach=True)
+        # the only place where a step waits for the device
+        used, loss_sum, not_finite, out_of_memory, norm = torch.cat([totals, whole.to(totals).reshape(1)]).tolist()
+        self.progress.skipped_networks += int(not_finite)
+        self.progress.out_of_memory += int(out_of_memory)
         chance = math.log(max(self.config.num_classes, 2))
         diverging = used > 0 and loss_sum / used > self.settings.limits.divergence * chance
         if used == 0 or diverging or not math.isfinite(norm):
             self.progress.bad_steps += 1
             return math.nan
         self.optimizers.step(rate_factor(self.done, self.settings.optimizer))
-        return norm
+        return float(norm)
 
     def _roll_back(self, log: RunLog, rollbacks: int) -> None:
         limits = self.settings.limits
@@ -247,9 +249,14 @@ class Trainer:
         log.write("event", before.step, what="rollback", back_to=self.progress.step, rollbacks=rollbacks)
 
     def _log_window(self, log: RunLog, window: list[tuple[StepOutcome, float]], seconds: float) -> None:
-        used = [outcome for outcome, norm in window if math.isfinite(norm)]
-        losses = [loss for outcome in used for loss in outcome.losses]
-        accuracies = [value for outcome in used for value in outcome.accuracies]
+        every = [result for outcome, _ in window for result in outcome.results]
+        table = torch.stack(every).tolist() if every else []  # loss, accuracy, whether they are finite
+        numbers = [(number, norm) for outcome, norm in window for number in outcome.networks]
+        rows = list(zip(numbers, table, strict=True))
+        if lost := [number for (number, _), (_, _, finite) in rows if not finite]:
+            logger.warning("networks %s gave a loss or gradient that is not finite, and were left out", lost)
+        used = [row for (_, norm), row in rows if math.isfinite(norm) and row[2]]
+        losses, accuracies = [row[0] for row in used], [row[1] for row in used]
         norms = [norm for _, norm in window if math.isfinite(norm)]
         done = self.done
         log.write(
@@ -271,7 +278,7 @@ class Trainer:
     def _save(self) -> None:
         self._last_good = self.state()
         if self.workers.is_main:
-            save_state(self._last_good, self.folder)
+            save_state(self._last_good, self.folder, part_bytes=self.settings.limits.state_part_bytes)
 
     def _validate(self, log: RunLog) -> None:
         if self.validation and self.workers.is_main:

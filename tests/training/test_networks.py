@@ -5,9 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ghn_architectures.architecture import CANONICAL
 from ghn_service.errors import InvalidOptionError, TrainingError
 from ghn_service.hypernetwork.ghn import GHNConfig
-from ghn_service.training.networks import NetworkStream, largest_macs, prepare_network
+from ghn_service.training.networks import (
+    DrawnPool,
+    NetworkStream,
+    Pool,
+    largest_macs,
+    multiply_adds,
+    prepare_network,
+)
 from ghn_service.training.settings import SamplingSettings
 from tests.training.small_networks import SmallArchitecture
 
@@ -92,3 +100,28 @@ def test_a_prepared_network_uses_no_memory_for_weights():
     network = prepare_network(0, SmallArchitecture(0), CONFIG, torch.device("cpu"))
     assert all(parameter.is_meta for parameter in network.module.parameters())
     assert network.constants == {}
+
+
+def test_a_drawn_pool_has_the_networks_of_the_pool_and_is_drawn_once(tmp_path, monkeypatch):
+    pool = Pool("broad", CANONICAL, 6)
+    drawn = DrawnPool(pool, tmp_path, workers=1)
+    monkeypatch.setattr(DrawnPool, "_draw", lambda *_: pytest.fail("drawn again"))
+    again = DrawnPool(pool, tmp_path, workers=1)
+    for index in range(8):
+        assert drawn(index) == again(index) == pool(index)
+        assert multiply_adds(again(index)) == pool(index).multiply_adds
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\x1f\x8b broken"])
+def test_a_broken_file_of_a_pool_is_made_anew(tmp_path, content):
+    pool = Pool("train", CANONICAL, 2)
+    path = DrawnPool(pool, tmp_path, workers=1).path
+    path.write_bytes(content)
+    assert DrawnPool(pool, tmp_path, workers=1)(1) == pool(1)
+
+
+def test_a_pool_of_another_generator_is_made_anew(tmp_path):
+    pool = Pool("train", CANONICAL, 2)
+    path = DrawnPool(Pool("broad", CANONICAL, 2), tmp_path, workers=1).path
+    path.rename(tmp_path / path.name.replace("broad", "train"))
+    assert DrawnPool(pool, tmp_path, workers=1)(0) == pool(0)

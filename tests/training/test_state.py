@@ -38,6 +38,31 @@ def test_a_damaged_state_falls_back_to_the_one_before(tmp_path):
     assert find_state(tmp_path).progress.step == 1
 
 
+def test_a_state_in_parts_is_read_back_whichever_part_is_damaged_the_one_before_is_used(tmp_path):
+    save_state(make_state(1), tmp_path, part_bytes=1024)
+    path = save_state(make_state(2), tmp_path, part_bytes=1024)
+    parts = sorted(path.iterdir())
+    assert len(parts) > 1
+    assert all(part.stat().st_size <= 1024 for part in parts)
+    assert find_state(tmp_path).progress == Progress(step=2)
+    parts[1].unlink()
+    assert find_state(tmp_path).progress.step == 1
+
+
+def test_a_crash_between_two_parts_leaves_the_state_before(tmp_path, monkeypatch):
+    save_state(make_state(1), tmp_path, part_bytes=1024)
+
+    def crash(path, content):
+        if path.name.startswith("001"):
+            raise OSError("disk full")
+        path.write_bytes(content)
+
+    monkeypatch.setattr(state_module, "write_file", crash)
+    with pytest.raises(OSError, match="disk full"):
+        save_state(make_state(2), tmp_path, part_bytes=1024)
+    assert find_state(tmp_path).progress.step == 1
+
+
 def test_nothing_but_damaged_states_is_an_error(tmp_path):
     save_state(make_state(1), tmp_path).write_bytes(b"damaged")
     with pytest.raises(TrainingError):
