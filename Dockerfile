@@ -21,7 +21,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY clients ./clients
 COPY architectures ./architectures
 COPY ghn_service ./ghn_service
-RUN pip install --no-cache-dir -c constraints.txt ".[${EXTRAS}]"
+RUN pip install --no-cache-dir -c constraints.txt ".${EXTRAS:+[$EXTRAS]}"
 
 FROM python:3.11-slim-bookworm
 ARG DEVICE=cpu
@@ -31,6 +31,7 @@ ENV PATH=/opt/ghn/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     GHN_HOST=0.0.0.0 \
     GHN_PORT=50051 \
+    GHN_HEALTH_PORT=50052 \
     GHN_DEVICE=${DEVICE} \
     GHN_LOG_FORMAT=json
 USER 10001
@@ -38,6 +39,6 @@ WORKDIR /home/ghn
 EXPOSE 50051
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=30s --timeout=20s --start-period=60s --retries=3 \
-    CMD ["ghn-client", "health", "--address", "localhost:50051"]
+    CMD ["ghn-client", "health", "--address", "localhost:50052"]
 ENTRYPOINT ["ghn-server"]
 CMD ["serve"]

@@ -58,7 +58,9 @@ def test_build_tools_stay_in_the_first_stage() -> None:
     assert any(argument.startswith("--from=build") for argument in arguments("COPY"))
 
 
-def test_health_is_asked_with_our_own_client() -> None:
+def test_health_is_asked_with_our_own_client_where_it_needs_no_tls() -> None:
+    assert "GHN_HEALTH_PORT=50052" in arguments("ENV")[-1]
+    assert json.loads(arguments("HEALTHCHECK")[0].partition("CMD ")[2])[-1] == "localhost:50052"
     assert json.loads(arguments("HEALTHCHECK")[0].partition("CMD ")[2])[:2] == ["ghn-client", "health"]
 
 
@@ -141,9 +143,9 @@ def test_the_steps_install_and_start_a_healthy_server(tmp_path: Path) -> None:
     if subprocess.run(question, capture_output=True, text=True, check=True).stdout.strip() == "None":
         assert num_bytes(tmp_path / "opt" / "ghn") + BASE_IMAGE_BYTES < MAX_IMAGE_BYTES
     port = str(free_port())
-    container.environment |= {"GHN_PORT": port, "GHN_HOST": "127.0.0.1"}
+    container.environment |= {"GHN_PORT": str(free_port()), "GHN_HEALTH_PORT": port, "GHN_HOST": "127.0.0.1"}
     command = json.loads(arguments("ENTRYPOINT")[0]) + json.loads(arguments("CMD")[0])
-    health = json.loads(arguments("HEALTHCHECK")[0].partition("CMD ")[2].replace("50051", port))
+    health = json.loads(arguments("HEALTHCHECK")[0].partition("CMD ")[2].replace("50052", port))
     path = container.environment["PATH"]
     executable = shutil.which(command[0], path=path)
     assert executable is not None
