@@ -328,15 +328,15 @@ def restrict_vocabulary(graph: ArchitectureGraph, op_types: Collection[str]) -> 
     Its predecessors are joined to its successors, and its tensors are initialised by their fallback rules. The graph
     comes back unchanged if there is no such node; ``input`` is among the ``op_types`` that are kept.
     """
-    unknown = [index for index, node in enumerate(graph.nodes) if node.op_type not in op_types]
+    unknown = {index for index, node in enumerate(graph.nodes) if node.op_type not in op_types}
     if not unknown:
         return graph
     behind: list[set[int]] = [set() for _ in graph.nodes]  # known nodes that data comes from
     for source, target in graph.edges:
-        behind[target] |= behind[source] if source in set(unknown) else {source}
-    place = {old: new for new, old in enumerate(index for index in range(graph.num_nodes) if index not in set(unknown))}
+        behind[target] |= behind[source] if source in unknown else {source}
+    place = {old: new for new, old in enumerate(index for index in range(graph.num_nodes) if index not in unknown)}
     edges = sorted((place[source], place[target]) for target in place for source in behind[target])
-    lost = tuple(spec for index in unknown for spec in graph.nodes[index].parameters)
+    lost = tuple(spec for index in sorted(unknown) for spec in graph.nodes[index].parameters)
     names = sorted({graph.nodes[index].op_type for index in unknown})
     warning = f"{len(unknown)} nodes of types this checkpoint does not know ({', '.join(names)}) were contracted."
     return dataclasses.replace(

@@ -9,6 +9,7 @@ of operations before it, which does not depend on the order of nodes in a file; 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,9 +42,17 @@ class GraphLimits:
     max_tensors: int = 20_000
     max_parameters: int = 4_000_000_000
     max_graph_nodes: int = 4_000
-    max_edges: int = 1_000_000
+    max_edges: int = 100_000
     max_subgraph_depth: int = 8
     max_name_bytes: int = 1024
+
+
+CHECK_EVERY = 4096
+"""Units of work (nodes read, set elements touched) between two calls of ``check``: a few milliseconds."""
+
+
+def never_ends() -> None:
+    """The ``check`` of a reading that nobody cancels."""
 
 
 def exceeded(what: str, value: int | str, limit: int) -> LimitExceededError:
@@ -171,14 +180,19 @@ class RawGraph:
     Args:
         limits: The largest graph that is built.
         is_ordered: Whether nodes come in the order that they shall keep, as in a trace; otherwise levels decide.
+        check: Called every few milliseconds of work; what it raises ends the work.
     """
 
-    def __init__(self, limits: GraphLimits, *, is_ordered: bool = False) -> None:
+    def __init__(
+        self, limits: GraphLimits, *, is_ordered: bool = False, check: Callable[[], None] = never_ends
+    ) -> None:
         self.nodes: list[RawNode] = [RawNode("input", 0, name="input")]
         self.outputs: list[Flow] = []
         self.is_ordered = is_ordered
         self._limits = limits
+        self._check = check
         self._work = 0
+        self._checked = 0
 
     def add(self, node: RawNode) -> int:
         """Appends a node and returns its index."""
@@ -203,7 +217,7 @@ class RawGraph:
                 node.activation = (level, label)
 
     def spend(self, amount: int) -> None:
-        """Counts set elements touched.
+        """Counts set elements touched, and looks now and then whether the result is still wanted.
 
         Raises:
             LimitExceededError: There were more than eight times ``max_edges``: the graph is too densely connected.
@@ -211,3 +225,6 @@ class RawGraph:
         self._work += amount
         if self._work > 8 * self._limits.max_edges:
             raise exceeded("connections", f"over {self._work // 8}", self._limits.max_edges)
+        if self._work >= self._checked + CHECK_EVERY:
+            self._checked = self._work
+            self._check()

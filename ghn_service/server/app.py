@@ -17,21 +17,21 @@ from grpc_reflection.v1alpha import reflection
 from ghn_client.wire import ghn_pb2_grpc
 from ghn_client.wire.codec import SERVICE
 from ghn_service.errors import ConfigurationError, GhnServiceError, UnavailableError
-from ghn_service.server.access import Tokens, exposure_warning, load_access
+from ghn_service.server.access import exposure_warning, load_access
+from ghn_service.server.admission import SIDE_KINDS, Budget, Gate, Kind, default_memory_bytes
 from ghn_service.server.calls import CallInterceptor
 from ghn_service.server.models import LoadPredictor, ModelRegistry, load_predictor, resolve_devices
 from ghn_service.server.queue import WorkQueue
 from ghn_service.server.service import GhnService
 from ghn_service.server.settings import Settings, checkpoint_files, source_folders
+from ghn_service.server.sharing import SharedReplies
 from ghn_service.server.watchdog import Watchdog
 from ghn_service.transfer.library import Library
 
 logger = logging.getLogger(__name__)
 
-SPARE_THREADS = 16
-"""Threads beyond those of admitted predictions: for health, for dry runs, and for saying no."""
-MAX_CONCURRENT_CALLS = 1_000
-HEALTH_THREADS = 2
+SPARE_THREADS = 32
+"""Threads beyond the places of all kinds of calls: for saying no."""
 MESSAGE_OVERHEAD_BYTES = 64 * 1024
 WORKER_JOIN_S = 10.0
 READY_POLL_S = 0.2
@@ -51,6 +51,10 @@ class RunningServer:
         address: Where it listens, as ``host:port``; a host that clients can dial even if it listens on all.
         health_address: The same of the port for health alone; "" for none.
         sources: Trained networks that weights are taken from.
+        gate: Places for calls.
+        memory: The budget that requests hold memory of.
+        replies: Predictions that are shared.
+        work_queue: Predictions that wait, and the workers.
 
     Raises:
         ConfigurationError: There is no checkpoint, a port is taken, or a file of TLS or tokens is unusable.
@@ -63,26 +67,31 @@ class RunningServer:
         access = load_access(settings)
         self.sources = Library(source_folders(settings))
         self.settings = settings
-        num_threads = settings.max_queue + settings.max_streams + SPARE_THREADS
+        self._is_ready = self._stopped = False
+        self._watchdog = Watchdog(settings.send_idle_seconds, settings.min_bytes_per_second, self._look_at_workers)
+        kind = Kind("prediction", settings.max_calls, settings.send_idle_seconds, is_bounded=False)
+        self.gate = Gate((kind, *SIDE_KINDS), settings.max_peer_share, self._watchdog)
+        num_threads = self.gate.num_places + SPARE_THREADS
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="ghn-call")
-        self._server = _build_grpc_server(settings, self._pool, access.tokens)
-        self._health = health.HealthServicer(experimental_non_blocking=True, experimental_thread_pool=self._pool)
+        self._server = _build_grpc_server(settings, self._pool, num_threads, CallInterceptor(self.gate, access.tokens))
+        self._health = health.HealthServicer()
         port = _bind(self._server, settings.host, settings.port, access.credentials)
         self.address = f"{_dialable(settings.host)}:{port}"
-        self._health_server, self.health_address = _build_health_server(settings, self._health)
-        self._stopped = False
-        self._watchdog = Watchdog(settings.send_idle_seconds)
-        self._work_queue = WorkQueue(
-            num_workers=len(devices), max_queue=settings.max_queue, max_active=settings.max_streams
-        )
+        self._health_server, self.health_address = _build_health_server(settings, self._health, self._watchdog)
+        self.work_queue = WorkQueue(num_workers=len(devices), max_queue=settings.max_queue)
+        memory_bytes = default_memory_bytes(0) if settings.memory_bytes is None else settings.memory_bytes
+        self.memory = Budget("bytes of memory", memory_bytes, settings.max_peer_share)
+        cache_bytes = memory_bytes // 10 if settings.cache_bytes is None else settings.cache_bytes
+        self.replies = SharedReplies(self.work_queue, self.memory, min(cache_bytes, memory_bytes))
         load_as_set = partial(load_predictor, compute_dtype=settings.compute_dtype)
-        self._models = ModelRegistry(files, devices, load=load or load_as_set, on_ready=self._become_ready)
+        self._models = ModelRegistry(files, devices, load=load or load_as_set, on_done=self._become_ready)
         self._register(settings)
         self._server.start()
         if self._health_server is not None:
             self._health_server.start()
         if warning := exposure_warning(settings):
             logger.warning("%s", warning)
+        self._watchdog.start()
         self._models.start()
 
     def __enter__(self) -> RunningServer:
@@ -112,11 +121,13 @@ class RunningServer:
         self._stopped = True
         self._health.enter_graceful_shutdown()
         time.sleep(drain_s)
-        self._server.stop(self.settings.grace_seconds if grace_s is None else grace_s).wait()
+        stopped = self._server.stop(self.settings.grace_seconds if grace_s is None else grace_s)
+        self.gate.close()
+        stopped.wait()
         if self._health_server is not None:
             self._health_server.stop(None)
         self._watchdog.close()
-        if not self._work_queue.close(WORKER_JOIN_S):
+        if not self.work_queue.close(WORKER_JOIN_S):
             logger.warning("a worker did not end within %g seconds", WORKER_JOIN_S)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -125,7 +136,9 @@ class RunningServer:
         self._server.stop(0.0)
 
     def _register(self, settings: Settings) -> None:
-        service = GhnService(settings, self._models, self.sources, self._work_queue, self._watchdog)
+        service = GhnService(
+            settings, self._models, self.sources, self.work_queue, self.memory, self.replies, self._watchdog
+        )
         ghn_pb2_grpc.add_GhnServiceServicer_to_server(service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._health.set("", _SERVING)
@@ -135,7 +148,23 @@ class RunningServer:
             reflection.enable_server_reflection(names, self._server)
 
     def _become_ready(self) -> None:
-        self._health.set(SERVICE, _SERVING)
+        """The hypernetworks are in memory now, so their share of it is known."""
+        if self.settings.memory_bytes is None:
+            copies = self._models.devices.count("cpu")
+            self.memory.total = default_memory_bytes(
+                sum(copies * model.summary.num_bytes for model in self._models.loaded())
+            )
+        self._look_at_workers()
+
+    def _look_at_workers(self) -> None:
+        """Ready is a server with a hypernetwork and a worker that lives."""
+        num_alive = self.work_queue.num_alive(self.settings.worker_seconds)
+        is_ready = self._models.is_ready and num_alive > 0
+        if is_ready != self._is_ready:
+            self._is_ready = is_ready
+            self._health.set(SERVICE, _SERVING if is_ready else _NOT_SERVING)
+            if not is_ready:
+                logger.error("no worker gave a sign of life for %g seconds; not ready", self.settings.worker_seconds)
 
 
 def start_server(settings: Settings, *, load: LoadPredictor | None = None) -> RunningServer:
@@ -144,7 +173,7 @@ def start_server(settings: Settings, *, load: LoadPredictor | None = None) -> Ru
 
 
 def serve(settings: Settings) -> None:
-    """Runs a server until SIGTERM or SIGINT, then stops it gracefully; a second signal ends the grace.
+    """Runs a server until SIGTERM, SIGINT or SIGHUP, then stops it gracefully; a second signal ends the grace.
 
     Raises:
         ConfigurationError: It cannot start.
@@ -159,8 +188,9 @@ def serve(settings: Settings) -> None:
             threading.Thread(target=server.hurry, daemon=True).start()
         stop.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, on_signal)
     logger.info("listening", extra={"address": server.address})
     try:
         if settings.exit_on_error:
@@ -185,25 +215,33 @@ def _wait_until_ready(server: RunningServer, stop: threading.Event) -> None:
         return
 
 
-def _build_health_server(settings: Settings, servicer: health.HealthServicer) -> tuple[grpc.Server | None, str]:
+def _build_health_server(
+    settings: Settings, servicer: health.HealthServicer, watchdog: Watchdog
+) -> tuple[grpc.Server | None, str]:
     """A listener for probes that speak no TLS, and its address, if one is asked for."""
     if settings.health_port is None:
         return None, ""
-    server = grpc.server(ThreadPoolExecutor(HEALTH_THREADS, "ghn-health"), options=[("grpc.so_reuseport", 0)])
+    gate = Gate(SIDE_KINDS, settings.max_peer_share, watchdog)
+    server = grpc.server(
+        ThreadPoolExecutor(gate.num_places + SPARE_THREADS, "ghn-health"),
+        interceptors=[CallInterceptor(gate)],
+        options=[("grpc.so_reuseport", 0)],
+        maximum_concurrent_rpcs=gate.num_places + SPARE_THREADS,
+    )
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     return server, f"{_dialable(settings.host)}:{_bind(server, settings.host, settings.health_port, None)}"
 
 
-def _build_grpc_server(settings: Settings, pool: ThreadPoolExecutor, tokens: Tokens | None) -> grpc.Server:
+def _build_grpc_server(
+    settings: Settings, pool: ThreadPoolExecutor, num_threads: int, interceptor: CallInterceptor
+) -> grpc.Server:
     options = [
         ("grpc.so_reuseport", 0),  # else a second server would share the port in silence
         ("grpc.max_receive_message_length", settings.max_request_bytes + MESSAGE_OVERHEAD_BYTES),
         ("grpc.max_send_message_length", -1),
         *_keepalive_options(settings),
     ]
-    return grpc.server(
-        pool, interceptors=[CallInterceptor(tokens)], options=options, maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS
-    )
+    return grpc.server(pool, interceptors=[interceptor], options=options, maximum_concurrent_rpcs=num_threads)
 
 
 def _keepalive_options(settings: Settings) -> list[tuple[str, int]]:

@@ -22,10 +22,17 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health
 
-from ghn_client.wire.codec import SERVICE, serialize_event
+from ghn_client.wire.codec import serialize_event
 from ghn_service import errors
-from ghn_service.errors import GhnServiceError, InvalidOptionError, UnauthenticatedError, memory_errors
+from ghn_service.errors import (
+    GhnServiceError,
+    InvalidOptionError,
+    OverloadedError,
+    UnauthenticatedError,
+    memory_errors,
+)
 from ghn_service.server.access import TOKEN_NAME, Tokens, peer_identity
+from ghn_service.server.admission import SIDE_KINDS, WATCH, Gate, Kind
 
 logger = logging.getLogger(__name__)
 
@@ -146,13 +153,17 @@ def encode_status(error: BaseException, *, request_id: str) -> RpcStatus:
 
 
 class CallInterceptor(grpc.ServerInterceptor):
-    """Asks for a token, but for health, and wraps every method of our service.
+    """Wraps every method: asks for a token, but for health; gives the call a name, a place and a line in the log.
+
+    Every method becomes one of streams, whatever it was: only then is its thread ours before its request is there.
 
     Args:
+        gate: Where places are.
         tokens: Who may call; None for everyone.
     """
 
-    def __init__(self, tokens: Tokens | None = None) -> None:
+    def __init__(self, gate: Gate, tokens: Tokens | None = None) -> None:
+        self._gate = gate
         self._tokens = tokens
 
     def intercept_service(
@@ -161,17 +172,20 @@ class CallInterceptor(grpc.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """The wrapped handler of a call; the events of a stream may come as bytes, serialised already."""
+        kind = self._gate.kind_of(handler_call_details.method)
         method = handler_call_details.method.rpartition("/")[2]
         if self._tokens is not None and not handler_call_details.method.startswith(f"/{health.SERVICE_NAME}/"):
             try:
                 TOKEN_NAME.set(self._tokens.admit(handler_call_details.invocation_metadata))
             except UnauthenticatedError as error:
-                return _refuse(error, method)
+                return _refuse(error, method, kind)
         handler = continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(f"/{SERVICE}/"):
-            return handler
-        parse, unary, stream = handler.request_deserializer, handler.unary_unary, handler.unary_stream
-        assert parse is not None, "our methods take protobuf messages"
+        if handler is None:
+            return None
+        parse, serialize = handler.request_deserializer, handler.response_serializer
+        if handler.unary_stream is not None and kind not in SIDE_KINDS:
+            serialize = serialize_event
+        assert parse is not None, "all methods take protobuf messages"
 
         def parse_or_mark(message: bytes) -> Any:
             try:
@@ -179,26 +193,28 @@ class CallInterceptor(grpc.ServerInterceptor):
             except DecodeError:
                 return _MALFORMED  # refused inside the guard, with a proper status
 
-        def guarded_stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-            assert stream is not None
-            with _guard(request, context, method):
-                yield from stream(request, context)
+        def guarded(messages: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+            with _guard(context, method, kind) as name_call, self._gate.enter(kind, context):
+                if handler.stream_stream is not None:
+                    yield from handler.stream_stream(messages, context)
+                    return
+                request = self._gate.receive(kind, messages, context)
+                if request is _MALFORMED:
+                    raise InvalidOptionError("the request is no message of this method")
+                name_call(request)
+                if handler.unary_stream is not None:
+                    yield from handler.unary_stream(request, context)
+                elif handler.unary_unary is not None:
+                    yield handler.unary_unary(request, context)
 
-        def guarded_unary(request: Any, context: grpc.ServicerContext) -> Any:
-            assert unary is not None
-            with _guard(request, context, method):
-                return unary(request, context)
-
-        if stream is not None:
-            return grpc.unary_stream_rpc_method_handler(guarded_stream, parse_or_mark, serialize_event)
-        return grpc.unary_unary_rpc_method_handler(guarded_unary, parse_or_mark, handler.response_serializer)
+        return grpc.stream_stream_rpc_method_handler(guarded, parse_or_mark, serialize)
 
 
-def _refuse(error: GhnServiceError, method: str) -> grpc.RpcMethodHandler[Any, Any]:
+def _refuse(error: GhnServiceError, method: str, kind: Kind) -> grpc.RpcMethodHandler[Any, Any]:
     """A handler that ends a call of any method without reading its request."""
 
     def refused(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-        with _guard(None, context, method):
+        with _guard(context, method, kind):
             raise error
 
     return grpc.stream_stream_rpc_method_handler(refused)
@@ -209,44 +225,53 @@ _MALFORMED = object()
 
 
 @contextmanager
-def _guard(request: Any, context: grpc.ServicerContext, method: str) -> Iterator[None]:
-    """Names the call, whose handler finds the name in the request; ends it with the status of what the body raises."""
+def _guard(context: grpc.ServicerContext, method: str, kind: Kind) -> Iterator[Callable[[Any], None]]:
+    """Names the call, and ends it with the status of what the body raises.
+
+    Gives a function that takes the name from the request once it is there; the handler finds the name in it.
+    """
     start = time.perf_counter()
-    given = getattr(request, "request_id", "")
-    is_usable = len(given) <= MAX_REQUEST_ID_CHARACTERS and given.isascii() and given.isprintable()
-    request_id = given if given and is_usable else uuid.uuid4().hex
+    request_id = uuid.uuid4().hex
     error: Exception | None = None
+
+    def name_call(request: Any) -> None:
+        nonlocal request_id
+        given = getattr(request, "request_id", None)
+        if given is None:
+            return
+        if not (len(given) <= MAX_REQUEST_ID_CHARACTERS and given.isascii() and given.isprintable()):
+            raise InvalidOptionError(
+                f"expected at most {MAX_REQUEST_ID_CHARACTERS} printable ASCII characters, got {len(given)}",
+                field="request_id",
+            )
+        request.request_id = request_id = given or request_id
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+
+    level = logging.DEBUG if kind in SIDE_KINDS else logging.INFO
     with structlog.contextvars.bound_contextvars(request_id=request_id, method=method, peer=peer_identity(context)):
         try:
-            if request is _MALFORMED:
-                raise InvalidOptionError("the request is no message of this method")
-            if not is_usable:
-                raise InvalidOptionError(
-                    f"expected at most {MAX_REQUEST_ID_CHARACTERS} printable ASCII characters, got {len(given)}",
-                    field="request_id",
-                )
-            if hasattr(request, "request_id"):
-                request.request_id = request_id
             with memory_errors("the server has not enough free memory for this request; try again later"):
-                yield
+                yield name_call
         except GeneratorExit:
-            _log("CANCELLED", start, None)
+            _log(level, "CANCELLED", start, None)
             raise
         except Exception as raised:
             error = raised
         if error is None:
-            _log("OK", start, None)
+            _log(level, "OK", start, None)
             return
         status = encode_status(error, request_id=request_id)
-        _log(status.code.name, start, error)
+        if kind is WATCH and isinstance(error, OverloadedError):
+            status = RpcStatus(grpc.StatusCode.UNIMPLEMENTED, status.details, ())
+        _log(level, status.code.name, start, error)
     context.abort_with_status(status)
 
 
-def _log(code: str, start: float, error: BaseException | None) -> None:
+def _log(level: int, code: str, start: float, error: BaseException | None) -> None:
     extra = {"code": code, "seconds": round(time.perf_counter() - start, 4)}
     if error is None:
-        logger.info("call", extra=extra)
+        logger.log(level, "call", extra=extra)
     elif status_row(error).is_told:
-        logger.info("call: %s", error, extra=extra)
+        logger.log(level, "call: %s", error, extra=extra)
     else:
         logger.error("call failed: %r", error, extra=extra, exc_info=error)

@@ -85,7 +85,7 @@ class ModelRegistry:
         files: Checkpoint by name, the default one first.
         devices: Names of the devices.
         load: Reads one checkpoint onto one device.
-        on_ready: Called once, when at least one hypernetwork is loaded and none is left to load.
+        on_done: Called once, when none is left to load.
     """
 
     def __init__(
@@ -94,14 +94,15 @@ class ModelRegistry:
         devices: tuple[str, ...],
         *,
         load: LoadPredictor = load_predictor,
-        on_ready: Callable[[], None] = lambda: None,
+        on_done: Callable[[], None] = lambda: None,
     ) -> None:
         self.devices = devices
         self._files = dict(files)
         self._load = load
-        self._on_ready = on_ready
+        self._on_done = on_done
         self._models: dict[str, LoadedModel] = {}
         self._failures: dict[str, GhnServiceError] = {}
+        self._is_done = False
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._load_all, name="ghn-loader", daemon=True)
 
@@ -120,6 +121,11 @@ class ModelRegistry:
             raise UnavailableError(f"the hypernetworks were not loaded within {timeout_s} seconds")
         for failure in self._failures.values():
             raise failure
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a hypernetwork is loaded and none is left to load."""
+        return self._is_done and bool(self._models)
 
     @property
     def default_name(self) -> str:
@@ -163,8 +169,8 @@ class ModelRegistry:
                 )
             if name in self._failures:
                 logger.error("cannot load %s: %s", name, self._failures[name], extra={"model": name})
-        if self._models:
-            self._on_ready()
+        self._is_done = True
+        self._on_done()
         self._done.set()
 
     def _load_one(self, name: str, file: CheckpointFile) -> LoadedModel:

@@ -1,4 +1,4 @@
-"""A prediction as a safetensors file: what it says about itself, and its values without a copy."""
+"""A prediction as a safetensors file: what it says about itself, its values without a copy, and its memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -16,6 +17,7 @@ from ghn_client.wire.codec import DTYPE_BYTES, encode_safetensors_header
 from ghn_client.wire.metadata import PredictionMetadata, TensorInfo, TensorUse, encode_metadata
 from ghn_service.errors import InvalidArchitectureError
 from ghn_service.graph.architecture import ArchitectureGraph, ParameterSpec
+from ghn_service.hypernetwork.fill import MAX_ELEMENTS_HELD
 from ghn_service.parameters import ParameterSet
 from ghn_service.postprocess.low_rank.output import LowRankRecord, encode_low_rank_record
 from ghn_service.postprocess.weighted_layers import StepRecord
@@ -26,6 +28,8 @@ from ghn_service.server.models import LoadedModel
 STATISTICS_DTYPE = "F32"
 SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 VERSION = version("ghn-service")
+NODE_BYTES = 8192
+"""Memory of a node or tensor beside its values: records, names, a row of embeddings."""
 
 
 def encode_result_header(result: PredictionResult, options: PredictionOptions, model: LoadedModel) -> bytes:
@@ -66,6 +70,66 @@ def expected_bytes(analysis: ArchitectureAnalysis, dtype: str, model: LoadedMode
     num_statistics = sum(map(math.prod, analysis.statistics.values()))
     num_bytes = num_elements * DTYPE_BYTES[SAFETENSORS_DTYPES[dtype]]
     return len(header) + num_bytes + num_statistics * DTYPE_BYTES[STATISTICS_DTYPE]
+
+
+@dataclass(frozen=True, eq=False)
+class Reply:
+    """What is sent for a prediction; equal requests share one.
+
+    Attributes:
+        header: The first bytes of the file.
+        result: The prediction, whose values follow.
+        report_json: The diversity report; "" if none was asked for.
+    """
+
+    header: bytes
+    result: PredictionResult
+    report_json: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the file."""
+        return len(self.header) + self.result.num_bytes
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory that it holds, which is more than its file where tensors are parts of larger ones."""
+        values = [*self.result.parameters.values(), *self.result.statistics.values()]
+        storages = {item.untyped_storage().data_ptr(): item.untyped_storage().nbytes() for item in values}
+        texts = len(self.header) + len(self.report_json)
+        return texts + sum(storages.values()) + NODE_BYTES * self.result.graph.num_nodes
+
+
+def encode_reply(result: PredictionResult, options: PredictionOptions, model: LoadedModel) -> Reply:
+    """The reply with a prediction, without the source that it came from; raises as ``encode_result_header`` does."""
+    report_json = encode_report(result, options, model) if result.report is not None else ""
+    return Reply(encode_result_header(result, options, model), dataclasses.replace(result, transfer=None), report_json)
+
+
+def prediction_memory(
+    graph: ArchitectureGraph, options: PredictionOptions, model: LoadedModel, transfer: PlannedTransfer | None = None
+) -> int:
+    """Bytes of memory that a prediction takes at most while it is made, its reply included; an estimate from above.
+
+    Steps and factors work on all tensors in float32, beside what comes of them (docs/server.md, *Memory*).
+    """
+    sizes = {spec.name: spec.num_elements for spec in graph.parameters()}
+    all_bytes = 4 * sum(sizes.values())
+    wanted = sum(size for name, size in sizes.items() if options.includes(name))
+    reply_bytes = wanted * DTYPE_BYTES[SAFETENSORS_DTYPES[options.dtype]]
+    config = model.summary.config
+    pair_bytes = 8 * config.num_heads + 12 if config.encoder == "graphormer" else 16
+    decoded_bytes = 2 * 4 * max(MAX_ELEMENTS_HELD, *(min(size, math.prod(config.max_shape)) for size in sizes.values()))
+    given = transfer.source.tensors.values() if transfer is not None else ()
+    source_bytes = all_bytes + sum(tensor.numel() * tensor.element_size() for tensor in given) if given else 0
+    return (
+        reply_bytes
+        + source_bytes
+        + 3 * all_bytes * options.has_steps
+        + min(decoded_bytes, 2 * all_bytes)
+        + pair_bytes * graph.num_nodes**2
+        + NODE_BYTES * (graph.num_nodes + len(sizes))
+    )
 
 
 def encode_values(

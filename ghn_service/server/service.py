@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
+import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -15,7 +17,9 @@ from ghn_client.wire.codec import encode_chunks
 from ghn_service.errors import DeadlineExceededError, InvalidOptionError
 from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.graph.onnx.reader import read_onnx
-from ghn_service.predictor import READING, PlannedTransfer, PredictionOptions, PredictionResult, plan_source
+from ghn_service.predictor import READING, PlannedTransfer, PredictionOptions, plan_source
+from ghn_service.server.access import peer_identity
+from ghn_service.server.admission import Budget, Request, Turns
 from ghn_service.server.messages import (
     decode_dtype,
     decode_low_rank,
@@ -27,13 +31,24 @@ from ghn_service.server.messages import (
     encode_server_info,
 )
 from ghn_service.server.models import LoadedModel, ModelRegistry
-from ghn_service.server.queue import Job, StageCallback, WorkQueue
-from ghn_service.server.reply import VERSION, encode_report, encode_result_header, encode_values, expected_bytes
-from ghn_service.server.settings import Settings
+from ghn_service.server.queue import Job, JobState, StageCallback, WorkQueue
+from ghn_service.server.reply import (
+    VERSION,
+    Reply,
+    encode_reply,
+    encode_values,
+    expected_bytes,
+    prediction_memory,
+)
+from ghn_service.server.settings import MEBIBYTE, Settings
+from ghn_service.server.sharing import SharedReplies, file_key, reply_key
 from ghn_service.server.watchdog import Watchdog
-from ghn_service.transfer.library import Library
+from ghn_service.transfer.library import AUTO, Library
 
 Events = Iterator[ghn_pb2.PredictWeightsResponse | bytes]
+
+READERS = 2
+"""Files that are read at once: reading is Python's work, which does not go faster in more threads."""
 
 
 class GhnService(ghn_pb2_grpc.GhnServiceServicer):
@@ -44,6 +59,8 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
         models: The hypernetworks.
         sources: Trained networks that weights are taken from.
         work_queue: Where predictions wait.
+        memory: What requests hold memory of.
+        replies: Predictions that are shared.
         watchdog: Ends streams that stand still.
     """
 
@@ -53,6 +70,8 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
         models: ModelRegistry,
         sources: Library,
         work_queue: WorkQueue,
+        memory: Budget,
+        replies: SharedReplies,
         watchdog: Watchdog,
     ) -> None:
         self.settings = settings
@@ -60,7 +79,10 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
         self.models = models
         self.sources = sources
         self.work_queue = work_queue
+        self.memory = memory
+        self.replies = replies
         self.watchdog = watchdog
+        self.readers = Turns(READERS)
         self.started = time.monotonic()
 
     def PredictWeights(  # type: ignore[override]  # noqa: N802
@@ -69,38 +91,33 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
         """Predicts every trainable tensor of an architecture; chunks are serialised already."""
         options = decode_options(request)
         model = self.models.get(request.model)
-        with self._admit(context) as job:
-            start = time.perf_counter()
-            graph = read_onnx(request.architecture.onnx_model, limits=self.limits)
-            reading_s = time.perf_counter() - start
-            if options.include and not any(options.includes(spec.name) for spec in graph.parameters()):
-                raise InvalidOptionError(
-                    f"none of the {len(list(graph.parameters()))} tensors matches {', '.join(options.include)}",
-                    field="include",
-                )
-            transfer, graph = self._plan_transfer(request, graph)
-            for progress in job.follow(partial(_predict, model, graph, options, transfer)):
-                yield encode_progress(progress)
-            result = job.result()
-            header = encode_result_header(result, options, model)
-            total_bytes = len(header) + result.num_bytes
-            yield ghn_pb2.PredictWeightsResponse(
-                header=ghn_pb2.StreamHeader(request_id=request.request_id, total_bytes=total_bytes)
-            )
-            start = time.perf_counter()
-            values = encode_values(result.parameters, result.statistics)
-            with self.watchdog.watch(context.cancel, deadline=job.deadline) as watch:
-                for chunk in encode_chunks(itertools.chain([header], values)):
-                    if time.monotonic() > job.deadline:
-                        raise DeadlineExceededError("the request ran out of time while its weights were sent")
-                    yield chunk
-                    watch.touch()
-                streaming_s = time.perf_counter() - start
-                seconds = {READING: reading_s, "waiting": job.wait_s, **result.seconds, "streaming": streaming_s}
-                report_json = encode_report(result, options, model) if result.report is not None else ""
+        with self._admit(context) as admitted:
+            start = time.monotonic()
+            with self._prediction(admitted, request, model, options) as job:
+                seconds = {READING: time.monotonic() - start, "waiting": 0.0}
+                was_there, start = job.state is JobState.ENDED, time.monotonic()
+                for progress in self.work_queue.follow(job, admitted):
+                    yield encode_progress(progress)
+                reply = job.result()
+                if was_there:
+                    seconds |= dict.fromkeys(reply.result.seconds, 0.0)
+                else:
+                    seconds |= {"waiting": max(0.0, job.started - start), **reply.result.seconds}
                 yield ghn_pb2.PredictWeightsResponse(
-                    trailer=ghn_pb2.StreamTrailer(seconds=seconds, report_json=report_json)
+                    header=ghn_pb2.StreamHeader(request_id=request.request_id, total_bytes=reply.num_bytes)
                 )
+                start = time.monotonic()
+                with self.watchdog.watch_stream(context.cancel, deadline=admitted.deadline) as watch:
+                    values = encode_values(reply.result.parameters, reply.result.statistics)
+                    for chunk in encode_chunks(itertools.chain([reply.header], values)):
+                        if time.monotonic() > admitted.deadline:
+                            raise DeadlineExceededError("the request ran out of time while its weights were sent")
+                        yield chunk
+                        watch.touch(len(chunk))
+                    seconds["streaming"] = time.monotonic() - start
+                    yield ghn_pb2.PredictWeightsResponse(
+                        trailer=ghn_pb2.StreamTrailer(seconds=seconds, report_json=reply.report_json)
+                    )
 
     def AnalyzeArchitecture(  # noqa: N802
         self, request: ghn_pb2.AnalyzeArchitectureRequest, context: grpc.ServicerContext
@@ -109,16 +126,20 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
         dtype = decode_dtype(request.dtype)
         low_rank = decode_low_rank(request.low_rank, with_curves=True) if request.HasField("low_rank") else None
         model = self.models.get(request.model)
-        graph = read_onnx(request.architecture.onnx_model, limits=self.limits)
-        transfer, graph = self._plan_transfer(request, graph)
-        analysis = model.predictors[0].analyze(graph, transfer=transfer)
-        if low_rank is not None:
-            with self._admit(context) as job:
-                for _ in job.follow(partial(_predict, model, graph, PredictionOptions(low_rank=low_rank), transfer)):
-                    pass
-                analysis = replace(analysis, low_rank=job.result().low_rank)
-        total_bytes = expected_bytes(analysis, dtype, model)
-        return encode_analysis(analysis, model, total_bytes=total_bytes, request_id=request.request_id)
+        with self._admit(context) as admitted:
+            record = None
+            if low_rank is not None:
+                options = PredictionOptions(low_rank=low_rank)
+                with self._prediction(admitted, request, model, options) as job:
+                    for _ in self.work_queue.follow(job, admitted):
+                        pass
+                    record = job.result().result.low_rank
+            with self.readers.turn(admitted):
+                graph, transfer = self._read(admitted, request)
+                analysis = replace(model.predictors[0].analyze(graph, transfer=transfer), low_rank=record)
+                admitted.check()
+                total_bytes = expected_bytes(analysis, dtype, model)
+                return encode_analysis(analysis, model, total_bytes=total_bytes, request_id=request.request_id)
 
     def ListModels(  # noqa: N802
         self, request: ghn_pb2.ListModelsRequest, context: grpc.ServicerContext
@@ -133,28 +154,76 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
         uptime_s = time.monotonic() - self.started
         return encode_server_info(self.settings, self.models.devices, version=VERSION, uptime_s=uptime_s)
 
-    def _plan_transfer(
-        self, request: ghn_pb2.PredictWeightsRequest | ghn_pb2.AnalyzeArchitectureRequest, graph: ArchitectureGraph
-    ) -> tuple[PlannedTransfer | None, ArchitectureGraph]:
-        """What the source of a request gives, if it names one, and the graph with what the user should know of it."""
-        if not request.HasField("source"):
-            return None, graph
-        name, head, post_process = decode_source(request.source)
-        structure = request.architecture.onnx_model
-        transfer, reasons = plan_source(
-            self.sources, name, structure, head=head, post_process=post_process, limits=self.limits
-        )
-        return transfer, replace(graph, warnings=(*graph.warnings, *reasons))
-
-    def _admit(self, context: grpc.ServicerContext) -> Job[PredictionResult]:
-        """A place in the queue, until the client or the server gives up."""
+    @contextmanager
+    def _admit(self, context: grpc.ServicerContext) -> Iterator[Request]:
+        """A request until the client or the server gives it up."""
         remaining_s = context.time_remaining()
         limit_s = self.settings.max_seconds
         deadline = time.monotonic() + (limit_s if remaining_s is None else min(limit_s, remaining_s))
-        job: Job[PredictionResult] = self.work_queue.admit(deadline=deadline)
-        if not context.add_callback(job.cancel):
-            job.cancel()  # the client has gone already
-        return job
+        with Request(self.memory, peer_identity(context), deadline) as admitted:
+            if not context.add_callback(admitted.cancel):
+                admitted.cancel()  # the client has gone already
+            yield admitted
+
+    @contextmanager
+    def _prediction(
+        self,
+        admitted: Request,
+        request: ghn_pb2.PredictWeightsRequest | ghn_pb2.AnalyzeArchitectureRequest,
+        model: LoadedModel,
+        options: PredictionOptions,
+    ) -> Iterator[Job[Reply]]:
+        """The job that makes the reply, or has made it: of an equal request if there is one, else a new one."""
+        source = self._source_key(request)
+        file = file_key(request.architecture.onnx_model, model, options, source)
+        shared = self.replies.find(file, admitted)
+        if shared is None:
+            with self.readers.turn(admitted):
+                shared = self.replies.find(file, admitted)  # an equal request may have been read meanwhile
+                if shared is None:
+                    graph, transfer = self._read(admitted, request)
+                    _check_include(graph, options)
+                    make = partial(_predict, model, graph, options, transfer)
+                    num_bytes = prediction_memory(graph, options, model, transfer)
+                    key = reply_key(graph, model, options, source)
+                    shared = self.replies.find_or_start(file, key, admitted, num_bytes, make)
+        try:
+            yield shared.job
+        finally:
+            self.replies.leave(shared)
+
+    def _source_key(self, request: ghn_pb2.PredictWeightsRequest | ghn_pb2.AnalyzeArchitectureRequest) -> str:
+        """What a reply depends on of the source of its request; "" without one."""
+        if not request.HasField("source"):
+            return ""
+        options = decode_source(request.source)
+        return repr((options, self.sources.digest(options[0]) or uuid.uuid4().hex))
+
+    def _read(
+        self, admitted: Request, request: ghn_pb2.PredictWeightsRequest | ghn_pb2.AnalyzeArchitectureRequest
+    ) -> tuple[ArchitectureGraph, PlannedTransfer | None]:
+        """The architecture of a request, and what its source gives if it names one; in a turn of the readers."""
+        data = request.architecture.onnx_model
+        num_bytes = min(32 * len(data), 4 * len(data) + 256 * MEBIBYTE)  # many small nodes take 25 times their bytes
+        with admitted.hold(num_bytes):
+            graph = read_onnx(data, limits=self.limits, check=admitted.check)
+        if not request.HasField("source"):
+            return graph, None
+        name, head, post_process = decode_source(request.source)
+        names = [summary.name for summary in self.sources.summaries()] if name == AUTO else [name]
+        with admitted.hold(sum(map(self.sources.size, names))):
+            transfer, reasons = plan_source(
+                self.sources, name, data, head=head, post_process=post_process, limits=self.limits
+            )
+        return replace(graph, warnings=(*graph.warnings, *reasons)), transfer
+
+
+def _check_include(graph: ArchitectureGraph, options: PredictionOptions) -> None:
+    names = [spec.name for spec in graph.parameters()]
+    if not any(options.includes(name) for name in names):
+        raise InvalidOptionError(
+            f"none of the {len(names)} tensors matches {', '.join(options.include)}", field="include"
+        )
 
 
 def _predict(
@@ -164,6 +233,7 @@ def _predict(
     transfer: PlannedTransfer | None,
     device_index: int,
     on_stage: StageCallback,
-) -> PredictionResult:
+) -> Reply:
     """The work of one job, on a worker's thread."""
-    return model.predictors[device_index].run(graph, options=options, on_stage=on_stage, transfer=transfer)
+    result = model.predictors[device_index].run(graph, options=options, on_stage=on_stage, transfer=transfer)
+    return encode_reply(result, options, model)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -81,15 +81,25 @@ class Settings(BaseSettings):
     health_port: int | None = Field(default=None, ge=0, le=65535)
     """Port that answers health alone and in plain text, for probes without TLS; 0 for any free one, none if empty."""
     max_queue: int = Field(default=16, ge=0, le=10_000)
-    """Requests that may wait for a device."""
-    max_streams: int = Field(default=4, ge=1, le=1_000)
-    """Predictions that may be in memory at once, being made or being sent."""
+    """Predictions that may wait for a device."""
+    max_calls: int = Field(default=128, ge=1, le=1_000)
+    """Calls that are served at once, waiting and streaming ones included; each takes a thread."""
+    max_peer_share: float = Field(default=0.5, gt=0, le=1)
+    """Fraction of calls and memory that one peer (token, certificate, else address) may hold at once; who holds nothing
+    may ask for anything. 1 where all clients come through one proxy."""
+    memory_bytes: ByteSize | None = None
+    """Memory for requests, predictions and replies, such as 6GiB; if empty, three quarters of the container's or
+    machine's, less 512 MiB and the checkpoints."""
+    cache_bytes: ByteSize | None = None
+    """Memory of it for the last replies, which answer equal requests; 0 for none, a tenth if empty."""
     max_request_bytes: int = Field(default=64 * MEBIBYTE, ge=1024, le=2**31 - 1)
     """Bytes of a request."""
     max_nodes: int = Field(default=DEFAULT_LIMITS.max_nodes, ge=1)
     """Nodes of an ONNX model, after functions are expanded."""
     max_graph_nodes: int = Field(default=DEFAULT_LIMITS.max_graph_nodes, ge=1)
     """Nodes of the architecture's graph; memory grows with their square."""
+    max_edges: int = Field(default=DEFAULT_LIMITS.max_edges, ge=1)
+    """Edges of the architecture's graph; time to read it grows with them."""
     max_tensors: int = Field(default=DEFAULT_LIMITS.max_tensors, ge=1)
     """Tensors of an ONNX model."""
     max_parameters: int = Field(default=DEFAULT_LIMITS.max_parameters, ge=1)
@@ -97,7 +107,11 @@ class Settings(BaseSettings):
     max_seconds: float = Field(default=600.0, gt=0, le=86_400, allow_inf_nan=False)
     """Seconds that a request may take, the stream included."""
     send_idle_seconds: float = Field(default=30.0, gt=0, le=86_400, allow_inf_nan=False)
-    """Seconds that a client may read nothing before its stream is cancelled."""
+    """Seconds that a client may read nothing before its stream is cancelled, and that its request may take to come."""
+    min_bytes_per_second: ByteSize = ByteSize(256 * 1024)
+    """Least rate at which a client reads its stream, send_idle_seconds allowed for; 0 for any."""
+    worker_seconds: float = Field(default=300.0, gt=0, le=86_400, allow_inf_nan=False)
+    """Seconds without a sign of life after which a worker counts as hung; a server of hung workers is not ready."""
     keepalive_seconds: float = Field(default=60.0, ge=1, le=86_400, allow_inf_nan=False)
     """Seconds without traffic after which the server asks a client whether it is still there."""
     keepalive_timeout_seconds: float = Field(default=20.0, gt=0, le=3_600, allow_inf_nan=False)
@@ -126,7 +140,15 @@ class Settings(BaseSettings):
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @field_validator(
-        "tls_certificate", "tls_key", "tls_client_ca", "tokens", "health_port", "reflection", mode="before"
+        "tls_certificate",
+        "tls_key",
+        "tls_client_ca",
+        "tokens",
+        "health_port",
+        "reflection",
+        "memory_bytes",
+        "cache_bytes",
+        mode="before",
     )
     @classmethod
     def _empty_is_none(cls, value: Any) -> Any:
@@ -149,6 +171,7 @@ class Settings(BaseSettings):
             max_bytes=self.max_request_bytes,
             max_nodes=self.max_nodes,
             max_graph_nodes=self.max_graph_nodes,
+            max_edges=self.max_edges,
             max_tensors=self.max_tensors,
             max_parameters=self.max_parameters,
         )

@@ -168,6 +168,11 @@ class Library:
         """Bytes that loading this source takes; 0 for one that is lent and in memory already, or unknown."""
         return next((summary.num_bytes for summary in self.summaries() if summary.name == name), 0)
 
+    def digest(self, name: str) -> str:
+        """What changes when a source of this name does, or for ``auto`` any; "" for one that is lent, or unknown."""
+        digests = {summary.name: summary.digest for summary in self.summaries()}
+        return repr(sorted(digests.items())) if name == AUTO else digests.get(name, "")
+
     @contextlib.contextmanager
     def lend(self, source: Source) -> Iterator[str]:
         """Makes a source of this process known until the body ends; gives the name to load it by, which is no other's.

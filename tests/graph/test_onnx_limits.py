@@ -101,8 +101,29 @@ def with_layers_in_control_flow() -> bytes:
     return changed(lambda proto: proto.graph.node.append(helper.make_node("If", ["x"], ["z"], then_branch=body)))
 
 
+def densely_connected(num_layers: int) -> bytes:
+    """Each layer reads all before it, joined: n * n / 2 edges."""
+    model = Model()
+    values = [model.conv("x", "layer0", 3, 3, size=1)]
+    for index in range(1, num_layers):
+        values.append(model.conv(model.node("Concat", values, f"sum{index}", axis=1), f"layer{index}", 3, 3, size=1))
+    return model.proto().SerializeToString()
+
+
 def with_name(name: str) -> bytes:
     return changed(lambda proto: proto.graph.initializer.append(onnx.TensorProto(name=name, dims=[2], data_type=1)))
+
+
+def with_broken_name(name: bytes, *, in_function: bool = False) -> bytes:
+    """A model in which the name ``name`` is no text; its length stays."""
+    if not in_function:
+        return small().proto().SerializeToString().replace(name, b"\xff" * len(name))
+    model = Model()
+    model.node("F", [model.conv("x", "layer", 4, 3)], "y", domain="custom")
+    body = [helper.make_node("Relu", ["aa"], ["vv"]), helper.make_node("Relu", ["vv"], ["c"])]
+    imports = [helper.make_opsetid("", 20)]
+    model.functions.append(helper.make_function("custom", "F", ["aa"], ["c"], body, imports))
+    return model.proto().SerializeToString().replace(name, b"\xff" * len(name))
 
 
 def with_quantised_kernel() -> bytes:
@@ -136,6 +157,10 @@ INVALID = {
     "overflowing size": with_weight(2**62, 4),
     "no parameters": without_parameters(),
     "dynamic weight": with_dynamic_weight(),
+    "no groups": changed(lambda proto: proto.graph.node[0].attribute.append(helper.make_attribute("group", 0))),
+    "value in a function not UTF-8": with_broken_name(b"vv", in_function=True),
+    "input of a function not UTF-8": with_broken_name(b"aa", in_function=True),
+    "value not UTF-8": with_broken_name(b"layer_out"),
     "reserved name": with_name("__metadata__"),
     "unnamed tensor": with_name(""),
     "long name": with_name("n" * 65536),
@@ -159,6 +184,7 @@ EXCEEDED = {
     "tensors": (small().proto().SerializeToString(), GraphLimits(max_tensors=2)),
     "graph nodes": (small().proto().SerializeToString(), GraphLimits(max_graph_nodes=3)),
     "edges": (small().proto().SerializeToString(), GraphLimits(max_edges=2)),
+    "edges of a dense graph": (densely_connected(500), GraphLimits()),
     "bytes": (small().proto().SerializeToString(), GraphLimits(max_bytes=100)),
 }
 
@@ -183,6 +209,23 @@ def test_over_a_limit(fault: str) -> None:
     with pytest.raises(LimitExceededError) as caught:
         read_onnx(data, limits=limits)
     assert caught.value.field == "architecture.onnx_model"
+
+
+@pytest.mark.parametrize("data", [densely_connected(400), with_function_calls(13)], ids=["edges", "functions"])
+def test_reading_ends_when_nobody_wants_it(data: bytes) -> None:
+    class UnwantedError(Exception):
+        pass
+
+    num_checks = 0
+
+    def check() -> None:
+        nonlocal num_checks
+        num_checks += 1
+        if num_checks == 3:
+            raise UnwantedError
+
+    with pytest.raises(UnwantedError):
+        read_onnx(data, check=check)
 
 
 def test_a_small_function_tree_is_expanded() -> None:

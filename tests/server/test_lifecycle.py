@@ -142,7 +142,7 @@ def test_two_devices_have_a_worker_and_a_copy_each(tmp_path: Path) -> None:
     settings = fake_settings(tmp_path, device=("cpu", "cpu"))
     with start_server(settings, load=load) as server, connect(server) as stub:
         server.wait_ready(PATIENCE_S)
-        streams = [stub.PredictWeights(predict_request(TINY)) for _ in range(2)]
+        streams = [stub.PredictWeights(predict_request(TINY, seed=seed)) for seed in range(2)]
         for stream in streams:
             while next(stream).progress.stage != ghn_pb2.STAGE_PREDICTING:
                 pass

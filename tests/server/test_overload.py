@@ -23,11 +23,11 @@ def next_progress(events: grpc.Call) -> ghn_pb2.Progress:
 
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(tmp_path: Path) -> None:
     gate = Gate()
-    with fake_server(tmp_path, FakePredictor(gate), max_queue=0, max_streams=1) as server, connect(server) as stub:
+    with fake_server(tmp_path, FakePredictor(gate), max_queue=0) as server, connect(server) as stub:
         running = stub.PredictWeights(predict_request(TINY))
         assert gate.entered.wait(PATIENCE_S)
         with pytest.raises(grpc.RpcError) as caught:
-            list(stub.PredictWeights(predict_request(TINY)))
+            list(stub.PredictWeights(predict_request(TINY, seed=1)))
         gate.opened.set()
         assert caught.value.code() is Code.RESOURCE_EXHAUSTED
         assert "grpc-retry-pushback-ms" in {key for key, _ in caught.value.trailing_metadata()}
@@ -39,7 +39,7 @@ def test_a_waiting_request_hears_its_place(tmp_path: Path) -> None:
     with fake_server(tmp_path, FakePredictor(gate)) as server, connect(server) as stub:
         streams = []
         for place in range(3):
-            streams.append(stub.PredictWeights(predict_request(TINY)))
+            streams.append(stub.PredictWeights(predict_request(TINY, seed=place)))
             first = next_progress(streams[-1])
             assert gate.entered.wait(PATIENCE_S)
             if place:
@@ -55,7 +55,7 @@ def test_a_deadline_in_the_queue(tmp_path: Path) -> None:
         running = stub.PredictWeights(predict_request(TINY))
         assert gate.entered.wait(PATIENCE_S)
         with pytest.raises(grpc.RpcError) as caught:
-            list(stub.PredictWeights(predict_request(TINY), timeout=0.2))
+            list(stub.PredictWeights(predict_request(TINY, seed=1), timeout=0.2))
         gate.opened.set()
         assert caught.value.code() is Code.DEADLINE_EXCEEDED
         assert receive_file(running)
@@ -75,7 +75,7 @@ def test_the_servers_own_limit_of_time(tmp_path: Path) -> None:
 def test_cancelling_a_computation_frees_the_device(tmp_path: Path) -> None:
     gate = Gate()
     predictor = FakePredictor(gate)
-    with fake_server(tmp_path, predictor, max_queue=0, max_streams=1) as server, connect(server) as stub:
+    with fake_server(tmp_path, predictor, max_queue=0) as server, connect(server) as stub:
         running = stub.PredictWeights(predict_request(TINY))
         assert gate.entered.wait(PATIENCE_S)
         running.cancel()
@@ -84,7 +84,7 @@ def test_cancelling_a_computation_frees_the_device(tmp_path: Path) -> None:
 
 
 def test_cancelling_a_stream_frees_its_place(tmp_path: Path) -> None:
-    with fake_server(tmp_path, max_queue=0, max_streams=1) as server, connect(server) as stub:
+    with fake_server(tmp_path, max_queue=0) as server, connect(server) as stub:
         for _ in range(3):
             stream = stub.PredictWeights(predict_request(LARGE))
             for event in stream:
@@ -103,12 +103,13 @@ def _is_served(stream: grpc.Call) -> bool:
 
 def test_a_client_that_never_reads_is_cut_off(tmp_path: Path) -> None:
     with (
-        fake_server(tmp_path, max_queue=0, max_streams=1, send_idle_seconds=0.5) as server,
+        fake_server(tmp_path, send_idle_seconds=0.5) as server,
         connect(server) as stub,
     ):
         sleeper = stub.PredictWeights(predict_request(LARGE))
         next(iter(sleeper))
-        wait_until(lambda: _is_served(stub.PredictWeights(predict_request(TINY))))
+        assert _is_served(stub.PredictWeights(predict_request(TINY)))
+        wait_until(lambda: server.gate.places["prediction"].used == 0)
         with pytest.raises(grpc.RpcError) as caught:
             list(sleeper)
         assert caught.value.code() in {Code.CANCELLED, Code.DEADLINE_EXCEEDED}
@@ -144,6 +145,6 @@ def test_predictions_never_overlap_on_a_device(tmp_path: Path) -> None:
 
     predictor = FakePredictor(exclusive)
     with fake_server(tmp_path, predictor) as server, connect(server) as stub:
-        streams = [stub.PredictWeights(predict_request(TINY)) for _ in range(8)]
+        streams = [stub.PredictWeights(predict_request(TINY, seed=seed)) for seed in range(8)]
         assert all(receive_file(stream) for stream in streams)
     assert set(predictor.threads) == {"ghn-worker-0"}

@@ -28,7 +28,7 @@ def test_a_flag_beats_a_variable_which_beats_the_file(tmp_path: Path, monkeypatc
     monkeypatch.setenv("GHN_MAX_QUEUE", "2")
     settings = load_settings(config, arguments=["--port", "3"])
     assert (settings.port, settings.max_queue, settings.grace_seconds) == (3, 2, 1.0)
-    assert settings.max_streams == Settings().max_streams
+    assert settings.max_calls == Settings().max_calls
 
 
 def test_lists_are_split_at_commas_in_variables(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 
@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 
 from ghn_service.errors import InvalidArchitectureError, UnsupportedArchitectureError
 from ghn_service.graph.onnx.folded import FOLDED_KEY, folded_parameters, string_list
-from ghn_service.graph.raw_graph import GraphLimits, exceeded
+from ghn_service.graph.raw_graph import CHECK_EVERY, GraphLimits, exceeded, never_ends
 
 PARAMETERS_KEY = "ghn.parameters"
 BUFFERS_KEY = "ghn.buffers"
@@ -156,8 +156,8 @@ class OnnxFile:
         return None if info is None else _static_shape(info)
 
 
-def load_file(data: bytes, limits: GraphLimits) -> OnnxFile:
-    """Parses and checks a model.
+def load_file(data: bytes, limits: GraphLimits, check: Callable[[], None] = never_ends) -> OnnxFile:
+    """Parses and checks a model; ``check`` is called every few milliseconds and may raise.
 
     Raises:
         InvalidArchitectureError: The bytes are no well-formed model, or a function calls itself.
@@ -184,7 +184,7 @@ def load_file(data: bytes, limits: GraphLimits) -> OnnxFile:
         inputs[info.name] = TensorHeader(info.name, info.type.tensor_type.elem_type, _static_shape(info))
     inputs = {name: header for name, header in inputs.items() if name not in initializers}
     kinds, traced_names, folded = _read_declarations(model, {*initializers, *inputs})
-    nodes = list(_flat_nodes(model, limits))
+    nodes = list(_flat_nodes(model, limits, check))
     outputs = [output.name for output in graph.output]
     return OnnxFile(
         nodes=nodes,
@@ -302,7 +302,7 @@ class _Frame:
     bindings: Mapping[str, onnx.AttributeProto]
 
 
-def _flat_nodes(model: onnx.ModelProto, limits: GraphLimits) -> Iterator[OnnxNode]:
+def _flat_nodes(model: onnx.ModelProto, limits: GraphLimits, check: Callable[[], None]) -> Iterator[OnnxNode]:
     """The nodes of the main graph in order, each call of a local function replaced by the function's nodes."""
     functions = {(item.domain, item.name, item.overload): item for item in model.functions}
     if len(functions) < len(model.functions):
@@ -318,6 +318,8 @@ def _flat_nodes(model: onnx.ModelProto, limits: GraphLimits) -> Iterator[OnnxNod
             stack.pop()
             continue
         node, num_inner = _read_node(proto, frame, limits)
+        if (num_nodes + num_inner) // CHECK_EVERY != num_nodes // CHECK_EVERY:
+            check()
         num_nodes += 1 + num_inner
         num_operands += len(node.inputs) + len(node.outputs)
         function = functions.get(_callee(proto)) if functions else None
@@ -384,6 +386,8 @@ def _enter(function: onnx.FunctionProto, call: OnnxNode, prefix: str) -> _Frame:
         raise InvalidArchitectureError(
             f"node {call.label!r} passes more values than the function {function.name!r} has"
         )
+    if not all(isinstance(item, str) for item in (*function.input, *function.output)):
+        raise InvalidArchitectureError(f"a value of the function {function.name!r} has a name that is not valid UTF-8")
     names = dict(zip(function.input, call.inputs + [""] * len(function.input), strict=False))
     names.update((inner, outer) for inner, outer in zip(function.output, call.outputs, strict=False) if outer)
     bindings = {item.name: item for item in function.attribute_proto} | call.attributes

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from ghn_service.errors import InvalidArchitectureError
 from ghn_service.graph.onnx.file import OnnxNode
 from ghn_service.graph.onnx.values import ReadContext, Value, View
 from ghn_service.graph.raw_graph import INPUT, NOTHING, Flow, RawNode, TensorUse
@@ -17,6 +18,9 @@ _MAX_POSITIONS = 2**31
 
 def read_convolution(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """Conv: a weight node, then a bias node. Convolutions over other than two axes get fallback weights."""
+    groups = node.integer("group", 1)
+    if groups < 1:
+        raise InvalidArchitectureError(f"the convolution {node.label!r} has {groups} groups; expected at least 1")
     view = context.weight(node, 1)
     if view is None:
         return context.joined(data[:2])
@@ -27,7 +31,6 @@ def read_convolution(context: ReadContext, node: OnnxNode, data: list[Value]) ->
         spatial = stated[2:] if stated is not None and len(stated) == len(kernel) else None
     if len(kernel) != 4:
         return _pass_weighted(context, node, data[0], spatial)
-    groups = max(1, node.integer("group", 1))
     dilations = node.integers("dilations") or (1, 1)
     op_type = "conv" if groups == 1 else "dil_conv" if min(dilations) > 1 else "sep_conv"
     use = context.use(node, 1, view, "node", slot="weight", axes=(0, 1, 2, 3))

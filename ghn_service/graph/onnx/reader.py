@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ghn_service.errors import GhnServiceError, InvalidArchitectureError
 from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.graph.onnx.file import load_file
@@ -9,13 +11,15 @@ from ghn_service.graph.onnx.operators import MINIMUM_INPUTS, OPERATORS, read_unk
 from ghn_service.graph.onnx.parameters import reading_warnings, settle_tensors
 from ghn_service.graph.onnx.values import ReadContext
 from ghn_service.graph.passes import build_graph, simplify
-from ghn_service.graph.raw_graph import GraphLimits
+from ghn_service.graph.raw_graph import CHECK_EVERY, GraphLimits, never_ends
 
 FIELD = "architecture.onnx_model"
 DEFAULT_LIMITS = GraphLimits()
 
 
-def read_onnx(data: bytes, *, limits: GraphLimits = DEFAULT_LIMITS) -> ArchitectureGraph:
+def read_onnx(
+    data: bytes, *, limits: GraphLimits = DEFAULT_LIMITS, check: Callable[[], None] = never_ends
+) -> ArchitectureGraph:
     """The architecture of an ONNX model.
 
     Weight values are ignored, wherever they are: in initializers, in external files (which are never opened), or
@@ -24,6 +28,7 @@ def read_onnx(data: bytes, *, limits: GraphLimits = DEFAULT_LIMITS) -> Architect
     Args:
         data: A serialised ``onnx.ModelProto``.
         limits: The largest model that is read.
+        check: Called every few milliseconds; what it raises ends the reading.
 
     Returns:
         The graph; every trainable float tensor of the file is in exactly one place of it.
@@ -34,7 +39,7 @@ def read_onnx(data: bytes, *, limits: GraphLimits = DEFAULT_LIMITS) -> Architect
         LimitExceededError: The model is over a limit.
     """
     try:
-        file = load_file(data, limits)
+        file = load_file(data, limits, check)
         for node in file.nodes:
             fewest = MINIMUM_INPUTS.get((node.domain, node.op_type), 0)
             if len(node.inputs) < fewest or not node.outputs:
@@ -42,8 +47,10 @@ def read_onnx(data: bytes, *, limits: GraphLimits = DEFAULT_LIMITS) -> Architect
                     f"node {node.label!r} ({node.op_type}) has {len(node.inputs)} inputs and {len(node.outputs)}"
                     f" outputs; expected at least {fewest} and 1"
                 )
-        context = ReadContext(file, limits)
-        for node in file.nodes:
+        context = ReadContext(file, limits, check)
+        for index, node in enumerate(file.nodes):
+            if index % CHECK_EVERY == 0:
+                check()
             context.read(node, OPERATORS.get((node.domain, node.op_type), read_unknown))
         context.graph.outputs = [context.values[name].flow for name in context.file.outputs]
         skeleton = simplify(context.graph, limits)

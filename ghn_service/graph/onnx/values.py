@@ -16,7 +16,17 @@ from ghn_service.graph.onnx.file import FLOAT_TYPES, OnnxFile, OnnxNode, TensorH
 from ghn_service.graph.onnx.folded import token_shape
 from ghn_service.graph.onnx.names import TorchNames, is_anonymous
 from ghn_service.graph.onnx.patterns import find_patterns
-from ghn_service.graph.raw_graph import INPUT, NOTHING, Flow, GraphLimits, RawGraph, Source, TensorUse, exceeded
+from ghn_service.graph.raw_graph import (
+    INPUT,
+    NOTHING,
+    Flow,
+    GraphLimits,
+    RawGraph,
+    Source,
+    TensorUse,
+    exceeded,
+    never_ends,
+)
 
 _UNSAFE_NAMES = frozenset({"__metadata__"})
 _LARGEST_COUNT = 2**63 - 1
@@ -128,9 +138,9 @@ class ReadContext:
         level: Level of the node that is being read.
     """
 
-    def __init__(self, file: OnnxFile, limits: GraphLimits) -> None:
+    def __init__(self, file: OnnxFile, limits: GraphLimits, check: Callable[[], None] = never_ends) -> None:
         self.file = file
-        self.graph = RawGraph(limits)
+        self.graph = RawGraph(limits, check=check)
         self.patterns = find_patterns(file)
         self.names = TorchNames(file)
         self.values: dict[str, Value] = {"": CONSTANT}
