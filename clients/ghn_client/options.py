@@ -39,6 +39,8 @@ class LowRankOptions:
         parameter_budget: The most parameters of the whole network.
         multiply_add_budget: The most multiply-adds per example of the whole network.
         method: ``spectral``, ``scaled``, ``function``, ``function_optimized``, or "" for the server's choice.
+        force: Use the method also where a normalisation behind the layer cancels what it does; such layers are
+            ``spectral`` otherwise.
 
     Raises:
         InvalidOptionError: None or several rules are given, or the method is unknown.
@@ -51,6 +53,7 @@ class LowRankOptions:
     parameter_budget: int | None = None
     multiply_add_budget: int | None = None
     method: str = ""
+    force: bool = False
 
     def __post_init__(self) -> None:
         given = [rule for rule in RANK_RULES if getattr(self, rule) is not None]
@@ -127,20 +130,25 @@ def encode_low_rank(options: LowRankLike) -> ghn_pb2.LowRankOutput:
         InvalidOptionError: An option is unknown or impossible.
     """
     if isinstance(options, str):
-        pairs = parse_pairs(options.split(","), "low rank as RULE=VALUE[,method=M]")
+        pairs = parse_pairs(options.split(","), "low rank as RULE=VALUE[,method=M][,force=true]")
         options = {key: value if key == "method" else _number(value) for key, value in pairs.items()}
+        if (force := options.get("force", "false")) not in ("true", "false"):
+            raise InvalidOptionError(f"expected force=true or force=false, got {force!r}", field="low_rank.force")
+        options["force"] = force == "true"
     if isinstance(options, Mapping):
         given = ", ".join(options)
         try:
             options = LowRankOptions(**options)
         except TypeError as error:
-            known = ", ".join((*RANK_RULES, "method"))
+            known = ", ".join((*RANK_RULES, "method", "force"))
             raise InvalidOptionError(f"low_rank knows {known}; got {given}", field="low_rank") from error
     rule = next(name for name in RANK_RULES if getattr(options, name) is not None)
     method = options.method.upper() or "UNSPECIFIED"
     try:
         return ghn_pb2.LowRankOutput(
-            method=ghn_pb2.LowRankMethod.Value(f"{METHOD_PREFIX}{method}"), **{rule: getattr(options, rule)}
+            method=ghn_pb2.LowRankMethod.Value(f"{METHOD_PREFIX}{method}"),
+            force=options.force,
+            **{rule: getattr(options, rule)},
         )
     except (ValueError, TypeError) as error:
         raise InvalidOptionError(f"low_rank.{rule}: {error}", field=f"low_rank.{rule}") from error

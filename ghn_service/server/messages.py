@@ -88,7 +88,7 @@ def decode_low_rank(low_rank: ghn_pb2.LowRankOutput, *, with_curves: bool = Fals
         raise InvalidOptionError(f"expected one of {', '.join(RANK_RULES)}, got none", field="low_rank.rank_rule")
     name = ghn_pb2.LowRankMethod.Name(low_rank.method).removeprefix("LOW_RANK_METHOD_").lower()
     method = name if low_rank.method else FUNCTION
-    return LowRank(rule, float(getattr(low_rank, rule)), method, with_curves)
+    return LowRank(rule, float(getattr(low_rank, rule)), method, with_curves, low_rank.force)
 
 
 def decode_dtype(dtype: int) -> str:

@@ -60,10 +60,14 @@ def test_each_rank_rule_travels(rule: str, value: float) -> None:
 
 def test_text_is_the_same_as_fields() -> None:
     assert encode_low_rank("energy=0.9, method=spectral") == encode_low_rank({"energy": 0.9, "method": "spectral"})
+    assert encode_low_rank("rank=4,force=true") == encode_low_rank({"rank": 4, "force": True})
+    assert encode_low_rank("rank=4,force=true").force
     assert encode_low_rank("parameter_budget=5e6") == encode_low_rank({"parameter_budget": 5_000_000})
 
 
-@pytest.mark.parametrize("text", ["", "rank", "rank=", "ranks=1", "rank=1,energy=1", "rank=many", "energy=0.9,"])
+@pytest.mark.parametrize(
+    "text", ["", "rank", "rank=", "ranks=1", "rank=1,energy=1", "rank=many", "energy=0.9,", "rank=1,force=maybe"]
+)
 def test_malformed_low_rank_text_is_refused(text: str) -> None:
     with pytest.raises(InvalidOptionError):
         encode_low_rank(text)

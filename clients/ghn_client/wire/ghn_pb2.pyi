@@ -217,6 +217,7 @@ class LowRankOutput(google.protobuf.message.Message):
     FUNCTION_ERROR_FIELD_NUMBER: builtins.int
     PARAMETER_BUDGET_FIELD_NUMBER: builtins.int
     MULTIPLY_ADD_BUDGET_FIELD_NUMBER: builtins.int
+    FORCE_FIELD_NUMBER: builtins.int
     method: global___LowRankMethod.ValueType
     """How the factors are computed."""
     rank: builtins.int
@@ -231,6 +232,8 @@ class LowRankOutput(google.protobuf.message.Message):
     """The most parameters of the whole network; ranks are allocated across layers."""
     multiply_add_budget: builtins.int
     """The most multiply-adds per example of the whole network; ranks are allocated across layers."""
+    force: builtins.bool
+    """Use the method also where a normalisation behind the layer cancels what it does; else such layers are SPECTRAL."""
     def __init__(
         self,
         *,
@@ -241,9 +244,10 @@ class LowRankOutput(google.protobuf.message.Message):
         function_error: builtins.float = ...,
         parameter_budget: builtins.int = ...,
         multiply_add_budget: builtins.int = ...,
+        force: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["energy", b"energy", "fraction", b"fraction", "function_error", b"function_error", "multiply_add_budget", b"multiply_add_budget", "parameter_budget", b"parameter_budget", "rank", b"rank", "rank_rule", b"rank_rule"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["energy", b"energy", "fraction", b"fraction", "function_error", b"function_error", "method", b"method", "multiply_add_budget", b"multiply_add_budget", "parameter_budget", b"parameter_budget", "rank", b"rank", "rank_rule", b"rank_rule"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["energy", b"energy", "force", b"force", "fraction", b"fraction", "function_error", b"function_error", "method", b"method", "multiply_add_budget", b"multiply_add_budget", "parameter_budget", b"parameter_budget", "rank", b"rank", "rank_rule", b"rank_rule"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["rank_rule", b"rank_rule"]) -> typing.Literal["rank", "fraction", "energy", "function_error", "parameter_budget", "multiply_add_budget"] | None: ...
 
 global___LowRankOutput = LowRankOutput

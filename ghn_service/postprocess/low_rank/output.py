@@ -133,7 +133,7 @@ def apply_low_rank(
     Raises:
         InvalidOptionError: The rank is above the full rank of every layer, or the budget cannot be met.
     """
-    candidates = deque(_Candidate.of(layer, parameters[layer.name], request.method) for layer in weighted_layers(graph))
+    candidates = deque(_Candidate.of(layer, parameters[layer.name], request) for layer in weighted_layers(graph))
     full = max((candidate.full_rank for candidate in candidates if candidate.is_free), default=0)
     if request.rule == RANK and full and request.value > full:
         raise InvalidOptionError(
@@ -165,8 +165,8 @@ class _Candidate:
     is_free: bool = True
 
     @classmethod
-    def of(cls, layer: WeightedLayer, tensor: torch.Tensor, method: str) -> _Candidate:
-        attributes = layer.attributes
+    def of(cls, layer: WeightedLayer, tensor: torch.Tensor, request: LowRank) -> _Candidate:
+        attributes, method = layer.attributes, request.method
         if layer.is_head or attributes.groups > 1:
             what = "the classifier" if layer.is_head else "a grouped convolution"
             return cls(layer, tensor, SPECTRAL, "", f"{what} stays dense", is_free=False)
@@ -174,7 +174,7 @@ class _Candidate:
         known = name if find_kernel(name) else ""
         if method == SPECTRAL:
             return cls(layer, tensor, SPECTRAL, known)
-        if attributes.normalized and (known or method == SCALED):
+        if attributes.normalized and not request.force and (known or method == SCALED):
             note = "a normalisation cancels the length of rows: the gain over spectral factors is nil"
             return cls(layer, tensor, SPECTRAL, known, note)
         if method == SCALED:

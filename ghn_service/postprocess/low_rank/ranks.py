@@ -43,6 +43,7 @@ class LowRank:
         value: The number of the rule.
         method: How factors are computed, one of ``METHODS``.
         with_curves: Whether the record of a layer also says what other ranks would cost.
+        force: Whether the method is used also where a normalisation behind the layer cancels what it does.
 
     Raises:
         InvalidOptionError: A value is impossible; ``field`` names it.
@@ -52,6 +53,7 @@ class LowRank:
     value: float
     method: str = FUNCTION
     with_curves: bool = False
+    force: bool = False
 
     def __post_init__(self) -> None:
         require_known(self.rule, RANK_RULES, field="low_rank.rank_rule")

@@ -104,6 +104,22 @@ def test_the_method_is_the_one_that_can_matter(name: str, method: str) -> None:
     assert bool(record.note) == (method == "spectral")
 
 
+@pytest.mark.parametrize("method", ["scaled", "function", "function_optimized"])
+def test_a_forced_method_is_used_behind_which_a_normalisation_follows(method: str) -> None:
+    graph = chain_graph(LAYERS)
+    parameters = random_parameters(graph)
+    results = {
+        force: apply_low_rank(parameters, graph, LowRank("rank", 3, method, force=force)) for force in (False, True)
+    }
+    methods = {
+        force: {layer.parameter: layer.method for layer in record.layers} for force, (_, record) in results.items()
+    }
+    assert methods[False]["normed.weight"] == "spectral"
+    assert methods[True]["normed.weight"] == method
+    plain, forced = (results[force][0]["normed.weight.factor_out"] for force in (False, True))
+    assert not torch.equal(plain, forced)
+
+
 def test_the_function_method_has_less_error_than_spectral() -> None:
     _, _, function, _ = factored(method="function")
     _, _, spectral, _ = factored(method="spectral")
