@@ -230,10 +230,7 @@ def tune_with_seeds(cells: list[Cell], measure: Callable[[Cell], Cell], options:
 
 
 def best_threshold(pairs: Iterable[tuple[float, float, float]]) -> tuple[float, float]:
-    """The similarity from which on the source gives the best mean accuracy (1: never), and that mean.
-
-    ``pairs`` are similarity, accuracy with the source, accuracy with the hypernetwork.
-    """
+    """The similarity from which on the source gives the best mean accuracy (1: never), and that mean."""
     known = list(pairs)
     mean, limit = max(
         (statistics.fmean(source if similarity >= limit else other for similarity, source, other in known), limit)
@@ -277,8 +274,7 @@ def threshold(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]
 
 def zero_shot(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]:
     """``auto`` against the hypernetwork on reference networks and on split ``test``."""
-    names = [f"reference/{name}" for name in list(ARCHITECTURES)[: 1 if options.quick else None]]
-    names += [f"test/{number}" for number in range(options.networks)]
+    names = [f"reference/{name}" for name in options.references] + [f"test/{i}" for i in range(options.networks)]
     pairs = zero_shot_pairs(bench, options, names, "test", MINIMUM_SIMILARITY)
     rows, groups = [], dict[str, list[tuple[float, float]]]()
     for other, auto in pairs:
@@ -435,6 +431,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", type=Path, default=min(BUNDLED_CHECKPOINTS.glob("*.safetensors")))
     parser.add_argument("--sources", type=Path, default=BUNDLED_SOURCES)
     parser.add_argument("--networks", type=int, default=50, help="random networks (threshold, zero-shot)")
+    parser.add_argument("--references", nargs="*", default=list(ARCHITECTURES), help="reference networks (zero-shot)")
     parser.add_argument("--cut", nargs="+", default=["small_resnet"], help="sources (cutting)")
     parser.add_argument("--variants", type=int, default=30, help="odd variants (fine-tuning)")
     parser.add_argument("--images", type=int, nargs="+", default=[1000, 0], help="training images; 0: all")
