@@ -50,7 +50,7 @@ def choose_source(
     found: list[tuple[tuple[bool, float], Source, TransferPlan]] = []
     refused: list[str] = []
     for summary in library.summaries():
-        source = library.load(summary.name)
+        source = library.outline(summary.name)
         try:
             plan = plan_transfer(source, structure, head=head)
         except SourceError as error:
@@ -63,7 +63,7 @@ def choose_source(
     if found:
         (contained, score), source, plan = found[0]
         if contained or score >= minimum_similarity:
-            return Choice(source, plan, (*reasons, *refused))
+            return Choice(library.load(source.name), plan, (*reasons, *refused))
         reasons.insert(0, f"None is contained or has a similarity of at least {minimum_similarity:g}.")
     return Choice(None, None, (*reasons, *refused) or ("The library has no source.",))
 

@@ -164,6 +164,20 @@ class Library:
             field="source",
         )
 
+    def outline(self, name: str) -> Source:
+        """As ``load``, with tensors that have shapes and no values: enough to plan."""
+        with self._lock:
+            if name in self._lent:
+                return self._lent[name]
+        found = self._found()
+        if name not in found:
+            return self.load(name)
+        path, summary = found[name]
+        with _opened(path) as (file, card, structure):
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        return Source(name, structure, tensors, card, digest=summary.digest)
+
     def size(self, name: str) -> int:
         """Bytes that loading this source takes; 0 for one that is lent and in memory already, or unknown."""
         return next((summary.num_bytes for summary in self.summaries() if summary.name == name), 0)

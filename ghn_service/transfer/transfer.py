@@ -454,6 +454,7 @@ def _make_tensor(
         shares = found.shares if position in target.contracted else (found.index >= 0).double()
         if not bool((shares == 1).all()):
             shape = [-1 if i == position else 1 for i in range(value.ndim)]
+            value = value.float() if value.element_size() < 4 else value  # shares rounded to half no longer add to one
             value *= shares.to(value.device, value.dtype).view(shape)
             free = (found.index < 0).to(value.device)
             if position not in target.contracted and bool(free.any()) and step.role in ("var", "weight"):

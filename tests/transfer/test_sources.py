@@ -16,7 +16,7 @@ from ghn_service.training.evaluation.zero_shot import accuracy
 from ghn_service.training.images import require_split
 from ghn_service.transfer.auto import choose_source
 from ghn_service.transfer.library import BUNDLED_SOURCES, Library, load_source, read_summary
-from ghn_service.transfer.transfer import plan_transfer
+from ghn_service.transfer.transfer import plan_transfer, transfer_weights
 from tests.shared_data import shared_path
 from tests.transfer.pairs import make_source, randomise, transfer_between
 
@@ -82,8 +82,17 @@ def test_a_bundled_source_is_what_its_card_says(path):
 def test_auto_takes_the_small_network_that_is_contained(name):
     if not (BUNDLED_SOURCES / f"{CONTAINERS[name]}.safetensors").exists():
         pytest.skip(f"{CONTAINERS[name]} is not trained yet")
-    choice = choose_source(Library(), export_architecture(build_network(name), EXAMPLE))
+    target = build_network(name)
+    structure = export_architecture(target, EXAMPLE)
+    choice = choose_source(Library(), structure)
     assert choice.source is not None
     assert choice.source.name == CONTAINERS[name]
     assert choice.plan is not None
     assert choice.plan.is_exact
+    found = transfer_weights(choice.source, structure, choice.plan)
+    target.load_state_dict({**found.tensors, **found.statistics}, strict=False)
+    source = SOURCES[CONTAINERS[name]].build(Interface())
+    source.load_state_dict(choice.source.tensors, strict=False)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        assert largest_relative_difference(source.eval()(images), target.eval()(images)) < 1e-4
