@@ -23,6 +23,10 @@ DISTRIBUTIONS = {
     "grpc_status": "grpcio-status",
     "huggingface_hub": "huggingface-hub",
     "onnx_ir": "onnx-ir",
+    "opentelemetry.exporter": "opentelemetry-exporter-otlp-proto-grpc",
+    "opentelemetry.instrumentation": "opentelemetry-instrumentation-grpc",
+    "opentelemetry": "opentelemetry-sdk",
+    "prometheus_client": "prometheus-client",
     "pydantic": "pydantic-settings",
     "pydantic_settings": "pydantic-settings",
     "torch.utils.tensorboard": "tensorboard",
@@ -55,23 +59,25 @@ def declared_distributions(file: str, *extras: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("file", "extra", "folders"),
+    ("file", "extras", "folders"),
     [
-        ("pyproject.toml", "train", ("ghn_service", "architectures", "clients/ghn_client")),
-        ("clients/pyproject.toml", "images", ("clients/ghn_client",)),
+        ("pyproject.toml", ("train", "tracing"), ("ghn_service", "architectures", "clients/ghn_client")),
+        ("clients/pyproject.toml", ("images",), ("clients/ghn_client",)),
     ],
 )
-def test_what_is_imported_is_declared_and_the_other_way_round(file, extra, folders):
-    assert imported_distributions(folders) == declared_distributions(file, extra)
+def test_what_is_imported_is_declared_and_the_other_way_round(file, extras, folders):
+    assert imported_distributions(folders) == declared_distributions(file, *extras)
 
 
 def test_pins_cover_what_is_declared():
     pinned = set(re.findall(r"^([a-z0-9-]+)==", (ROOT / "constraints.txt").read_text(), flags=re.M))
-    assert declared_distributions("pyproject.toml", "train", "test") - pinned <= {"ghn-service", "pyyaml"}
+    assert declared_distributions("pyproject.toml", "train", "tracing", "test") - pinned <= {"ghn-service", "pyyaml"}
 
 
 def test_the_server_does_not_need_the_extra_of_training():
     """The container is installed without it."""
     assert not {"pillow", "pyarrow", "tensorboard"} & declared_distributions("pyproject.toml")
-    install = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if "pip install" in line]
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert 'ARG EXTRAS=""' in dockerfile
+    install = [line for line in dockerfile.replace("${EXTRAS:+[$EXTRAS]}", "").splitlines() if "pip install" in line]
     assert not [line for line in install if "[" in line]

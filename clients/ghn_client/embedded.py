@@ -15,7 +15,7 @@ from typing import Any
 from ghn_client.errors import EmbeddedServerError, SourceError
 from ghn_client.sources import LocalSource
 
-NOT_EMBEDDED = ("tls_certificate", "tls_key", "tls_client_ca", "tokens", "health_port")
+NOT_EMBEDDED = ("tls_certificate", "tls_key", "tls_client_ca", "tokens", "health_port", "metrics_port")
 """Settings of a server on a network, which variables may hold."""
 
 
@@ -39,7 +39,7 @@ def start_embedded_server(checkpoint: str | Path | None = None) -> Any:
             "pip install ghn-service, or give the address of a server"
         ) from error
     flags = {"host": "127.0.0.1", "port": 0, "device": ("auto",), "reflection": False, "drain_seconds": 0.0}
-    flags |= dict.fromkeys(NOT_EMBEDDED, "")
+    flags |= {"tracing": False, **dict.fromkeys(NOT_EMBEDDED, "")}
     server: Any = None
     try:
         chosen = (str(checkpoint),) if checkpoint is not None else None

@@ -20,6 +20,7 @@ from ghn_service.errors import ConfigurationError, GhnServiceError, UnavailableE
 from ghn_service.server.access import exposure_warning, load_access
 from ghn_service.server.admission import SIDE_KINDS, Budget, Gate, Kind, default_memory_bytes
 from ghn_service.server.calls import CallInterceptor
+from ghn_service.server.metrics import Metrics, ServerState, tracing_interceptor
 from ghn_service.server.models import LoadPredictor, ModelRegistry, load_predictor, resolve_devices
 from ghn_service.server.queue import WorkQueue
 from ghn_service.server.service import GhnService
@@ -55,6 +56,7 @@ class RunningServer:
         memory: The budget that requests hold memory of.
         replies: Predictions that are shared.
         work_queue: Predictions that wait, and the workers.
+        metrics: What is counted.
 
     Raises:
         ConfigurationError: There is no checkpoint, a port is taken, or a file of TLS or tokens is unusable.
@@ -73,11 +75,19 @@ class RunningServer:
         self.gate = Gate((kind, *SIDE_KINDS), settings.max_peer_share, self._watchdog)
         num_threads = self.gate.num_places + SPARE_THREADS
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="ghn-call")
-        self._server = _build_grpc_server(settings, self._pool, num_threads, CallInterceptor(self.gate, access.tokens))
+        self.metrics = Metrics()
+        interceptors: list[grpc.ServerInterceptor] = [CallInterceptor(self.gate, self.metrics, access.tokens)]
+        if settings.tracing:
+            interceptors.insert(0, tracing_interceptor())
+        self._server = _build_grpc_server(settings, self._pool, num_threads, interceptors)
         self._health = health.HealthServicer()
         port = _bind(self._server, settings.host, settings.port, access.credentials)
         self.address = f"{_dialable(settings.host)}:{port}"
-        self._health_server, self.health_address = _build_health_server(settings, self._health, self._watchdog)
+        self._health_server, self.health_address = _build_health_server(
+            settings, self._health, self._watchdog, self.metrics
+        )
+        if settings.metrics_port is not None:
+            self.metrics.listen(settings.metrics_host, settings.metrics_port)
         self.work_queue = WorkQueue(num_workers=len(devices), max_queue=settings.max_queue)
         memory_bytes = default_memory_bytes(0) if settings.memory_bytes is None else settings.memory_bytes
         self.memory = Budget("bytes of memory", memory_bytes, settings.max_peer_share)
@@ -85,6 +95,10 @@ class RunningServer:
         self.replies = SharedReplies(self.work_queue, self.memory, min(cache_bytes, memory_bytes))
         load_as_set = partial(load_predictor, compute_dtype=settings.compute_dtype)
         self._models = ModelRegistry(files, devices, load=load or load_as_set, on_done=self._become_ready)
+        state = ServerState(
+            self.work_queue, settings.worker_seconds, self.gate, self.memory, self.replies, self._models
+        )
+        self.metrics.registry.register(state)
         self._register(settings)
         self._server.start()
         if self._health_server is not None:
@@ -127,6 +141,7 @@ class RunningServer:
         if self._health_server is not None:
             self._health_server.stop(None)
         self._watchdog.close()
+        self.metrics.close()
         if not self.work_queue.close(WORKER_JOIN_S):
             logger.warning("a worker did not end within %g seconds", WORKER_JOIN_S)
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -216,7 +231,7 @@ def _wait_until_ready(server: RunningServer, stop: threading.Event) -> None:
 
 
 def _build_health_server(
-    settings: Settings, servicer: health.HealthServicer, watchdog: Watchdog
+    settings: Settings, servicer: health.HealthServicer, watchdog: Watchdog, metrics: Metrics
 ) -> tuple[grpc.Server | None, str]:
     """A listener for probes that speak no TLS, and its address, if one is asked for."""
     if settings.health_port is None:
@@ -224,7 +239,7 @@ def _build_health_server(
     gate = Gate(SIDE_KINDS, settings.max_peer_share, watchdog)
     server = grpc.server(
         ThreadPoolExecutor(gate.num_places + SPARE_THREADS, "ghn-health"),
-        interceptors=[CallInterceptor(gate)],
+        interceptors=[CallInterceptor(gate, metrics)],
         options=[("grpc.so_reuseport", 0)],
         maximum_concurrent_rpcs=gate.num_places + SPARE_THREADS,
     )
@@ -233,7 +248,7 @@ def _build_health_server(
 
 
 def _build_grpc_server(
-    settings: Settings, pool: ThreadPoolExecutor, num_threads: int, interceptor: CallInterceptor
+    settings: Settings, pool: ThreadPoolExecutor, num_threads: int, interceptors: list[grpc.ServerInterceptor]
 ) -> grpc.Server:
     options = [
         ("grpc.so_reuseport", 0),  # else a second server would share the port in silence
@@ -241,7 +256,7 @@ def _build_grpc_server(
         ("grpc.max_send_message_length", -1),
         *_keepalive_options(settings),
     ]
-    return grpc.server(pool, interceptors=[interceptor], options=options, maximum_concurrent_rpcs=num_threads)
+    return grpc.server(pool, interceptors=interceptors, options=options, maximum_concurrent_rpcs=num_threads)
 
 
 def _keepalive_options(settings: Settings) -> list[tuple[str, int]]:

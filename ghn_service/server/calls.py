@@ -33,6 +33,7 @@ from ghn_service.errors import (
 )
 from ghn_service.server.access import TOKEN_NAME, Tokens, peer_identity
 from ghn_service.server.admission import SIDE_KINDS, WATCH, Gate, Kind
+from ghn_service.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -159,11 +160,13 @@ class CallInterceptor(grpc.ServerInterceptor):
 
     Args:
         gate: Where places are.
+        metrics: Where calls are counted.
         tokens: Who may call; None for everyone.
     """
 
-    def __init__(self, gate: Gate, tokens: Tokens | None = None) -> None:
+    def __init__(self, gate: Gate, metrics: Metrics, tokens: Tokens | None = None) -> None:
         self._gate = gate
+        self._metrics = metrics
         self._tokens = tokens
 
     def intercept_service(
@@ -178,9 +181,10 @@ class CallInterceptor(grpc.ServerInterceptor):
             try:
                 TOKEN_NAME.set(self._tokens.admit(handler_call_details.invocation_metadata))
             except UnauthenticatedError as error:
-                return _refuse(error, method, kind)
+                return _refuse(error, method, kind, self._metrics)
         handler = continuation(handler_call_details)
         if handler is None:
+            self._metrics.count(method, "UNIMPLEMENTED")
             return None
         parse, serialize = handler.request_deserializer, handler.response_serializer
         if handler.unary_stream is not None and kind not in SIDE_KINDS:
@@ -194,7 +198,7 @@ class CallInterceptor(grpc.ServerInterceptor):
                 return _MALFORMED  # refused inside the guard, with a proper status
 
         def guarded(messages: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-            with _guard(context, method, kind) as name_call, self._gate.enter(kind, context):
+            with _guard(context, method, kind, self._metrics) as name_call, self._gate.enter(kind, context):
                 if handler.stream_stream is not None:
                     yield from handler.stream_stream(messages, context)
                     return
@@ -203,18 +207,19 @@ class CallInterceptor(grpc.ServerInterceptor):
                     raise InvalidOptionError("the request is no message of this method")
                 name_call(request)
                 if handler.unary_stream is not None:
-                    yield from handler.unary_stream(request, context)
+                    events = handler.unary_stream(request, context)
+                    yield from events if kind in SIDE_KINDS else self._metrics.watch(events)
                 elif handler.unary_unary is not None:
                     yield handler.unary_unary(request, context)
 
         return grpc.stream_stream_rpc_method_handler(guarded, parse_or_mark, serialize)
 
 
-def _refuse(error: GhnServiceError, method: str, kind: Kind) -> grpc.RpcMethodHandler[Any, Any]:
+def _refuse(error: GhnServiceError, method: str, kind: Kind, metrics: Metrics) -> grpc.RpcMethodHandler[Any, Any]:
     """A handler that ends a call of any method without reading its request."""
 
     def refused(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-        with _guard(context, method, kind):
+        with _guard(context, method, kind, metrics):
             raise error
 
     return grpc.stream_stream_rpc_method_handler(refused)
@@ -225,7 +230,7 @@ _MALFORMED = object()
 
 
 @contextmanager
-def _guard(context: grpc.ServicerContext, method: str, kind: Kind) -> Iterator[Callable[[Any], None]]:
+def _guard(context: grpc.ServicerContext, method: str, kind: Kind, metrics: Metrics) -> Iterator[Callable[[Any], None]]:
     """Names the call, and ends it with the status of what the body raises.
 
     Gives a function that takes the name from the request once it is there; the handler finds the name in it.
@@ -247,28 +252,35 @@ def _guard(context: grpc.ServicerContext, method: str, kind: Kind) -> Iterator[C
         request.request_id = request_id = given or request_id
         structlog.contextvars.bind_contextvars(request_id=request_id)
 
-    level = logging.DEBUG if kind in SIDE_KINDS else logging.INFO
-    with structlog.contextvars.bound_contextvars(request_id=request_id, method=method, peer=peer_identity(context)):
+    def end(code: str, error: BaseException | None = None, reason: str = "") -> None:
+        seconds = time.perf_counter() - start
+        metrics.count(method, code, status_row(error).reason if error else reason, seconds=seconds)
+        _log(logging.DEBUG if kind in SIDE_KINDS else logging.INFO, code, seconds, error)
+
+    names = {"request_id": request_id, "method": method, "peer": peer_identity(context)}
+    with metrics.running(method), structlog.contextvars.bound_contextvars(**names):
         try:
             with memory_errors("the server has not enough free memory for this request; try again later"):
                 yield name_call
         except GeneratorExit:
-            _log(level, "CANCELLED", start, None)
+            end("CANCELLED", reason="CANCELLED")
             raise
         except Exception as raised:
             error = raised
         if error is None:
-            _log(level, "OK", start, None)
+            ended_as: grpc.StatusCode | None = context.code()  # type: ignore[attr-defined]  # the stubs are older
+            end((ended_as or grpc.StatusCode.OK).name)
             return
         status = encode_status(error, request_id=request_id)
         if kind is WATCH and isinstance(error, OverloadedError):
             status = RpcStatus(grpc.StatusCode.UNIMPLEMENTED, status.details, ())
-        _log(level, status.code.name, start, error)
+        end(status.code.name, error)
+        context.set_code(status.code)  # for those who watch the context, such as traces
     context.abort_with_status(status)
 
 
-def _log(level: int, code: str, start: float, error: BaseException | None) -> None:
-    extra = {"code": code, "seconds": round(time.perf_counter() - start, 4)}
+def _log(level: int, code: str, seconds: float, error: BaseException | None) -> None:
+    extra = {"code": code, "seconds": round(seconds, 4)}
     if error is None:
         logger.log(level, "call", extra=extra)
     elif status_row(error).is_told:

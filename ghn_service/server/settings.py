@@ -29,7 +29,7 @@ DEFAULT_LIMITS = GraphLimits()
 MEBIBYTE = 2**20
 DIGEST_MARKER = "@sha256:"
 
-OPTIONAL = ("tls_certificate", "tls_key", "tls_client_ca", "tokens", "health_port")
+OPTIONAL = ("tls_certificate", "tls_key", "tls_client_ca", "tokens", "health_port", "metrics_port")
 """Settings for which empty text is none."""
 
 Names = Annotated[tuple[str, ...], NoDecode]
@@ -80,6 +80,12 @@ class Settings(BaseSettings):
     """File of hashed tokens (ghn-server make-token); calls without one are refused. Read again when it changes."""
     health_port: int | None = Field(default=None, ge=0, le=65535)
     """Port that answers health alone and in plain text, for probes without TLS; 0 for any free one, none if empty."""
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    """Port that tells metrics to Prometheus over HTTP; 0 for any free one, none if empty."""
+    metrics_host: str = "127.0.0.1"
+    """Address of that port."""
+    tracing: bool = False
+    """Whether calls are traced with OpenTelemetry, to where OTEL_* variables say; needs the extra tracing."""
     max_queue: int = Field(default=16, ge=0, le=10_000)
     """Predictions that may wait for a device."""
     max_calls: int = Field(default=128, ge=1, le=1_000)

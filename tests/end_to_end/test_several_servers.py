@@ -30,7 +30,7 @@ def test_no_call_fails_while_servers_come_and_go(tmp_path: Path) -> None:
     save_checkpoint(small_ghn(), path := tmp_path / "small.safetensors")
     stop, done = threading.Event(), threading.Semaphore(0)
     with ExitStack() as stack:
-        flags = ("--max-streams", "8", "--drain-seconds", "2", "--device", "cpu")
+        flags = ("--cache-bytes", "0", "--drain-seconds", "2", "--device", "cpu")
         servers = [stack.enter_context(running_server(path, *flags)) for _ in range(3)]
         killed, drained, kept = servers
         address = "ipv4:" + ",".join(server.address for server in servers)
