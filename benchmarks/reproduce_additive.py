@@ -9,6 +9,8 @@ sees them. A run can be stopped and goes on where it was.
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -19,20 +21,22 @@ import torch
 from torch import nn
 
 from benchmarks.charts import line_chart
-from benchmarks.experiment import Cell, fill_page, run_cells, table
+from benchmarks.experiment import Cell, fill_page, grouped, run_cells, table
 from ghn_client.finetune.additive import additive
 from ghn_client.finetune.images import ImageBatches, load_images
-from ghn_client.finetune.patch.capacity import three_layer_neurons
 from ghn_client.finetune.patch.solver import patch
 
 FULL = {
     "samples": (1000, 5000, 20000),
     "changed": (1, 3, 10, 30, 100, 400),
-    "trained": ((64, 2), (64, 4), (64, 8), (64, 16), (256, 4), (256, 8), (256, 16)),
+    "dimensions": (2, 4, 8),
+    "trained": (4, 16, 64, 256),
+    "seeds": 3,
     "steps": 3000,
 }
-QUICK = {"samples": (100, 200), "changed": (2, 8), "trained": ((32, 2),), "steps": 300}
+QUICK = {"samples": (100, 200), "changed": (2, 8), "dimensions": (4,), "trained": (2, 4), "seeds": 1, "steps": 300}
 CLASSES = 10
+TRAINED_SAMPLES = 512
 
 
 @cache
@@ -43,18 +47,18 @@ def real_features(data: str, count: int) -> torch.Tensor:
     return nn.functional.avg_pool2d(images, 4).flatten(1)
 
 
-def frozen_network() -> nn.Module:
-    """A fixed random classifier of thumbnails; its labels are what is changed."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, CLASSES)).eval()
+@cache
+def principal_components(data: str, dimensions: int) -> torch.Tensor:
+    """(512, dimensions) leading principal components of thumbnails, each of variance 1."""
+    features = real_features(data, TRAINED_SAMPLES)
+    left, _, _ = torch.linalg.svd(features - features.mean(dim=0), full_matrices=False)
+    return left[:, :dimensions] * math.sqrt(TRAINED_SAMPLES)
 
 
-def wrong_labels(network: nn.Module, inputs: torch.Tensor, seed: int) -> torch.Tensor:
-    """Labels other than those of the network, at random."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        labels = network(inputs).argmax(1)
-    return (labels + torch.randint(1, CLASSES, labels.shape, generator=generator)) % CLASSES
+def frozen_network(inputs: int = 192, seed: int = 0) -> nn.Module:
+    """A fixed random classifier; its labels are what is changed."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(inputs, 64), nn.ReLU(), nn.Linear(64, CLASSES)).eval()
 
 
 def closed_form(cell: Cell, data: str) -> Cell:
@@ -87,23 +91,32 @@ def closed_form(cell: Cell, data: str) -> Cell:
     }
 
 
-def smallest_trained(cell: Cell, data: str, steps: int) -> Cell:
-    """Smallest width per hidden layer with which Adam reaches zero errors on changed and kept labels, by bisection."""
-    samples, changed, depth = cell["samples"], cell["changed"], cell["depth"]
-    inputs = real_features(data, samples)[:samples]
-    network = frozen_network()
+def smallest_trained(cell: Cell, data: str) -> Cell:
+    """Smallest width per hidden layer with which Adam reaches zero errors on changed and kept labels, by bisection.
+
+    The labels of ``changed`` random samples become other random classes; few dimensions, as samples in many are
+    separated by a linear layer.
+    """
+    changed, depth, seed = cell["changed"], cell["depth"], cell["seed"]
+    inputs = principal_components(data, cell["dimensions"])
+    network = frozen_network(cell["dimensions"], seed)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         labels = network(inputs).argmax(1)
-    labels[:changed] = wrong_labels(network, inputs[:changed], 2)
+    wrong = torch.randperm(len(inputs), generator=generator)[:changed]
+    labels[wrong] = (labels[wrong] + torch.randint(1, CLASSES, (changed,), generator=generator)) % CLASSES
     low, high = 1, 4 * changed + 8
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if _reaches_zero(inputs, labels, depth, middle, steps) else (middle + 1, high)
-    return {"neurons": low * (depth - 1)}
+        is_enough = _reaches_zero(network, inputs, labels, depth, middle, cell["steps"])
+        low, high = (low, middle) if is_enough else (middle + 1, high)
+    return {"neurons": low * (depth - 1), "is_enough": low < 4 * changed + 8}
 
 
-def _reaches_zero(inputs: torch.Tensor, labels: torch.Tensor, depth: int, width: int, steps: int) -> bool:
-    handle = additive(frozen_network(), width=width, depth=depth, at="logits", example_inputs=inputs[:1])
+def _reaches_zero(
+    network: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, depth: int, width: int, steps: int
+) -> bool:
+    handle = additive(copy.deepcopy(network), width=width, depth=depth, at="logits", example_inputs=inputs[:1])
     optimizer = torch.optim.Adam(handle.parameters(), lr=1e-2)
     for step in range(steps):
         logits = handle.module(inputs)
@@ -126,9 +139,11 @@ def cells_of(settings: dict) -> Iterator[Cell]:
             for depth, directions in ((2, "shared"), (2, "own"), (3, "shared")):
                 cell = {"kind": "closed", "samples": samples, "changed": changed}
                 yield {**cell, "depth": depth, "directions": directions}
-    for samples, changed in settings["trained"]:
-        for depth in (2, 3):
-            yield {"kind": "trained", "samples": samples, "changed": changed, "depth": depth}
+    for changed, depth, dimensions, seed in itertools.product(
+        settings["trained"], (2, 3), settings["dimensions"], range(settings["seeds"])
+    ):
+        cell = {"kind": "trained", "dimensions": dimensions, "changed": changed, "depth": depth, "seed": seed}
+        yield {**cell, "steps": settings["steps"]}
 
 
 def report(results: list[Cell]) -> tuple[dict[str, list[str]], str]:
@@ -146,17 +161,14 @@ def report(results: list[Cell]) -> tuple[dict[str, list[str]], str]:
         f"{sum(cell['precision'] == 'float64' for cell in closed)} of them in float64, the others in float32."
     )
     slopes = ", ".join(f"{slope(points):.2f} ({name})" for name, points in lines.items() if len(points) > 1)
-    depths = ["2 layers", "3 layers, in all of at most per output"]
     blocks = {
         "additive: certificates": [certificates],
         "additive: closed form": table(
-            ["samples K", "labels N", *names], (_row(closed, kinds, size) for size in _sizes(closed))
+            ["samples K", "labels N", *names],
+            (_row(closed, kinds, *size) for size in grouped(closed, "samples", "changed")),
         ),
         "additive: slopes": [f"Slope of log neurons against log labels at the largest K: {slopes}."],
-        "additive: trained": table(
-            ["samples K", "labels N", *depths],
-            (_row(trained, [(2, None), (3, None)], size) for size in _sizes(trained)),
-        ),
+        "additive: trained": _trained_table(trained),
     }
     chart = line_chart(
         f"Neurons that change N of {largest:,} labels", lines, x_label="labels N", y_label="neurons", logarithmic=True
@@ -164,23 +176,32 @@ def report(results: list[Cell]) -> tuple[dict[str, list[str]], str]:
     return blocks, chart
 
 
-def _sizes(cells: list[Cell]) -> list[tuple[int, int]]:
-    return list(dict.fromkeys((cell["samples"], cell["changed"]) for cell in cells))
-
-
-def _row(cells: list[Cell], kinds: Sequence[tuple[int, str | None]], size: tuple[int, int]) -> list[str]:
+def _row(cells: list[Cell], kinds: Sequence[tuple[int, str]], samples: int, changed: int) -> list[str]:
     """Samples, labels, and for each kind the neurons, their bound and what else changed."""
-    samples, changed = size
-    found = {
-        (cell["depth"], cell.get("directions")): cell for cell in cells if (cell["samples"], cell["changed"]) == size
-    }
+    here = grouped(cells, "samples", "changed", "depth", "directions")
     row = [f"{samples:,}", str(changed)]
     for kind in kinds:
-        cell = found[kind]
-        bound = three_layer_neurons(changed) if kind[0] == 3 else min(3 * changed, samples - 1)
-        touched = f", {cell['touched']:.2%}{'' if cell['holds'] else ' FAIL'}" if "touched" in cell else ""
-        row.append(f"{cell['neurons']} of {cell.get('bound', bound)}{touched}")
+        (cell,) = here[samples, changed, *kind]
+        failed = "" if cell["holds"] else " FAIL"
+        row.append(f"{cell['neurons']} of {cell['bound']}, {cell['touched']:.2%}{failed}")
     return row
+
+
+def _trained_table(cells: list[Cell]) -> list[str]:
+    """Median neurons and their range over seeds by dimensions and depth, and the slopes of the medians."""
+    kinds = grouped(cells, "dimensions", "depth")
+    rows, medians = [], {kind: [] for kind in kinds}
+    for changed in dict.fromkeys(cell["changed"] for cell in cells):
+        row = [str(changed)]
+        for kind, group in kinds.items():
+            here = [cell for cell in group if cell["changed"] == changed]
+            neurons = [cell["neurons"] for cell in here]
+            open_end = "" if all(cell["is_enough"] for cell in here) else "+"
+            medians[kind].append((changed, statistics.median(neurons)))
+            row.append(f"{statistics.median(neurons):.0f} ({min(neurons)} to {max(neurons)}{open_end})")
+        rows.append(row)
+    rows.append(["slope", *(f"{slope(points):.2f}" for points in medians.values())])
+    return table(["labels N", *(f"{dimensions} inputs, {depth} layers" for dimensions, depth in kinds)], rows)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -195,7 +216,7 @@ def main(arguments: list[str] | None = None) -> None:
     def measure(cell: Cell) -> Cell:
         if cell["kind"] == "closed":
             return closed_form(cell, options.data)
-        return smallest_trained(cell, options.data, settings["steps"])
+        return smallest_trained(cell, options.data)
 
     blocks, chart = report(run_cells(options.cells, cells_of(settings), measure))
     fill_page(options.output, blocks, {"additive_results": chart})

@@ -67,6 +67,22 @@ def test_the_shared_line_needs_the_whole_bound_in_the_worst_case():
     assert len(knots) == two_layer_neurons(6, 20) == 18
 
 
+@pytest.mark.parametrize("changed", [1, 3, 10, 40])
+def test_on_a_line_no_two_layer_network_could_be_much_smaller(changed):
+    """Isolated labels on a line: the difference of two logits has 2 N zeros, for which it needs 2 N - 1 kinks."""
+    network = torch.nn.Linear(3, 2).eval()
+    with torch.no_grad():
+        network.weight.zero_()
+        network.bias.copy_(torch.tensor([1.0, 0.0]))
+    line = torch.arange(3.0 * changed)[:, None] * torch.tensor([[1.0, -0.5, 0.25]])
+    is_wrong = torch.arange(len(line)) % 3 == 1
+    result = patch(network, line[is_wrong], torch.ones(changed, dtype=torch.long), line[~is_wrong], directions="shared")
+    with torch.no_grad():
+        label = result.module(line).argmax(1)
+    assert int((label.diff() != 0).sum()) == 2 * changed
+    assert 2 * changed - 1 <= result.side.neurons <= two_layer_neurons(changed, len(line))
+
+
 @pytest.mark.parametrize("samples", [50, 400])
 def test_three_layers_use_four_root_two_n_per_output_whatever_the_number_of_samples(samples):
     network, wrong, wanted, keep, _ = problem(samples, 20, classes=2)
