@@ -7,12 +7,12 @@ that is drawn has a generator of its own, and nothing is kept between prediction
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,11 @@ from ghn_service.errors import (
 )
 from ghn_service.graph.architecture import ArchitectureGraph, ParameterSpec
 from ghn_service.graph.onnx.reader import read_onnx
-from ghn_service.graph.passes import restrict_vocabulary
+from ghn_service.graph.passes import reset_head, restrict_vocabulary
 from ghn_service.graph.raw_graph import GraphLimits
 from ghn_service.hypernetwork.checkpoint import CheckpointSummary, load_checkpoint
 from ghn_service.hypernetwork.download import find_checkpoint
-from ghn_service.hypernetwork.features import Target, build_features, collate, is_tiled
+from ghn_service.hypernetwork.features import Target, build_features, collate, copied_values, find_targets, is_tiled
 from ghn_service.hypernetwork.fill import MAX_ELEMENTS_HELD, fill_parameters
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
 from ghn_service.parameters import (
@@ -46,8 +46,7 @@ from ghn_service.parameters import (
     fallback_origin,
     source_origin,
 )
-from ghn_service.postprocess.distribution_shift import METADATA_KEY, GraphStatistics, decode_statistics, measure_shift
-from ghn_service.postprocess.diversity import build_report, measure_network
+from ghn_service.postprocess.diversity import build_report, encode_picture, measure_network
 from ghn_service.postprocess.low_rank.output import LowRankRecord, apply_low_rank
 from ghn_service.postprocess.low_rank.ranks import LowRank
 from ghn_service.postprocess.steps import Step, apply_steps, parse_steps
@@ -56,11 +55,13 @@ from ghn_service.transfer.auto import choose_source
 from ghn_service.transfer.library import AUTO, Library
 from ghn_service.transfer.source import Source
 from ghn_service.transfer.transfer import Head, Transfer, TransferPlan, plan_transfer, transfer_weights
+from ghn_service.trust import METADATA_KEY, KnownData, Trust, decode_statistics, judge
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 READING, ENCODING, DECODING, POST_PROCESSING = "reading", "encoding", "decoding", "post-processing"
 TRANSFERRING = "transferring"
 MAX_SEED = 2**64 - 1
+HEADS = ("auto", "predicted", "reset")
 
 OnStage = Callable[[str], None]
 
@@ -77,6 +78,8 @@ class PredictionOptions:
         include: Shell-style patterns on the architecture's tensor names; only matching tensors are returned, factors
             with the weight that they stand for. Empty for all.
         report: Whether to measure the diversity of the weights before and after post-processing.
+        head: What becomes of the classifier: ``predicted`` (rows are repeated or left out to fit another number of
+            classes), ``reset`` (drawn anew), or ``auto``: reset where the number of classes is not the hypernetwork's.
 
     Raises:
         InvalidOptionError: A value is impossible; ``field`` names it.
@@ -88,8 +91,11 @@ class PredictionOptions:
     low_rank: LowRank | None = None
     include: tuple[str, ...] = ()
     report: bool = False
+    head: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.head not in HEADS:
+            raise InvalidOptionError(f"head must be one of {', '.join(HEADS)}; got {self.head!r}", field="head")
         if self.dtype not in DTYPES:
             raise InvalidOptionError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}", field="dtype")
         if not 0 <= self.seed <= MAX_SEED:
@@ -191,6 +197,7 @@ class PredictionResult:
         report: The diversity report as values that ``json`` writes, if it was asked for.
         transfer: The source, if one was asked for.
         statistics: Running means and variances that come with a source's weights, in float32.
+        trust: How much to expect of the weights.
     """
 
     parameters: ParameterSet
@@ -201,6 +208,7 @@ class PredictionResult:
     report: Mapping[str, Any] | None = None
     transfer: PlannedTransfer | None = None
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    trust: Trust | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -223,6 +231,7 @@ class ArchitectureAnalysis:
         warnings: What is not understood, or what the user should know; sentences.
         low_rank: What low rank would do with each layer, if it was asked for.
         transfer: The source, if one was asked for.
+        trust: How much to expect of the weights.
     """
 
     graph: ArchitectureGraph
@@ -232,6 +241,7 @@ class ArchitectureAnalysis:
     warnings: tuple[str, ...] = ()
     low_rank: LowRankRecord | None = None
     transfer: PlannedTransfer | None = None
+    trust: Trust | None = None
 
     @property
     def statistics(self) -> dict[str, tuple[int, ...]]:
@@ -281,15 +291,19 @@ class Predictor:
         """Where the hypernetwork is."""
         return self.ghn.device
 
-    @property
-    def graph_statistics(self) -> GraphStatistics | None:
-        """What the training architectures look like, where the checkpoint says so.
+    @functools.cached_property
+    def known_data(self) -> KnownData:
+        """What the hypernetwork was trained on, as far as the checkpoint says so.
 
         Raises:
             CheckpointError: The checkpoint says it in a form that cannot be read.
         """
-        text = self.summary.card.details.get(METADATA_KEY) if self.summary else None
-        return decode_statistics(text) if text else None
+        if self.summary is None:
+            return KnownData(self.ghn.config.num_classes)
+        details = self.summary.card.details
+        sizes = [value if isinstance(value := details.get(key), int) else 0 for key in ("channels", "image_size")]
+        text = details.get(METADATA_KEY)
+        return KnownData(self.ghn.config.num_classes, *sizes, decode_statistics(text) if text else None)
 
     def predict(
         self, architecture: ArchitectureGraph | bytes, *, options: PredictionOptions | None = None
@@ -329,7 +343,7 @@ class Predictor:
         try:
             with memory_errors(f"{self.device} has too little memory for this network; ask for a part, or float16"):
                 graph = _read(architecture, clock)
-                known = restrict_vocabulary(graph, self.ghn.config.op_types)
+                known = self._prepare(graph, options.head)
                 given: Mapping[str, Tensor] = {}
                 statistics: Mapping[str, Tensor] = {}
                 if transfer is not None:
@@ -337,14 +351,21 @@ class Predictor:
                         found = transfer.carry_out(options.seed)
                         given, statistics = found.tensors, _converted(found.statistics, torch.float32)
                         known = replace(known, warnings=(*known.warnings, *found.warnings))
+                origins, copied = self._origins(known, transfer)
+                trust = judge(known, origins, copied, self.known_data)
                 parameters = self._make_parameters(known, given, transfer.origins if transfer else {}, options, clock)
                 result = PredictionResult(parameters, graph, clock.seconds)
                 if options.has_steps:
                     kept = () if transfer and transfer.post_process else given
                     with clock.stage(POST_PROCESSING):
                         result = self._post_process(parameters, known, options, clock, kept)
+                report = result.report
+                if report is not None:
+                    report = {"trust": asdict(trust), **report, "graph": encode_picture(known, origins, copied)}
                 statistics = {name: value for name, value in statistics.items() if options.includes(name)}
-                return replace(result, graph=graph, transfer=transfer, statistics=statistics)
+                return replace(
+                    result, graph=graph, transfer=transfer, statistics=statistics, trust=trust, report=report
+                )
         except OutOfMemoryError:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -355,19 +376,39 @@ class Predictor:
     ) -> ArchitectureAnalysis:
         """Says what a prediction would do with each tensor, without predicting; raises as ``run`` does."""
         graph = _read(architecture, _StageClock(None))
-        known = restrict_vocabulary(graph, self.ghn.config.op_types)
-        targets = {target.name: target for target in build_features(known, self.ghn.config).targets}
+        known = self._prepare(graph, PredictionOptions().head)
         specs = {spec.name: spec for spec in known.parameters()}
-        given = transfer.origins if transfer else {}
+        origins, copied = self._origins(known, transfer)
         return ArchitectureAnalysis(
             graph=graph,
             specs=specs,
-            origins={name: given.get(name) or self._origin(spec, targets.get(name)) for name, spec in specs.items()},
+            origins=origins,
             op_types=dict.fromkeys(specs, "")
             | {spec.name: node.op_type for node in known.nodes for spec in node.parameters},
             warnings=(*known.warnings, *(transfer.plan.warnings if transfer else ())),
             transfer=transfer,
+            trust=judge(known, origins, copied, self.known_data),
         )
+
+    def _prepare(self, graph: ArchitectureGraph, head: str) -> ArchitectureGraph:
+        """The graph in the hypernetwork's vocabulary, with a classifier that a rule draws where that is asked for."""
+        known = restrict_vocabulary(graph, self.ghn.config.op_types)
+        classes = next((node.weight.torch_shape[0] for node in known.nodes if node.is_head and node.weight), 0)
+        if head == "predicted" or (head == "auto" and classes == self.ghn.config.num_classes):
+            return known
+        return reset_head(known)
+
+    def _origins(
+        self, graph: ArchitectureGraph, transfer: PlannedTransfer | None
+    ) -> tuple[dict[str, str], dict[str, int]]:
+        """Origin of every tensor, and how many values of each tiled one are copies."""
+        targets = {target.name: target for target in find_targets(graph)}
+        given = transfer.origins if transfer else {}
+        origins = {
+            spec.name: given.get(spec.name) or self._origin(spec, targets.get(spec.name)) for spec in graph.parameters()
+        }
+        tiled = [name for name, origin in origins.items() if origin == TILED]
+        return origins, {name: copied_values(targets[name], self.ghn.config) for name in tiled}
 
     def _make_parameters(
         self,
@@ -418,7 +459,9 @@ class Predictor:
             blocks = self.ghn.decode_blocks(
                 embeddings, list(by_name.values()), seed=options.seed, max_elements=MAX_ELEMENTS_HELD
             )
-            fill_parameters(parameters, blocks, graph, seed=options.seed, on_group=partial(clock.tick, DECODING))
+            fill_parameters(
+                parameters, blocks, graph, seed=options.seed, on_group=functools.partial(clock.tick, DECODING)
+            )
         return parameters
 
     def _post_process(
@@ -436,8 +479,7 @@ class Predictor:
         if options.report:
             clock.tick(POST_PROCESSING)
             after = measure_network(parameters, graph) if options.steps else before
-            shift = measure_shift(graph, self.graph_statistics)
-            report = build_report(graph, before, after, origins=predicted.origins, records=records, shift=shift)
+            report = build_report(graph, before, after, origins=predicted.origins, records=records)
         low_rank: LowRankRecord | None = None
         if options.low_rank is not None:
             parameters, low_rank = apply_low_rank(parameters, graph, options.low_rank)

@@ -30,7 +30,14 @@ ALLOWED = {
         "ghn_service.graph",
         "ghn_service.errors",
     },
+    "ghn_service.trust": {
+        "ghn_service.postprocess.weighted_layers",
+        "ghn_service.parameters",
+        "ghn_service.graph",
+        "ghn_service.errors",
+    },
     "ghn_service.predictor": {
+        "ghn_service.trust",
         "ghn_service.hypernetwork",
         "ghn_service.transfer",
         "ghn_service.postprocess",
@@ -40,6 +47,7 @@ ALLOWED = {
     },
     "ghn_service.training": {
         "ghn_client.atomic_file",
+        "ghn_service.trust",
         "ghn_service.predictor",
         "ghn_service.hypernetwork",
         "ghn_service.transfer",
@@ -55,6 +63,7 @@ ALLOWED = {
     },
     "ghn_service.server": {
         "ghn_service",
+        "ghn_service.trust",
         "ghn_service.published",
         "ghn_service.predictor",
         "ghn_service.hypernetwork",

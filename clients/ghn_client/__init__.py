@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ghn_client.batchnorm import recalibrate_batchnorm
     from ghn_client.client import GHNClient
+    from ghn_client.info import Trust
+    from ghn_client.initialization import InitializeReport, initialize
     from ghn_client.loading import LoadReport, load_parameters
     from ghn_client.onnx.export import export_architecture
     from ghn_client.onnx.strip import strip_weights
@@ -24,12 +26,15 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "GHNClient": "client",
+    "InitializeReport": "initialization",
     "LoadReport": "loading",
     "LowRankOptions": "options",
     "Prediction": "prediction",
     "Source": "sources",
     "Step": "options",
+    "Trust": "info",
     "export_architecture": "onnx.export",
+    "initialize": "initialization",
     "load_parameters": "loading",
     "merge_onnx": "onnx.torch_module",
     "recalibrate_batchnorm": "batchnorm",
@@ -38,13 +43,16 @@ _HOMES = {
 
 __all__ = [
     "GHNClient",
+    "InitializeReport",
     "LoadReport",
     "LowRankOptions",
     "Prediction",
     "Source",
     "Step",
+    "Trust",
     "__version__",
     "export_architecture",
+    "initialize",
     "load_parameters",
     "merge_onnx",
     "recalibrate_batchnorm",

@@ -34,6 +34,7 @@ from ghn_client.wire.codec import SERVICE, Progress, open_prediction_stream, rec
 from ghn_client.wire.ghn_pb2_grpc import GhnServiceStub
 
 DTYPES = ("float32", "bfloat16", "float16")
+HEADS = ("auto", "predicted", "reset")
 PREDICT_TIMEOUT_S = 300.0
 SHORT_TIMEOUT_S = 30.0
 MAX_BYTES = 1 << 36
@@ -120,6 +121,11 @@ class GHNClient:
         """Where the server is."""
         return self._connection.address
 
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the server is inside this process."""
+        return self._server is not None
+
     def close(self) -> None:
         """Hangs up, and stops the embedded server if there is one."""
         self._connection.close()
@@ -140,6 +146,7 @@ class GHNClient:
         include: Sequence[str] = (),
         report: bool = False,
         source: SourceLike | None = None,
+        head: str = "auto",
         timeout_s: float | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Prediction:
@@ -155,11 +162,14 @@ class GHNClient:
             low_rank: Ask for factors instead of dense weights: ``LowRankOptions``, its fields as a mapping, or text.
             model: Name of one of ``models()``; "" for the server's default.
             include: Shell-style patterns on tensor names; empty for all.
-            report: Ask for the diversity report.
             source: A trained network to take weights from wherever they fit; the hypernetwork predicts the rest. A
                 module, an ONNX file, a pair of either and its weights, ``timm:NAME``, a name in the server's library
                 (see ``sources``), ``auto``, or a ``Source``. The weights of a network of this machine stay on it, so
                 only a server inside this process takes one.
+            report: Ask for the report of the page: the network's graph, and the diversity of each layer.
+            head: What becomes of the classifier: ``predicted`` (rows are repeated or left out to fit another number of
+                classes), ``reset`` (drawn anew), or ``auto``: reset where the number of classes is not the
+                hypernetwork's.
             timeout_s: Seconds for all attempts together; None for the client's.
             on_progress: Called for every sign of life, on this thread.
 
@@ -168,6 +178,8 @@ class GHNClient:
         """
         if not 0 <= seed < 1 << 64:
             raise InvalidOptionError(f"expected a seed from 0 to 2**64 - 1, got {seed}", field="seed")
+        if head not in HEADS:
+            raise InvalidOptionError(f"expected a head of {', '.join(HEADS)}, got {head!r}", field="head")
         fields = _common_fields(model, dtype, low_rank)
         target = read_source(architecture, example_inputs)
         request = ghn_pb2.PredictWeightsRequest(
@@ -176,6 +188,7 @@ class GHNClient:
             steps=[encode_step(step) for step in steps],
             include=list(include),
             report=report,
+            head=ghn_pb2.Head.Value(f"HEAD_{head.upper()}") if head != "auto" else ghn_pb2.HEAD_UNSPECIFIED,
             **fields,
         )
 

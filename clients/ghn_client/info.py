@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 from ghn_client.options import decode_method
@@ -109,6 +109,33 @@ class Transfer:
 
 
 @dataclass(frozen=True, slots=True)
+class Trust:
+    """How much to expect of a prediction; ``str()`` says it in one line.
+
+    Attributes:
+        verdict: ``typical``, ``unusual``, ``far``, or ``unknown`` where the checkpoint does not say what it was trained
+            on. ``docs/results.md`` shows what each is worth.
+        advice: What the verdict means; half a sentence.
+        reasons: What speaks against the prediction, or is worth knowing; half sentences.
+        shares: Shares of the trainable scalars, 0 to 1: ``source`` (from a trained network), ``predicted`` (by the
+            hypernetwork) and ``fallback`` (by a rule), which add up to 1; and ``copied``, the part of ``predicted``
+            that repeats other values of its tensor.
+        score: Distance of the graph from the training graphs; None if unknown.
+        percentile: Training graphs that are nearer than this one, 0 to 100; None if unknown.
+    """
+
+    verdict: str = "unknown"
+    advice: str = "the file does not say how much to expect of its weights"
+    reasons: tuple[str, ...] = ()
+    shares: Mapping[str, float] = field(default_factory=dict)
+    score: float | None = None
+    percentile: float | None = None
+
+    def __str__(self) -> str:
+        return "; ".join((f"{self.verdict}: {self.advice}", *self.reasons))
+
+
+@dataclass(frozen=True, slots=True)
 class Analysis:
     """What a prediction would do with an architecture.
 
@@ -118,7 +145,7 @@ class Analysis:
         num_nodes: Nodes of the graph.
         num_edges: Edges of the graph, before virtual ones.
         num_parameters: Trainable scalars.
-        num_predicted_parameters: Trainable scalars that the hypernetwork would predict; a rule initialises the rest.
+        num_predicted_parameters: Trainable scalars that the hypernetwork would predict, copies included.
         total_bytes: Bytes of the reply.
         tensors: Every trainable tensor.
         buffers: Float tensors that are no weights: left to the client.
@@ -143,6 +170,7 @@ class Analysis:
     unknown_operators: tuple[str, ...]
     low_rank: tuple[LowRankLayer, ...] = ()
     transfer: Transfer | None = None
+    trust: Trust = Trust()
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +229,7 @@ def decode_analysis(reply: ghn_pb2.AnalyzeArchitectureResponse) -> Analysis:
         op_type_counts=counts,
         low_rank=tuple(layers),
         transfer=transfer,
+        trust=decode_trust(reply),
     )
 
 
@@ -213,6 +242,15 @@ def decode_source(source: ghn_pb2.SourceInfo) -> SourceInfo:
     """The value of a message."""
     accuracy = source.accuracy if source.HasField("accuracy") else None
     return _decode(SourceInfo, source, accuracy=accuracy, card=json.loads(source.card_json or "{}"))
+
+
+def decode_trust(reply: ghn_pb2.AnalyzeArchitectureResponse | ghn_pb2.StreamTrailer) -> Trust:
+    """The verdict in a reply; unknown where an older server sent none."""
+    if not reply.HasField("trust"):
+        return Trust()
+    message = reply.trust
+    measured = {name: getattr(message, name) if message.HasField(name) else None for name in ("score", "percentile")}
+    return _decode(Trust, message, shares=dict(message.shares), **measured)
 
 
 def decode_server_info(reply: ghn_pb2.GetServerInfoResponse) -> ServerInfo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ import torch
 from torch.nn.modules.batchnorm import _NormBase
 
 from ghn_client.errors import LoadError
+from ghn_client.info import Trust
 
 NAMES_SHOWN = 8
 
@@ -25,6 +27,7 @@ class LoadReport:
         mismatched: Expected and given shape, of parameters whose shape differs.
         reset_buffers: Buffers of the meta device that got their initial values (running statistics).
         statistics: Running statistics that came with the weights of a source.
+        trust: How much to expect of the weights, where they are a prediction's.
     """
 
     loaded: tuple[str, ...] = ()
@@ -34,6 +37,7 @@ class LoadReport:
     mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     reset_buffers: tuple[str, ...] = ()
     statistics: tuple[str, ...] = ()
+    trust: Trust | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -50,6 +54,8 @@ class LoadReport:
         if self.mismatched:
             shapes = [f"{name} {given} for {expected}" for name, (expected, given) in self.mismatched.items()]
             parts.append(f"{len(shapes)} of another shape: {_shown(shapes)}")
+        if self.trust is not None:
+            parts.append(f"trust: {self.trust}")
         return "; ".join(parts)
 
 
@@ -61,6 +67,7 @@ def load_parameters(
     assign: bool = False,
     origins: Mapping[str, str] | None = None,
     statistics: Mapping[str, torch.Tensor] | None = None,
+    trust: Trust | None = None,
 ) -> LoadReport:
     """Puts ``parameters`` into ``module``.
 
@@ -76,6 +83,7 @@ def load_parameters(
             shares it with ``parameters``.
         origins: ``predicted``, ``tiled``, ``fallback:<rule>`` or ``source:<name> (<how>)`` by name, for the report.
         statistics: Running means and variances by name in ``named_buffers``, which come with the weights of a source.
+        trust: How much to expect of them, for the report.
 
     Raises:
         LoadError: They do not fit, and ``strict``; or a buffer of the meta device has no known value. The module is
@@ -135,7 +143,7 @@ def load_parameters(
     buffers = dict(module.named_buffers(remove_duplicate=False))
     for name in report.statistics:
         buffers[name].copy_(measured[name])
-    return report
+    return dataclasses.replace(report, trust=trust)
 
 
 def _fits(given: torch.Size, expected: torch.Size) -> bool:

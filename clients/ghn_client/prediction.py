@@ -17,12 +17,13 @@ from google.protobuf.json_format import ParseDict, ParseError
 from ghn_client.atomic_file import write_file
 from ghn_client.batchnorm import evaluation_mode
 from ghn_client.errors import FileError, LoadError, StreamCorruptedError
-from ghn_client.info import Transfer, decode_transfer
+from ghn_client.info import Transfer, Trust, decode_transfer
 from ghn_client.loading import LoadReport, load_parameters
 from ghn_client.onnx.edit import write_model
 from ghn_client.onnx.export import Architecture, ModelSource, read_source
 from ghn_client.onnx.fill import fill_model
 from ghn_client.outputs import largest_relative_difference
+from ghn_client.report_page import describe_prediction, embed_page, render_page
 from ghn_client.wire import ghn_pb2
 from ghn_client.wire.codec import decode_safetensors_header
 from ghn_client.wire.metadata import PredictionMetadata, TensorInfo, decode_metadata
@@ -124,7 +125,21 @@ class Prediction(Mapping[str, torch.Tensor]):
         return len(self.tensors)
 
     def __repr__(self) -> str:
-        return f"Prediction({len(self)} tensors, {self.num_parameters} parameters, model={self.metadata.model!r})"
+        size = f"{len(self)} tensors, {self.num_parameters:,} parameters"
+        return f"Prediction({size}, model={self.metadata.model!r}, trust={self.trust.verdict!r})"
+
+    def _repr_html_(self) -> str:
+        return embed_page(self.report_page())
+
+    def report_page(self) -> str:
+        """The prediction as one self-contained HTML page: verdict, network, and diversity if a report was asked for."""
+        return render_page(describe_prediction(self))
+
+    @cached_property
+    def trust(self) -> Trust:
+        """How much to expect of the weights."""
+        told = self.metadata.trust
+        return Trust(**{**told, "reasons": tuple(told["reasons"])}) if told else Trust()
 
     @cached_property
     def digest(self) -> str:
@@ -197,7 +212,15 @@ class Prediction(Mapping[str, torch.Tensor]):
         """
         state = self.state_dict()
         origins = {key: self.notes[name].origin for key, name in zip(state, self.tensors, strict=True)}
-        return load_parameters(module, state, strict=strict, assign=assign, origins=origins, statistics=self.statistics)
+        return load_parameters(
+            module,
+            state,
+            strict=strict,
+            assign=assign,
+            origins=origins,
+            statistics=self.statistics,
+            trust=self.trust,
+        )
 
     def verify(self, source: torch.nn.Module, target: torch.nn.Module, inputs: Any) -> float:
         """The certificate of a transfer: how far the outputs of a source and of a network with these weights are apart.

@@ -9,6 +9,7 @@ successors.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -346,3 +347,19 @@ def restrict_vocabulary(graph: ArchitectureGraph, op_types: Collection[str]) -> 
         other_parameters=(*graph.other_parameters, *lost),
         warnings=(*graph.warnings, warning),
     )
+
+
+RESET_HEAD = ("classifier", "classifier_bias")
+"""Fallback rules of a classifier's weight and bias that are not to be predicted."""
+
+
+def reset_head(graph: ArchitectureGraph) -> ArchitectureGraph:
+    """The graph with a classifier whose weights are drawn by a rule; unchanged where it ends in something else."""
+
+    def reset(node: Node) -> Node:
+        if not node.is_head or node.weight is None or math.prod(node.weight.torch_shape[2:]) > 1:
+            return node
+        rule = RESET_HEAD[node.op_type == "bias"]
+        return dataclasses.replace(node, weight=dataclasses.replace(node.weight, fallback=rule))
+
+    return dataclasses.replace(graph, nodes=tuple(map(reset, graph.nodes)))

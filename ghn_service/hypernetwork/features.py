@@ -28,6 +28,7 @@ from ghn_service.graph.architecture import (
     longest_paths,
     shortest_distances,
 )
+from ghn_service.graph.passes import RESET_HEAD
 from ghn_service.hypernetwork.config import GHNConfig
 from ghn_service.hypernetwork.places import find_places
 
@@ -153,19 +154,25 @@ def build_features(graph: ArchitectureGraph, config: GHNConfig) -> GraphFeatures
         places=find_places(graph, generation) if config.places else torch.empty(graph.num_nodes, 0),
         edge_index=torch.tensor(graph.edges, dtype=torch.int64).reshape(-1, 2).t().contiguous(),
         distances=torch.from_numpy(shortest_distances(graph, cutoff=config.distance_cutoff)),
-        targets=tuple(_targets(graph)),
+        targets=tuple(find_targets(graph)),
     )
 
 
 def is_tiled(target: Target, config: GHNConfig) -> bool:
     """Whether a tensor is larger than what is decoded for it, so that values are repeated."""
+    return copied_values(target, config) > 0
+
+
+def copied_values(target: Target, config: GHNConfig) -> int:
+    """How many values of a tensor repeat others, since it is larger than what is decoded for it."""
     max_out, max_in = config.max_shape[:2]
     if target.role in (Role.CLASS_MATRIX, Role.CLASS_BIAS):
         max_out = config.num_classes
     elif target.role in (Role.VECTOR, Role.BIAS):
         max_out = max(config.max_shape[:2])
     out_channels, in_channels = target.channels
-    return out_channels > max_out or in_channels > max_in
+    repeated = out_channels * in_channels - min(out_channels, max_out) * min(in_channels, max_in)
+    return math.prod(target.shape) // (out_channels * in_channels) * repeated
 
 
 def collate(features: Sequence[GraphFeatures]) -> GraphBatch:
@@ -234,7 +241,8 @@ def shape_vocabulary(num_classes: int, max_width: int) -> ShapeVocabulary:
     return ShapeVocabulary(*known, *(tuple(sum(pair) / 2 for pair in itertools.pairwise(sizes)) for sizes in known))
 
 
-def _targets(graph: ArchitectureGraph) -> Iterator[Target]:
+def find_targets(graph: ArchitectureGraph) -> Iterator[Target]:
+    """The tensors to decode, in the order of ``ArchitectureGraph.parameters``."""
     draw = 0
     for index, node in enumerate(graph.nodes):
         for spec in node.parameters:
@@ -245,8 +253,10 @@ def _targets(graph: ArchitectureGraph) -> Iterator[Target]:
 
 
 def _role(node: Node, spec: ParameterSpec) -> Role | None:
-    """How ``spec`` is decoded from its node; None if no decoder gives tensors of its rank."""
+    """How ``spec`` is decoded from its node; None if no decoder gives tensors of its rank, or none shall."""
     shape = spec.torch_shape
+    if node.is_head and spec.fallback in RESET_HEAD:
+        return None
     if spec is node.norm_bias or node.op_type in ("bias", "bn", "ln"):
         if not shape or len(shape) - shape.count(1) > 1:
             return None

@@ -36,6 +36,11 @@ def _truncated_normal(out: Tensor, generator: torch.Generator) -> None:
     torch.nn.init.trunc_normal_(out, std=SMALL_STD, a=-2 * SMALL_STD, b=2 * SMALL_STD, generator=generator)
 
 
+def _classifier(out: Tensor, generator: torch.Generator) -> None:
+    """N(0, 1 / fan-in): as many classes as there are, no ReLU follows."""
+    out.normal_(0.0, 1.0 / math.sqrt(math.prod(out.shape[1:])), generator=generator)
+
+
 def _recurrent_uniform(out: Tensor, generator: torch.Generator) -> None:
     """Uniform within the inverse square root of the last axis, which is the hidden size for recurrent weights."""
     bound = 1.0 / math.sqrt(out.shape[-1]) if out.dim() else 1.0
@@ -53,6 +58,8 @@ FALLBACKS: dict[str, FallbackRule] = {
     "truncated_normal": _truncated_normal,
     "embedding_normal": lambda out, generator: out.normal_(0.0, SMALL_STD, generator=generator),  # lookup tables
     "recurrent_uniform": _recurrent_uniform,
+    "classifier": _classifier,  # weight of a classifier that is not to be predicted
+    "classifier_bias": lambda out, generator: out.zero_(),
 }
 
 

@@ -1,7 +1,7 @@
 """How different the rows of a weight are from each other: rank, copies, directions, and size against He.
 
 A block of 64 channels that is repeated gives a 512-channel layer of rank 64, whose copies training keeps identical.
-The report of a prediction (JSON, ``ghn-diversity-report/1``) holds these measures before and after post-processing.
+The report of a prediction (JSON, ``ghn-prediction-report/1``) holds these measures before and after post-processing.
 
 Reference: the diagnostics of Knyazev 2022 (arXiv:2207.10049); He et al. 2015 (arXiv:1502.01852) for the scale; Roy and
 Vetterli 2007 for the effective rank.
@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 
-from ghn_service.graph.architecture import ArchitectureGraph
+from ghn_service.graph.architecture import ArchitectureGraph, ParameterSpec
 from ghn_service.parameters import ParameterSet
-from ghn_service.postprocess.distribution_shift import DistributionShift
 from ghn_service.postprocess.weighted_layers import (
     CHANGED,
     StepRecord,
@@ -37,11 +36,12 @@ NEAR_DUPLICATE_COSINE = 0.99
 TILING_TOLERANCE = 1e-6
 MAX_ROWS, CURVE_POINTS = 1024, 64
 
-REPORT_FORMAT = "ghn-diversity-report/1"
+REPORT_FORMAT = "ghn-prediction-report/1"
 TROUBLED = 0.1
 LARGE_NORM, SMALL_NORM = 4.0, 0.25
 # The report travels in one message of at most 4 MiB: curves get coarser with the layers, and only the worst are listed.
 MAX_LAYERS, MAX_POINTS, TOTAL_POINTS = 1500, 48, 24_000
+MAX_NODES = 4000
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +167,6 @@ def build_report(
     *,
     origins: Mapping[str, str],
     records: Sequence[StepRecord],
-    shift: DistributionShift,
 ) -> dict[str, Any]:
     """The report as values that ``json`` writes; ``before`` and ``after`` are measures by name of the weight."""
     listed = [layer for layer in weighted_layers(graph) if layer.name in before]
@@ -206,10 +205,30 @@ def build_report(
         },
         "summary": {"before": _summarize(before, layers), "after": _summarize(after, layers)},
         "findings": _findings(layers, records),
-        "distribution_shift": dataclasses.asdict(shift),
         "steps": [{"name": record.name, "options": dict(record.options)} for record in records],
         "layers": worst_first[:MAX_LAYERS],
         "layers_left_out": max(len(layers) - MAX_LAYERS, 0),
+    }
+
+
+def encode_picture(
+    graph: ArchitectureGraph, origins: Mapping[str, str], copied: Mapping[str, int]
+) -> dict[str, Any] | None:
+    """The graph as values that ``json`` writes, for the report's picture; None where it would be too large.
+
+    A node is its type, and for each of its tensors name, shape, origin, and the share of its values that are copies.
+    """
+    if graph.num_nodes > MAX_NODES:
+        return None
+
+    def encode_tensor(spec: ParameterSpec) -> list[Any]:
+        share = copied.get(spec.name, 0) / spec.num_elements
+        return [spec.name, list(spec.torch_shape), origins[spec.name], float(f"{share:.3g}")]
+
+    return {
+        "nodes": [[node.op_type, *map(encode_tensor, node.parameters)] for node in graph.nodes],
+        "edges": [list(edge) for edge in graph.edges],
+        "others": [encode_tensor(spec) for spec in graph.other_parameters[:MAX_NODES]],
     }
 
 

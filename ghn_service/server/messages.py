@@ -31,6 +31,7 @@ from ghn_service.server.settings import Settings
 from ghn_service.transfer.library import SourceSummary
 from ghn_service.transfer.source import Source
 from ghn_service.transfer.transfer import Head
+from ghn_service.trust import Trust
 
 MAX_INCLUDE_PATTERNS = 256
 MAX_PATTERN_CHARACTERS = 1024
@@ -71,7 +72,23 @@ def decode_options(request: ghn_pb2.PredictWeightsRequest) -> PredictionOptions:
         low_rank=decode_low_rank(request.low_rank) if request.HasField("low_rank") else None,
         include=_decode_include(request.include),
         report=request.report,
+        head=_decode_head(request.head),
     )
+
+
+def _decode_head(head: int) -> str:
+    if head not in ghn_pb2.Head.values():
+        known = ", ".join(ghn_pb2.Head.keys())
+        raise InvalidOptionError(f"expected one of {known}, got the number {head}", field="head")
+    return ghn_pb2.Head.Name(head).removeprefix("HEAD_").lower() if head else "auto"
+
+
+def encode_trust(trust: Trust | None) -> ghn_pb2.Trust | None:
+    """How much to expect of weights; what differs most from the training graphs is told in its reasons alone."""
+    if trust is None:
+        return None
+    fields = dataclasses.asdict(trust)
+    return ghn_pb2.Trust(**{name: fields[name] for name in ghn_pb2.Trust.DESCRIPTOR.fields_by_name})
 
 
 def decode_low_rank(low_rank: ghn_pb2.LowRankOutput, *, with_curves: bool = False) -> LowRank:
@@ -165,6 +182,7 @@ def encode_analysis(
         if analysis.low_rank
         else (),
         transfer=encode_transfer(analysis.transfer, analysis.statistics) if analysis.transfer else None,
+        trust=encode_trust(analysis.trust),
     )
 
 

@@ -24,6 +24,7 @@ from ghn_service.postprocess.weighted_layers import StepRecord
 from ghn_service.predictor import ArchitectureAnalysis, PlannedTransfer, PredictionOptions, PredictionResult
 from ghn_service.server.messages import encode_transfer
 from ghn_service.server.models import LoadedModel
+from ghn_service.trust import Trust
 
 STATISTICS_DTYPE = "F32"
 SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -49,6 +50,7 @@ def encode_result_header(result: PredictionResult, options: PredictionOptions, m
         records=result.records,
         low_rank=result.low_rank,
         transfer=result.transfer,
+        trust=result.trust,
         statistics={name: tuple(tensor.shape) for name, tensor in result.statistics.items()},
     )
 
@@ -64,6 +66,7 @@ def expected_bytes(analysis: ArchitectureAnalysis, dtype: str, model: LoadedMode
         model,
         warnings=analysis.warnings,
         transfer=analysis.transfer,
+        trust=analysis.trust,
         statistics=analysis.statistics,
     )
     num_elements = sum(spec.num_elements for spec in analysis.specs.values())
@@ -164,6 +167,7 @@ def _encode_header(
     records: Sequence[StepRecord] = (),
     low_rank: LowRankRecord | None = None,
     transfer: PlannedTransfer | None = None,
+    trust: Trust | None = None,
     statistics: Mapping[str, tuple[int, ...]],
 ) -> bytes:
     """Length and JSON of a file's header; running statistics, which are always float32, come before the weights."""
@@ -191,6 +195,7 @@ def _encode_header(
         include=options.include,
         versions={"ghn-service": VERSION, "torch": torch.__version__},
         transfer=_transfer_document(transfer, statistics) if transfer else None,
+        trust=_trust_document(trust) if trust else None,
     )
     tensors = {name: (STATISTICS_DTYPE, shape) for name, shape in statistics.items()}
     tensors |= {name: (SAFETENSORS_DTYPES[options.dtype], spec.shape) for name, spec in specs.items()}
@@ -200,6 +205,13 @@ def _encode_header(
         raise InvalidArchitectureError(
             f"the tensor names do not fit a safetensors file: {error}", field="architecture.onnx_model"
         ) from error
+
+
+def _trust_document(trust: Trust) -> dict[str, Any]:
+    """The verdict as the metadata has it."""
+    document = dataclasses.asdict(trust)
+    del document["deviations"]  # a report has them
+    return document
 
 
 def _transfer_document(transfer: PlannedTransfer, statistics: Iterable[str]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from ghn_service.server.messages import (
     encode_models,
     encode_progress,
     encode_server_info,
+    encode_trust,
 )
 from ghn_service.server.models import LoadedModel, ModelRegistry
 from ghn_service.server.queue import Job, JobState, StageCallback, WorkQueue
@@ -116,7 +117,9 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
                         watch.touch(len(chunk))
                     seconds["streaming"] = time.monotonic() - start
                     yield ghn_pb2.PredictWeightsResponse(
-                        trailer=ghn_pb2.StreamTrailer(seconds=seconds, report_json=reply.report_json)
+                        trailer=ghn_pb2.StreamTrailer(
+                            seconds=seconds, report_json=reply.report_json, trust=encode_trust(reply.result.trust)
+                        )
                     )
 
     def AnalyzeArchitecture(  # noqa: N802

@@ -15,7 +15,6 @@ from ghn_client.finetune.images import measure_normalization
 from ghn_service.errors import TrainingError
 from ghn_service.hypernetwork.checkpoint import CheckpointSummary, ModelCard, load_checkpoint, save_checkpoint
 from ghn_service.hypernetwork.config import decode_config
-from ghn_service.postprocess.distribution_shift import METADATA_KEY, encode_statistics, summarize_graphs
 from ghn_service.training.distributed import Workers, join_workers
 from ghn_service.training.evaluation.zero_shot import make_validation
 from ghn_service.training.images import interface_of, load_training_data
@@ -24,6 +23,7 @@ from ghn_service.training.precision import keep_freed_memory
 from ghn_service.training.settings import SamplingSettings, TrainingSettings
 from ghn_service.training.state import Progress, find_state, load_state
 from ghn_service.training.trainer import Trainer
+from ghn_service.trust import METADATA_KEY, encode_statistics, summarize_graphs
 
 logger = logging.getLogger(__name__)
 

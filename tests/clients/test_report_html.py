@@ -7,7 +7,7 @@ import re
 
 from ghn_client.cli.tables import render_report_html
 
-REPORT = {"format": "ghn-diversity-report/1", "layers": [{"parameter": "</script><script>alert(1)</script>"}]}
+REPORT = {"format": "ghn-prediction-report/1", "layers": [{"parameter": "</script><script>alert(1)</script>"}]}
 
 
 def embedded_report(page: str) -> dict:

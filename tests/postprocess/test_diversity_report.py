@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 
-from ghn_service.postprocess.distribution_shift import measure_shift
 from ghn_service.postprocess.diversity import build_report, measure_network
 from ghn_service.postprocess.steps import Step, apply_steps
 from tests.postprocess.layer_examples import ExampleLayer, chain_graph, random_parameters, tiled_weight, with_tensor
@@ -27,8 +26,7 @@ def report(*steps: Step) -> dict:
     before = measure_network(parameters, graph)
     changed, records = apply_steps(parameters, graph, steps, seed=0)
     after = measure_network(changed, graph)
-    shift = measure_shift(graph, None)
-    return build_report(graph, before, after, origins=parameters.origins, records=records, shift=shift)
+    return build_report(graph, before, after, origins=parameters.origins, records=records)
 
 
 def test_the_worst_layer_comes_first() -> None:
@@ -57,7 +55,7 @@ def test_each_layer_says_what_every_step_did() -> None:
 
 def test_the_report_is_finite_json() -> None:
     body = json.loads(json.dumps(report(Step("auto")), allow_nan=False))
-    assert body["format"] == "ghn-diversity-report/1"
+    assert body["format"] == "ghn-prediction-report/1"
     assert len(body["layers"]) == len(LAYERS)
     assert body["layers"][0]["before"]["singular_values"][0] == 1.0
 
@@ -66,8 +64,7 @@ def test_a_weight_of_zeros_and_a_tiny_weight_are_measured_without_a_fault() -> N
     graph = chain_graph([ExampleLayer("zero.weight", (4, 4)), ExampleLayer("one.weight", (1, 1))])
     parameters = with_tensor(random_parameters(graph), "zero.weight", torch.zeros(4, 4))
     measured = measure_network(parameters, graph)
-    shift = measure_shift(graph, None)
-    body = build_report(graph, measured, measured, origins=parameters.origins, records=(), shift=shift)
+    body = build_report(graph, measured, measured, origins=parameters.origins, records=())
     assert json.dumps(body, allow_nan=False)
     assert body["layers"][0]["notes"] == ["all values are zero"]
     assert measured["zero.weight"].effective_rank == pytest.approx(0.0)
@@ -78,7 +75,6 @@ def test_the_report_of_a_huge_network_fits_into_one_message() -> None:
     parameters = random_parameters(graph)
     measured = measure_network(parameters, graph)
     _, records = apply_steps(parameters, graph, [Step("noise"), Step("orthogonal")], seed=0)
-    shift = measure_shift(graph, None)
-    body = build_report(graph, measured, measured, origins=parameters.origins, records=records, shift=shift)
+    body = build_report(graph, measured, measured, origins=parameters.origins, records=records)
     assert body["layers_left_out"] == 1000
     assert len(json.dumps(body)) < 3_500_000

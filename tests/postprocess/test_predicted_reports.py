@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from ghn_service.hypernetwork.checkpoint import ModelCard, load_checkpoint, save_checkpoint
-from ghn_service.postprocess.distribution_shift import METADATA_KEY, encode_statistics, summarize_graphs
 from ghn_service.postprocess.low_rank.factorize import METHODS
 from ghn_service.postprocess.low_rank.ranks import LowRank
 from ghn_service.postprocess.steps import Step
 from ghn_service.predictor import PredictionOptions, Predictor
+from ghn_service.trust import METADATA_KEY, encode_statistics, summarize_graphs
 from tests.hypernetwork.small_graphs import small_ghn, small_network
 
 NETWORK = small_network(40)
@@ -49,7 +49,7 @@ def test_a_checkpoint_that_knows_its_training_graphs_tells_the_distance(tmp_path
     save_checkpoint(small_ghn(), tmp_path / "ghn.safetensors", card=card)
     predictor = Predictor(*load_checkpoint(tmp_path / "ghn.safetensors"))
     report = predictor.run(small_network(16), options=PredictionOptions(report=True)).report
-    assert report["distribution_shift"]["verdict"] == "typical"
+    assert report["trust"]["percentile"] < 95
 
 
 @pytest.mark.parametrize("method", METHODS)

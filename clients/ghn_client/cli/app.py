@@ -15,6 +15,7 @@ from ghn_client import __version__
 from ghn_client.cli.options import (
     Dtype,
     ElementType,
+    Head,
     ImageSize,
     Json,
     LowRank,
@@ -67,7 +68,7 @@ class Targets:
     onnx_out: Annotated[Path | None, Option(metavar="FILE", help="The model with its predicted weights, too.")] = None
     report: Annotated[
         Path | None,
-        Option(metavar="FILE", help="Measure the weights' diversity; FILE.json for programs, FILE.html for people."),
+        Option(metavar="FILE", help="The page of the prediction: FILE.html for people, FILE.json for programs."),
     ] = None
 
     def check(self, model_file: Path, weights: Path) -> None:
@@ -99,6 +100,9 @@ def predict(
         Option(metavar="NAME:KEY=VALUE,...", help="Post-processing; may be repeated, applied in order."),
     ] = None,
     low_rank: LowRank = "",
+    head: Annotated[
+        Head, Option(help="The classifier: predicted, reset (drawn anew), or auto (reset for other class counts).")
+    ] = Head.AUTO,
     include: Annotated[
         list[str] | None, Option(metavar="GLOB", help="Only tensors whose names match; may be repeated.")
     ] = None,
@@ -108,6 +112,7 @@ def predict(
     """Predict weights for a network, and write them to a file."""
     from ghn_client.cli import tables
     from ghn_client.networks import file_stem, find_network, image_example
+    from ghn_client.report_page import write_report
 
     weights = targets.output or Path(f"{file_stem(network)}.safetensors")
     targets.check(Path(network), weights)
@@ -124,6 +129,7 @@ def predict(
             low_rank=low_rank or None,
             model=model,
             include=include or (),
+            head=head,
             report=targets.report is not None,
             source=sources.chosen(),
             on_progress=on_progress,
@@ -134,7 +140,7 @@ def predict(
     for sentence in prediction.warnings:
         warn(sentence)
     if targets.report is not None and prediction.report is not None:
-        tables.write_report(prediction.report, targets.report)
+        write_report(prediction, targets.report)
     elif targets.report is not None:
         warn("the server sent no report; it may be older than this client")
     seconds = time.perf_counter() - start

@@ -43,6 +43,14 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
+class Head(StrEnum):
+    """What becomes of a classifier."""
+
+    AUTO = "auto"
+    PREDICTED = "predicted"
+    RESET = "reset"
+
+
 def _server(name: str, metavar: str | None, text: str, **settings: Any) -> Any:
     return Option(envvar=f"GHN_{name}", metavar=metavar, help=text, rich_help_panel="Server", **settings)
 

@@ -1,16 +1,13 @@
-"""What people see: progress, tables, sentences, and the page of a diversity report; and predictions as JSON."""
+"""What people see: progress, tables and sentences; and predictions as JSON."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import string
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import resources
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from ghn_client.atomic_file import write_file
 from ghn_client.cli.options import messages
-from ghn_client.info import Analysis, LowRankLayer, ModelInfo, SourceInfo, Transfer
+from ghn_client.info import Analysis, LowRankLayer, ModelInfo, SourceInfo, Transfer, Trust
 from ghn_client.prediction import Prediction
 from ghn_client.wire.codec import Progress as Event
 
@@ -76,20 +72,21 @@ def print_prediction(prediction: Prediction, written: Sequence[str], seconds: fl
         spread = float(torch.std(tensor.float(), correction=0)) if tensor.numel() else None
         rows.append(_Row(note.torch_name or name, tuple(tensor.shape), note.origin, spread))
     console, metadata = _data_console(), prediction.metadata
-    _print_layers(console, rows, show_all=show_all)
+    _print_layers(console, rows, prediction.trust, show_all=show_all)
     files = " and ".join([f"{written[0]} ({_bytes_text(len(prediction.buffer))})", *written[1:]])
     if prediction.transfer is not None:
         _print_transfer(console, prediction.transfer)
         advice = "measure the running statistics anew (recalibrate_batchnorm)"
         console.print(f"before use: {advice if prediction.needs_recalibration else 'nothing; keep running statistics'}")
     console.print(f"written to {files} in {seconds:.1f} s; hypernetwork {metadata.model}, seed {metadata.seed}")
+    console.print(f"trust: {prediction.trust}", soft_wrap=True)
 
 
 def print_analysis(analysis: Analysis, *, show_all: bool) -> None:
     """One line a layer, then what the graph is made of, what a source gives, and what low rank would do."""
     console = _data_console()
     rows = [_Row(item.torch_name or item.name, item.shape, item.origin) for item in analysis.tensors]
-    _print_layers(console, rows, show_all=show_all)
+    _print_layers(console, rows, analysis.trust, show_all=show_all)
     types = ", ".join(f"{count} {name}" for name, count in sorted(analysis.op_type_counts.items()))
     console.print(f"graph: {analysis.num_nodes} nodes ({types}), {analysis.num_edges} edges")
     console.print(
@@ -101,9 +98,10 @@ def print_analysis(analysis: Analysis, *, show_all: bool) -> None:
         _print_transfer(console, analysis.transfer)
     if analysis.low_rank:
         _print_low_rank(console, analysis.low_rank)
+    console.print(f"trust: {analysis.trust}", soft_wrap=True)
 
 
-def _print_layers(console: Console, rows: Sequence[_Row], *, show_all: bool) -> None:
+def _print_layers(console: Console, rows: Sequence[_Row], trust: Trust, *, show_all: bool) -> None:
     """One line a layer (tensors whose names differ in the last part only): shapes, origins, spread of its largest."""
     layers: dict[str, list[_Row]] = {}
     for row in rows:
@@ -123,13 +121,18 @@ def _print_layers(console: Console, rows: Sequence[_Row], *, show_all: bool) -> 
         cells = [layer, shapes, origins, _count_text(sum(math.prod(part.shape) for part in parts))]
         table.add_row(*cells, *(["" if spread is None else f"{spread:.3g}"] if with_spread else []))
     console.print(table)
-    shares: dict[str, int] = {}
-    for row in rows:
-        origin = row.origin.partition(":")[0]
-        shares[origin] = shares.get(origin, 0) + math.prod(row.shape)
-    total = sum(shares.values())
-    told = [f"{count / max(total, 1):.1%} {origin}" for origin, count in sorted(shares.items(), key=lambda x: -x[1])]
-    console.print(f"{_count_text(total)} parameters in {len(rows)} tensors: {', '.join(told)}")
+    total = sum(math.prod(row.shape) for row in rows)
+    console.print(f"{_count_text(total)} parameters in {len(rows)} tensors{_shares_text(trust.shares)}")
+    if any(row.origin == "tiled" for row in rows):
+        console.print("tiled: the layer is wider than what is predicted, so the predicted block is repeated in it")
+
+
+def _shares_text(shares: Mapping[str, float]) -> str:
+    """Where the weights of a whole network come from; copies are a part of what is predicted."""
+    copies = f" ({shares['copied']:.1%} of all are copies)" if shares.get("copied") else ""
+    words = {"source": "from a source", "predicted": f"predicted{copies}", "fallback": "fallback"}
+    told = [f"{shares[kind]:.1%} {text}" for kind, text in words.items() if shares.get(kind)]
+    return f": {', '.join(told)}" if told else ""
 
 
 def _print_transfer(console: Console, transfer: Transfer) -> None:
@@ -231,6 +234,7 @@ def prediction_document(prediction: Prediction, written: Sequence[str], seconds:
         "bytes": len(prediction.buffer),
         **{key: getattr(metadata, key) for key in ("model", "model_digest", "graph_digest", "seed", "dtype")},
         "num_parameters": prediction.num_parameters,
+        "trust": dataclasses.asdict(prediction.trust),
         "tensors": [
             {
                 "name": name,
@@ -247,18 +251,3 @@ def prediction_document(prediction: Prediction, written: Sequence[str], seconds:
         "server_seconds": dict(prediction.seconds),
         "seconds": round(seconds, 3),
     }
-
-
-def render_report_html(report: Mapping[str, Any]) -> str:
-    """The page for a report of format ``ghn-diversity-report/1``, drawn in the browser from the JSON inside it."""
-    template = resources.files("ghn_client").joinpath("report_template.html").read_text(encoding="utf-8")
-    # Inside a script element only "</" and "<!--" could end or change it; JSON allows both to be escaped.
-    body = json.dumps(report, separators=(",", ":")).replace("<", "\\u003c")
-    return template.replace("__REPORT__", body, 1)
-
-
-def write_report(report: Mapping[str, Any], path: Path) -> None:
-    """Writes a diversity report as one self-contained page, or as JSON, by the name of the file."""
-    is_page = path.suffix.lower() == ".html"
-    text = render_report_html(report) if is_page else json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    write_file(path, text)

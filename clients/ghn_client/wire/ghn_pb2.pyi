@@ -108,6 +108,30 @@ CLASS_LAYER_RESET: ClassLayer.ValueType  # 2
 """The hypernetwork's."""
 global___ClassLayer = ClassLayer
 
+class _Head:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _HeadEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Head.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    HEAD_UNSPECIFIED: _Head.ValueType  # 0
+    """The server chooses: predicted where the number of classes is the hypernetwork's, else drawn anew."""
+    HEAD_PREDICTED: _Head.ValueType  # 1
+    """As predicted; rows are repeated or left out to fit another number of classes."""
+    HEAD_RESET: _Head.ValueType  # 2
+    """Drawn anew by a standard rule."""
+
+class Head(_Head, metaclass=_HeadEnumTypeWrapper):
+    """What becomes of a classifier."""
+
+HEAD_UNSPECIFIED: Head.ValueType  # 0
+"""The server chooses: predicted where the number of classes is the hypernetwork's, else drawn anew."""
+HEAD_PREDICTED: Head.ValueType  # 1
+"""As predicted; rows are repeated or left out to fit another number of classes."""
+HEAD_RESET: Head.ValueType  # 2
+"""Drawn anew by a standard rule."""
+global___Head = Head
+
 class _Stage:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -294,6 +318,7 @@ class PredictWeightsRequest(google.protobuf.message.Message):
     REQUEST_ID_FIELD_NUMBER: builtins.int
     REPORT_FIELD_NUMBER: builtins.int
     SOURCE_FIELD_NUMBER: builtins.int
+    HEAD_FIELD_NUMBER: builtins.int
     model: builtins.str
     """Name of a loaded hypernetwork; "" is the server's default."""
     dtype: global___DataType.ValueType
@@ -304,6 +329,8 @@ class PredictWeightsRequest(google.protobuf.message.Message):
     """Identifier for logs, chosen by the client; the server makes one if it is empty. At most 128 characters."""
     report: builtins.bool
     """Ask for the diversity report of the prediction, as JSON in the trailer."""
+    head: global___Head.ValueType
+    """What becomes of the classifier, where no source gives it."""
     @property
     def architecture(self) -> global___Architecture:
         """The network."""
@@ -337,9 +364,10 @@ class PredictWeightsRequest(google.protobuf.message.Message):
         request_id: builtins.str = ...,
         report: builtins.bool = ...,
         source: global___SourceOptions | None = ...,
+        head: global___Head.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_seed", b"_seed", "architecture", b"architecture", "low_rank", b"low_rank", "seed", b"seed", "source", b"source"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "architecture", b"architecture", "dtype", b"dtype", "include", b"include", "low_rank", b"low_rank", "model", b"model", "report", b"report", "request_id", b"request_id", "seed", b"seed", "source", b"source", "steps", b"steps"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "architecture", b"architecture", "dtype", b"dtype", "head", b"head", "include", b"include", "low_rank", b"low_rank", "model", b"model", "report", b"report", "request_id", b"request_id", "seed", b"seed", "source", b"source", "steps", b"steps"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
 
 global___PredictWeightsRequest = PredictWeightsRequest
@@ -491,6 +519,71 @@ class Chunk(google.protobuf.message.Message):
 global___Chunk = Chunk
 
 @typing.final
+class Trust(google.protobuf.message.Message):
+    """How much to expect of predicted weights."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class SharesEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    VERDICT_FIELD_NUMBER: builtins.int
+    ADVICE_FIELD_NUMBER: builtins.int
+    REASONS_FIELD_NUMBER: builtins.int
+    SHARES_FIELD_NUMBER: builtins.int
+    SCORE_FIELD_NUMBER: builtins.int
+    PERCENTILE_FIELD_NUMBER: builtins.int
+    verdict: builtins.str
+    """`typical`, `unusual`, `far`, or `unknown` where the checkpoint does not say what it was trained on."""
+    advice: builtins.str
+    """What the verdict means; half a sentence."""
+    score: builtins.float
+    """Distance of the graph from the training graphs; absent if unknown."""
+    percentile: builtins.float
+    """Training graphs that are nearer than this one, 0 to 100; absent if unknown."""
+    @property
+    def reasons(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What speaks against the prediction, or is worth knowing; half sentences."""
+
+    @property
+    def shares(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
+        """Shares of the trainable scalars, 0 to 1: `source`, `predicted` and `fallback`, which add up to 1, and `copied`, the
+        part of `predicted` that repeats other values of its tensor.
+        """
+
+    def __init__(
+        self,
+        *,
+        verdict: builtins.str = ...,
+        advice: builtins.str = ...,
+        reasons: collections.abc.Iterable[builtins.str] | None = ...,
+        shares: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        score: builtins.float | None = ...,
+        percentile: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_percentile", b"_percentile", "_score", b"_score", "percentile", b"percentile", "score", b"score"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_percentile", b"_percentile", "_score", b"_score", "advice", b"advice", "percentile", b"percentile", "reasons", b"reasons", "score", b"score", "shares", b"shares", "verdict", b"verdict"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_percentile", b"_percentile"]) -> typing.Literal["percentile"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_score", b"_score"]) -> typing.Literal["score"] | None: ...
+
+global___Trust = Trust
+
+@typing.final
 class StreamTrailer(google.protobuf.message.Message):
     """Comes once, after the last chunk."""
 
@@ -514,19 +607,26 @@ class StreamTrailer(google.protobuf.message.Message):
 
     SECONDS_FIELD_NUMBER: builtins.int
     REPORT_JSON_FIELD_NUMBER: builtins.int
+    TRUST_FIELD_NUMBER: builtins.int
     report_json: builtins.str
-    """Diversity report as a JSON document, if it was asked for."""
+    """Report of the prediction as a JSON document, if it was asked for."""
     @property
     def seconds(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """Seconds spent waiting, reading, encoding, decoding, post-processing and streaming, by these names."""
+
+    @property
+    def trust(self) -> global___Trust:
+        """How much to expect of the weights."""
 
     def __init__(
         self,
         *,
         seconds: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
         report_json: builtins.str = ...,
+        trust: global___Trust | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["report_json", b"report_json", "seconds", b"seconds"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["trust", b"trust"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["report_json", b"report_json", "seconds", b"seconds", "trust", b"trust"]) -> None: ...
 
 global___StreamTrailer = StreamTrailer
 
@@ -782,6 +882,7 @@ class AnalyzeArchitectureResponse(google.protobuf.message.Message):
     MODEL_FIELD_NUMBER: builtins.int
     LOW_RANK_LAYERS_FIELD_NUMBER: builtins.int
     TRANSFER_FIELD_NUMBER: builtins.int
+    TRUST_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Identifier of this request in the server's logs."""
     num_nodes: builtins.int
@@ -826,6 +927,10 @@ class AnalyzeArchitectureResponse(google.protobuf.message.Message):
     def transfer(self) -> global___TransferSummary:
         """What the source would give, if one was named."""
 
+    @property
+    def trust(self) -> global___Trust:
+        """How much to expect of the weights."""
+
     def __init__(
         self,
         *,
@@ -844,9 +949,10 @@ class AnalyzeArchitectureResponse(google.protobuf.message.Message):
         model: builtins.str = ...,
         low_rank_layers: collections.abc.Iterable[global___LowRankLayer] | None = ...,
         transfer: global___TransferSummary | None = ...,
+        trust: global___Trust | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["transfer", b"transfer"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["buffers", b"buffers", "graph_digest", b"graph_digest", "low_rank_layers", b"low_rank_layers", "model", b"model", "num_edges", b"num_edges", "num_nodes", b"num_nodes", "num_parameters", b"num_parameters", "num_predicted_parameters", b"num_predicted_parameters", "op_type_counts", b"op_type_counts", "request_id", b"request_id", "tensors", b"tensors", "total_bytes", b"total_bytes", "transfer", b"transfer", "unknown_operators", b"unknown_operators", "warnings", b"warnings"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["transfer", b"transfer", "trust", b"trust"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["buffers", b"buffers", "graph_digest", b"graph_digest", "low_rank_layers", b"low_rank_layers", "model", b"model", "num_edges", b"num_edges", "num_nodes", b"num_nodes", "num_parameters", b"num_parameters", "num_predicted_parameters", b"num_predicted_parameters", "op_type_counts", b"op_type_counts", "request_id", b"request_id", "tensors", b"tensors", "total_bytes", b"total_bytes", "transfer", b"transfer", "trust", b"trust", "unknown_operators", b"unknown_operators", "warnings", b"warnings"]) -> None: ...
 
 global___AnalyzeArchitectureResponse = AnalyzeArchitectureResponse
 

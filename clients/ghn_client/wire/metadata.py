@@ -74,6 +74,7 @@ class PredictionMetadata:
         include: Patterns that chose the tensors; empty for all.
         versions: Version by package.
         transfer: What a source gave, as ``ghn.v1.TransferSummary`` in protobuf's JSON mapping; None without a source.
+        trust: How much to expect of the weights, as the fields of ``ghn_client.info.Trust``; None in older files.
     """
 
     model: str
@@ -89,9 +90,10 @@ class PredictionMetadata:
     include: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     transfer: Mapping[str, Any] | None = None
+    trust: Mapping[str, Any] | None = None
 
 
-_LATER_FIELDS = ("transfer",)
+_LATER_FIELDS = ("transfer", "trust")
 """Fields that files have only where they say something, and older ones never."""
 
 

@@ -53,15 +53,19 @@ def initial_module(architecture: Architecture, *, seed: int) -> nn.Module:
         return architecture.build()
 
 
-@torch.no_grad()
 def he_module(architecture: Architecture, *, seed: int) -> nn.Module:
-    """The architecture's network with He initialisation: the baseline of every comparison.
+    """The architecture's network with He initialisation: the baseline of every comparison."""
+    return he_initialize(initial_module(architecture, seed=seed), seed=seed)
+
+
+@torch.no_grad()
+def he_initialize(module: nn.Module, *, seed: int) -> nn.Module:
+    """Gives ``module`` He initialisation, in place; returns it.
 
     Weights with two axes or more get ``N(0, 2 / fan_in)`` (He et al. 2015, arXiv:1502.01852), biases 0; normalisation
     layers, position embeddings and other parameters keep the network's own initial values. The classifier gets
     ``N(0, 1 / fan_in)``, as no ReLU follows it.
     """
-    module = initial_module(architecture, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     weighted = [
         layer
