@@ -3,8 +3,8 @@
 Fine-tunes networks of every kind from predicted weights and from He initialisation, both at the best of the same
 learning rates, on images that the hypernetwork was not trained on (the test images of CIFAR-10),
 and sets the gain beside the verdict.
-Thresholds were chosen on the even networks of the list; the page shows the odd ones apart. ``--heads`` compares
-classifiers for another number of classes. Fills its parts of ``docs/results.md``.
+Every second network of the list is kept apart from the choice of thresholds. ``--heads`` compares classifiers for
+another number of classes instead. Fills its part of ``docs/results.md`` with what is measured so far.
 
 A run can be stopped and goes on where it was: finished trainings are kept as lines of ``--cells``.
 """
@@ -15,25 +15,29 @@ import argparse
 import functools
 import importlib
 import itertools
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.experiment import Cell, file_digest, run_cells
+from benchmarks.experiment import Cell, file_digest, fill_page, grouped, run_cells, table
 from ghn_architectures.architecture import Interface
 from ghn_architectures.registry import build_network
 from ghn_client import GHNClient
 from ghn_client.finetune.images import ImageSet, measure_normalization
 from ghn_service.training.evaluation.fine_tune import FineTuneData, FineTuneSettings, fine_tune
+from ghn_service.training.evaluation.results import read_lines
 from ghn_service.training.evaluation.zero_shot import he_initialize
 from ghn_service.training.images import require_split
 from ghn_service.training.networks import find_network
 from ghn_service.training.precision import choose_precision, keep_freed_memory
 
 PREDICTED, HE = "predicted", "He"
+VERDICTS = ("typical", "unusual", "far")
 STEPS = (100, 500)
 SETTINGS = FineTuneSettings((0.01, 0.03, 0.1), choose_at=50, budgets=STEPS, longest=500, every=100, batch_size=16)
 SIZE = 32
@@ -161,7 +165,7 @@ def measure(cell: Cell, arguments: argparse.Namespace, client: GHNClient) -> Cel
     if cell["start"] == HE:
         he_initialize(module, seed=0)
     else:
-        client.predict(module, torch.zeros(2, 3, SIZE, SIZE)).load_into(module)
+        client.predict(module, torch.zeros(2, 3, SIZE, SIZE), head="predicted").load_into(module)
         change_head(module, cell.get("head", "copies"))
     precision = choose_precision("auto", torch.device("cpu"))
     try:
@@ -179,6 +183,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=Path("ghn_service/checkpoints/ghn-cifar10.safetensors"))
     parser.add_argument("--cache", type=Path, default=Path("runs/cache"))
     parser.add_argument("--cells", type=Path, default=Path("runs/calibrate_trust.jsonl"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--report", action="store_true", help="measure nothing more; fill the page with what there is")
     parser.add_argument("--heads", action="store_true", help="compare classifiers instead")
     parser.add_argument("--networks", type=int, help="only the first so many")
     arguments = parser.parse_args()
@@ -196,9 +202,46 @@ def main() -> None:
         for classes, ways in HEADS.items()
         for head in ways
     ]
+    finished = [json.loads(line)["cell"] for line in read_lines(arguments.cells)] if arguments.report else []
+
+    def known(cells: list[Cell]) -> list[Cell]:
+        return [cell for cell in cells if cell in finished or not arguments.report]
+
     with GHNClient.embedded(arguments.checkpoint) as client:
         one = functools.partial(measure, arguments=arguments, client=client)
-        run_cells(arguments.cells, heads if arguments.heads else pairs, one)
+        if arguments.heads:
+            measured = run_cells(arguments.cells, known(heads), one)
+            fill_page(arguments.docs, {"trust: heads": head_table(measured)}, {})
+        else:
+            measured = run_cells(arguments.cells, known(pairs), one)
+            fill_page(arguments.docs, {"trust: gains": gain_table(measured, client)}, {})
+
+
+def gain_table(measured: list[Cell], client: GHNClient) -> list[str]:
+    """Gain over He initialisation by verdict, in points; networks that thresholds were chosen on, and the others."""
+    gains: dict[tuple[int, str], list[tuple[float, ...]]] = {}
+    for number, ((name,), cells) in enumerate(grouped(measured, "network").items()):
+        sides = {cell["start"]: cell for cell in cells if "error" not in cell}
+        if len(sides) == 2:
+            verdict = client.analyze(build(name), torch.zeros(2, 3, SIZE, SIZE)).trust.verdict
+            gain = tuple(100 * (sides[PREDICTED][str(step)] - sides[HE][str(step)]) for step in STEPS)
+            gains.setdefault((number % 2, verdict), []).append(gain)
+    rows = []
+    for half, verdict in itertools.product((0, 1), VERDICTS):
+        found = gains.get((half, verdict), [])
+        columns = [[gain[index] for gain in found] for index in range(len(STEPS))]
+        texts = [f"{median(column):+.1f} ({sum(value > 0 for value in column)})" for column in columns if column]
+        rows.append([("thresholds", "others")[half], verdict, len(found), *(texts or ["-"] * len(STEPS))])
+    return table(["networks", "verdict", "number", *(f"median gain after {step} (ahead)" for step in STEPS)], rows)
+
+
+def head_table(measured: list[Cell]) -> list[str]:
+    """Accuracy in percent after both budgets, by number of classes, network and classifier."""
+    rows = []
+    for (classes, network), cells in grouped(measured, "classes", "network").items():
+        texts = {cell["head"]: " / ".join(f"{100 * cell[str(step)]:.1f}" for step in STEPS) for cell in cells}
+        rows.append([classes, network, *(texts.get(head, "-") for head in HEADS[20])])
+    return table(["classes", "network", *HEADS[20]], sorted(rows))
 
 
 if __name__ == "__main__":

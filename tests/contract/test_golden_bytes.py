@@ -87,11 +87,12 @@ def test_field_numbers() -> None:
             "request_id": 8,
             "report": 9,
             "source": 10,
+            "head": 11,
         },
         "PredictWeightsResponse": {"progress": 1, "header": 2, "chunk": 3, "trailer": 4},
         "StreamHeader": {"request_id": 1, "total_bytes": 6},
         "Chunk": {"offset": 1, "data": 2, "crc32c": 3},
-        "StreamTrailer": {"seconds": 2, "report_json": 3},
+        "StreamTrailer": {"seconds": 2, "report_json": 3, "trust": 4},
     }
 
 

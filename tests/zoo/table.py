@@ -11,12 +11,16 @@ INTRODUCTION = """\
 Written by `make zoo`. Each network is built without weights, exported by `export_architecture`, predicted by a GHN-3
 with seeded random weights (so these figures say what is *understood*, not how good the weights are), loaded strictly,
 checked to be finite, and trained for one step. *Predicted* is the share of trainable scalars that the hypernetwork
-gives; the rest gets a standard initialiser, which the reply names. Seconds are wall time on one thread of a busy
+gives; the rest gets a standard initialiser, which the reply names. *Without copies*: of wider layers only a block
+of 64 x 64 channels is predicted, and repeated to fill them (`tiled`). Seconds are wall time on one thread of a busy
 machine: *export* from module to structure, *predict* from bytes to weights in the client.
 """
 
-HEADER = "| package | network | input | parameters | nodes | predicted | fallback rules | export, s | predict, s |"
-RULE = "| --- | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: |"
+HEADER = (
+    "| package | network | input | parameters | nodes | predicted | without copies | fallback rules "
+    "| export, s | predict, s |"
+)
+RULE = "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: |"
 
 
 def render_table(rows: Iterable[Mapping[str, Any]], failed: Iterable[str]) -> str:
@@ -32,5 +36,5 @@ def _render_row(row: Mapping[str, Any]) -> str:
     rules = ", ".join(row["rules"]) or "-"
     return (
         f"| {row['package']} | {row['name']} | {row['image_size']} | {row['parameters'] / 1e6:.2f} M | {row['nodes']} "
-        f"| {row['predicted']:.2%} | {rules} | {row['export_s']:.1f} | {row['predict_s']:.2f} |"
+        f"| {row['predicted']:.2%} | {row['distinct']:.1%} | {rules} | {row['export_s']:.1f} | {row['predict_s']:.2f} |"
     )

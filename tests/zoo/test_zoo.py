@@ -58,8 +58,7 @@ def test_predicted_weights_load_strictly_and_train(network: ZooNetwork, client: 
     torch.optim.SGD(module.parameters(), lr=1e-6).step()
     assert torch.isfinite(loss)
 
-    sizes = {name: tensor.numel() for name, tensor in prediction.items()}
-    predicted = sum(size for name, size in sizes.items() if not prediction.origins[name].startswith("fallback:"))
+    shares = prediction.trust.shares
     rules = {origin.removeprefix("fallback:") for origin in prediction.origins.values() if ":" in origin}
     row = {
         "package": network.package,
@@ -67,7 +66,8 @@ def test_predicted_weights_load_strictly_and_train(network: ZooNetwork, client: 
         "image_size": network.image_size,
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "nodes": nodes,
-        "predicted": predicted / sum(sizes.values()),
+        "predicted": shares["predicted"],
+        "distinct": shares["predicted"] - shares["copied"],
         "rules": sorted(rules),
         "export_s": export_s,
         "predict_s": predict_s,
