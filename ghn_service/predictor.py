@@ -301,9 +301,11 @@ class Predictor:
         if self.summary is None:
             return KnownData(self.ghn.config.num_classes)
         details = self.summary.card.details
-        sizes = [value if isinstance(value := details.get(key), int) else 0 for key in ("channels", "image_size")]
+        channels, size = (
+            value if isinstance(value := details.get(key), int) else 0 for key in ("channels", "image_size")
+        )
         text = details.get(METADATA_KEY)
-        return KnownData(self.ghn.config.num_classes, *sizes, decode_statistics(text) if text else None)
+        return KnownData(self.ghn.config.num_classes, channels, size, decode_statistics(text) if text else None)
 
     def predict(
         self, architecture: ArchitectureGraph | bytes, *, options: PredictionOptions | None = None

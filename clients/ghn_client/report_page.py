@@ -23,14 +23,12 @@ if TYPE_CHECKING:
 def describe_prediction(prediction: Prediction) -> dict[str, Any]:
     """What the page shows: the report, and without one what the file says, its tensors in a chain."""
     metadata = prediction.metadata
-    tensors = [
-        [note.torch_name or name, list(tensor.shape), note.origin, None]
-        for name, tensor in prediction.items()
-        if (note := prediction.notes[name]).origin
-    ]
     layers: dict[str, list[Any]] = {}
-    for tensor in tensors:
-        layers.setdefault(tensor[0].rpartition(".")[0] or tensor[0], ["layer"]).append(tensor)
+    for name, tensor in prediction.items():
+        note = prediction.notes[name]
+        shown = note.torch_name or name
+        layer = layers.setdefault(shown.rpartition(".")[0] or shown, ["layer"])
+        layer.append([shown, list(tensor.shape), note.origin, None])
     chain = {"nodes": [["input"], *layers.values()], "edges": [[i, i + 1] for i in range(len(layers))], "others": []}
     return {
         "prediction": {"model": metadata.model, "seed": metadata.seed},

@@ -76,7 +76,7 @@ def decode_options(request: ghn_pb2.PredictWeightsRequest) -> PredictionOptions:
     )
 
 
-def _decode_head(head: int) -> str:
+def _decode_head(head: ghn_pb2.Head.ValueType) -> str:
     if head not in ghn_pb2.Head.values():
         known = ", ".join(ghn_pb2.Head.keys())
         raise InvalidOptionError(f"expected one of {known}, got the number {head}", field="head")
