@@ -1,4 +1,4 @@
-"""Tunes the norm layers of a network of ``transformers`` with its Trainer: ``python hf_trainer.py``.
+"""Tunes the norm layers of a predicted network of ``transformers`` with its Trainer: ``python hf_trainer.py``.
 
 Needs ``pip install transformers accelerate``. The Trainer takes the handle's parameter groups as its optimizer; a
 delta holds what was tuned.
@@ -6,22 +6,31 @@ delta holds what was tuned.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 import transformers
+from common import compare, connect, image_loaders, parser
+from torch.utils.data import DataLoader
 
+from ghn_client import recalibrate_batchnorm
 from ghn_client.finetune import FineTuneHandle, norm_only, save_delta
 
 
-def small_resnet() -> transformers.PreTrainedModel:
+def small_resnet(classes: int = 3) -> transformers.PreTrainedModel:
     """A ResNet of a few thousand parameters, always the same."""
     torch.manual_seed(0)
     return transformers.ResNetForImageClassification(
         transformers.ResNetConfig(
-            num_channels=3, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
+            num_channels=3,
+            embedding_size=8,
+            hidden_sizes=[8, 16],
+            depths=[1, 1],
+            layer_type="basic",
+            num_labels=classes,
         )
     )
 
@@ -42,6 +51,29 @@ def tune(
     return handle
 
 
+@torch.no_grad()
+def accuracy(network: transformers.PreTrainedModel, test: DataLoader) -> float:
+    """The share of images that are classified as they should be."""
+    network.eval()
+    right = [(network(images).logits.argmax(1) == labels).float() for images, labels in test]
+    return float(torch.cat(right).mean())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Tunes from both starts."""
+    options = parser(__doc__).parse_args(arguments)
+    training, test = image_loaders(options)
+    samples = [{"pixel_values": image, "labels": int(label)} for image, label in training.dataset]
+    network = small_resnet(classes=10)
+    with connect(options.address) as client:
+        client.predict(network, (1, 3, 32, 32)).load_into(network)
+    recalibrate_batchnorm(network, training, num_batches=10)
+    scores = []
+    for name, start in (("predicted", network), ("default", small_resnet(classes=10))):
+        tune(start, samples, f"{name}.delta.safetensors", steps=options.steps)
+        scores.append(accuracy(start, test))
+    compare(f"accuracy after {options.steps} steps", *scores)
+
+
 if __name__ == "__main__":
-    images = [{"pixel_values": torch.randn(3, 16, 16), "labels": index % 3} for index in range(8)]
-    print(tune(small_resnet(), images, "norm.safetensors"))
+    main(sys.argv[1:])

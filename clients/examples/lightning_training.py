@@ -1,17 +1,21 @@
-"""Tunes the norm layers of a network with Lightning and stores what was tuned: ``python lightning_training.py``.
+"""Tunes the norm layers of a predicted network with Lightning and stores the delta: ``python lightning_training.py``.
 
 Needs ``pip install lightning``. Take :class:`Tuned` into your own project; it works with every strategy.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning
 import torch
+from common import EXAMPLE, accuracy, compare, connect, image_loaders, parser, small_network
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
+from ghn_client import recalibrate_batchnorm
 from ghn_client.finetune import FineTuneHandle, norm_only, save_delta
 
 
@@ -43,7 +47,21 @@ def tune(network: nn.Module, loader: DataLoader, delta: str | Path, *, epochs: i
     return handle
 
 
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Tunes from both starts."""
+    options = parser(__doc__).parse_args(arguments)
+    training, test = image_loaders(options)
+    network = small_network()
+    with connect(options.address) as client:
+        client.predict(network, EXAMPLE).load_into(network)
+    recalibrate_batchnorm(network, training, num_batches=10)
+    epochs = max(1, options.steps // max(1, len(training)))
+    scores = []
+    for name, start in (("predicted", network), ("default", small_network())):
+        tune(start, training, f"{name}.delta.safetensors", epochs=epochs)
+        scores.append(accuracy(start, test))
+    compare("accuracy of tuned norm layers and head", *scores)
+
+
 if __name__ == "__main__":
-    classifier = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
-    images = TensorDataset(torch.randn(64, 3, 8, 8), torch.randint(0, 4, (64,)))
-    print(tune(classifier, DataLoader(images, batch_size=16), "norm.safetensors"))
+    main(sys.argv[1:])

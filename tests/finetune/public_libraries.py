@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -24,6 +25,8 @@ def public_library(name: str) -> ModuleType:
 def example(name: str) -> ModuleType:
     """The script ``clients/examples/<name>.py`` as a module."""
     path = Path(__file__).parents[2] / "clients" / "examples" / f"{name}.py"
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # as where it is run: examples share ``common``
     specification = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
