@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import dataclasses
 import json
 import os
 import sys
@@ -32,11 +33,12 @@ WIDTH = 160
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
     """An error of ours ends the command with one line and status 1."""
+    from ghn_client.errors import GhnClientError
     from ghn_service.errors import GhnServiceError
 
     try:
         yield
-    except GhnServiceError as error:
+    except (GhnServiceError, GhnClientError) as error:
         typer.echo(f"ghn-server: {error}", err=True)
         raise typer.Exit(EXIT_FAILED) from error
 
@@ -183,6 +185,64 @@ def show_checkpoint(
         "config": encode_config(summary.config),
     }
     typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+@app.command()
+def add_source(
+    networks: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NETWORK...", help="ONNX files with weights, files of sources, timm:NAME or SCRIPT:FACTORY."
+        ),
+    ],
+    to: Annotated[Path, typer.Option(metavar="DIR", help="The folder that `serve --sources DIR` reads.")],
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Weights of a network that has none: .safetensors or .pt.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name in requests; else that of the file.")] = "",
+    dataset: Annotated[str, typer.Option(help="Data that it was trained on.")] = "",
+    licence: Annotated[str, typer.Option(help="Terms under which its weights may be used.")] = "",
+    class_name: Annotated[list[str] | None, typer.Option(help="Names of the classes, in order; repeated.")] = None,
+    accuracy: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of test images that it gets right.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels per side; else what it declares, or 32.")
+    ] = None,
+    half: Annotated[bool, typer.Option("--half", help="Store half precision.")] = False,
+) -> None:
+    """Add trained networks to a library of sources; a running server finds them."""
+    import torch
+
+    from ghn_client.sources import Source as UserSource
+    from ghn_client.sources import read_local
+    from ghn_service.errors import ConfigurationError
+    from ghn_service.transfer.library import load_source, save_source
+    from ghn_service.transfer.source import Source, SourceCard
+    from ghn_service.transfer.transfer import plan_transfer
+
+    told = {"dataset": dataset, "licence": licence, "class_names": tuple(class_name or ()), "accuracy": accuracy}
+    with _one_line_errors():
+        if not to.is_dir():
+            raise ConfigurationError(f"there is no folder {str(to)!r}")
+        if len(networks) > 1 and (weights is not None or name):
+            raise ConfigurationError("--weights and --name belong to one network; add one at a time")
+        for network in networks:
+            example = (1, 3, image_size, image_size) if image_size else None
+            local = read_local(UserSource(network, example, weights, name), (1, 3, 32, 32))
+            source = Source(local.name, local.structure, local.tensors, SourceCard(**local.card))
+            if local.path is not None:
+                source = dataclasses.replace(load_source(local.path), name=local.name)
+            plan_transfer(source, source.structure)  # what the service cannot read or has no weights is refused here
+            given = {key: value for key, value in told.items() if value not in ("", (), None)}
+            summary = save_source(
+                to / f"{source.name}.safetensors",
+                source.structure,
+                source.tensors,
+                card=dataclasses.replace(source.card, **given),
+                dtype=torch.float16 if half else None,
+            )
+            typer.echo(f"{summary.name}: {summary.num_parameters:,} values, sha256 {summary.digest}")
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ghn_client.errors import FileError, GhnClientError, InvalidOptionError, SourceError
-from ghn_client.networks import TIMM, file_stem, find_network
+from ghn_client.networks import file_stem, find_network
 from ghn_client.onnx.edit import parse_onnx, read_model, tensors_of
 from ghn_client.onnx.export import Architecture, ModelSource, declared_inputs, read_source
 from ghn_client.onnx.strip import strip_weights
@@ -150,9 +150,10 @@ def read_local(source: Source, example_inputs: Any = None) -> LocalSource:
         name = name or file_stem(network)
         network = find_network(network, pretrained=source.weights is None)
     if isinstance(network, nn.Module):
-        example = source.example_inputs if source.example_inputs is not None else example_inputs
-        if isinstance(source.network, str) and source.network.startswith(TIMM) and source.example_inputs is None:
-            example = None  # networks of timm say what they take
+        own = source.example_inputs
+        if own is None and isinstance(source.network, str):
+            own = declared_inputs(network)
+        example = own if own is not None else example_inputs
         return _read_module(network, name or type(network).__name__, source.weights, example)
     if isinstance(network, Path) and network.suffix == ".safetensors" and source.weights is None:
         return LocalSource(name or network.stem, path=network)

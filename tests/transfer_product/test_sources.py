@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,10 +27,15 @@ from ghn_service.transfer.library import save_source
 from tests.transfer_product.networks import EXAMPLE, Residual, images, trained
 
 SOURCE = trained()
+TRAINING = torch.onnx.TrainingMode.TRAINING
 
 
 def save_onnx(network: nn.Module, path: Path, **options: bool) -> Path:
-    torch.onnx.export(network, (EXAMPLE,), path, dynamo=True, optimize=False, verbose=False, **options)
+    """With its normalisations, which an export in evaluation mode folds away."""
+    network = copy.deepcopy(network).train()
+    torch.onnx.export(
+        network, (EXAMPLE,), path, dynamo=True, optimize=False, verbose=False, training=TRAINING, **options
+    )
     return path
 
 
