@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import dataclasses
 import json
 import os
 import sys
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -221,7 +220,12 @@ def add_source(
     from ghn_service.transfer.source import Source, SourceCard
     from ghn_service.transfer.transfer import plan_transfer
 
-    told = {"dataset": dataset, "licence": licence, "class_names": tuple(class_name or ()), "accuracy": accuracy}
+    told: dict[str, Any] = {
+        "dataset": dataset,
+        "licence": licence,
+        "class_names": tuple(class_name or ()),
+        "accuracy": accuracy,
+    }
     with _one_line_errors():
         if not to.is_dir():
             raise ConfigurationError(f"there is no folder {str(to)!r}")
