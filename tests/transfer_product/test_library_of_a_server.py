@@ -14,6 +14,7 @@ from ghn_client import GHNClient, Prediction, export_architecture
 from ghn_client.cli.app import app as client_app
 from ghn_client.errors import InvalidOptionError, SourceError, UnknownModelError
 from ghn_service.__main__ import app as server_app
+from ghn_service.errors import UnknownModelError as ServiceUnknownModelError
 from ghn_service.hypernetwork.checkpoint import save_checkpoint
 from ghn_service.server.app import RunningServer, start_server
 from ghn_service.server.settings import Settings
@@ -99,7 +100,7 @@ def test_unknown_names_are_told(server: RunningServer, client: GHNClient, name: 
     if ":" not in name:
         with pytest.raises(UnknownModelError):
             client.predict(Residual(), EXAMPLE, source=name)
-    with pytest.raises(UnknownModelError):
+    with pytest.raises(ServiceUnknownModelError):
         server.sources.load(name)
 
 

@@ -27,14 +27,16 @@ from ghn_service.transfer.library import save_source
 from tests.transfer_product.networks import EXAMPLE, Residual, images, trained
 
 SOURCE = trained()
-TRAINING = torch.onnx.TrainingMode.TRAINING
 
 
-def save_onnx(network: nn.Module, path: Path, **options: bool) -> Path:
-    """With its normalisations, which an export in evaluation mode folds away."""
+def save_onnx(network: nn.Module, path: Path) -> Path:
+    """With its normalisations, which an export in evaluation mode folds away, and their statistics as they are."""
     network = copy.deepcopy(network).train()
+    for part in network.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.momentum = 0.0
     torch.onnx.export(
-        network, (EXAMPLE,), path, dynamo=True, optimize=False, verbose=False, training=TRAINING, **options
+        network, (EXAMPLE,), path, dynamo=False, do_constant_folding=False, training=torch.onnx.TrainingMode.PRESERVE
     )
     return path
 
@@ -149,7 +151,7 @@ KINDS: dict[str, Callable[[Path], SourceLike]] = {
     "module with its inputs": lambda folder: Source(SOURCE, torch.zeros(2, 3, 16, 16)),
     "onnx file": lambda folder: save_onnx(SOURCE, folder / "net.onnx"),
     "onnx file as text": lambda folder: str(save_onnx(SOURCE, folder / "net.onnx")),
-    "onnx bytes": lambda folder: save_onnx(SOURCE, folder / "net.onnx", external_data=False).read_bytes(),
+    "onnx bytes": lambda folder: save_onnx(SOURCE, folder / "net.onnx").read_bytes(),
     "onnx with external data": external,
     "structure and safetensors": lambda folder: (export_architecture(SOURCE, EXAMPLE), safetensors(folder)),
     "structure and state dict": lambda folder: (export_architecture(SOURCE, EXAMPLE), SOURCE.state_dict()),
