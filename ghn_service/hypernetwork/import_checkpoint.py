@@ -222,7 +222,8 @@ def _read_pickled(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
             )
         return _state_dict(loaded, path.name)
     except _DAMAGED as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        asked_for = re.search(r"GLOBAL ([\w.]+)", str(error))  # the rest of torch's text tells how to run it
+        reason = f"it asks for {asked_for[1]}" if asked_for else type(error).__name__
         raise CheckpointError(
             f"{path.name!r} is damaged, or holds more than tensors and plain values; nothing in it was run: {reason}"
         ) from error

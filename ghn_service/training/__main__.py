@@ -61,6 +61,9 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
             where = f"{error.field}: " if error.field and not str(error).startswith(error.field) else ""
             typer.echo(f"error: {where}{error}", err=True)
             raise typer.Exit(1) from error
+        except OSError as error:  # a full disk, most often
+            typer.echo(f"error: {error.filename or 'a file'}: {error.strerror or error}", err=True)
+            raise typer.Exit(1) from error
 
     return run
 

@@ -76,8 +76,9 @@ def save_state(state: TrainingState, folder: Path, *, part_bytes: int | None = N
     if part_bytes is not None:
         return _save_parts(body, folder, part_bytes)
     path = folder / STATE_FILE
+    content = _encode(body)
     with replaced_file(path) as part:
-        torch.save(body, part)
+        part.write_bytes(content)
         if path.exists():
             path.replace(folder / PREVIOUS_STATE_FILE)
     return path
@@ -86,20 +87,29 @@ def save_state(state: TrainingState, folder: Path, *, part_bytes: int | None = N
 def _save_parts(body: dict[str, Any], folder: Path, part_bytes: int) -> Path:
     """Writes a folder of parts beside the present one and takes its place."""
     path, previous, unfinished = (folder / name for name in (STATE_PARTS, PREVIOUS_STATE_PARTS, _UNFINISHED_PARTS))
+    content = _encode(body)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    memory = io.BytesIO()
-    torch.save(body, memory)
-    content = memory.getbuffer()
     count = -(-len(content) // part_bytes)
-    for index in range(count):
-        part = content[index * part_bytes : (index + 1) * part_bytes]
-        write_file(unfinished / f"{index:03d}-of-{count:03d}", part)
+    try:
+        for index in range(count):
+            part = content[index * part_bytes : (index + 1) * part_bytes]
+            write_file(unfinished / f"{index:03d}-of-{count:03d}", part)
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)  # a full disk needs the room
+        raise
     if path.exists():
         shutil.rmtree(previous, ignore_errors=True)
         path.rename(previous)
     unfinished.rename(path)
     return path
+
+
+def _encode(body: dict[str, Any]) -> memoryview:
+    """What ``torch.save`` writes; to a file it would say of a full disk that torch itself is broken."""
+    memory = io.BytesIO()
+    torch.save(body, memory)
+    return memory.getbuffer()
 
 
 def _read_parts(path: Path) -> io.BytesIO:
@@ -124,7 +134,9 @@ def load_state(path: Path) -> TrainingState:
     except TrainingError:
         raise
     except Exception as error:  # torch.load raises many types on damaged bytes
-        raise TrainingError(f"{path.name} is no training state: {error}") from error
+        raise TrainingError(
+            f"{path.name} is damaged, or no training state ({type(error).__name__}); nothing in it was run"
+        ) from error
 
 
 def find_state(folder: Path) -> TrainingState | None:

@@ -51,6 +51,15 @@ def test_predict_writes_the_weights_and_a_table(model: Path, server: RunningServ
     assert "5x6 + 5" in result.stdout
 
 
+def test_a_dash_is_stdin_and_stdout(model: Path, server: RunningServer) -> None:
+    command = [sys.executable, "-m", "ghn_client", "predict", "-", "-o", "-", "--address", server.address]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    piped = subprocess.run(command, input=TINY, capture_output=True, env=environment, timeout=60, check=True)
+    assert run("predict", model, "-o", "w.safetensors", "--address", server.address).exit_code == 0
+    assert piped.stdout == Path("w.safetensors").read_bytes()
+    assert run("predict", model, "-o", "-", "--json", "--address", server.address).exit_code == 2
+
+
 def test_json_is_all_of_stdout(model: Path, server: RunningServer) -> None:
     result = run("predict", model, "-o", "w.safetensors", "--onnx-out", "f.onnx", "--address", server.address, "--json")
     document = json.loads(result.stdout)

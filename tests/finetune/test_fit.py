@@ -94,3 +94,10 @@ def test_no_data_is_refused():
         fit(norm_only(ResidualNetwork(8)), [])
     with pytest.raises(InvalidOptionError):
         evaluate(ResidualNetwork(8), [])
+
+
+def test_a_broken_checkpoint_is_an_error_of_ours(tmp_path):
+    torch.save({"anything": tmp_path}, tmp_path / "run.pt")
+    with pytest.raises(FileError) as caught:
+        fit(norm_only(ResidualNetwork(8)), data(), settings=FitSettings(epochs=1), checkpoint=tmp_path / "run.pt")
+    assert "weights_only" not in str(caught.value)

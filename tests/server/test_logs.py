@@ -36,6 +36,23 @@ def calls(log: io.StringIO) -> dict[str, dict[str, object]]:
     return {line["request_id"]: line for line in lines if "code" in line}
 
 
+def test_what_a_client_chose_cannot_move_a_terminal() -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(make_formatter("console"))
+    evil = "one\n2026-01-01 forged\x1b[2J\x9b31m\u2028\r"
+    logger = logging.getLogger("another.program")
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        raise ValueError(evil)
+    except ValueError:
+        logger.exception("call: %s", evil, extra={"peer": evil})
+    text = stream.getvalue()
+    assert [sign for sign in text if not sign.isprintable() and sign != "\n"] == []
+    assert text.splitlines()[0].count("forged") == 2  # the event and the peer; the traceback has lines of its own
+
+
 def test_a_call_is_one_json_line(tmp_path: Path, log: io.StringIO) -> None:
     with fake_server(tmp_path) as server, connect(server) as stub:
         receive_file(stub.PredictWeights(predict_request(TINY, request_id="good")))

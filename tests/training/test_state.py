@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -91,3 +94,28 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
     torch.save({"something": 1}, path)
     with pytest.raises(TrainingError):
         load_state(path)
+
+
+def test_what_pickles_more_than_tensors_is_refused_without_torchs_advice(tmp_path):
+    path = tmp_path / "state.pt"
+    torch.save({"format": 1, "evil": Path("anything")}, path)
+    with pytest.raises(TrainingError) as caught:
+        load_state(path)
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part_bytes", [None, 100_000], ids=["one file", "parts"])
+def test_a_disk_without_room_leaves_the_state_before_and_no_part(tmp_path, part_bytes):
+    save_state(make_state(1), tmp_path, part_bytes=part_bytes)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    state = make_state(2)
+    state.hypernetwork["large"] = torch.zeros(100_000)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # what a full disk is to a program: a write fails
+    try:
+        with pytest.raises(OSError, match="cannot write"):
+            save_state(state, tmp_path, part_bytes=part_bytes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert find_state(tmp_path).progress.step == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ from ghn_client.errors import InvalidOptionError
 
 DEFAULT_HEALTH_ADDRESS = "localhost:50051"
 HEALTH_TIMEOUT_S = 5.0
+STREAM = "-"
+"""In the place of a file: stdin for the network, stdout for its weights."""
 
 app = typer.Typer(
     help="Predicts starting weights of neural networks from their architecture alone.",
@@ -63,7 +66,7 @@ class Targets:
 
     output: Annotated[
         Path | None,
-        Option("--output", "-o", metavar="FILE", help="The weights, as safetensors; NAME.safetensors if not given."),
+        Option("--output", "-o", metavar="FILE", help="The weights, as safetensors; - for stdout."),
     ] = None
     onnx_out: Annotated[Path | None, Option(metavar="FILE", help="The model with its predicted weights, too.")] = None
     report: Annotated[
@@ -73,7 +76,8 @@ class Targets:
 
     def check(self, model_file: Path, weights: Path) -> None:
         """Refuses to overwrite the model, to write two things into one file, or to write where it cannot be."""
-        targets = [target for target in (weights, self.onnx_out, self.report) if target is not None]
+        named = (weights if str(weights) != STREAM else None, self.onnx_out, self.report)
+        targets = [target for target in named if target is not None]
         for target in targets:
             if target.exists() and model_file.exists() and target.samefile(model_file):
                 raise InvalidOptionError(f"{str(target)!r} is the model itself; give another file to write to")
@@ -114,10 +118,12 @@ def predict(
     from ghn_client.networks import file_stem, find_network, image_example
     from ghn_client.report_page import write_report
 
-    weights = targets.output or Path(f"{file_stem(network)}.safetensors")
+    weights = targets.output or Path(STREAM if network == STREAM else f"{file_stem(network)}.safetensors")
+    if str(weights) == STREAM and as_json:
+        raise InvalidOptionError("the weights and --json both go to stdout; give --output FILE")
     targets.check(Path(network), weights)
-    architecture = find_network(network)
-    example = None if isinstance(architecture, Path) else image_example(architecture, image_size)
+    architecture = sys.stdin.buffer.read() if network == STREAM else find_network(network)
+    example = None if isinstance(architecture, Path | bytes) else image_example(architecture, image_size)
     start = time.perf_counter()
     with server.connect() as client, tables.shown_progress() as on_progress:
         prediction = client.predict(
@@ -134,7 +140,11 @@ def predict(
             source=sources.chosen(),
             on_progress=on_progress,
         )
-    prediction.save(weights)
+    if str(weights) == STREAM:
+        sys.stdout.buffer.write(prediction.buffer)
+        sys.stdout.buffer.flush()
+    else:
+        prediction.save(weights)
     if targets.onnx_out is not None:
         prediction.to_onnx(targets.onnx_out)
     for sentence in prediction.warnings:
@@ -147,7 +157,7 @@ def predict(
     written = [str(path) for path in (weights, targets.onnx_out) if path is not None]
     if as_json:
         print_json(tables.prediction_document(prediction, written, seconds))
-    else:
+    elif str(weights) != STREAM:
         tables.print_prediction(prediction, written, seconds, show_all=show_all)
 
 
@@ -167,8 +177,8 @@ def analyze(
     from ghn_client.cli import tables
     from ghn_client.networks import find_network, image_example
 
-    architecture = find_network(network)
-    example = None if isinstance(architecture, Path) else image_example(architecture, image_size)
+    architecture = sys.stdin.buffer.read() if network == STREAM else find_network(network)
+    example = None if isinstance(architecture, Path | bytes) else image_example(architecture, image_size)
     with server.connect() as client:
         analysis = client.analyze(
             architecture, example, dtype=dtype, model=model, low_rank=low_rank or None, source=sources.chosen()

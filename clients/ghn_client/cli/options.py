@@ -58,8 +58,8 @@ def _server(name: str, metavar: str | None, text: str, **settings: Any) -> Any:
 Network = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL.onnx|timm:NAME|SCRIPT:FACTORY",
-        help="A file, a network of timm, or a function that returns one; its weights stay here.",
+        metavar="MODEL.onnx|-|timm:NAME|SCRIPT:FACTORY",
+        help="A file, - for stdin, a network of timm, or a function that returns one; its weights stay here.",
     ),
 ]
 ImageSize = Annotated[int | None, Option(min=1, help="Pixels per side; else what the network declares, or 32.")]

@@ -6,6 +6,7 @@ one.
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ghn_client.atomic_file import replaced_file
+from ghn_client.atomic_file import write_file
 from ghn_client.batchnorm import evaluation_mode
 from ghn_client.errors import FileError, InvalidOptionError
 from ghn_client.finetune.handle import FineTuneHandle
@@ -200,12 +201,18 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
         }
-        with replaced_file(path) as part:
-            torch.save(document, part)
+        memory = io.BytesIO()  # torch would say of a full disk that it is broken itself
+        torch.save(document, memory)
+        write_file(path, memory.getbuffer())
 
     def resume(self, path: Path) -> None:
         """Takes the state of a run of the same strategy and settings."""
-        document = torch.load(path, map_location=self.device, weights_only=True)
+        try:
+            document = torch.load(path, map_location=self.device, weights_only=True)
+        except OSError as error:
+            raise FileError(f"cannot read {str(path)!r}: {error.strerror}", strerror=error.strerror) from error
+        except Exception as error:  # torch raises many types on damaged bytes, with advice to run what is in them
+            raise FileError(f"{path.name} is damaged, or no checkpoint of a fit; nothing in it was run") from error
         expected = {"strategy": self.handle.strategy, "settings": asdict(self.settings)}
         given = {key: document.get(key) for key in expected}
         if given != expected:
