@@ -38,7 +38,7 @@ from ghn_architectures.layers import round_channels
 from ghn_architectures.registry import ARCHITECTURES, SOURCES
 from ghn_client.finetune.images import Normalization, measure_normalization
 from ghn_client.onnx.export import export_architecture
-from ghn_service.predictor import PredictionOptions, Predictor, plan_source
+from ghn_service.predictor import PlannedTransfer, PredictionOptions, Predictor
 from ghn_service.server.settings import BUNDLED_CHECKPOINTS
 from ghn_service.training.evaluation.fine_tune import FineTuneData, FineTuneSettings, fine_tune, small_training_set
 from ghn_service.training.evaluation.zero_shot import accuracy, he_module, initial_module, recalibrated_accuracy
@@ -49,7 +49,7 @@ from ghn_service.training.settings import DataSettings
 from ghn_service.transfer.auto import MINIMUM_SIMILARITY, choose_source
 from ghn_service.transfer.library import BUNDLED_SOURCES, Library
 from ghn_service.transfer.source import Source
-from ghn_service.transfer.transfer import Head
+from ghn_service.transfer.transfer import Head, plan_transfer
 
 HE, HYPERNETWORK, SOURCE, SELECTION, BY_NAME = "He", "hypernetwork", "source", "selection", "same name and shape"
 AUTO, DEFAULT = "auto", "the framework's"
@@ -157,7 +157,10 @@ class Bench:
     def filled(self, module: nn.Module, source: Source | None, seed: int) -> nn.Module:
         """Weights of a source wherever they fit, with their running statistics, and predicted ones elsewhere."""
         structure = self.structure(module)
-        transfer = plan_source(source, structure, head=self.head) if source else None
+        transfer = None
+        if source is not None:
+            plan = plan_transfer(source, structure, head=self.head)
+            transfer = PlannedTransfer(source, structure, plan, self.head)
         result = self.predictor.run(structure, options=PredictionOptions(seed=seed), transfer=transfer)
         module.load_state_dict({**result.parameters, **result.statistics}, strict=False)
         return module
