@@ -157,10 +157,8 @@ class Bench:
     def filled(self, module: nn.Module, source: Source | None, seed: int) -> nn.Module:
         """Weights of a source wherever they fit, with their running statistics, and predicted ones elsewhere."""
         structure = self.structure(module)
-        transfer = None
-        if source is not None:
-            plan = plan_transfer(source, structure, head=self.head)
-            transfer = PlannedTransfer(source, structure, plan, self.head)
+        plan = plan_transfer(source, structure, head=self.head) if source else None
+        transfer = PlannedTransfer(source, structure, plan, self.head) if source and plan else None
         result = self.predictor.run(structure, options=PredictionOptions(seed=seed), transfer=transfer)
         module.load_state_dict({**result.parameters, **result.statistics}, strict=False)
         return module
