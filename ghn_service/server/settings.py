@@ -145,17 +145,7 @@ class Settings(BaseSettings):
     def _split_commas(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
-    @field_validator(
-        "tls_certificate",
-        "tls_key",
-        "tls_client_ca",
-        "tokens",
-        "health_port",
-        "reflection",
-        "memory_bytes",
-        "cache_bytes",
-        mode="before",
-    )
+    @field_validator(*OPTIONAL, "reflection", "memory_bytes", "cache_bytes", mode="before")
     @classmethod
     def _empty_is_none(cls, value: Any) -> Any:
         return None if value == "" else value
