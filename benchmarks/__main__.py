@@ -1,10 +1,10 @@
-"""``python -m benchmarks``: the figures of the README, one benchmark after the other."""
+"""``python -m benchmarks``: the figures of the documentation, one benchmark after the other, with their defaults."""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import serving
+from benchmarks import load, serving
 
 if __name__ == "__main__":
-    sys.exit(serving.main(sys.argv[1:]))
+    sys.exit(serving.main([]) or load.main([]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -38,11 +38,12 @@ def running(target: Any, *arguments: Any) -> Iterator[tuple[str, int]]:
             process.kill()
 
 
-def serve_hypernetwork(pipe: Connection, checkpoint: Path) -> None:
-    """ghn-service on a free port."""
+def serve_hypernetwork(pipe: Connection, checkpoint: Path, values: Mapping[str, Any] | None = None) -> None:
+    """ghn-service on a free port, with these settings."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    settings = Settings(port=0, checkpoints=(f"benchmark={checkpoint}",), device=("cpu",), log_level="ERROR")
+    fixed = {"port": 0, "checkpoints": (f"benchmark={checkpoint}",), "device": ("cpu",), "log_level": "ERROR"}
+    settings = Settings(**{**fixed, **(values or {})})
     with start_server(settings) as server:
         server.wait_ready(60)
         pipe.send(server.address)

@@ -34,12 +34,15 @@ SUMMARY = CheckpointSummary(GHNConfig(), ModelCard(dataset="none"), "ab" * 32, 1
 
 @dataclass
 class FakePredictor:
-    """Draws every tensor from a normal distribution; ``before_decoding`` is called on the worker's thread."""
+    """Draws every tensor, by default normally; ``before_decoding`` is called on the worker's thread."""
 
     before_decoding: Callable[[OnStage], None] = lambda on_stage: None
     summary: CheckpointSummary | None = SUMMARY
     num_runs: int = 0
     threads: list[str] = field(default_factory=list)
+    draw: Callable[[tuple[int, ...], torch.Generator], torch.Tensor] = lambda shape, generator: torch.randn(
+        shape, generator=generator
+    )
 
     def run(
         self, architecture: ArchitectureGraph, *, options: PredictionOptions, on_stage: OnStage, transfer: Any = None
@@ -52,7 +55,7 @@ class FakePredictor:
         generator = torch.Generator().manual_seed(options.seed)
         specs = {spec.name: spec for spec in architecture.parameters() if options.includes(spec.name)}
         dtype = DTYPES[options.dtype]
-        tensors = {name: torch.randn(spec.shape, generator=generator).to(dtype) for name, spec in specs.items()}
+        tensors = {name: self.draw(spec.shape, generator).to(dtype) for name, spec in specs.items()}
         origins = dict.fromkeys(specs, PREDICTED)
         parameters = ParameterSet(specs, tensors, origins, architecture.warnings)
         return PredictionResult(parameters, architecture, {ENCODING: 0.0, DECODING: 0.0})
