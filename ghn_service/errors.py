@@ -81,6 +81,10 @@ class OutOfMemoryError(GhnServiceError):
     """The device has not enough memory for this request."""
 
 
+class DeviceLostError(GhnServiceError):
+    """The device fails at everything from now on; only another process can use it again."""
+
+
 class DeadlineExceededError(GhnServiceError):
     """The request took longer than the client or the server allows."""
 

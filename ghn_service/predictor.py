@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ghn_service.errors import (
+    DeviceLostError,
     InvalidArchitectureError,
     InvalidOptionError,
     LimitExceededError,
@@ -110,7 +112,7 @@ class PredictionOptions:
 
     def includes(self, name: str) -> bool:
         """Whether the tensor of this name is wanted."""
-        return not self.include or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.include)
+        return not self.include or _matcher(self.include)(name) is not None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -181,6 +183,12 @@ def plan_source(
     except (InvalidArchitectureError, UnsupportedArchitectureError, LimitExceededError) as error:
         raise SourceError(f"the source {source.name!r} cannot be read: {error}", field="source") from error
     return PlannedTransfer(source, structure, plan, head, post_process), ()
+
+
+@lru_cache(maxsize=256)
+def _matcher(patterns: tuple[str, ...]) -> Callable[[str], re.Match[str] | None]:
+    """Matches a name with any of the patterns; to compile them takes far longer than to match."""
+    return re.compile("|".join(map(fnmatch.translate, patterns))).match
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -339,6 +347,7 @@ class Predictor:
             PredictionError: A predicted value is not finite.
             SourceError: A value of the source is not finite.
             OutOfMemoryError: The device has not enough memory for this network.
+        DeviceLostError: The device is in a state that this process cannot leave, such as after a failed assertion.
         """
         options = options or PredictionOptions()
         clock = _StageClock(on_stage)
@@ -372,6 +381,10 @@ class Predictor:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             raise
+        except torch.AcceleratorError as error:
+            if device_works(self.device):
+                raise
+            raise DeviceLostError(f"{self.device} failed for good, so this server must be started anew") from error
 
     def analyze(
         self, architecture: ArchitectureGraph | bytes, *, transfer: PlannedTransfer | None = None
@@ -493,6 +506,14 @@ class Predictor:
         if target is None:
             return fallback_origin(spec.fallback)
         return TILED if is_tiled(target, self.ghn.config) else PREDICTED
+
+
+def device_works(device: torch.device) -> bool:
+    """Whether a device still computes; after some faults of a GPU every call of its process fails."""
+    try:
+        return bool(torch.zeros(1, device=device).item() == 0)
+    except RuntimeError:
+        return False
 
 
 def choose_device(name: str) -> torch.device:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from ghn_service.errors import CheckpointError, InvalidOptionError, OutOfMemoryError, PredictionError
+from ghn_service.errors import CheckpointError, DeviceLostError, InvalidOptionError, OutOfMemoryError, PredictionError
 from ghn_service.graph.architecture import ArchitectureGraph, Node, ParameterSpec
 from ghn_service.graph.op_types import OP_TYPE_NAMES
 from ghn_service.hypernetwork.checkpoint import ModelCard, save_checkpoint
@@ -261,6 +261,16 @@ def test_other_errors_of_a_caller_pass_unchanged(ghn3):
         raise OSError(name)
 
     with pytest.raises(OSError, match="encoding"):
+        ghn3.run(WIDE, on_stage=on_stage)
+
+
+@pytest.mark.parametrize(("works", "error"), [(True, torch.AcceleratorError), (False, DeviceLostError)])
+def test_a_device_that_fails_at_everything_is_lost(works, error, ghn3, monkeypatch):
+    def on_stage(name):
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr("ghn_service.predictor.device_works", lambda device: works)
+    with pytest.raises(error):
         ghn3.run(WIDE, on_stage=on_stage)
 
 

@@ -194,6 +194,7 @@ def serve(settings: Settings) -> None:
         ConfigurationError: It cannot start.
         InvalidOptionError: There is no such device.
         CheckpointError: A checkpoint cannot be loaded, and ``exit_on_error`` is set.
+        DeviceLostError: A device can only be used again by another process.
     """
     stop = threading.Event()
     server = start_server(settings)
@@ -210,7 +211,9 @@ def serve(settings: Settings) -> None:
     try:
         if settings.exit_on_error:
             _wait_until_ready(server, stop)
-        stop.wait()
+        while not stop.wait(READY_POLL_S):
+            if server.work_queue.lost is not None:
+                raise server.work_queue.lost
     except GhnServiceError:
         server.stop(0.0)
         raise

@@ -112,6 +112,7 @@ STATUSES: dict[type[GhnServiceError], StatusRow] = {
     errors.DeadlineExceededError: StatusRow(_CODE.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     errors.RequestCancelledError: StatusRow(_CODE.CANCELLED, "CANCELLED"),
     errors.PredictionError: StatusRow(_CODE.INTERNAL, "PREDICTION_FAILED"),
+    errors.DeviceLostError: StatusRow(_CODE.INTERNAL, "DEVICE_LOST"),
     errors.GhnServiceError: StatusRow(_CODE.INTERNAL, "INTERNAL", is_told=False),
 }
 """Status by class of error; a class without a row has that of its nearest base, and a stranger the last one."""

@@ -35,6 +35,8 @@ from ghn_service.trust import Trust
 
 MAX_INCLUDE_PATTERNS = 256
 MAX_PATTERN_CHARACTERS = 1024
+MAX_INCLUDE_CHARACTERS = 8192
+"""Of all patterns together: a thousand stars take 30 ms to compile."""
 MAX_OPTION_CHARACTERS = 256
 MAX_SOURCE_CHARACTERS = 256
 HEADS: Mapping[int, Head] = {
@@ -288,4 +290,9 @@ def _decode_include(patterns: Iterable[str]) -> tuple[str, ...]:
             raise InvalidOptionError(
                 f"expected 1 to {MAX_PATTERN_CHARACTERS} characters, got {len(pattern)}", field=f"include[{index}]"
             )
+    if sum(map(len, include)) > MAX_INCLUDE_CHARACTERS:
+        raise InvalidOptionError(
+            f"expected at most {MAX_INCLUDE_CHARACTERS} characters in all patterns, got {sum(map(len, include))}",
+            field="include",
+        )
     return include

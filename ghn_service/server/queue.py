@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from ghn_service.errors import OverloadedError, RequestCancelledError, UnavailableError
+from ghn_service.errors import DeviceLostError, OverloadedError, RequestCancelledError, UnavailableError
 from ghn_service.server.admission import Request
 
 ResultT = TypeVar("ResultT")
@@ -53,6 +53,7 @@ class Job(Generic[ResultT]):
         stages: The stages that it has entered.
         started: ``time.monotonic()`` at which a worker took it.
         last_sign: The same of its last sign of life.
+        error: What it ended with, if it failed.
     """
 
     def __init__(self, work: Callable[[int, StageCallback], ResultT], changed: threading.Condition) -> None:
@@ -63,7 +64,7 @@ class Job(Generic[ResultT]):
         self._work: Callable[[int, StageCallback], ResultT] | None = work
         self._changed = changed
         self._result: ResultT | None = None
-        self._error: Exception | None = None
+        self.error: Exception | None = None
 
     def run(self, device_index: int) -> None:
         """Does the work on the worker's thread; keeps the result or the error."""
@@ -72,23 +73,23 @@ class Job(Generic[ResultT]):
             assert work is not None, "a job in the queue has work"
             self._result = work(device_index, self._enter_stage)
         except Exception as error:
-            self._error = error
+            self.error = error
         except BaseException as error:  # SystemExit and the like must end neither this thread nor the caller's
-            self._error = RuntimeError(f"the job was ended by {error!r}")
+            self.error = RuntimeError(f"the job was ended by {error!r}")
 
     def fail(self, error: Exception) -> None:
         """Ends a job that was never run; the queue's condition is held."""
-        self._error, self._work, self.state = error, None, JobState.ENDED
+        self.error, self._work, self.state = error, None, JobState.ENDED
 
     @property
     def has_failed(self) -> bool:
         """Whether ``result`` raises."""
-        return self._error is not None
+        return self.error is not None
 
     def result(self) -> ResultT:
         """What the work returned, once the job has ended."""
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         assert self._result is not None, "a job that has ended has a result or an error"
         return self._result
 
@@ -108,6 +109,9 @@ class WorkQueue:
     Args:
         num_workers: One per device.
         max_queue: Jobs that may wait while every worker has one.
+
+    Attributes:
+        lost: What a worker ended with whose device is lost; the others go on.
     """
 
     def __init__(self, *, num_workers: int, max_queue: int) -> None:
@@ -115,11 +119,13 @@ class WorkQueue:
         self._waiting: deque[Job[Any]] = deque()
         self._running: dict[int, Job[Any]] = {}
         self._closed = False
+        self.lost: DeviceLostError | None = None
         self._changed = threading.Condition()
         self._threads = [
             threading.Thread(target=self._run_jobs, args=(index,), name=f"ghn-worker-{index}", daemon=True)
             for index in range(num_workers)
         ]
+        self._num_workers = num_workers
         for thread in self._threads:
             thread.start()
 
@@ -197,14 +203,17 @@ class WorkQueue:
     def close(self, timeout_s: float) -> bool:
         """Ends the workers: what waits fails, what runs is given up. Returns whether they ended in time."""
         with self._changed:
-            self._closed = True
-            while self._waiting:
-                self._waiting.popleft().fail(UnavailableError("the server is stopping; try again"))
-            self._changed.notify_all()
+            self._refuse()
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
+
+    def _refuse(self) -> None:
+        self._closed = True
+        while self._waiting:
+            self._waiting.popleft().fail(UnavailableError("the server is stopping; try again"))
+        self._changed.notify_all()
 
     def _wake(self) -> None:
         with self._changed:
@@ -225,4 +234,10 @@ class WorkQueue:
                 del self._running[device_index]
                 job.state = JobState.ENDED
                 self._changed.notify_all()
+                if isinstance(job.error, DeviceLostError):
+                    self.lost = job.error
+                    self._num_workers -= 1
+                    if not self._num_workers:
+                        self._refuse()
+                    return
             del job

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from pathlib import Path
 
@@ -11,8 +12,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from ghn_client.wire import ghn_pb2, ghn_pb2_grpc
-from ghn_service.errors import CheckpointError, ConfigurationError, InvalidOptionError, UnavailableError
-from ghn_service.server.app import RunningServer, start_server
+from ghn_service.errors import (
+    CheckpointError,
+    ConfigurationError,
+    DeviceLostError,
+    InvalidOptionError,
+    UnavailableError,
+)
+from ghn_service.server.app import RunningServer, serve, start_server
 from ghn_service.server.settings import Settings
 from tests.server.fake_predictor import (
     SUMMARY,
@@ -22,6 +29,7 @@ from tests.server.fake_predictor import (
     fake_server,
     fake_settings,
     predict_request,
+    raises,
     receive_file,
 )
 from tests.server.patience import PATIENCE_S, wait_until
@@ -187,3 +195,50 @@ def test_stopping_twice_is_harmless(tmp_path: Path) -> None:
     with fake_server(tmp_path) as server:
         server.stop(0.0)
         server.stop(0.0)
+
+
+# ---- a device that is lost ------------------------------------------------------------------------------------------
+
+
+def test_a_lost_device_ends_readiness(tmp_path: Path) -> None:
+    predictor = FakePredictor(before_decoding=raises(DeviceLostError("cuda:0 failed for good")))
+    with fake_server(tmp_path, predictor) as server, connect(server) as stub:
+        for code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE):
+            with pytest.raises(grpc.RpcError) as caught:
+                list(stub.PredictWeights(predict_request(TINY), timeout=PATIENCE_S))
+            assert caught.value.code() is code
+        wait_until(lambda: health(server, SERVICE) == NOT_SERVING)
+
+
+def test_the_other_device_goes_on(tmp_path: Path) -> None:
+    predictor = FakePredictor(before_decoding=raises(DeviceLostError("cuda:0 failed for good")))
+    with fake_server(tmp_path, predictor, device=("cpu", "cpu")) as server, connect(server) as stub:
+        with pytest.raises(grpc.RpcError):
+            list(stub.PredictWeights(predict_request(TINY), timeout=PATIENCE_S))
+        predictor.before_decoding = lambda on_stage: None
+        assert receive_file(stub.PredictWeights(predict_request(TINY), timeout=PATIENCE_S))
+        assert health(server, SERVICE) == SERVING
+
+
+def test_the_command_ends_with_a_lost_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = FakePredictor(before_decoding=raises(DeviceLostError("cuda:0 failed for good")))
+    started: queue.SimpleQueue[RunningServer] = queue.SimpleQueue()
+
+    def start(settings: Settings) -> RunningServer:
+        server = start_server(settings, load=lambda path, device: predictor)
+        started.put(server)
+        return server
+
+    def predict() -> None:
+        server = started.get(timeout=PATIENCE_S)
+        server.wait_ready(PATIENCE_S)
+        with connect(server) as stub, pytest.raises(grpc.RpcError):
+            list(stub.PredictWeights(predict_request(TINY), timeout=PATIENCE_S))
+
+    monkeypatch.setattr("ghn_service.server.app.start_server", start)
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+    client = threading.Thread(target=predict)
+    client.start()
+    with pytest.raises(DeviceLostError):
+        serve(fake_settings(tmp_path))
+    client.join()
