@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing.connection import Connection
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from ghn_client.wire import ghn_pb2_grpc
 from tests.server.fake_predictor import predict_request
 from tests.server.patience import PATIENCE_S
 
@@ -96,26 +94,38 @@ def is_healthy(address: str) -> bool:
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def _read_forever(pipe: Connection, address: str, onnx_model: bytes) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with grpc.insecure_channel(address) as channel:
-        for event in ghn_pb2_grpc.GhnServiceStub(channel).PredictWeights(predict_request(onnx_model)):
-            if event.WhichOneof("event") == "chunk":
-                pipe.send("reading")
-                pipe.recv()
+READ_FOREVER = """
+import sys, time
+import grpc
+request = sys.stdin.buffer.read()
+with grpc.insecure_channel(sys.argv[1]) as channel:
+    while True:
+        try:
+            for message in channel.unary_stream("/ghn.v1.GhnService/PredictWeights")(request):
+                if len(message) > 1000:
+                    print("reading", flush=True)
+                    time.sleep(1000)
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+                raise
+        time.sleep(0.2)
+"""
+"""A client of a few lines: it stops in the middle of a stream; told that the server is busy, it asks again."""
 
 
 @contextmanager
-def reading_process(address: str, onnx_model: bytes) -> Iterator[multiprocessing.process.BaseProcess]:
+def reading_process(address: str, onnx_model: bytes) -> Iterator[subprocess.Popen[bytes]]:
     """A client in a process of its own, in the middle of a stream when the body begins; it is killed."""
-    ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(
-        target=_read_forever, args=(theirs, address, onnx_model), daemon=True
-    )
-    process.start()
+    command = [sys.executable, "-c", READ_FOREVER, address]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
     try:
-        assert ours.poll(60), "the client did not get a chunk"
+        process.stdin.write(predict_request(onnx_model).SerializeToString())
+        process.stdin.close()
+        assert process.stdout.readline() == b"reading\n", "the client did not get a chunk"
         yield process
     finally:
         process.kill()
-        process.join()
+        process.wait()
+        process.stdout.close()

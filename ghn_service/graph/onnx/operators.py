@@ -152,14 +152,15 @@ OPERATORS: dict[tuple[str, str], Handler] = {
 }
 
 
-def _minimum_inputs() -> dict[tuple[str, str], int]:
-    counts: dict[tuple[str, str], int] = {}
+def _input_counts() -> dict[tuple[str, str], tuple[int, int]]:
+    counts = {key: (2 if "Fused" in key[1] or "Skip" in key[1] else 1, ANY_NUMBER) for key in OPERATORS if key[0]}
     for schema in onnx.defs.get_all_schemas_with_history():
         if schema.domain == "":
-            counts[("", schema.name)] = min(schema.min_input, counts.get(("", schema.name), schema.min_input))
-    contrib = {key: 2 if "Fused" in key[1] or "Skip" in key[1] else 1 for key in OPERATORS if key[0]}
-    return {**counts, **contrib}
+            fewest, most = counts.get(("", schema.name), (ANY_NUMBER, 0))
+            counts["", schema.name] = min(schema.min_input, fewest), max(schema.max_input, most)
+    return counts
 
 
-MINIMUM_INPUTS = _minimum_inputs()
-"""Operands that every version of an operator needs."""
+ANY_NUMBER = 2**31 - 1
+INPUT_COUNTS = _input_counts()
+"""The fewest operands that any version of an operator needs, and the most that any takes."""

@@ -114,6 +114,7 @@ def _variance_mean(file: OnnxFile, root: OnnxNode) -> OnnxNode | None:
 
 def _find_logit_additions(file: OnnxFile, patterns: Patterns) -> None:
     seen: set[str] = set()
+    products: dict[str, bool] = {}  # by output of a product, whether both operands are data
     for node in file.nodes:
         if node.op_type != "Softmax" or not node.inputs:
             continue
@@ -126,7 +127,9 @@ def _find_logit_additions(file: OnnxFile, patterns: Patterns) -> None:
             if producer is None or name in seen:
                 continue
             if producer.op_type in ("MatMul", "Einsum"):
-                has_product |= not any(is_constant(file, operand) for operand in producer.inputs)
+                if name not in products:
+                    products[name] = not any(is_constant(file, operand) for operand in producer.inputs)
+                has_product |= products[name]
             elif producer.op_type in _LOGIT_OPS:
                 seen.add(name)
                 if producer.op_type == "Add":

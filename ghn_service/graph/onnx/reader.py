@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ghn_service.errors import GhnServiceError, InvalidArchitectureError
 from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.graph.onnx.file import load_file
-from ghn_service.graph.onnx.operators import MINIMUM_INPUTS, OPERATORS, read_unknown
+from ghn_service.graph.onnx.operators import ANY_NUMBER, INPUT_COUNTS, OPERATORS, read_unknown
 from ghn_service.graph.onnx.parameters import reading_warnings, settle_tensors
 from ghn_service.graph.onnx.values import ReadContext
 from ghn_service.graph.passes import build_graph, simplify
@@ -41,11 +41,12 @@ def read_onnx(
     try:
         file = load_file(data, limits, check)
         for node in file.nodes:
-            fewest = MINIMUM_INPUTS.get((node.domain, node.op_type), 0)
-            if len(node.inputs) < fewest or not node.outputs:
+            fewest, most = INPUT_COUNTS.get((node.domain, node.op_type), (0, ANY_NUMBER))
+            count = len(node.proto.input)  # without what subgraphs read
+            if not fewest <= count <= most or not node.outputs:
                 raise InvalidArchitectureError(
-                    f"node {node.label!r} ({node.op_type}) has {len(node.inputs)} inputs and {len(node.outputs)}"
-                    f" outputs; expected at least {fewest} and 1"
+                    f"node {node.label!r} ({node.op_type}) has {count} inputs and {len(node.outputs)} outputs; expected"
+                    f" {fewest} to {most} and at least 1"
                 )
         context = ReadContext(file, limits, check)
         for index, node in enumerate(file.nodes):
