@@ -35,6 +35,8 @@ MAX_ATTEMPTS = 4
 FIRST_BACKOFF_S = 0.25
 LAST_BACKOFF_S = 5.0
 KEEPALIVE_MS = 30_000
+CALL_LIMIT_TEXT = "oncurrent RPC limit"
+"""How gRPC refuses a call for which a server has no thread, before the server can say that it is only busy."""
 
 _OPTIONS: Sequence[tuple[str, int | str]] = (
     ("grpc.max_receive_message_length", 64 << 20),
@@ -239,6 +241,8 @@ def _error_from_rpc(call: grpc.Call, address: str) -> GhnClientError:
             retry_after_s = retry.retry_delay.ToTimedelta().total_seconds()
     kind = _BY_REASON.get(reason) or _BY_CODE.get(call.code(), errors.ServerError)
     text = call.details() or ""
+    if not reason and call.code() is _CODE.RESOURCE_EXHAUSTED and CALL_LIMIT_TEXT in text:
+        kind, retry_after_s = OverloadedError, 1.0
     if kind is errors.ServerUnavailableError:
         kind, text = _explain_unavailable(text or "connection lost", address)
     elif call.code() is _CODE.UNAUTHENTICATED:

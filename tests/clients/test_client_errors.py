@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 
 from ghn_client import GHNClient
@@ -20,6 +23,7 @@ from ghn_client.errors import (
 from ghn_service import errors as service_errors
 from ghn_service.server.app import RunningServer
 from tests.server.fake_predictor import FakePredictor, Gate, fake_server, raises
+from tests.server.patience import PATIENCE_S
 from tests.server.small_models import TINY
 
 
@@ -107,6 +111,30 @@ def test_a_busy_server_is_asked_again(tmp_path: Path) -> None:
 
     with fake_server(tmp_path, FakePredictor(busy_at_first)) as server, GHNClient(server.address) as client:
         assert len(client.predict(TINY)) == 6
+
+
+def test_a_server_without_a_free_thread_is_asked_again(tmp_path: Path) -> None:
+    first, ended = threading.Event(), threading.Event()
+
+    def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
+        if not first.is_set():
+            first.set()
+            ended.wait(PATIENCE_S)
+        return b""
+
+    handler = grpc.method_handlers_generic_handler(
+        "ghn.v1.GhnService", {"ListModels": grpc.unary_unary_rpc_method_handler(answer)}
+    )
+    server = grpc.server(ThreadPoolExecutor(2), maximum_concurrent_rpcs=1)
+    server.add_generic_rpc_handlers((handler,))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    with GHNClient(address) as client, ThreadPoolExecutor(1) as pool:
+        held = pool.submit(client.models)
+        assert first.wait(PATIENCE_S)
+        threading.Timer(0.3, ended.set).start()
+        assert client.models() == held.result() == ()
+    server.stop(None)
 
 
 def test_a_server_that_stays_busy_is_given_up(tmp_path: Path) -> None:

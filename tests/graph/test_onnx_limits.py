@@ -165,6 +165,7 @@ INVALID = {
     "unnamed tensor": with_name(""),
     "long name": with_name("n" * 65536),
     "name with NUL": with_name("a\0b"),
+    "operands that no version takes": changed(lambda proto: proto.graph.node[0].input.extend(["x"] * 5)),
     "missing operand": changed(lambda proto: proto.graph.node[0].ClearField("input")),
     "missing output": changed(lambda proto: proto.graph.node[-1].ClearField("output")),
 }
