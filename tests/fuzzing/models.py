@@ -88,7 +88,7 @@ def _attention(model: Model, random: Random, values: list[str], name: str) -> st
 def _function(model: Model, random: Random, values: list[str], name: str) -> str:
     body = [
         helper.make_node("Conv", ["a", "w"], ["b"], name="inner"),
-        helper.make_node(random.choice(("Relu", "Add")), ["b", "b"], ["c"]),
+        random.choice((helper.make_node("Relu", ["b"], ["c"]), helper.make_node("Add", ["b", "b"], ["c"]))),
     ]
     imports = [helper.make_opsetid("", 20), helper.make_opsetid("custom", 1)]
     model.functions.append(helper.make_function("custom", name, ["a", "w"], ["c"], body, imports, ["group"]))
