@@ -257,6 +257,7 @@ def _build_grpc_server(
         ("grpc.so_reuseport", 0),  # else a second server would share the port in silence
         ("grpc.max_receive_message_length", settings.max_request_bytes + MESSAGE_OVERHEAD_BYTES),
         ("grpc.max_send_message_length", -1),
+        ("grpc.compression_enabled_algorithms_bitset", 1),  # none: else 60 KB of a client hold 60 MB here
         *_keepalive_options(settings),
     ]
     return grpc.server(pool, interceptors=interceptors, options=options, maximum_concurrent_rpcs=num_threads)

@@ -163,6 +163,12 @@ def test_a_client_that_is_killed_in_the_middle_of_a_stream(tmp_path: Path) -> No
         wait_until(lambda: all(reference() is None for reference in drawn))
 
 
+def test_a_compressed_request_is_not_unpacked(server: RunningServer) -> None:
+    with connect(server) as stub:
+        stream = stub.PredictWeights(predict_request(bytes(10 << 20)), compression=grpc.Compression.Gzip)
+        assert code_of(stream) is Code.UNIMPLEMENTED
+
+
 def test_requests_that_are_no_calls_of_ours(server: RunningServer) -> None:
     with grpc.insecure_channel(server.address) as channel:
         for method in ("/ghn.v1.GhnService/", "/ghn.v1.GhnService/../x", "/" + "x" * 5000, "/grpc.health.v1.Health/No"):
