@@ -281,13 +281,10 @@ class Gate:
 
         Raises:
             InvalidOptionError: There is none.
-            RequestCancelledError: It did not come in time, or the client went away.
+            grpc.RpcError: It did not come in time, or the client went away.
         """
-        try:
-            with self._watchdog.limit(context.cancel, kind.seconds):
-                request = next(messages, None)
-        except grpc.RpcError as error:
-            raise RequestCancelledError("the request did not arrive") from error
+        with self._watchdog.limit(context.cancel, kind.seconds):
+            request = next(messages, None)
         if request is None:
             raise InvalidOptionError("expected one request message, got none")
         return request

@@ -28,6 +28,7 @@ from ghn_service.errors import (
     GhnServiceError,
     InvalidOptionError,
     OverloadedError,
+    RequestCancelledError,
     UnauthenticatedError,
     memory_errors,
 )
@@ -266,6 +267,8 @@ def _guard(context: grpc.ServicerContext, method: str, kind: Kind, metrics: Metr
         except GeneratorExit:
             end("CANCELLED", reason="CANCELLED")
             raise
+        except grpc.RpcError:  # what waiting for a message of a client ends with that has gone
+            error = RequestCancelledError("the client went away")
         except Exception as raised:
             error = raised
         if error is None:

@@ -15,6 +15,7 @@ from ghn_service.server.logging import make_formatter
 from tests.server.fake_predictor import FakePredictor, connect, fake_server, predict_request, raises, receive_file
 from tests.server.patience import wait_until
 from tests.server.small_models import TINY
+from tests.server.strangers import hold_reflection
 
 
 @pytest.fixture
@@ -61,6 +62,16 @@ def test_a_call_is_one_json_line(tmp_path: Path, log: io.StringIO) -> None:
         wait_until(lambda: len(calls(log)) == 2)
     assert {name: line["code"] for name, line in calls(log).items()} == {"good": "OK", "bad": "INVALID_ARGUMENT"}
     assert calls(log)["good"]["method"] == "PredictWeights"
+
+
+def test_a_client_that_goes_away_is_no_fault_of_the_server(tmp_path: Path, log: io.StringIO) -> None:
+    logging.getLogger("ghn_service").setLevel("DEBUG")
+    with fake_server(tmp_path) as server, grpc.insecure_channel(server.address) as channel:
+        held = hold_reflection(channel)
+        assert next(held).list_services_response.service
+        held.cancel()
+        wait_until(lambda: bool(calls(log)))
+    assert {line["code"] for line in calls(log).values()} == {"CANCELLED"}
 
 
 def test_the_log_has_what_the_client_is_not_told(tmp_path: Path, log: io.StringIO) -> None:
