@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +184,7 @@ def plan_source(
     return PlannedTransfer(source, structure, plan, head, post_process), ()
 
 
-@lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256)
 def _matcher(patterns: tuple[str, ...]) -> Callable[[str], re.Match[str] | None]:
     """Matches a name with any of the patterns; to compile them takes far longer than to match."""
     return re.compile("|".join(map(fnmatch.translate, patterns))).match

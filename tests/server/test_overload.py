@@ -56,6 +56,7 @@ def test_a_deadline_in_the_queue(tmp_path: Path) -> None:
         assert gate.entered.wait(PATIENCE_S)
         with pytest.raises(grpc.RpcError) as caught:
             list(stub.PredictWeights(predict_request(TINY, seed=1), timeout=0.2))
+        wait_until(lambda: not server.work_queue.num_waiting)
         gate.opened.set()
         assert caught.value.code() is Code.DEADLINE_EXCEEDED
         assert receive_file(running)
