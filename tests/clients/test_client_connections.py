@@ -118,8 +118,8 @@ def test_calls_go_in_turn_to_the_servers_that_are_ready(tmp_path: Path, target: 
         address = target.format(*(server.address for server in (*servers, loading)))
         client = stack.enter_context(GHNClient(address, max_attempts=1))
         wait_until(lambda: client.health().ready)
-        for _ in range(20):
-            client.predict(TINY)
+        for seed in range(20):
+            client.predict(TINY, seed=seed)
     assert min(predictor.num_runs for predictor in predictors) >= 5
 
 
