@@ -496,7 +496,8 @@ class Predictor:
             report = build_report(graph, before, after, origins=predicted.origins, records=records)
         low_rank: LowRankRecord | None = None
         if options.low_rank is not None:
-            parameters, low_rank = apply_low_rank(parameters, graph, options.low_rank)
+            on_layer = functools.partial(clock.tick, POST_PROCESSING)
+            parameters, low_rank = apply_low_rank(parameters, graph, options.low_rank, on_layer=on_layer)
         weights = {name: layer.parameter for layer in low_rank.layers for name in layer.factors} if low_rank else {}
         finished = _finished(parameters, options, weights)
         return PredictionResult(finished, graph, clock.seconds, records, low_rank, report)

@@ -39,6 +39,7 @@ def start_embedded_server(checkpoint: str | Path | None = None) -> Any:
             "pip install ghn-service, or give the address of a server"
         ) from error
     flags = {"host": "127.0.0.1", "port": 0, "device": ("auto",), "reflection": False, "drain_seconds": 0.0}
+    flags |= {"max_peer_share": 1.0}  # this process is the only one that asks
     flags |= {"tracing": False, **dict.fromkeys(NOT_EMBEDDED, "")}
     server: Any = None
     try:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -126,9 +126,11 @@ def encode_low_rank_record(record: LowRankRecord) -> dict[str, Any]:
 
 
 def apply_low_rank(
-    parameters: ParameterSet, graph: ArchitectureGraph, request: LowRank
+    parameters: ParameterSet, graph: ArchitectureGraph, request: LowRank, *, on_layer: Callable[[], None] = lambda: None
 ) -> tuple[ParameterSet, LowRankRecord]:
     """Factors every weighted layer that gets smaller by it; each weight is decomposed once.
+
+    ``on_layer`` is called before each layer, and may raise.
 
     Raises:
         InvalidOptionError: The rank is above the full rank of every layer, or the budget cannot be met.
@@ -140,10 +142,11 @@ def apply_low_rank(
             f"expected a rank of at most {full}, the largest full rank in this network, got {request.value:g}",
             field=request.field,
         )
-    budgeted = _share_out(candidates, parameters, request) if request.is_budget else {}
+    budgeted = _share_out(candidates, parameters, request, on_layer) if request.is_budget else {}
     replaced: dict[str, dict[str, torch.Tensor]] = {}
     records = []
     while candidates:
+        on_layer()
         candidate = candidates.popleft()  # and its decomposition goes with it
         rank = budgeted.get(candidate.layer.name, DENSE) if request.is_budget else candidate.choose(request)
         factors, record = candidate.factor(rank, with_curve=request.with_curves)
@@ -262,7 +265,9 @@ class _Candidate:
         return factors, record
 
 
-def _share_out(candidates: Iterable[_Candidate], parameters: ParameterSet, request: LowRank) -> dict[str, int]:
+def _share_out(
+    candidates: Iterable[_Candidate], parameters: ParameterSet, request: LowRank, on_layer: Callable[[], None]
+) -> dict[str, int]:
     """The rank of every layer that may be factored, by name of its weight, within the budget of the request."""
     is_parameters = request.rule == PARAMETER_BUDGET
     if not is_parameters and any(candidate.layer.attributes.positions < 1 for candidate in candidates):
@@ -273,6 +278,7 @@ def _share_out(candidates: Iterable[_Candidate], parameters: ParameterSet, reque
     free = [candidate for candidate in candidates if candidate.is_free]
     options = []
     for candidate in free:
+        on_layer()
         costs = [*candidate.costs(candidate_ranks(candidate.full_rank)), candidate.cost(DENSE, 0.0)]
         options.append([RankOption(price(cost), cost.function_error, cost.rank) for cost in costs])
     if is_parameters:

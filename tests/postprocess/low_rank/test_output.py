@@ -207,3 +207,16 @@ def test_each_weight_is_decomposed_once(rule: str, monkeypatch: pytest.MonkeyPat
     values = {"rank": 3, "parameter_budget": 6000, "multiply_add_budget": 20_000}
     factored(rule, values.get(rule, 0.5))
     assert sorted(decomposed) == [(16, 72), *[(40, 32)] * 5]
+
+
+def test_factoring_ends_between_two_layers_when_nobody_wants_it() -> None:
+    class UnwantedError(Exception):
+        pass
+
+    def refuse() -> None:
+        raise UnwantedError
+
+    graph = chain_graph((ExampleLayer("thin.weight", (200, 30), attributes=RELU),))
+    for request in (LowRank("rank", 3, "spectral"), LowRank("parameter_budget", 5000, "spectral")):
+        with pytest.raises(UnwantedError):
+            apply_low_rank(random_parameters(graph), graph, request, on_layer=refuse)
