@@ -255,8 +255,8 @@ def zero_shot_pairs(
 
 
 def threshold(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]:
-    """The most similar sources of validation networks against the hypernetwork, on validation images."""
-    names = [f"val/{number}" for number in range(options.networks)]
+    """Sources of validation networks and near shapes against the hypernetwork, on validation images."""
+    names = [f"{split}{number}" for number in range(options.networks) for split in ("val/", "odd/100")]
     pairs = [
         (auto["similarity"], auto["accuracy"], other["accuracy"])
         for other, auto in zero_shot_pairs(bench, options, names, "validation", 0.0)
