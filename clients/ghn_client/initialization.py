@@ -137,7 +137,7 @@ def _measure_batchnorm(module: nn.Module, loader: Iterable[Any] | None, predicti
     """Measures the running statistics where that is right; says what became of them."""
     if not any(isinstance(layer, _BatchNorm) and layer.track_running_stats for layer in module.modules()):
         return "there is none with running statistics"
-    if prediction.transfer is not None and prediction.transfer.is_exact:
+    if prediction.transfer is not None and not prediction.needs_recalibration:
         return "the source's running statistics, which belong to its weights"
     if loader is None and prediction.statistics:
         return "the source's running statistics; pass loader= to measure those of what was changed"

@@ -213,6 +213,8 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
         if not request.HasField("source"):
             return graph, None
         name, head, post_process = decode_source(request.source)
+        if head == "auto" and getattr(request, "head", ghn_pb2.HEAD_UNSPECIFIED) == ghn_pb2.HEAD_RESET:
+            head = "reset"  # who wants a new class layer does not want the source's
         names = [summary.name for summary in self.sources.summaries()] if name == AUTO else [name]
         with admitted.hold(sum(map(self.sources.size, names))):
             transfer, reasons = plan_source(

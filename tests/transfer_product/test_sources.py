@@ -94,8 +94,12 @@ def test_the_hypernetwork_fills_what_no_source_fits(client: GHNClient) -> None:
     assert all(torch.equal(prediction[name], alone[name]) for name in origins)
 
 
-def test_the_class_layer_is_reset_where_one_asks(client: GHNClient) -> None:
-    prediction = client.predict(Residual(), EXAMPLE, source=Source(SOURCE, class_layer="reset"))
+@pytest.mark.parametrize("way", ["class_layer", "head"])
+def test_the_class_layer_is_reset_where_one_asks(client: GHNClient, way: str) -> None:
+    if way == "head":
+        prediction = client.predict(Residual(), EXAMPLE, source=SOURCE, head="reset")
+    else:
+        prediction = client.predict(Residual(), EXAMPLE, source=Source(SOURCE, class_layer="reset"))
     from_hypernetwork = {name for name, origin in prediction.origins.items() if not origin.startswith("source")}
     assert from_hypernetwork == {"fc.weight", "fc.bias"}
     assert prediction.transfer is not None
