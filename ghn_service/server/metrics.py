@@ -34,6 +34,8 @@ METHODS = {
     for method in service.methods
 }
 OTHER_METHOD = "other"
+HTTP_IDLE_S = 10.0
+"""Seconds that a connection may say nothing: each has a thread."""
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 
 
@@ -100,6 +102,7 @@ class Metrics:
             server, thread = start_http_server(port, host, self.registry)
         except OSError as error:
             raise ConfigurationError(f"cannot serve metrics on {host}:{port}: {error.strerror}") from error
+        server.RequestHandlerClass.timeout = HTTP_IDLE_S  # type: ignore[attr-defined]
         self.address = f"{host}:{server.server_port}"
 
         def close() -> None:

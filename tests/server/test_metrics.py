@@ -30,6 +30,7 @@ from tests.server.fake_predictor import (
 )
 from tests.server.patience import PATIENCE_S, wait_until
 from tests.server.small_models import TINY
+from tests.server.strangers import say
 
 
 def value(server: RunningServer, name: str, **labels: str) -> float:
@@ -198,3 +199,9 @@ def test_traces_have_a_span_for_each_call_but_health(tmp_path: Path) -> None:
     found = [(span.name, span.attributes["rpc.grpc.status_code"]) for span in spans]
     name = "/ghn.v1.GhnService/PredictWeights"
     assert found == [(name, grpc.StatusCode.OK.value[0]), (name, grpc.StatusCode.INVALID_ARGUMENT.value[0])]
+
+
+def test_a_silent_connection_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ghn_service.server.metrics.HTTP_IDLE_S", 0.2)
+    with fake_server(tmp_path, metrics_port=0) as server, say(server.metrics.address, b"GET /metr") as connection:
+        assert connection.recv(1) == b""
