@@ -271,6 +271,8 @@ def _guard(context: grpc.ServicerContext, method: str, kind: Kind, metrics: Metr
             error = RequestCancelledError("the client went away")
         except Exception as raised:
             error = raised
+        if error is None and not context.is_active():
+            error = RequestCancelledError("the client went away")
         if error is None:
             ended_as: grpc.StatusCode | None = context.code()  # type: ignore[attr-defined]  # the stubs are older
             end((ended_as or grpc.StatusCode.OK).name)
