@@ -68,7 +68,7 @@ def test_a_bundled_source_is_what_its_card_says(path):
     source, summary = load_source(path), read_summary(path)
     assert source.digest == summary.digest
     assert summary.digest in (BUNDLED_SOURCES / "README.md").read_text()
-    assert source.card.accuracy >= 0.855
+    assert source.card.accuracy >= 0.85
     assert source.card.licence
     assert source.card.command.startswith(f"ghn-train source {path.stem} ")
     images = require_split(shared_path("data/cifar10"), "test").first(TEST_IMAGES)
