@@ -55,12 +55,13 @@ class Share:
     counts: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._seeds = random.Random(self.seed)
+
     def run(self, count: int) -> None:
         """Makes that many requests from a few threads."""
-        threads = [
-            threading.Thread(target=self._run_thread, args=(count // NUM_THREADS, 100 * self.seed + number))
-            for number in range(NUM_THREADS)
-        ]
+        seeds = [self._seeds.getrandbits(32) for _ in range(NUM_THREADS)]  # other ones in every round
+        threads = [threading.Thread(target=self._run_thread, args=(count // NUM_THREADS, seed)) for seed in seeds]
         for thread in threads:
             thread.start()
         for thread in threads:
