@@ -46,7 +46,8 @@ class Unit:
         layers: Its layers, in order.
         shortcut: Those of them that lie on the shorter of two summed branches.
         activation: The operators after its last layer or sum.
-        scale: Pixels of the input per pixel of its output, in one direction.
+        scale: Pixels of the input per pixel of its output.
+        has_attention: Whether there is a softmax in it.
     """
 
     kind: str
@@ -58,11 +59,16 @@ class Unit:
     activation: tuple[str, ...] = ()
     sum: str = ""
     scale: float = 0.0
+    has_attention: bool = False
 
     @property
     def signature(self) -> tuple[object, ...]:
         """What two units must share to be interchangeable."""
-        return (self.kind, tuple((role(layer), id(layer) in self.shortcut) for layer in self.layers))
+        return (
+            self.kind,
+            self.has_attention,
+            tuple((role(layer), id(layer) in self.shortcut) for layer in self.layers),
+        )
 
 
 @dataclass(eq=False, slots=True)
@@ -211,6 +217,7 @@ def _unit_similarity(a: Unit, b: Unit) -> float:
         score = matched / max(len(a.layers), len(b.layers))
         score *= 1.0 if a.kind == b.kind else 0.5
         score *= 1.0 if a.activation == b.activation else 0.9
+        score *= 1.0 if a.has_attention == b.has_attention else 0.2
         return float(score * (1.0 if a.scale == b.scale else 0.3) * len(a.layers) ** 0.5)
     return 0.05 if a.kind == b.kind and not a.layers and not b.layers else 0.0
 
@@ -280,6 +287,7 @@ def _make_unit(network: Network, indices: list[int], entry: str, exit_name: str,
     layers = [layer for index in indices for layer in at.get(index, ())]
     unit = Unit(nodes[indices[-1]].op_type, indices, entry, exit_name, layers)
     unit.scale = _scale(network, exit_name)
+    unit.has_attention = any(nodes[index].op_type == "Softmax" for index in indices)
     if len(indices) > 1:
         unit.kind = "region" if layers else "+".join(sorted(nodes[index].op_type for index in indices))
         last = nodes[indices[-1]]

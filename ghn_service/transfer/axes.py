@@ -116,7 +116,9 @@ def split_product(dim: Dim, first: int) -> tuple[Dim, Dim] | None:
     dim = dim.root()
     if dim.size % first:
         return None
-    if dim.kind == "concat":  # equal parts under one index: query, key and value share their channels
+    if dim.kind == "concat" and all(leaf.is_position for leaf in dim.leaves()):
+        pair = (Dim(first, position=True), Dim(dim.size // first, position=True))
+    elif dim.kind == "concat":  # equal parts under one index: query, key and value share their channels
         parts = dim.parts
         if len(parts) != first or len({part.size for part in parts}) != 1:
             return None

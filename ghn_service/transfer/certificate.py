@@ -15,6 +15,7 @@ from ghn_service.transfer.alignment import Alignment
 from ghn_service.transfer.axes import Dim
 from ghn_service.transfer.maps import FREE, UNIT, Relations, kind_of_map
 from ghn_service.transfer.network import Layer, Network, Value
+from ghn_service.transfer.scales import Scale
 
 _REPEATS = frozenset({"Identity", "Dropout", "Cast", "CastLike"})
 _COMMUTATIVE = frozenset({"Add", "Mul", "Sum", "Max", "Min", "Equal", "And", "Or"})
@@ -32,7 +33,8 @@ _UNREAD = frozenset(
     }
 )
 _POOLS = frozenset({"MaxPool", "AveragePool", "LpPool"})
-_SHAPED = frozenset({"Reshape", "Expand", "Split", "Slice"})
+_RESHAPES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
+_SHAPED = frozenset({"Reshape", "Expand", "Split", "SplitToSequence", "Slice"})
 """Operators whose integer operands say sizes, which the axes of the result say too."""
 
 
@@ -42,6 +44,7 @@ def find_differences(
     alignment: Alignment,
     relations: Relations,
     copied: Mapping[str, str],
+    scales: tuple[list[Scale], list[Scale]],
     ends: tuple[str, str] | None = None,
 ) -> list[str]:
     """Why the target will not compute what the source computes; empty if it will.
@@ -52,9 +55,10 @@ def find_differences(
         alignment: Of both.
         relations: Which group of the source each group of the target stands for.
         copied: Source tensor by target tensor, for tensors that were mapped without loss.
+        scales: Of the attention of target and source.
         ends: The values of target and source to compare; None for their outputs.
     """
-    found = list(_broken_maps(target, relations))
+    found = list(_broken_maps(target, alignment, relations))
     numbers: dict[object, int] = {}
     known = set(relations.of.values())
     sizes = [[axis.size for axis in net.values[net.input].axes or ()] for net in (target, source)]
@@ -69,10 +73,21 @@ def find_differences(
             return None if related is UNIT or related is FREE else id(related)
         return leaf.size if count_positions or not leaf.is_position else 0
 
-    theirs = _Numbering(source, numbers, {name: name for name in source.tensors}, of_source, {})
+    theirs = _Numbering(
+        source,
+        numbers,
+        {name: name for name, tensor in source.tensors.items() if tensor.kind != "constant"},
+        of_source,
+        {},
+    )
+    compensated = set(relations.gains)
+    mine_scaled = {name for scale in scales[0] if scale.group in compensated for name in scale.constants}
+    groups = {relations.of[group] for group in compensated}
+    theirs.neutral = {name for scale in scales[1] if scale.group in groups for name in scale.constants}
     theirs.run()
     skipped = {unit.exit: unit.entry for unit in alignment.inserted}
     mine = _Numbering(target, numbers, copied, of_target, skipped)
+    mine.neutral = mine_scaled
     limit = len(numbers)
     mine.run()
     ends = ends or (_output(target), _output(source))
@@ -87,22 +102,31 @@ def _output(network: Network) -> str:
     return next((name for name in network.file.outputs if network.values[name].is_data), "")
 
 
-def _broken_maps(target: Network, relations: Relations) -> Iterator[str]:
-    """Maps that lose something."""
-    cut = sum(1 for leaf, other in relations.of.items() if kind_of_map(leaf, other) == "cut")
+def _broken_maps(target: Network, alignment: Alignment, relations: Relations) -> Iterator[str]:
+    """Maps that lose something where the source's function passes."""
+    idle = {id(layer) for unit in alignment.inserted for layer in unit.layers}
+    used = {
+        leaf
+        for layer in target.layers
+        if id(layer) not in idle
+        for tensor in layer.tensors.values()
+        for axis in tensor.axes
+        for leaf in axis.leaves()
+    }
+    cut = sum(1 for leaf, other in relations.of.items() if leaf in used and kind_of_map(leaf, other) == "cut")
     if cut:
         yield f"{cut} channel groups are narrower than the source's"
     if relations.lost:
         yield "channels of the source that are concatenated have no place in the target"
     for leaf, other in relations.of.items():
-        if kind_of_map(leaf, other) != "grown":
+        if leaf not in used or kind_of_map(leaf, other) != "grown":
             continue
         if leaf.is_even and leaf.size % max(other.size, 1):
             yield (
                 f"a mean is taken over {leaf.size} channels that stand for {other.size}: only whole multiples are exact"
             )
             return
-        if leaf.is_dotted:
+        if leaf.is_dotted and leaf not in relations.gains:
             yield f"queries and keys have {leaf.size} channels for the source's {other.size}"
             return
     for axis in target.even_axes:
@@ -132,6 +156,8 @@ class _Numbering:
         self.network, self.numbers, self.copied, self.skipped = network, numbers, copied, skipped
         self.name_of = name_of
         self.of: dict[str, int] = {"": -1}
+        self.neutral: set[str] = set()
+        self.bases: dict[str, tuple[int, object]] = {}
         self.made: list[tuple[OnnxNode, int]] = []
         self.layers: dict[int, Layer] = {layer.index: layer for layer in network.layers}
 
@@ -168,8 +194,13 @@ class _Numbering:
     def _node(self, index: int, node: OnnxNode) -> None:
         network = self.network
         value = network.values[node.outputs[0]]
-        if node.op_type in _REPEATS or self._is_merged_pad(node):
+        if value.number is not None:
+            is_scale = node.outputs[0] in self.neutral
+            number = self.number(("scale",) if is_scale else ("number", len(value.axes or ()), f"{value.number:.6g}"))
+        elif node.op_type in _REPEATS or self._is_merged_pad(node):
             number = self.of[node.inputs[0]]
+        elif node.op_type in _RESHAPES and value.is_data:
+            number = self._reshaped(node, value)
         elif value.ints is not None:
             number = self.number(("integers", value.ints.shape, value.ints.tobytes()))
         elif node.op_type == "Constant":
@@ -180,9 +211,21 @@ class _Numbering:
             if name:
                 self.of[name] = self.number(("output", number, position)) if position else number
         if node.outputs[0] in self.skipped:
-            self.of[node.outputs[0]] = self.of[self.skipped[node.outputs[0]]]
+            entry = self.skipped[node.outputs[0]]
+            self.of[node.outputs[0]] = self.of[entry]
+            self.bases[node.outputs[0]] = self._base(entry)
         elif value.is_data:
             self.made.append((node, number))
+
+    def _base(self, name: str) -> tuple[int, object]:
+        """What a chain of reshapes started from: its number and axes."""
+        return self.bases.get(name) or (self.of[name], self._axes(self.network.values[name]))
+
+    def _reshaped(self, node: OnnxNode, value: Value) -> int:
+        """A chain of reshapes counts as one, or none where it ends as it began."""
+        base, axes = self._base(node.inputs[0]), self._axes(value)
+        self.bases[node.outputs[0]] = base
+        return base[0] if axes == base[1] else self.number(("reshape", base[0], axes))
 
     def _is_merged_pad(self, node: OnnxNode) -> bool:
         """Zeros around an image that the next convolution's placement counts as its own."""

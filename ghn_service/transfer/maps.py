@@ -29,12 +29,16 @@ class Relations:
     Attributes:
         of: Source group by target group.
         conflicts: Target groups that two tensors relate to different groups.
-        joined: Target parts of a concatenation, with the part's position in the source's, by (target, source) axis.
+        lost: Source groups that have no place in the target's concatenation.
+        gains: What channels of a target group are multiplied with when they are written, and divided by when read.
+        factors: What single tensors are multiplied with, by name.
     """
 
     of: dict[Dim, Dim] = field(default_factory=dict)
     conflicts: set[Dim] = field(default_factory=set)
     lost: set[Dim] = field(default_factory=set)
+    gains: dict[Dim, float] = field(default_factory=dict)
+    factors: dict[str, float] = field(default_factory=dict)
 
     def relate(self, target: Dim, source: Dim, *, late: bool = False) -> bool:
         """Relates two axes; False where their structures differ or another relation stands against it.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy
 
 from ghn_service.errors import GhnServiceError
-from ghn_service.graph.onnx.file import FLOAT_TYPES, OnnxFile, OnnxNode, load_file
+from ghn_service.graph.onnx.file import FLOAT_TYPES, OnnxFile, OnnxNode, constant_number, load_file
 from ghn_service.graph.onnx.values import ReadContext
 from ghn_service.graph.raw_graph import GraphLimits
 from ghn_service.transfer.axes import Dim, concatenation, reshaped, split_sum, unify
@@ -34,6 +34,8 @@ class Tensor:
         kind: ``parameter``, ``statistic`` of a norm, or ``constant``.
         contracted: Axes that are summed over with the network's data (fan-in).
         layer: The first layer that reads it.
+        is_looked_up: Whether it is a table whose rows data selects; then nothing may change its scale.
+        fed_by: Values that are multiplied with it.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Tensor:
     kind: str
     contracted: set[int] = field(default_factory=set)
     layer: Layer | None = None
+    is_looked_up: bool = False
+    fed_by: list[str] = field(default_factory=list)
 
 
 @dataclass(eq=False, slots=True)
@@ -53,6 +57,8 @@ class Value:
         axis_of: For a view, the tensor's axis behind each axis.
         waiting: Tensors that it was computed from, not yet met by data.
         is_data: Whether it depends on the network's input.
+        number: The number that it holds, if it is a known single one.
+        pieces: The members of a sequence.
     """
 
     axes: list[Dim] | None
@@ -61,6 +67,8 @@ class Value:
     axis_of: list[int | None] = field(default_factory=list)
     waiting: tuple[Tensor, ...] = ()
     is_data: bool = False
+    number: float | None = None
+    pieces: tuple[Value, ...] = ()
 
 
 @dataclass(eq=False, slots=True)
@@ -155,11 +163,9 @@ class _Reader:
             array = numpy.array(integers, dtype=numpy.int64).reshape(shape) if integers is not None else None
             return Value([Dim(size, pinned=True) for size in shape], array)
         kind = context.kind_of(name, shape)
-        if kind in ("BUFFER", "CONSTANT") and not (kind == "CONSTANT" and len(shape) > 0 and math.prod(shape) > 1):
-            kind = "BUFFER"
-        tensor = Tensor(
-            name, shape, [Dim(size) for size in shape], "parameter" if kind in ("", "PARAMETER") else "constant"
-        )
+        is_vector = sum(size > 1 for size in shape) == 1 and name in self.file.initializers
+        is_weight = kind in ("", "PARAMETER") or (kind == "CONSTANT" and is_vector)  # folded from a reshaped parameter
+        tensor = Tensor(name, shape, [Dim(size) for size in shape], "parameter" if is_weight else "constant")
         self.tensors[name] = tensor
         return Value(tensor.axes, tensor=tensor, axis_of=list(range(len(shape))))
 
@@ -185,9 +191,11 @@ class _Reader:
                 results = (handler or _unknown)(self, node, operands)
             except (ValueError, IndexError, TypeError, AttributeError, KeyError, ZeroDivisionError, OverflowError):
                 results = _unknown(self, node, operands)  # malformed in one of many ways: its groups are not mapped
-            is_data = any(value.is_data for value in operands) and node.op_type not in _SHAPE_ONLY
+            sources = operands[:1] if node.op_type == "CastLike" else operands
+            is_data = any(value.is_data for value in sources) and node.op_type not in _SHAPE_ONLY
             self._meet(node, operands, is_data)
-            waiting = () if is_data else tuple(dict.fromkeys(t for v in operands for t in _origins(v)))[:64]
+            is_apart = is_data or node.op_type in _SHAPE_ONLY
+            waiting = () if is_apart else tuple(dict.fromkeys(t for v in operands for t in _origins(v)))[:64]
             for position, name in enumerate(node.outputs):
                 if not name:
                     continue
@@ -200,6 +208,7 @@ class _Reader:
                 if position == 0 and ints is not None:
                     value.ints = ints
                 value.is_data = is_data
+                value.number = None if is_data or position else _number(node, operands, ints)
                 value.waiting = waiting if value.tensor is None else ()
                 self.values[name] = value
         return Network(self.file, self.values, self.tensors, self.layers, self.input, self.consumers, self.even_axes)
@@ -214,7 +223,11 @@ class _Reader:
             for tensor in _origins(value):
                 if tensor.layer is None and tensor.kind == "parameter":
                     kind = (
-                        "token" if node.op_type == "Concat" else "table" if tensor.axes[0].root().is_rows else "other"
+                        "token"
+                        if node.op_type == "Concat"
+                        else "table"
+                        if tensor.axes and tensor.axes[0].root().is_rows
+                        else "other"
                     )
                     self.add_layer(node, kind, {"weight": tensor})
 
@@ -453,6 +466,7 @@ def _linear(reader: _Reader, node: OnnxNode, operands: list[Value], pairs: list[
             origin = operand.axis_of[axis] if operand.tensor is not None else None
             if operand.tensor is not None and origin is not None:
                 operand.tensor.contracted.add(origin)
+                operand.tensor.fed_by.append(node.inputs[1 if operand is operands[0] else 0])
             else:
                 reader.weight([operand], 0)
                 dims[0].mark("pinned")
@@ -726,6 +740,26 @@ def _split(reader: _Reader, node: OnnxNode, operands: list[Value]) -> list[Value
     return [Value([*dims[:axis], piece, *dims[axis + 1 :]], None, value.tensor, value.axis_of) for piece in pieces]
 
 
+def _split_to_sequence(reader: _Reader, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    value = operands[0]
+    if not _known(value) or len(operands) < 2 or operands[1].ints is None:
+        return _unknown(reader, node, operands[:1])
+    dims = value.axes or []
+    axis = node.integer("axis", 0) % max(len(dims), 1)
+    sizes = [int(size) for size in operands[1].ints.flatten()]
+    if operands[1].ints.ndim == 0 and sizes[0] > 0:
+        whole, rest = divmod(dims[axis].size, sizes[0])
+        sizes = [sizes[0]] * min(whole, _MAX_INTEGERS) + ([rest] if rest else [])
+    pieces = _cut(dims[axis], sizes)
+    return [Value(None, pieces=tuple(Value([*dims[:axis], piece, *dims[axis + 1 :]]) for piece in pieces))]
+
+
+def _sequence_at(reader: _Reader, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    if operands[1].ints is None:
+        return []
+    return [Value(operands[0].pieces[int(operands[1].ints.flatten()[0])].axes)]
+
+
 def _slice(reader: _Reader, node: OnnxNode, operands: list[Value]) -> list[Value]:
     value = operands[0]
     if not _known(value):
@@ -764,6 +798,7 @@ def _gather(reader: _Reader, node: OnnxNode, operands: list[Value]) -> list[Valu
     if value.tensor is not None and places:
         dims[axis].mark("rows")
         if index.is_data:
+            value.tensor.is_looked_up = True
             reader.add_layer(node, "table", {"weight": value.tensor})
     else:
         dims[axis].mark("pinned")
@@ -832,6 +867,42 @@ def _fold(node: OnnxNode, operands: list[Value]) -> numpy.ndarray | None:
     except (ValueError, IndexError, TypeError, ZeroDivisionError, OverflowError):
         return None
     return result.astype(numpy.int64) if result.size <= _MAX_INTEGERS and result.ndim <= MAX_RANK else None
+
+
+def _number(node: OnnxNode, operands: list[Value], ints: numpy.ndarray | None) -> float | None:
+    """The single number that a node computes from known ones, of scales."""
+    if ints is not None:
+        return float(ints.flatten()[0]) if ints.size == 1 else None
+    if node.op_type == "Constant":
+        return constant_number(node)
+    numbers = [value.number for name, value in zip(node.inputs, operands, strict=True) if name]
+    rule = _NUMBERS.get(node.op_type)
+    if rule is None or not numbers or numbers[0] is None:
+        return None
+    if node.op_type in ("Add", "Sub", "Mul", "Div", "Pow"):
+        if len(numbers) != 2 or numbers[1] is None:
+            return None
+        numbers = numbers[:2]
+    else:
+        numbers = numbers[:1]
+    try:
+        result = float(rule(*numbers))
+    except (ValueError, ZeroDivisionError, OverflowError, TypeError):
+        return None
+    return result if math.isfinite(result) else None
+
+
+_NUMBERS: dict[str, Callable[..., float]] = {
+    **dict.fromkeys(("Identity", "Cast", "CastLike", "Reshape", "Squeeze", "Unsqueeze"), lambda x: x),
+    "Sqrt": math.sqrt,
+    "Reciprocal": lambda x: 1 / x,
+    "Neg": lambda x: -x,
+    "Add": lambda a, b: a + b,
+    "Sub": lambda a, b: a - b,
+    "Mul": lambda a, b: a * b,
+    "Div": lambda a, b: a / b,
+    "Pow": lambda a, b: a**b,
+}
 
 
 def _slice_ints(node: OnnxNode, data: numpy.ndarray, starts: numpy.ndarray, ends: numpy.ndarray, *more: numpy.ndarray):  # type: ignore[no-untyped-def]  # noqa: ANN202
@@ -904,6 +975,8 @@ _HANDLERS: dict[str, _Handler] = {
     **_rows(_expand, "Expand"),
     **_rows(_concat, "Concat"),
     **_rows(_split, "Split"),
+    **_rows(_split_to_sequence, "SplitToSequence"),
+    **_rows(_sequence_at, "SequenceAt"),
     **_rows(_slice, "Slice"),
     **_rows(_gather, "Gather"),
     **_rows(_gather_nd, "GatherND"),

@@ -17,6 +17,7 @@ from ghn_service.transfer.axes import Dim
 from ghn_service.transfer.certificate import find_differences
 from ghn_service.transfer.maps import ChannelMap, Relations, axis_map, kind_of_map, make_map, rank_channels
 from ghn_service.transfer.network import Layer, Network, Tensor, read_network
+from ghn_service.transfer.scales import VIEWS, attention_scales, gains
 from ghn_service.transfer.source import Source
 
 Head = Literal["auto", "keep", "reset"]
@@ -247,6 +248,9 @@ def _plan(target: Network, given: Network, head: Head) -> TransferPlan:
         for step in steps:  # what passes its input on has the same channels on both sides
             if step.mode == "dirac" and step.role == "weight":
                 _relate_passing(step.target, step.layers[0], relations)
+    scales = attention_scales(target), attention_scales(given)
+    relations.gains = gains(*scales, relations.of)
+    untied = _feed_tables(target, steps, relations)
     is_reset = head == "reset" or [dim.size for dim in classes] != [dim.size for dim in known]
     kept: list[_Step] = []
     origins: dict[str, Origin] = {}
@@ -278,7 +282,8 @@ def _plan(target: Network, given: Network, head: Head) -> TransferPlan:
         if step.source is not None and step.mode == "copy" and origins[step.target.name] != "cut"
     }
     ends = (_class_layer_input(target, classes), _class_layer_input(given, known)) if is_reset else None
-    differences = find_differences(target, given, alignment, relations, copied, ends)
+    differences = find_differences(target, given, alignment, relations, copied, scales, ends)
+    differences += untied
     contains_source = not differences
     if is_reset:
         differences.insert(0, "the class layer is not the source's")
@@ -310,6 +315,33 @@ def _class_groups(network: Network) -> list[Dim]:
     for leaf in leaves:
         leaf.is_pinned = True
     return leaves
+
+
+def _feed_tables(target: Network, steps: list[_Step], relations: Relations) -> list[str]:
+    """Tables that are looked up and multiplied with too (tied embeddings): their copies are made good before them.
+
+    Returns:
+        Why that could not be done, in sentences.
+    """
+    makers = {layer.output: layer for layer in target.layers}
+    problems = []
+    for step in steps:
+        tensor = step.target
+        if not tensor.is_looked_up or not tensor.contracted or step.source is None:
+            continue
+        leaves = [leaf for axis in tensor.contracted for leaf in tensor.axes[axis].leaves()]
+        copies = math.prod(leaf.size / max(relations.of.get(leaf, leaf).size, 1) for leaf in leaves)
+        for name in tensor.fed_by if copies > 1 else ():
+            alone = len(target.consumers[name]) == 1
+            while name not in makers and alone and (node := target.file.producers.get(name)) and node.op_type in VIEWS:
+                name = node.inputs[0]
+                alone = len(target.consumers[name]) == 1
+            layer = makers.get(name)
+            if layer is None or layer.kind not in ("layer_norm", "scale", "linear") or not alone:
+                problems.append(f"the table {tensor.name!r} is read and multiplied with, which wider channels change")
+            else:
+                relations.factors.update((item.name, 1 / copies) for item in layer.tensors.values())
+    return problems
 
 
 def _steps(alignment: Alignment) -> list[_Step]:
@@ -451,7 +483,8 @@ def _make_tensor(
         if found is None:
             continue
         value = value.index_select(position, found.index.clamp_min(0).to(value.device))
-        shares = found.shares if position in target.contracted else (found.index >= 0).double()
+        is_shared = position in target.contracted and not target.is_looked_up
+        shares = found.shares if is_shared else (found.index >= 0).double()
         if not bool((shares == 1).all()):
             shape = [-1 if i == position else 1 for i in range(value.ndim)]
             value = value.float() if value.element_size() < 4 else value  # shares rounded to half no longer add to one
@@ -459,6 +492,7 @@ def _make_tensor(
             free = (found.index < 0).to(value.device)
             if position not in target.contracted and bool(free.any()) and step.role in ("var", "weight"):
                 value.movedim(position, 0)[free] = 1.0
+    value = _apply_gains(value, step, relations)
     if step.layers[0].kind == "conv" and step.role == "weight" and step.layers[1] is not None:
         value = _place_kernel(value, step.layers[0], step.layers[1])
     elif tuple(value.shape) != target.shape:
@@ -468,6 +502,33 @@ def _make_tensor(
         value = (value.double() + (second.epsilon - first.epsilon)).clamp_min(0).to(original.dtype)
     assert tuple(value.shape) == target.shape, (target.name, value.shape, target.shape)
     return value if value is original else value.contiguous()
+
+
+def _apply_gains(value: torch.Tensor, step: _Step, relations: Relations) -> torch.Tensor:
+    """Queries and keys with the gain of their group; what reads values of the same group divides by it."""
+    factor = relations.factors.get(step.target.name, 1.0)
+    if factor != 1.0:
+        value = value * factor
+    for position, axis in enumerate(step.target.axes):
+        if any(relations.gains.get(leaf, 1.0) != 1.0 for leaf in axis.leaves()):
+            gain = _axis_gain(axis, relations.gains)
+            gain = 1 / gain if position in step.target.contracted else gain
+            value = value * gain.to(value.device, value.dtype).view(
+                [-1 if i == position else 1 for i in range(value.ndim)]
+            )
+    return value
+
+
+def _axis_gain(axis: Dim, gains_of: Mapping[Dim, float]) -> torch.Tensor:
+    """The gain of every entry of an axis, float64."""
+    result = torch.ones(1, dtype=torch.float64)
+    for factor in axis.factors():
+        if factor.kind == "leaf":
+            part = torch.full((factor.size,), gains_of.get(factor, 1.0), dtype=torch.float64)
+        else:
+            part = torch.cat([_axis_gain(item, gains_of) for item in factor.parts])
+        result = (result[:, None] * part[None, :]).flatten()
+    return result
 
 
 def _passing_values(step: _Step, relations: Relations, maps: Mapping[Dim, ChannelMap | None]) -> torch.Tensor:

@@ -28,6 +28,11 @@ FLOAT_TYPES = frozenset(
     {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16}
 )
 _INTEGER_DTYPES: dict[int, str] = {onnx.TensorProto.INT64: "<i8", onnx.TensorProto.INT32: "<i4"}
+_FLOAT_DTYPES: dict[int, str] = {
+    onnx.TensorProto.FLOAT: "<f4",
+    onnx.TensorProto.DOUBLE: "<f8",
+    onnx.TensorProto.FLOAT16: "<f2",
+}
 _MAX_INTEGERS = 64
 _MAX_PREFIX = 200
 _TRACED_KEY = "pkg.torch.onnx.original_node_name"
@@ -154,6 +159,21 @@ class OnnxFile:
         """The shape that the file states for a value, if it states a fixed one."""
         info = self.value_shapes.get(name)
         return None if info is None else _static_shape(info)
+
+
+def constant_number(node: OnnxNode) -> float | None:
+    """The single float that a Constant node holds, if it is inline."""
+    attribute = node.attributes.get("value_float")
+    if attribute is not None:
+        return float(attribute.f)
+    tensor = node.attributes["value"].t if "value" in node.attributes else None
+    dtype = None if tensor is None else _FLOAT_DTYPES.get(tensor.data_type)
+    if tensor is None or dtype is None or math.prod(tensor.dims) != 1:
+        return None
+    if len(tensor.raw_data) == numpy.dtype(dtype).itemsize:
+        return float(numpy.frombuffer(tensor.raw_data, dtype=dtype)[0])
+    values = [*tensor.float_data, *tensor.double_data]
+    return float(values[0]) if len(values) == 1 else None
 
 
 def load_file(data: bytes, limits: GraphLimits, check: Callable[[], None] = never_ends) -> OnnxFile:
