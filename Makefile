@@ -36,7 +36,8 @@ $(VENV)/.dev-installed: $(VENV)/.tests-installed
 	touch $@
 
 predict: $(VENV)/.installed  ## predict weights for an example network on the embedded server
-	$(BIN)/ghn-client predict $(EXAMPLE) --output $(basename $(notdir $(EXAMPLE))).safetensors
+	mkdir -p runs
+	$(BIN)/ghn-client predict $(EXAMPLE) --output runs/$(basename $(notdir $(EXAMPLE))).safetensors
 
 test: $(VENV)/.tests-installed  ## run the tests that take minutes at most
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup

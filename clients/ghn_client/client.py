@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ghn_client.connection import MAX_ATTEMPTS, Connection
@@ -138,7 +139,7 @@ class GHNClient:
         architecture: Architecture,
         example_inputs: Any = None,
         *,
-        dtype: str = "float32",
+        dtype: str | torch.dtype = "float32",
         seed: int = 0,
         steps: Sequence[StepLike] = (),
         low_rank: LowRankLike | None = None,
@@ -156,7 +157,7 @@ class GHNClient:
             architecture: A torch module, the path of an ONNX file, or its bytes. Weights stay here; only structure is
                 sent.
             example_inputs: What a module is called with; see ``export_architecture``.
-            dtype: Element type of the reply: ``float32``, ``bfloat16`` or ``float16``.
+            dtype: Element type of the reply: ``float32``, ``bfloat16`` or ``float16``, by name or as torch has it.
             seed: Seed of everything that is drawn, 0 to 2**64 - 1; the same seed gives the same bytes.
             steps: Post-processing in order: names, ``(name, options)`` pairs, or ``Step`` values.
             low_rank: Ask for factors instead of dense weights: ``LowRankOptions``, its fields as a mapping, or text.
@@ -213,7 +214,7 @@ class GHNClient:
         architecture: Architecture,
         example_inputs: Any = None,
         *,
-        dtype: str = "float32",
+        dtype: str | torch.dtype = "float32",
         model: str = "",
         low_rank: LowRankLike | None = None,
         source: SourceLike | None = None,
@@ -302,8 +303,9 @@ class GHNClient:
         return self._connection.call(attempt, timeout_s=seconds, max_attempts=max_attempts)
 
 
-def _common_fields(model: str, dtype: str, low_rank: LowRankLike | None) -> dict[str, Any]:
+def _common_fields(model: str, dtype: str | torch.dtype, low_rank: LowRankLike | None) -> dict[str, Any]:
     """What requests for a prediction and for an analysis have in common, but for the architecture."""
+    dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise InvalidOptionError(f"expected a dtype of {', '.join(DTYPES)}, got {dtype!r}", field="dtype")
     return {

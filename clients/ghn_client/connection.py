@@ -10,6 +10,7 @@ import ipaddress
 import json
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,7 @@ LAST_BACKOFF_S = 5.0
 KEEPALIVE_MS = 30_000
 CALL_LIMIT_TEXT = "oncurrent RPC limit"
 """How gRPC refuses a call for which a server has no thread, before the server can say that it is only busy."""
+DEFAULT_PORT = 50051
 
 _OPTIONS: Sequence[tuple[str, int | str]] = (
     ("grpc.max_receive_message_length", 64 << 20),
@@ -112,12 +114,16 @@ class Connection:
     ) -> None:
         if not address.strip():
             raise InvalidOptionError("expected an address such as 'localhost:50051', got an empty one", field="address")
+        address = _with_port(address.strip())
+        if address.startswith("https://"):
+            address, tls = address.removeprefix("https://"), tls or (None, None, None)
         if token and not (token.isascii() and token.isprintable() and " " not in token):
             raise AuthenticationError("expected a token of printable ASCII characters without blanks")
         if token and tls is None and not _is_loopback(address):
             raise AuthenticationError(
                 f"the token would be sent to {address} in plain text; use TLS (tls=True), or a server on this machine"
             )
+        self._is_closed = False
         self.address = address
         self.metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._tls = tls
@@ -132,7 +138,8 @@ class Connection:
         self._pid = 0
 
     def close(self) -> None:
-        """Closes the channel; the next call would open a new one."""
+        """Closes the channel for good."""
+        self._is_closed = True
         with self._lock:
             channel, self._channel = self._channel, None
             if channel is not None and self._pid == os.getpid():
@@ -158,6 +165,8 @@ class Connection:
         Raises:
             GhnClientError: The last attempt's cause, as one of ours.
         """
+        if self._is_closed:
+            raise InvalidOptionError("this client is closed; make another one, or use it within its `with` block")
         if not timeout_s > 0:
             raise InvalidOptionError(f"expected a timeout of more than 0 seconds, got {timeout_s}", field="timeout_s")
         end = time.monotonic() + timeout_s
@@ -189,6 +198,14 @@ class Connection:
                 else:
                     self._channel = grpc.secure_channel(self.address, _credentials(self._tls), options=self._options)
             return self._channel
+
+
+def _with_port(address: str) -> str:
+    """``address`` without ``http://``, and with our port where it is the bare name or number of a host."""
+    scheme = "https://" if address.startswith("https://") else ""
+    host = address.removeprefix(scheme).removeprefix("http://").rstrip("/" if "://" in address else "")
+    is_name = ":" not in host and "/" not in host and "," not in host
+    return scheme + (f"{host}:{DEFAULT_PORT}" if is_name or re.fullmatch(r"\[[0-9a-fA-F:]+\]", host) else host)
 
 
 def _is_loopback(address: str) -> bool:

@@ -36,7 +36,7 @@ def start_embedded_server(checkpoint: str | Path | None = None) -> Any:
     except ModuleNotFoundError as error:
         raise EmbeddedServerError(
             f"a server inside this process needs the package ghn-service ({error.name!r} is missing): "
-            "pip install ghn-service, or give the address of a server"
+            "install the whole project (`pip install .` in its folder), or give the address of a server"
         ) from error
     flags = {"host": "127.0.0.1", "port": 0, "device": ("auto",), "reflection": False, "drain_seconds": 0.0}
     flags |= {"max_peer_share": 1.0}  # this process is the only one that asks

@@ -36,7 +36,7 @@ def sliced_linear(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if torch.is_grad_enabled() or weight.is_contiguous():
         return torch.unflatten(functional.linear(features, weight.flatten(0, -2), bias.flatten()), -1, bias.shape)
     if weight[0].numel() >= MIN_DIRECT_ELEMENTS and weight[0].is_contiguous():
-        return _product_by_rows(features, weight.flatten(1, -2), bias.flatten(1)).unflatten(-1, bias.shape[1:])
+        return torch.unflatten(_product_by_rows(features, weight.flatten(1, -2), bias.flatten(1)), -1, bias.shape[1:])
     out = features.new_empty(*features.shape[:-1], *bias.shape)
     axis = features.dim() - 1
     rows = max(1, MAX_COPIED_ELEMENTS // weight[0].numel())

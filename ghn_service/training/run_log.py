@@ -26,7 +26,7 @@ class RunLog:
         try:
             from torch.utils.tensorboard import SummaryWriter  # imported here: it takes a second
         except ImportError as error:
-            raise TrainingError("training needs the package tensorboard: pip install 'ghn-service[train]'") from error
+            raise TrainingError("training needs the package tensorboard: pip install tensorboard") from error
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / LOG_FILE).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"))

@@ -7,6 +7,7 @@ trained with.
 from __future__ import annotations
 
 import copy
+import difflib
 import hashlib
 import json
 import tomllib
@@ -287,7 +288,23 @@ def load_settings(
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = _names(kind)
+            near = difflib.get_close_matches(name, known, n=3) or known
+            raise InvalidOptionError(
+                f"there is no setting {name!r}; known are {', '.join(near)}", field=name
+            ) from error
         raise InvalidOptionError(f"{name}: {first['msg']}; got {first['input']!r}", field=name) from error
+
+
+def _names(kind: type[pydantic.BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of all settings."""
+    names: list[str] = []
+    for name, field in kind.model_fields.items():
+        inner = field.annotation
+        is_section = isinstance(inner, type) and issubclass(inner, pydantic.BaseModel)
+        names += _names(inner, f"{prefix}{name}.") if is_section else [prefix + name]  # type: ignore[arg-type]
+    return names
 
 
 def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:

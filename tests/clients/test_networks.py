@@ -12,9 +12,15 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from ghn_client import Prediction, export_architecture
+from ghn_client import GHNClient, Prediction, export_architecture
 from ghn_client.cli.app import app
-from ghn_client.errors import GhnClientError, InvalidArchitectureError, InvalidOptionError, MissingExtraError
+from ghn_client.errors import (
+    ExportError,
+    GhnClientError,
+    InvalidArchitectureError,
+    InvalidOptionError,
+    MissingExtraError,
+)
 from ghn_client.networks import file_stem, find_network, image_example
 from tests.zoo_support import import_timm
 
@@ -169,3 +175,44 @@ def test_failures_of_commands_are_json(name: str) -> None:
     result = CliRunner().invoke(app, ["predict", name, "--json"])
     assert result.exit_code in {kind.exit_code for kind in (GhnClientError, InvalidOptionError)}
     assert json.loads(result.stdout)["error"]["message"]
+
+
+@pytest.mark.parametrize("arguments", [["--seed", "much"], ["--no-such-option"], ["--dtype", "float8"]])
+def test_command_lines_without_sense_are_json_too(arguments: list[str]) -> None:
+    result = CliRunner().invoke(app, ["predict", "model.onnx", "--json", *arguments])
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["error"]["exit_code"] == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("gpu-server", "gpu-server:50051"),
+        ("http://gpu-server:1", "gpu-server:1"),
+        ("https://gpu-server/", "gpu-server:50051"),
+        ("[::1]", "[::1]:50051"),
+        ("10.0.0.1:7", "10.0.0.1:7"),
+        ("unix:/tmp/socket", "unix:/tmp/socket"),
+        ("dns:///gpu-server:1", "dns:///gpu-server:1"),
+    ],
+)
+def test_addresses_are_understood(given: str, meant: str) -> None:
+    assert GHNClient(given).address == meant
+
+
+def test_a_closed_client_says_so() -> None:
+    client = GHNClient("localhost:1")
+    client.close()
+    with pytest.raises(InvalidOptionError):
+        client.models()
+
+
+def test_decoders_are_told_to_leave_their_cache() -> None:
+    class Decoder(nn.Module):
+        config = type("Config", (), {"use_cache": True})()
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            raise ValueError(tokens.tolist())
+
+    with pytest.raises(ExportError, match="use_cache"):
+        export_architecture(Decoder(), torch.zeros(1, 3))

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from ghn_client.cli.app import app
 from ghn_client.errors import InvalidOptionError
 from ghn_client.finetune.delta import load_delta, read_delta
-from ghn_client.finetune.images import load_images
+from ghn_client.finetune.images import ImageBatches, load_images
 from ghn_client.onnx.export import export_architecture
 from tests.finetune.networks import ResidualNetwork
 from tests.finetune.test_onnx_module import filled
@@ -124,6 +124,66 @@ def test_onnx_files_of_other_inputs_are_refused(tmp_path, images):
         assert result.exit_code not in (0, 70)
     result = run("finetune", FACTORY, "--data", images, "--own-start", "--model-out", tmp_path / "tuned.onnx")
     assert result.exit_code not in (0, 70)
+
+
+def test_a_file_without_norms_gets_them_and_keeps_its_function(tmp_path, images):
+    torch.manual_seed(0)
+    bare = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, bias=False), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3), torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 4),
+    )  # fmt: skip
+    onnx.save(filled(bare), tmp_path / "bare.onnx")
+    common = (tmp_path / "bare.onnx", "--data", images, "--own-start", "--epochs", 1, "-o", tmp_path / "d.safetensors")
+    refused = run("finetune", *common)
+    assert refused.exit_code == 4
+    assert "--option missing=insert" in refused.stderr
+    options = ("--option", "missing=insert", "--model-out", tmp_path / "tuned.onnx", "--json")
+    result = run("finetune", *common, *options)
+    assert result.exit_code == 0, result.output
+    _, held_out = load_images(images, image_size=8)
+    session = onnxruntime.InferenceSession(tmp_path / "tuned.onnx")
+    pixels = ImageBatches(held_out, batch_size=1, augment=False)
+    right = [
+        int(session.run(None, {session.get_inputs()[0].name: image.numpy()})[0].argmax()) == int(label)
+        for image, label in pixels
+    ]
+    assert np.mean(right) == pytest.approx(json.loads(result.stdout)["accuracy"])
+
+
+def test_what_cannot_be_tuned_is_refused_before_anything_is_predicted(tmp_path, images):
+    nobody = ("--address", "localhost:1", "--image-size", 8)
+    (tmp_path / "small.py").write_text(
+        "import torch\ndef make():\n    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), "
+        "torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 2))\n"
+    )
+    for arguments in (
+        (FACTORY, "--data", tmp_path / "no-images"),
+        (FACTORY, "--data", images, "--strategy", "magic"),
+        (FACTORY, "--data", images, "--option", "colour=red"),
+        (f"{tmp_path / 'small.py'}:make", "--data", images),  # two outputs for four classes
+    ):
+        assert run("finetune", *arguments, *nobody).exit_code in (1, 2)
+    assert run("finetune", FACTORY, "--data", images, *nobody, "--timeout", 1).exit_code in (5, 6)
+
+
+def test_an_interruption_keeps_the_best_finished_epoch(tmp_path, images, monkeypatch):
+    batches, passes = ImageBatches.__iter__, []
+
+    def interrupted(self):
+        passes.append(self)
+        if len(passes) > 4:  # training and validation of two epochs
+            raise KeyboardInterrupt
+        return batches(self)
+
+    monkeypatch.setattr(ImageBatches, "__iter__", interrupted)
+    delta = tmp_path / "delta.safetensors"
+    result = run(
+        "finetune", FACTORY, "--data", images, "--own-start", "--image-size", 8, "--epochs", 9, "--output", delta,
+        "--resume", tmp_path / "state",
+    )  # fmt: skip
+    assert result.exit_code == 130
+    assert "goes on from" in result.stderr
+    assert load_delta(ResidualNetwork(), delta).strategy == "norm_only"
 
 
 @pytest.mark.parametrize(

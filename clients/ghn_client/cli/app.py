@@ -14,6 +14,7 @@ from typer import Option
 
 from ghn_client import __version__
 from ghn_client.cli.options import (
+    Commands,
     Dtype,
     ElementType,
     Head,
@@ -38,6 +39,7 @@ STREAM = "-"
 """In the place of a file: stdin for the network, stdout for its weights."""
 
 app = typer.Typer(
+    cls=Commands,
     help="Predicts starting weights of neural networks from their architecture alone.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -124,8 +126,8 @@ def predict(
     targets.check(Path(network), weights)
     architecture = sys.stdin.buffer.read() if network == STREAM else find_network(network)
     example = None if isinstance(architecture, Path | bytes) else image_example(architecture, image_size)
-    start = time.perf_counter()
     with server.connect() as client, tables.shown_progress() as on_progress:
+        start = time.perf_counter()  # a server inside this process has started by now
         prediction = client.predict(
             architecture,
             example,

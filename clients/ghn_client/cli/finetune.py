@@ -14,16 +14,17 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ghn_client.atomic_file import write_file
-from ghn_client.batchnorm import UPDATE, recalibrate_batchnorm, travelling_statistics
+from ghn_client.batchnorm import UPDATE, evaluation_mode, recalibrate_batchnorm, travelling_statistics
 from ghn_client.cli.options import Server, Tuning, messages
-from ghn_client.errors import InvalidOptionError
+from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.delta import save_delta
 from ghn_client.finetune.fit import EpochReport, FitSettings, fit
 from ghn_client.finetune.handle import FineTuneHandle
 from ghn_client.finetune.images import ImageBatches, load_images
+from ghn_client.finetune.matrix_layers import norm_layers
 from ghn_client.finetune.planner import Plan, facts_of_module
 from ghn_client.finetune.planner import plan as make_plan
-from ghn_client.finetune.strategies import prepare
+from ghn_client.finetune.strategies import prepare, strategy_of
 from ghn_client.networks import DEFAULT_IMAGE_SIZE, find_network, image_example
 from ghn_client.onnx.edit import OnnxModel, read_model, write_model
 from ghn_client.onnx.export import read_source
@@ -53,29 +54,54 @@ def tune(model: str, server: Server, tuning: Tuning) -> tuple[dict[str, Any], st
     if tuning.weights is not None and tuning.own_start:
         raise InvalidOptionError("--weights and --own-start ask for different starts; give one")
     torch.manual_seed(tuning.seed)
-    start = _start(model, server, tuning)
-    if tuning.model_out is not None and tuning.model_out.suffix == ".onnx" and start.to_onnx is None:
+    network = find_network(model)
+    if tuning.model_out is not None and tuning.model_out.suffix == ".onnx" and not isinstance(network, Path):
         raise InvalidOptionError("--model-out can be an ONNX file only where the network was given as one")
+    strategy_of(tuning.strategy, _strategy_options(tuning, samples=1))
+    size, outputs = _size_and_outputs(network, tuning)
+    training, held_out = load_images(tuning.data, image_size=size, limit=tuning.limit)
+    if outputs and training.num_classes > outputs:
+        raise InvalidOptionError(
+            f"expected a network with at least {training.num_classes} outputs, one for each class of {tuning.data}, "
+            f"got one with {outputs}"
+        )
+    start = _start(network, server, tuning)
 
     def show(epoch: EpochReport) -> None:
         accuracy = "" if epoch.accuracy is None else f", accuracy {epoch.accuracy:.2%}"
         messages().print(f"epoch {epoch.epoch}: loss {epoch.train_loss:.4f}{accuracy} ({epoch.seconds:.1f} s)")
 
-    training, held_out = load_images(tuning.data, image_size=start.image_size, limit=tuning.limit)
     batches = ImageBatches(training, batch_size=tuning.batch_size, augment=True, seed=tuning.seed)
     if start.request is not None:
         recalibrate_batchnorm(start.network, batches, num_batches=CALIBRATION_BATCHES)
-    handle = prepare(start.network, tuning.strategy, **_strategy_options(tuning, len(training.labels)))
+    try:
+        handle = prepare(start.network, tuning.strategy, **_strategy_options(tuning, len(training.labels)))
+    except UnsupportedModuleError as error:
+        if tuning.strategy.replace("_", "-") != "norm-only" or norm_layers(start.network):
+            raise
+        raise UnsupportedModuleError(
+            f"{error}. A file that torch.onnx.export wrote has lost its BatchNorm unless it was exported with "
+            "training=TrainingMode.TRAINING and do_constant_folding=False (`ghn_client.export_architecture` keeps it); "
+            "to tune this network, insert norm layers: --option missing=insert"
+        ) from error
     messages().print(repr(handle))
-    report = fit(
-        handle,
-        batches,
-        settings=FitSettings(epochs=tuning.epochs, learning_rate=tuning.learning_rate, patience=tuning.patience),
-        validation=ImageBatches(held_out, batch_size=tuning.batch_size, augment=False),
-        device=tuning.device,
-        checkpoint=tuning.resume,
-        on_epoch=show,
-    )
+    try:
+        report = fit(
+            handle,
+            batches,
+            settings=FitSettings(epochs=tuning.epochs, learning_rate=tuning.learning_rate, patience=tuning.patience),
+            validation=ImageBatches(held_out, batch_size=tuning.batch_size, augment=False),
+            device=tuning.device,
+            checkpoint=tuning.resume,
+            on_epoch=show,
+        )
+    except KeyboardInterrupt:
+        save_delta(handle, tuning.output, request=start.request if _is_complete(handle) else None)
+        again = (
+            f"the same command goes on from {tuning.resume}" if tuning.resume else "with --resume FILE it could go on"
+        )
+        messages().print(f"{tuning.output} has the best of the epochs that were finished; {again}")
+        raise
     size = save_delta(handle, tuning.output, request=start.request if _is_complete(handle) else None)
     if tuning.model_out is not None and tuning.model_out.suffix == ".onnx":
         assert start.to_onnx is not None
@@ -127,15 +153,45 @@ class _Start(NamedTuple):
 
     network: nn.Module
     request: dict[str, Any] | None
-    image_size: int
     to_onnx: Callable[[nn.Module], OnnxModel] | None = None
 
 
-def _start(model: str, server: Server, tuning: Tuning) -> _Start:
-    """The network that ``model`` names, with the weights to start from."""
-    path = find_network(model)
+def _size_and_outputs(network: nn.Module | Path, tuning: Tuning) -> tuple[int, int]:
+    """Pixels per side that the network takes, and the logits that it returns; 0 where a file does not say."""
+    if isinstance(network, Path):
+        model = read_model(network)
+        sizes = [axis.dim_value for axis in model.graph.output[0].type.tensor_type.shape.dim]
+        return _image_shape(model, tuning.image_size)[-1], sizes[1] if len(sizes) == 2 else 0
+    image = _image_of(network, tuning)
+    place = next(network.parameters()).device
+    try:
+        with torch.no_grad(), evaluation_mode(network):
+            logits: Any = network(torch.zeros(image.shape, device=place))
+    except Exception as error:  # whatever a foreign forward raises
+        raise InvalidOptionError(
+            f"{type(network).__name__} cannot be called with images {tuple(image.shape)} (--image-size): {error}"
+        ) from error
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
+        found = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise InvalidOptionError(f"expected a network that returns logits (B, classes), got {found}")
+    return image.shape[-1], logits.shape[1]
+
+
+def _image_of(network: nn.Module, tuning: Tuning) -> torch.Tensor:
+    example = image_example(network, tuning.image_size)
+    image = example if isinstance(example, torch.Tensor) else next(iter(tree_leaves(example)), None)
+    if not isinstance(image, torch.Tensor) or image.dim() != 4:
+        raise InvalidOptionError(f"expected a network of images (B, C, S, S), {type(network).__name__} declares others")
+    return image
+
+
+def _start(path: nn.Module | Path, server: Server, tuning: Tuning) -> _Start:
+    """The network with the weights to start from."""
     if isinstance(path, nn.Module):
-        return _start_module(path, server, tuning)
+        prediction, request = _predict(path, image_example(path, tuning.image_size), server, tuning)
+        if prediction is not None:
+            messages().print(str(prediction.load_into(path)))
+        return _Start(path, request)
     (prediction, request), parameters = _predict(path, None, server, tuning), None
     if prediction is None:
         filled = read_model(path)
@@ -146,19 +202,7 @@ def _start(model: str, server: Server, tuning: Tuning) -> _Start:
     shape = _image_shape(filled, tuning.image_size)
     example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     network = module_from_onnx(filled, example, parameters=parameters)
-    return _Start(network, request, shape[-1], lambda tuned: to_onnx(tuned, network, filled))
-
-
-def _start_module(network: nn.Module, server: Server, tuning: Tuning) -> _Start:
-    """A network of the user's own code or of timm."""
-    example = image_example(network, tuning.image_size)
-    image = example if isinstance(example, torch.Tensor) else next(iter(tree_leaves(example)), None)
-    if not isinstance(image, torch.Tensor) or image.dim() != 4:
-        raise InvalidOptionError(f"expected a network of images (B, C, S, S), {type(network).__name__} declares others")
-    prediction, request = _predict(network, example, server, tuning)
-    if prediction is not None:
-        messages().print(str(prediction.load_into(network)))
-    return _Start(network, request, image.shape[-1])
+    return _Start(network, request, lambda tuned: to_onnx(tuned, network, filled))
 
 
 def _image_shape(model: OnnxModel, wanted: int | None) -> tuple[int, ...]:

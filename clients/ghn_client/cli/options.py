@@ -23,6 +23,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from typer import Option
+from typer.core import TyperGroup
 
 from ghn_client.errors import AuthenticationError, GhnClientError, InvalidOptionError
 
@@ -242,6 +243,26 @@ def command(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., N
     return register
 
 
+class Commands(TyperGroup):
+    """A command line that makes no sense says so in JSON, too, where JSON was asked for."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command that was named."""
+        given = [*getattr(ctx, "_protected_args", ()), *ctx.args]
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            explain = getattr(error, "format_message", None)  # click's own errors have it
+            if explain is not None and "--json" in given:
+                _print_failure("InvalidOptionError", InvalidOptionError.exit_code, explain())
+            raise
+
+
+def _print_failure(kind: str, exit_code: int, message: str, *, field: str = "", request_id: str = "") -> None:
+    fields = {"message": message, "field": field, "request_id": request_id}
+    print_json({"error": {"kind": kind, "exit_code": exit_code, **fields}})
+
+
 @contextlib.contextmanager
 def ending_well(*, as_json: bool = False) -> Iterator[None]:
     """Ends the command with the exit code of whatever the body raises, and one line, or JSON, that says why."""
@@ -252,8 +273,8 @@ def ending_well(*, as_json: bool = False) -> Iterator[None]:
         where = f" (request {error.request_id})" if error.request_id else ""
         messages().print(f"[bold red]error:[/bold red] {escape(str(error))}{where}")
         if as_json:
-            fields = {"message": str(error), "field": error.field, "request_id": error.request_id}
-            print_json({"error": {"kind": type(error).__name__, "exit_code": error.exit_code, **fields}})
+            name, code = type(error).__name__, error.exit_code
+            _print_failure(name, code, str(error), field=error.field, request_id=error.request_id)
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as error:
         messages().print("interrupted")

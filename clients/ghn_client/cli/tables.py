@@ -20,7 +20,7 @@ from ghn_client.info import Analysis, LowRankLayer, ModelInfo, SourceInfo, Trans
 from ghn_client.prediction import Prediction
 from ghn_client.wire.codec import Progress as Event
 
-MAX_ROWS = 80
+MAX_ROWS = 16
 """Layers that are shown unless all are asked for."""
 
 PIPE_WIDTH = 160

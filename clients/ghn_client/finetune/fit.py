@@ -83,7 +83,7 @@ def fit(
     checkpoint: str | Path | None = None,
     on_epoch: Callable[[EpochReport], object] | None = None,
 ) -> FitReport:
-    """Trains what ``handle`` tunes; the module ends in eval mode with its best values.
+    """Trains what ``handle`` tunes; the module ends in eval mode with its best values, also after an interruption.
 
     Args:
         handle: Of any strategy.
@@ -103,14 +103,16 @@ def fit(
     run = _Run(handle, settings, place)
     if checkpoint is not None and Path(checkpoint).exists():
         run.resume(Path(checkpoint))
-    while len(run.reports) < settings.epochs and not run.out_of_patience:
-        run.epoch(batches, validation)
-        if checkpoint is not None:
-            run.save(Path(checkpoint))
-        if on_epoch is not None:
-            on_epoch(run.reports[-1])
-    run.write(run.best_state)
-    handle.module.eval()
+    try:
+        while len(run.reports) < settings.epochs and not run.out_of_patience:
+            run.epoch(batches, validation)
+            if checkpoint is not None:
+                run.save(Path(checkpoint))
+            if on_epoch is not None:
+                on_epoch(run.reports[-1])
+    finally:  # also where it is interrupted
+        run.write(run.best_state)
+        handle.module.eval()
     return FitReport(tuple(run.reports), run.best_epoch, run.out_of_patience)
 
 

@@ -38,7 +38,7 @@ SPLITS = {
     "test": ("test", "testing"),
 }
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".gif")
-EXTRA = "pip install 'ghn-client[images]', or 'ghn-service[train]' with the service"
+EXTRA = "pip install pillow pyarrow"
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,8 @@ linear layer, ``False``, or dotted paths.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -80,9 +81,22 @@ def prepare(module: nn.Module, strategy: str, **options: Any) -> FineTuneHandle:
     """Prepares ``module`` by the name of a strategy; hyphens and underscores mean the same.
 
     Raises:
-        InvalidOptionError: No strategy has this name.
+        InvalidOptionError: No strategy has this name, or it knows no such option.
     """
-    known = STRATEGIES.get(strategy.replace("-", "_"))
-    if known is None:
+    return strategy_of(strategy, options)(module, **options)
+
+
+def strategy_of(strategy: str, options: Iterable[str] = ()) -> Callable[..., FineTuneHandle]:
+    """The strategy of this name; hyphens and underscores mean the same.
+
+    Raises:
+        InvalidOptionError: No strategy has this name, or it knows no such option.
+    """
+    found = STRATEGIES.get(strategy.replace("-", "_"))
+    if found is None:
         raise InvalidOptionError(f"unknown strategy {strategy!r}; known ones are {', '.join(STRATEGIES)}")
-    return known(module, **options)
+    known = list(inspect.signature(found).parameters)[1:]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise InvalidOptionError(f"{strategy} has no option {unknown[0]!r}; it knows {', '.join(known)}")
+    return found

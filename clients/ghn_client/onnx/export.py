@@ -126,6 +126,8 @@ def _export(module: torch.nn.Module, example_inputs: Any) -> ModelSource:
     hint = "check that the example inputs fit: calling the module with them must work"
     if any(parameter.is_meta for parameter in module.parameters()):
         hint += "; a module with values (not on the meta device) can be exported in one more way"
+    if getattr(getattr(module, "config", None), "use_cache", False):
+        hint = "set config.use_cache = False, since caches of a decoder cannot be exported; " + hint
     raise ExportError(
         f"{type(module).__name__} could not be exported: {'; '.join(dict.fromkeys(map(_root_cause, failures)))}. "
         f"What to do: {hint}; data-dependent control flow cannot be exported; "

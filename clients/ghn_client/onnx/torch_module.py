@@ -211,7 +211,27 @@ def _with_values(module: nn.Module, names: Mapping[str, tuple[str, bool]], model
             )
         written[name] = value
         tensors[name].CopyFrom(tensor_proto(name, value, tensors[name].data_type))
+    for path in state.keys() - names.keys():  # biases that merged norm layers brought to layers without one
+        weight = names.get(f"{path.removesuffix('bias')}weight")
+        if path.endswith(".bias") and weight is not None:
+            _add_bias(result.graph, weight[0], state[path])
+    _sort_nodes(result.graph)
     return result
+
+
+def _add_bias(graph: onnx.GraphProto, weight: str, value: torch.Tensor) -> None:
+    """Gives the operator that reads ``weight`` a bias (channels)."""
+    reader = next(node for node in graph.node if weight in node.input)
+    while reader.op_type == "Transpose":
+        reader = next(node for node in graph.node if reader.output[0] in node.input)
+    bias = tensor_proto(f"{weight}.inserted_bias", value)
+    graph.initializer.append(bias)
+    if reader.op_type in ("Conv", "ConvTranspose", "Gemm"):
+        reader.input.append(bias.name)
+        return
+    result, product = reader.output[0], f"{reader.output[0]}.without_bias"
+    reader.output[0] = product
+    graph.node.append(onnx.helper.make_node("Add", [product, bias.name], [result], name=f"{bias.name}.add"))
 
 
 def merge_onnx(
