@@ -26,7 +26,7 @@ from ghn_client.finetune.planner import Plan, facts_of_module
 from ghn_client.finetune.planner import plan as make_plan
 from ghn_client.finetune.strategies import prepare, strategy_of
 from ghn_client.networks import DEFAULT_IMAGE_SIZE, find_network, image_example
-from ghn_client.onnx.edit import OnnxModel, read_model, write_model
+from ghn_client.onnx.edit import OnnxModel, parse_onnx, read_model, write_model
 from ghn_client.onnx.export import read_source
 from ghn_client.onnx.facts import facts_of_onnx
 from ghn_client.onnx.fill import fill_model
@@ -103,6 +103,7 @@ def tune(model: str, server: Server, tuning: Tuning) -> tuple[dict[str, Any], st
         messages().print(f"{tuning.output} has the best of the epochs that were finished; {again}")
         raise
     size = save_delta(handle, tuning.output, request=start.request if _is_complete(handle) else None)
+    trainable, total = handle.num_trainable, handle.num_total  # merging takes inserted layers off
     if tuning.model_out is not None and tuning.model_out.suffix == ".onnx":
         assert start.to_onnx is not None
         write_model(start.to_onnx(handle.merge()), tuning.model_out)
@@ -111,8 +112,8 @@ def tune(model: str, server: Server, tuning: Tuning) -> tuple[dict[str, Any], st
         write_file(tuning.model_out, save(values))
     document = {
         "strategy": handle.strategy,
-        "trainable": handle.num_trainable,
-        "total": handle.num_total,
+        "trainable": trainable,
+        "total": total,
         "accuracy": report.accuracy,
         "best_epoch": report.best_epoch,
         "epochs": len(report.epochs),
@@ -121,7 +122,7 @@ def tune(model: str, server: Server, tuning: Tuning) -> tuple[dict[str, Any], st
         "request": start.request,
     }
     accuracy = "" if report.accuracy is None else f", accuracy {report.accuracy:.2%} (epoch {report.best_epoch})"
-    tuned = f"{handle.num_trainable:,} of {handle.num_total:,} parameters tuned{accuracy}"
+    tuned = f"{trainable:,} of {total:,} parameters tuned{accuracy}"
     return document, f"{tuned}; {tuning.output} has {size:,} bytes"
 
 
@@ -159,7 +160,8 @@ class _Start(NamedTuple):
 def _size_and_outputs(network: nn.Module | Path, tuning: Tuning) -> tuple[int, int]:
     """Pixels per side that the network takes, and the logits that it returns; 0 where a file does not say."""
     if isinstance(network, Path):
-        model = read_model(network)
+        model = parse_onnx(network.read_bytes())
+        del model.graph.input[1:]  # where weights are missing, they are inputs
         sizes = [axis.dim_value for axis in model.graph.output[0].type.tensor_type.shape.dim]
         return _image_shape(model, tuning.image_size)[-1], sizes[1] if len(sizes) == 2 else 0
     image = _image_of(network, tuning)
