@@ -252,10 +252,11 @@ def _plan(target: Network, given: Network, head: Head) -> TransferPlan:
     relations.gains = gains(*scales, relations.of)
     untied = _feed_tables(target, steps, relations)
     is_reset = head == "reset" or [dim.size for dim in classes] != [dim.size for dim in known]
+    stem = [leaf for axis in (target.values[target.input].axes or ())[1:2] for leaf in axis.leaves()]
     kept: list[_Step] = []
     origins: dict[str, Origin] = {}
     for step in steps:
-        reason = _refusal(step, relations, classes if is_reset else [])
+        reason = _refusal(step, relations, classes if is_reset else [], stem)
         if reason:
             reasons[step.target.name] = reason
         else:
@@ -379,7 +380,7 @@ def _class_layer_input(network: Network, classes: list[Dim]) -> str:
     return ""
 
 
-def _refusal(step: _Step, relations: Relations, classes: list[Dim]) -> str:
+def _refusal(step: _Step, relations: Relations, classes: list[Dim], stem: list[Dim]) -> str:
     """Why a tensor cannot be mapped; "" if it can."""
     mine, source = step.target, step.source
     if any(leaf in classes for axis in mine.axes for leaf in axis.leaves()):
@@ -403,7 +404,7 @@ def _refusal(step: _Step, relations: Relations, classes: list[Dim]) -> str:
             other = relations.of.get(leaf)
             if other is None or leaf.is_position:
                 continue
-            is_stem = step.layers[0].kind == "conv" and position == 1 and leaf.is_pinned and a.root() is leaf
+            is_stem = step.layers[0].kind == "conv" and position == 1 and leaf in stem and a.root() is leaf
             if kind_of_map(leaf, other) == "blocked" and not is_rows and not is_stem:
                 return f"{other.size} channels of axis {position} became {leaf.size} where they must not change"
     return ""

@@ -1,0 +1,158 @@
+import contextlib
+import io
+import warnings
+
+import onnx
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+from torch import nn
+
+from ghn_client.onnx.export import export_architecture
+from ghn_client.outputs import largest_relative_difference
+from ghn_service.errors import GhnServiceError, SourceError
+from ghn_service.transfer.axes import Dim, concatenation, product, reshaped, unify
+from ghn_service.transfer.source import Source
+from ghn_service.transfer.transfer import plan_transfer, transfer_weights
+from tests.transfer.pairs import Residual, make_source, randomise, transfer_between
+
+EXAMPLE = torch.zeros(1, 3, 16, 16)
+FEW = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+
+def by_script(module, example):
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module.eval(), (example,), file, dynamo=False)
+    return file.getvalue()
+
+
+@FEW
+@given(data=st.data())
+def test_wider_deeper_networks_contain_narrower_shallower_ones(data):
+    widths = data.draw(st.tuples(st.integers(4, 10), st.integers(4, 10)))
+    depths = data.draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
+    more = [width + data.draw(st.integers(0, 12)) for width in widths]
+    deeper = [depth + data.draw(st.integers(0, 2)) for depth in depths]
+    source = randomise(Residual(widths, depths), EXAMPLE, seed=1)
+    target = randomise(Residual(tuple(more), tuple(deeper)), EXAMPLE, seed=2)
+    result = transfer_between(source, target, EXAMPLE)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert largest_relative_difference(source(images), target(images)) <= 1e-4
+    assert result.is_exact
+
+
+def test_files_with_folded_norms_of_the_older_exporter():
+    source = randomise(Residual((8, 12), (1, 1)), EXAMPLE, seed=0)
+    target = randomise(Residual((12, 20), (2, 1)), EXAMPLE, seed=1)  # equal tensors would be merged in the file
+    given, wanted = by_script(source, EXAMPLE), by_script(target, EXAMPLE)
+    model = onnx.load_from_string(given)
+    tensors = {item.name: torch.from_numpy(onnx.numpy_helper.to_array(item).copy()) for item in model.graph.initializer}
+    result = transfer_weights(Source("file", given, tensors), wanted)
+    assert result.is_exact
+    filled = onnx.load_from_string(wanted)
+    for item in filled.graph.initializer:
+        if item.name in result.tensors:
+            item.CopyFrom(onnx.numpy_helper.from_array(result.tensors[item.name].numpy(), item.name))
+    images = torch.randn(1, 3, 16, 16)
+    runtime = pytest.importorskip("onnxruntime")
+    outputs = [
+        torch.from_numpy(
+            runtime.InferenceSession(m.SerializeToString()).run(None, {m.graph.input[0].name: images.numpy()})[0]
+        )
+        for m in (model, filled)
+    ]
+    assert largest_relative_difference(*outputs) <= 1e-4
+
+
+def test_what_is_not_understood_is_not_mapped():
+    """An unknown operator between two layers: neither side's channels may change there."""
+
+    def model(width):
+        nodes = [
+            helper.make_node("Conv", ["x", "a"], ["h"]),
+            helper.make_node("Mystery", ["h"], ["g"], domain="unknown.example"),
+            helper.make_node("Conv", ["g", "b"], ["y"]),
+        ]
+        values = [helper.make_tensor_value_info("g", TensorProto.FLOAT, (1, width, 8, 8))]
+        weights = [
+            helper.make_tensor(name, TensorProto.FLOAT, shape, [0.0] * (shape[0] * shape[1]))
+            for name, shape in (("a", (width, 3, 1, 1)), ("b", (5, width, 1, 1)))
+        ]
+        inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 3, 8, 8))]
+        outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, (1, 5, 8, 8))]
+        graph = helper.make_graph(nodes, "g", inputs, outputs, weights, value_info=values)
+        opsets = [helper.make_opsetid("", 18), helper.make_opsetid("unknown.example", 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
+
+    tensors = {"a": torch.randn(4, 3, 1, 1), "b": torch.randn(5, 4, 1, 1)}
+    with pytest.raises(SourceError):
+        plan_transfer(Source("narrow", model(4), tensors), model(6))
+    same = transfer_weights(Source("same", model(4), tensors), model(4))
+    assert same.is_exact
+    assert torch.equal(same.tensors["a"], tensors["a"])
+
+
+def test_another_activation_is_not_called_exact():
+    source, target = (
+        nn.Sequential(nn.Conv2d(3, 8, 3), act, nn.Flatten(), nn.Linear(8 * 196, 5)) for act in (nn.ReLU(), nn.GELU())
+    )
+    plan = plan_transfer(make_source(source, EXAMPLE), export_architecture(target, EXAMPLE))
+    assert not plan.is_exact
+    assert set(plan.origins.values()) == {"exact"}
+
+
+def test_another_modality_is_refused():
+    source = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 11))
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(SourceError):
+        plan_transfer(make_source(source, tokens), export_architecture(Residual((8, 12), (1, 1)), EXAMPLE))
+
+
+def test_quantised_and_misshapen_weights_are_refused():
+    module = Residual((8, 12), (1, 1))
+    structure = export_architecture(module, EXAMPLE)
+    whole = {name: value for name, value in module.state_dict().items() if value.is_floating_point()}
+    for name, value in (("head.weight", torch.zeros(10, 12, dtype=torch.int8)), ("head.weight", torch.zeros(3, 12))):
+        with pytest.raises(SourceError):
+            plan_transfer(Source("odd", structure, {**whole, name: value}), structure)
+    with pytest.raises(SourceError):
+        plan_transfer(Source("partial", structure, {"head.weight": whole["head.weight"]}), structure)
+
+
+@FEW
+@given(data=st.data())
+def test_damaged_structures_raise_typed_errors_or_work(data):
+    module = Residual((4, 6), (1, 1))
+    structure = export_architecture(module, EXAMPLE)
+    model = onnx.load_from_string(structure)
+    for _ in range(data.draw(st.integers(1, 4))):
+        node = model.graph.node[data.draw(st.integers(0, len(model.graph.node) - 1))]
+        damage = data.draw(st.sampled_from(["operator", "attributes", "input", "integers"]))
+        if damage == "operator":
+            node.op_type = data.draw(st.sampled_from(["Reshape", "Split", "Gather", "MatMul", "Concat", "Pad", "Odd"]))
+        elif damage == "attributes":
+            del node.attribute[:]
+        elif damage == "input" and node.input:
+            del node.input[-1]
+        else:
+            for attribute in node.attribute:
+                if attribute.ints:
+                    attribute.ints[0] = data.draw(st.integers(-(2**62), 2**62))
+    with contextlib.suppress(GhnServiceError):
+        plan_transfer(make_source(module, EXAMPLE), model.SerializeToString())
+
+
+def test_groups_split_and_meet_as_their_uses_demand():
+    packed, heads = Dim(24), reshaped([Dim(24)], [3, 2, 4])
+    assert unify(packed, product(heads))
+    assert [leaf.size for leaf in packed.leaves()] == [3, 2, 4]
+    assert [leaf.root() for leaf in packed.leaves()] == [dim.root() for dim in heads]
+    joined, other = concatenation([Dim(4), Dim(6)]), Dim(10)
+    assert unify(joined, other)
+    assert [leaf.size for leaf in other.leaves()] == [4, 6]
+    assert not unify(concatenation([Dim(5), Dim(5)]), product([Dim(5), Dim(2)]))  # two structures that do not agree
