@@ -132,6 +132,7 @@ class GHNClient:
         self._connection.close()
         server, self._server = self._server, None
         if server is not None:
+            self._connection.is_over = True
             server.stop(0.0)
 
     def predict(

@@ -97,6 +97,7 @@ class Connection:
 
     Attributes:
         metadata: What goes with every call.
+        is_over: Whether the server was in this process and has stopped, so that no call makes sense any more.
 
     Raises:
         InvalidOptionError: The address is empty.
@@ -123,7 +124,7 @@ class Connection:
             raise AuthenticationError(
                 f"the token would be sent to {address} in plain text; use TLS (tls=True), or a server on this machine"
             )
-        self._is_closed = False
+        self.is_over = False
         self.address = address
         self.metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._tls = tls
@@ -138,8 +139,7 @@ class Connection:
         self._pid = 0
 
     def close(self) -> None:
-        """Closes the channel for good."""
-        self._is_closed = True
+        """Closes the channel; the next call would open a new one."""
         with self._lock:
             channel, self._channel = self._channel, None
             if channel is not None and self._pid == os.getpid():
@@ -165,8 +165,8 @@ class Connection:
         Raises:
             GhnClientError: The last attempt's cause, as one of ours.
         """
-        if self._is_closed:
-            raise InvalidOptionError("this client is closed; make another one, or use it within its `with` block")
+        if self.is_over:
+            raise InvalidOptionError("this client is closed, and its server with it; make another GHNClient.embedded()")
         if not timeout_s > 0:
             raise InvalidOptionError(f"expected a timeout of more than 0 seconds, got {timeout_s}", field="timeout_s")
         end = time.monotonic() + timeout_s
