@@ -19,7 +19,7 @@ from tests.server.certificates import Certificates
 EXAMPLES = Path(__file__).parents[2] / "clients" / "examples"
 SMALL = ["--images", "128", "--steps", "2"]
 LIBRARIES = {"hf_trainer": ("transformers", "accelerate"), "lightning_training": ("lightning",)}
-ELSEWHERE = {"common", "remote_server", "distributed"}
+ELSEWHERE = {"common", "remote_server", "distributed", "transfer"}
 FIGURE = re.compile(r"\d+\.\d% from predicted weights, \d+\.\d% from the default initialisation")
 
 

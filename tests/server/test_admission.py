@@ -87,9 +87,10 @@ def test_idle_calls_leave_health_and_predictions_alone(tmp_path: Path, what: str
 
 
 def test_a_request_that_never_comes_gives_its_place_back(tmp_path: Path) -> None:
-    with fake_server(tmp_path, max_calls=1, send_idle_seconds=0.5) as server, connect(server) as stub:
+    with fake_server(tmp_path, max_calls=1, send_idle_seconds=3.0) as server, connect(server) as stub:
         with held(server, "predict", 1) as (call,):
-            wait_until(lambda: failure_code(stub.PredictWeights(predict_request(TINY))) is Code.RESOURCE_EXHAUSTED)
+            wait_until(lambda: server.gate.places["prediction"].used == 1)
+            assert failure_code(stub.PredictWeights(predict_request(TINY))) is Code.RESOURCE_EXHAUSTED
             wait_until(lambda: not call.is_active())
         assert receive_file(stub.PredictWeights(predict_request(TINY), timeout=PATIENCE_S))
 
