@@ -191,7 +191,9 @@ def tracing_interceptor() -> grpc.ServerInterceptor:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ModuleNotFoundError as error:
-        raise ConfigurationError(f"--tracing needs {error.name}: pip install 'ghn-service[tracing]'") from error
+        raise ConfigurationError(
+            f"--tracing needs {error.name}: pip install '.[tracing]' in the project's folder"
+        ) from error
     provider = trace.get_tracer_provider()
     if not isinstance(provider, TracerProvider):  # else the program that embeds the server has chosen one
         provider = TracerProvider(resource=Resource.create({"service.name": "ghn-server", "service.version": VERSION}))

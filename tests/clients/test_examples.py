@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +38,19 @@ def test_an_example_ends_with_its_figure(
         public_library(library)
     monkeypatch.chdir(tmp_path)
     example(name).main(SMALL)
+    check_figure(capsys.readouterr().out)
+
+
+def test_the_notebook_runs_and_shows_the_page(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    cells = json.loads((EXAMPLES / "report_page.ipynb").read_text())["cells"]
+    names: dict[str, Any] = {}
+    for cell in (cell for cell in cells if cell["cell_type"] == "code"):
+        assert not cell["outputs"]
+        exec("".join(cell["source"]).replace("parse_args([])", f"parse_args({SMALL})"), names)
+    assert "<iframe" in names["report"]._repr_html_()
     check_figure(capsys.readouterr().out)
 
 
