@@ -16,8 +16,8 @@ from ghn_service.transfer.transfer import Head, TransferPlan, plan_transfer
 MINIMUM_SIMILARITY = 0.8
 """From this similarity on a source that is not contained is taken (TransferPlan.similarity).
 
-``python -m benchmarks.transfer threshold`` compares both on validation networks and images: below 0.6 the hypernetwork
-was ahead on every one.
+``python -m benchmarks.transfer threshold`` compares both on validation networks and images: from 0.8 on the source was
+ahead on every one, below 0.6 the hypernetwork.
 """
 
 
