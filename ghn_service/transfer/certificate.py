@@ -61,7 +61,8 @@ def find_differences(
     found = list(_broken_maps(target, alignment, relations))
     numbers: dict[object, int] = {}
     known = set(relations.of.values())
-    sizes = [[axis.size for axis in net.values[net.input].axes or ()] for net in (target, source)]
+    # examples at once belong to a file, not to its function
+    sizes = [[axis.size for axis in (net.values[net.input].axes or ())[1:]] for net in (target, source)]
     count_positions = sizes[0] == sizes[1]
 
     def of_source(leaf: Dim) -> object:
@@ -160,6 +161,7 @@ class _Numbering:
         self.bases: dict[str, tuple[int, object]] = {}
         self.made: list[tuple[OnnxNode, int]] = []
         self.layers: dict[int, Layer] = {layer.index: layer for layer in network.layers}
+        self.examples = {leaf for axis in (network.values[network.input].axes or ())[:1] for leaf in axis.leaves()}
 
     def number(self, key: object) -> int:
         return self.numbers.setdefault(key, len(self.numbers))
@@ -282,5 +284,6 @@ class _Numbering:
     def _axes(self, value: Value) -> object:
         if value.axes is None:
             return None
-        names = ([self.name_of(leaf) for leaf in axis.leaves()] for axis in value.axes)  # type: ignore[operator]
+        axes = ([leaf for leaf in axis.leaves() if leaf not in self.examples] for axis in value.axes)
+        names = ([self.name_of(leaf) for leaf in axis] for axis in axes)  # type: ignore[operator]
         return tuple(tuple(name for name in axis if name is not None) for axis in names)

@@ -59,6 +59,13 @@ def test_containment_does_not_depend_on_the_classes(name):
     assert not plan.contains_source
 
 
+@pytest.mark.parametrize(("examples", "size"), [(2, 32), (5, 32), (2, 48)])
+def test_how_many_examples_a_file_was_made_with_does_not_matter(examples, size):
+    source = load_source(BUNDLED_SOURCES / "small_resnet.safetensors")
+    structure = export_architecture(build_network("resnet32"), torch.zeros(examples, 3, size, size))
+    assert plan_transfer(source, structure).is_exact
+
+
 def test_the_library_is_small():
     assert sum(path.stat().st_size for path in BUNDLED) <= MOST_BYTES
 
