@@ -43,7 +43,7 @@ class Budget:
     Args:
         what: What it is an amount of, for messages.
         total: The most that is held at once.
-        peer_share: Fraction of it that one peer may hold; who holds nothing may take any part.
+        peer_share: Fraction of it that one peer may hold; who holds nothing else may take any part.
         make_room: Called with an amount that is missing; lets go of what nobody needs.
     """
 
@@ -66,16 +66,16 @@ class Budget:
             self._settle()
             return self._used
 
-    def hold(self, amount: int, peer: str) -> Holding:
-        """Takes a part, until it is released.
+    def hold(self, amount: int, peer: str, *, own: int = 0) -> Holding:
+        """Takes a part, until it is released; ``own`` is what the same request holds already.
 
         Raises:
             LimitExceededError: The whole budget would not do.
             OverloadedError: Too much is held now, by all or by this peer.
         """
-        if amount > self.total:
+        if own + amount > self.total:
             raise LimitExceededError(
-                f"this needs {amount:,} {self.what}, and this server has {self.total:,}; ask for less, such as "
+                f"this needs {own + amount:,} {self.what}, and this server has {self.total:,}; ask for less, such as "
                 "a part of the tensors or float16"
             )
         with self._lock:
@@ -86,7 +86,7 @@ class Budget:
         with self._lock:
             self._settle()
             held = self._by_peer[peer]
-            if peer != SERVER and held and held + amount > self.peer_share * self.total:
+            if peer != SERVER and held > own and held + amount > self.peer_share * self.total:
                 raise OverloadedError(
                     f"your calls hold {held:,} {self.what}, and {amount:,} more would be over the share of one peer; "
                     "try again when some of them have ended"
@@ -151,15 +151,22 @@ class Request:
         memory: Where it holds memory.
         peer: Who asks.
         deadline: ``time.monotonic()`` at which the answer is worthless.
+        message_bytes: Size of its message, which is memory for as long.
+
+    Raises:
+        LimitExceededError: The whole budget would not hold the message.
+        OverloadedError: Too much is held now.
     """
 
-    def __init__(self, memory: Budget, peer: str, deadline: float) -> None:
+    def __init__(self, memory: Budget, peer: str, deadline: float, message_bytes: int = 0) -> None:
         self.peer = peer
+        self.message_bytes = message_bytes
         self.deadline = deadline
         self.memory = memory
         self.on_cancel: Callable[[], None] = lambda: None
         self._cancelled = False
         self._holdings = ExitStack()
+        self._holdings.enter_context(memory.hold(message_bytes, peer))
 
     def __enter__(self) -> Request:
         return self
@@ -181,7 +188,7 @@ class Request:
 
     def hold(self, num_bytes: int) -> Holding:
         """Memory for this request, released with it or before; raises as ``Budget.hold`` does."""
-        return self._holdings.enter_context(self.memory.hold(num_bytes, self.peer))
+        return self._holdings.enter_context(self.memory.hold(num_bytes, self.peer, own=self.message_bytes))
 
 
 class Turns:

@@ -92,7 +92,7 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
         """Predicts every trainable tensor of an architecture; chunks are serialised already."""
         options = decode_options(request)
         model = self.models.get(request.model)
-        with self._admit(context) as admitted:
+        with self._admit(request, context) as admitted:
             start = time.monotonic()
             with self._prediction(admitted, request, model, options) as job:
                 seconds = {READING: time.monotonic() - start, "waiting": 0.0}
@@ -129,7 +129,7 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
         dtype = decode_dtype(request.dtype)
         low_rank = decode_low_rank(request.low_rank, with_curves=True) if request.HasField("low_rank") else None
         model = self.models.get(request.model)
-        with self._admit(context) as admitted:
+        with self._admit(request, context) as admitted:
             record = None
             if low_rank is not None:
                 options = PredictionOptions(low_rank=low_rank)
@@ -158,12 +158,16 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
         return encode_server_info(self.settings, self.models.devices, version=VERSION, uptime_s=uptime_s)
 
     @contextmanager
-    def _admit(self, context: grpc.ServicerContext) -> Iterator[Request]:
-        """A request until the client or the server gives it up."""
+    def _admit(
+        self,
+        request: ghn_pb2.PredictWeightsRequest | ghn_pb2.AnalyzeArchitectureRequest,
+        context: grpc.ServicerContext,
+    ) -> Iterator[Request]:
+        """A request until the client or the server gives it up; its message counts as memory for as long."""
         remaining_s = context.time_remaining()
         limit_s = self.settings.max_seconds
         deadline = time.monotonic() + (limit_s if remaining_s is None else min(limit_s, remaining_s))
-        with Request(self.memory, peer_identity(context), deadline) as admitted:
+        with Request(self.memory, peer_identity(context), deadline, request.ByteSize()) as admitted:
             if not context.add_callback(admitted.cancel):
                 admitted.cancel()  # the client has gone already
             yield admitted

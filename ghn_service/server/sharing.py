@@ -109,7 +109,7 @@ class SharedReplies:
             found = self._join(key, request)
             if found is not None:
                 return found
-            holding = self._memory.hold(num_bytes, request.peer)
+            holding = self._memory.hold(num_bytes, request.peer, own=request.message_bytes)
 
             def make_and_account(device_index: int, on_stage: StageCallback) -> Reply:
                 try:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
+import onnx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2_grpc
@@ -137,6 +138,22 @@ def test_reading_counts_as_memory(tmp_path: Path) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             stub.AnalyzeArchitecture(_analysis(TINY))
         assert caught.value.code() is Code.RESOURCE_EXHAUSTED
+
+
+def test_a_message_counts_as_memory_for_as_long_as_its_request_waits(tmp_path: Path) -> None:
+    padded = onnx.load_from_string(TINY)
+    padded.doc_string = "x" * (8 << 20)
+    used = []
+    for model in (TINY, padded.SerializeToString()):
+        gate = Gate()
+        with fake_server(tmp_path, FakePredictor(gate), cache_bytes=0) as server, connect(server) as stub:
+            running = stub.PredictWeights(predict_request(model))
+            assert gate.entered.wait(PATIENCE_S)
+            used.append(server.memory.used)
+            gate.opened.set()
+            assert receive_file(running)
+            wait_until(lambda: server.memory.used == 0)
+    assert used[1] - used[0] >= 8 << 20
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
