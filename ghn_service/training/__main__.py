@@ -150,7 +150,7 @@ def evaluate(
         bool, typer.Option("--baseline-only", help="Measure only the He side, which serves every checkpoint.")
     ] = False,
     workers: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
-    minutes: Annotated[float | None, typer.Option(help="Begin no measurement after this time.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="End after this time, with a report of what is known.")] = None,
     results: Annotated[
         Path | None, typer.Option(help="File of finished measurements, which are not repeated; in --out by default.")
     ] = None,

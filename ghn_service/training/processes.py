@@ -79,18 +79,22 @@ def _work(work: Callable[[Any, Task], Outcome], task: Task) -> Outcome:
 
 
 @contextmanager
-def on_stop_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Within this context SIGTERM and SIGINT call ``handle``; nothing happens outside the main thread.
+def on_stop_signals(handle: Callable[[int, FrameType | None], None], *, after_s: float | None = None) -> Iterator[None]:
+    """Within this context SIGTERM, SIGINT and the end of ``after_s`` seconds call ``handle``.
 
-    ``signal.default_int_handler`` makes both raise ``KeyboardInterrupt``.
+    ``signal.default_int_handler`` makes them raise ``KeyboardInterrupt``. Nothing happens outside the main thread.
     """
-    watched = (signal.SIGTERM, signal.SIGINT)
+    watched = (signal.SIGTERM, signal.SIGINT, *(() if after_s is None else (signal.SIGALRM,)))
     if threading.current_thread() is not threading.main_thread():  # whoever runs us handles signals
         yield
         return
     before = [signal.signal(number, handle) for number in watched]
     try:
+        if after_s is not None:
+            signal.setitimer(signal.ITIMER_REAL, max(after_s, 1e-6))
         yield
     finally:
+        if after_s is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in zip(watched, before, strict=True):
             signal.signal(number, handler)

@@ -51,6 +51,12 @@ def test_an_error_ends_the_other_processes():
         list(work_through(fail, [1, 2], start=prepare, workers=2))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_end_of_the_time_interrupts_what_runs(workers):
+    with pytest.raises(KeyboardInterrupt), on_stop_signals(signal.default_int_handler, after_s=1.0):
+        list(work_through(fail, [1, 1], start=prepare, workers=workers))
+
+
 def test_sigterm_interrupts():
     with pytest.raises(KeyboardInterrupt), on_stop_signals(signal.default_int_handler):
         terminate_this_process()

@@ -67,10 +67,13 @@ def test_accuracy_is_told_by_depth_and_width():
 
 
 def test_the_report_says_how_many_training_networks_were_passed_over():
-    evaluation = dataclasses.replace(example(), fine_tuned=(), pool_size=2500, in_training_pool={"test": 6})
+    evaluation = dataclasses.replace(
+        example(), fine_tuned=(), pool_size=2500, pool_known=2400, in_training_pool={"test": 6}
+    )
     text = markdown_report(evaluation)
     assert "2,500" in text
     assert "6 of test" in text
+    assert "2,400" in text  # as many could be compared
 
 
 def test_markdown_shows_each_split_and_network():

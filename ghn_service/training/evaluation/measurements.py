@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -177,7 +179,7 @@ def make_context(checkpoint: Path, data_folder: Path, settings: EvaluationSettin
 
 
 def select_networks(
-    context: Context, trained_on: frozenset[str]
+    context: Context, trained_on: Collection[str]
 ) -> tuple[dict[str, tuple[str, ...]], int, dict[str, int]]:
     """The first networks of each split that can be measured and whose digests training has not seen.
 
@@ -208,10 +210,12 @@ def select_networks(
     return names, skipped, in_pool
 
 
-def training_digests(pool: Pool, cache: Path | None) -> frozenset[str]:
+def training_digests(pool: Pool, cache: Path | None, deadline: float = math.inf) -> tuple[str, ...]:
     """Digests of the graphs that a checkpoint was trained on, from the cache as far as it has them.
 
-    About 20 ms of processor time per network; progress is kept, so an interruption costs a few seconds.
+    About 20 ms of processor time per network, so none is computed after ``deadline`` (``time.monotonic()``): fewer than
+    ``pool.size`` come back where time did not suffice. Progress is kept, so an interruption costs a few seconds. A
+    network that cannot be made has the digest "".
     """
     sizes = f"{pool.interface.num_classes}-{pool.interface.in_channels}-{pool.interface.image_size}"
     path = cache / f"graphs-{pool.split}-v{GENERATOR_VERSION}.{DIGEST_VERSION}-{sizes}.json" if cache else None
@@ -223,13 +227,13 @@ def training_digests(pool: Pool, cache: Path | None) -> frozenset[str]:
             logger.warning("ignoring a broken cache file %s: %s", path.name, error)
     if len(digests) < pool.size:
         logger.info("digests of the training networks: %d of %d are known", len(digests), pool.size)
-    for index in range(len(digests), pool.size):
-        candidate = find_candidate(pool, index)
+    while len(digests) < pool.size and time.monotonic() < deadline:
+        candidate = find_candidate(pool, len(digests))
         digests.append(candidate.graph().digest() if candidate else "")
         if path and (len(digests) % SAVE_EVERY == 0 or len(digests) == pool.size):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, json.dumps(digests))
-    return frozenset(digests[: pool.size]) - {""}
+    return tuple(digests[: pool.size])
 
 
 def measure(context: Context, task: tuple[Measurement, float | None]) -> Result:

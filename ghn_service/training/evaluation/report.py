@@ -20,6 +20,9 @@ def markdown_report(evaluation: Evaluation) -> str:
     parts = []
     if evaluation.finished < evaluation.jobs:
         parts.append(f"Stopped early: {evaluation.finished} of {evaluation.jobs} measurements are done.")
+        parts.append(f"Not measured: {', '.join(f'{count} {what}' for what, count in evaluation.missing.items())}.")
+    if not evaluation.jobs:
+        parts.append("Stopped before a network was chosen: nothing is measured.")
     if zero_shot:
         parts += _zero_shot_parts(evaluation)
     if references := [item for item in zero_shot if item.split == "reference"]:
@@ -186,7 +189,9 @@ def _left_out(evaluation: Evaluation) -> str:
             f"Networks of random splits whose graph is one of the {evaluation.pool_size:,} training networks were "
             f"passed over: {counts}; the next index took their place."
         )
-    else:
+        if evaluation.pool_known < evaluation.pool_size:
+            sentences.append(f"Time sufficed to compare with the first {evaluation.pool_known:,} of those alone.")
+    elif evaluation.jobs:
         sentences.append("The checkpoint does not name its training networks, so equal graphs were not passed over.")
     if evaluation.skipped:
         sentences.append(

@@ -7,8 +7,10 @@ so that an evaluation that was stopped goes on.
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -29,6 +31,7 @@ from ghn_service.training.evaluation.results import ResultsFile, ZeroShot
 from ghn_service.training.processes import on_stop_signals, work_through
 
 logger = logging.getLogger(__name__)
+KINDS = {"zero-shot": "zero-shot", "predicted": "fine-tuning from predictions", "he": "fine-tuning from He"}
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,10 @@ class Evaluation:
         seconds: Wall-clock time of this call.
         in_training_pool: Per split, networks left out because the hypernetwork was trained on the same graph.
         pool_size: Networks in the training pool; 0 where the checkpoint does not say, so that none is left out.
-        jobs: Measurements that the plan asks for.
+        pool_known: Those whose graphs were compared; fewer where time did not suffice for all.
+        jobs: Measurements that the plan asks for; 0 where the time ended before the networks were chosen.
         finished: Those that are known.
+        missing: Measurements that are not known, by kind and split.
     """
 
     settings: EvaluationSettings
@@ -52,8 +57,10 @@ class Evaluation:
     seconds: float
     in_training_pool: Mapping[str, int] = field(default_factory=dict)
     pool_size: int = 0
+    pool_known: int = 0
     jobs: int = 0
     finished: int = 0
+    missing: Mapping[str, int] = field(default_factory=dict)
 
 
 def evaluate(
@@ -68,31 +75,38 @@ def evaluate(
 ) -> Evaluation:
     """Measures a checkpoint on images with splits train and test.
 
-    SIGINT or SIGTERM ends it early with what is known by then; no measurement begins after ``minutes``. Those in the
-    file ``results`` are not repeated; it grows with this call. The folder ``cache`` keeps decoded images and digests
-    of training networks.
+    SIGINT, SIGTERM or the end of ``minutes`` cuts it short with what is known by then (outside the main thread a
+    measurement that runs is finished); half of the minutes go at most into digests of training networks. Results in
+    the file ``results`` are not measured again; it grows with this call. The folder ``cache`` keeps decoded images and
+    the digests.
 
     Raises:
         CheckpointError: The checkpoint cannot be read.
         DataError: The images or the results cannot be read, or the images have another number of classes.
     """
     started = time.monotonic()
+    budget_s = math.inf if minutes is None else 60.0 * minutes
     start = partial(make_context, checkpoint, data_folder, settings, cache)
-    context = start()
     known = ResultsFile(results)
-    names, skipped, in_pool = select_networks(context, training_digests(context.trained_on, cache))
-    zero_shot = [Measurement("zero-shot", split, name) for split, chosen in names.items() for name in chosen]
-    comparisons = _both_sides(settings, names.get("test", ()))
-    wanted = comparisons if settings.is_baseline_only else zero_shot + comparisons
-    deadline = None if minutes is None else started + 60.0 * minutes
+    context: Context | None = None
+    wanted: list[Measurement] = []
+    digests: tuple[str, ...] = ()
+    skipped, in_pool = 0, dict[str, int]()
     try:
-        with on_stop_signals(signal.default_int_handler):
+        with on_stop_signals(signal.default_int_handler, after_s=None if minutes is None else budget_s):
+            context = start()
+            digests = training_digests(context.trained_on, cache, started + budget_s / 2)
+            names, skipped, in_pool = select_networks(context, frozenset(digests))
+            zero_shot = [Measurement("zero-shot", split, name) for split, chosen in names.items() for name in chosen]
+            comparisons = _both_sides(settings, names.get("test", ()))
+            wanted = comparisons if settings.is_baseline_only else zero_shot + comparisons
             for is_first in (True, False):  # the other seeds use the learning rates that the first one chose
                 wave = [item for item in wanted if (item.seed == settings.seeds[0]) == is_first]
-                _measure(wave, context, known, start, workers, deadline)
+                _measure(wave, context, known, start, workers, started + budget_s)
     except KeyboardInterrupt:
         logger.warning("stopped; the same command with the same results file goes on from here")
-    found = {item: result for item in wanted if (result := known.get(context.key(item))) is not None}
+    keys = {} if context is None else {item: context.key(item) for item in wanted}
+    found = {item: result for item, key in keys.items() if (result := known.get(key)) is not None}
     pairs = [(item, curve, found.get(replace(item, kind="he"))) for item, curve in found.items()]
     return Evaluation(
         settings,
@@ -105,9 +119,11 @@ def evaluate(
         skipped,
         time.monotonic() - started,
         in_pool,
-        context.trained_on.size,
+        context.trained_on.size if context else 0,
+        len(digests),
         jobs=len(wanted),
         finished=len(found),
+        missing=dict(Counter(f"{KINDS[item.kind]} of {item.split}" for item in wanted if item not in found)),
     )
 
 
@@ -128,7 +144,7 @@ def _measure(
     known: ResultsFile,
     start: Callable[[], Context],
     workers: int,
-    deadline: float | None,
+    deadline: float,
 ) -> None:
     """Measures what is not known yet, with the learning rates that the first seed chose; without one where it must."""
     started, first = time.monotonic(), context.settings.seeds[0]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import signal
+import time
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from ghn_service.hypernetwork.ghn import GHNConfig, GraphHyperNetwork
 from ghn_service.training.evaluation import run as evaluate_module
 from ghn_service.training.evaluation.fine_tune import FineTuneSettings
 from ghn_service.training.evaluation.measurements import EvaluationSettings
+from ghn_service.training.evaluation.report import markdown_report
 from ghn_service.training.evaluation.run import evaluate
 from ghn_service.training.evaluation.zero_shot import KnownPredictions
 from ghn_service.training.networks import find_network
@@ -132,9 +135,39 @@ def test_an_interruption_keeps_what_is_done(tmp_path, files, monkeypatch):
     assert evaluate(*files, quick(), results=tmp_path / "measurements.jsonl").finished == 2
 
 
-def test_no_measurement_begins_after_the_time_limit(files):
-    evaluation = evaluate(*files, quick(), minutes=0.0)
-    assert (evaluation.finished, evaluation.jobs) == (0, 2)
+def end_the_time(*_):
+    """Rings the alarm of ``minutes`` now, and would never return without it."""
+    assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] < 3600
+    signal.setitimer(signal.ITIMER_REAL, 1e-6)
+    while True:
+        time.sleep(60)
+
+
+def test_a_running_measurement_is_cut_at_the_time_limit(files, monkeypatch):
+    measure = evaluate_module.measure
+    slow = lambda context, task: end_the_time() if task[0].kind == "he" else measure(context, task)  # noqa: E731
+    monkeypatch.setattr(evaluate_module, "measure", slow)
+    evaluation = evaluate(*files, PLAN, minutes=60)
+    assert (evaluation.finished, evaluation.jobs) == (3, 6)
+    assert evaluation.missing == {"fine-tuning from predictions of test": 1, "fine-tuning from He of test": 2}
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    assert all(what in markdown_report(evaluation) for what in evaluation.missing)
+
+
+@pytest.mark.parametrize("part", ["make_context", "training_digests", "select_networks"])
+def test_the_time_limit_holds_for_the_set_up_too(files, monkeypatch, part):
+    monkeypatch.setattr(evaluate_module, part, end_the_time)
+    evaluation = evaluate(*files, quick(), minutes=60)
+    assert (evaluation.finished, evaluation.jobs) == (0, 0)
+    assert "nothing is measured" in markdown_report(evaluation)
+
+
+def test_half_of_the_time_is_left_for_measurements(files, monkeypatch):
+    deadlines = []
+    monkeypatch.setattr(evaluate_module, "training_digests", lambda *given: deadlines.append(given[2]) or ())
+    before = time.monotonic()
+    assert evaluate(*files, quick(), minutes=60).finished == 2
+    assert before + 1800 <= deadlines[0] <= time.monotonic() + 1800
 
 
 def test_the_first_seed_chooses_the_rates_of_all(files):
@@ -151,11 +184,11 @@ def test_graphs_of_the_training_pool_are_passed_over(tmp_path, files, monkeypatc
     card = ModelCard(details={"settings": {"sampling": {"pool": 3}}})
     save_checkpoint(hypernetwork, tmp_path / "ghn.safetensors", card=card)
     seen = find_network("test", "0", Interface(4, 3, 16)).graph().digest()
-    monkeypatch.setattr(evaluate_module, "training_digests", lambda pool, cache: frozenset({seen}))
+    monkeypatch.setattr(evaluate_module, "training_digests", lambda *_: (seen, "", ""))
     evaluation = evaluate(tmp_path / "ghn.safetensors", files[1], quick())
     assert [item.name for item in evaluation.zero_shot] == ["1", "2"]
     assert evaluation.in_training_pool == {"test": 1}
-    assert evaluation.pool_size == 3
+    assert (evaluation.pool_size, evaluation.pool_known) == (3, 3)
 
 
 def test_another_class_count_is_an_error(tmp_path, files):
