@@ -29,7 +29,7 @@ from ghn_client.finetune.patch.solver import patch
 FULL = {
     "samples": (1000, 5000, 20000),
     "changed": (1, 3, 10, 30, 100, 400),
-    "dimensions": (2, 4, 8),
+    "dimensions": (2, 8),
     "trained": (4, 16, 64, 256),
     "seeds": 3,
     "steps": 3000,

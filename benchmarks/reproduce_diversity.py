@@ -83,6 +83,7 @@ NETWORKS: Mapping[str, Configuration] = {
 RECIPES: Mapping[str, tuple[str, float]] = {"resnet8_wide": ("sgd", 0.01)}
 OTHER_RECIPE = ("adamw", 0.1)
 VALIDATION_IMAGES = 1000
+BATCH_SIZE = 32
 RANKS = ("rank", "effective_rank")
 
 
@@ -124,6 +125,7 @@ def measure(cell: Cell, arguments: argparse.Namespace, predictor: Predictor) -> 
         longest=steps,
         every=steps,
         optimizer=cell["optimizer"],
+        batch_size=BATCH_SIZE,
         weight_decay=cell["weight_decay"],
         schedule="cosine",
     )
@@ -225,7 +227,7 @@ def setting(arguments: argparse.Namespace) -> str:
     names = " and ".join(folder.name for folder in arguments.data)
     return (
         f"{arguments.images:,} training images of {names} at 32 x 32 (class-balanced, another draw for each seed), "
-        f"batches of 64, cosine to zero; for every start SGD with momentum 0.9 and weight decay 0.01 for the ResNet, "
+        f"batches of 32, cosine to zero; for every start SGD with momentum 0.9 and weight decay 0.01 for the ResNet, "
         f"AdamW with 0.1 for the others; rates chosen by the mean of {len(CHOOSING_SEEDS)} seeds on validation "
         f"images, {RATES}; {arguments.seeds} further seeds, at most {arguments.test_images:,} test images (BatchNorm "
         f"with batch statistics). Before → after in percent, mean ± standard error (gain over GHN, paired by seed), "

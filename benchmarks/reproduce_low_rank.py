@@ -55,6 +55,8 @@ from ghn_service.postprocess.low_rank.factorize import factorize, relative_funct
 from ghn_service.training.evaluation.fine_tune import mean_and_error
 from ghn_service.training.evaluation.zero_shot import accuracy
 from ghn_service.training.images import Augmentation, Batches
+from ghn_service.training.networks import to_channels_last
+from ghn_service.training.precision import choose_precision, target_passes
 from tests.zoo_support import build_torchvision
 
 SHAPES = ((64, 64, 1), (64, 512, 4), (256, 256, 4), (256, 256, 32), (576, 256, 4), (576, 256, 32))
@@ -145,7 +147,7 @@ def factored_network(network: nn.Sequential, *, size: float, way: str) -> nn.Mod
 def train(
     network: nn.Module, images: ImageSet, normalization: Normalization, *, steps: int, rate: float, seed: int
 ) -> None:
-    """SGD with momentum, cosine to zero, and Frobenius decay of the factors."""
+    """SGD with momentum, cosine to zero, and Frobenius decay of the factors; bfloat16 where the processor has it."""
     batches = Batches(images, normalization, Augmentation(pad=2), BATCH_SIZE)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9)
@@ -153,7 +155,9 @@ def train(
     network.train()
     for _ in range(steps):
         pixels, labels = batches.draw(generator=generator)
-        loss = functional.cross_entropy(network(pixels), labels) + 1e-4 * frobenius_decay(network)
+        with target_passes(pixels.device, choose_precision("auto", pixels.device)):
+            logits = network(pixels)
+        loss = functional.cross_entropy(logits.float(), labels) + 1e-4 * frobenius_decay(network)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
@@ -168,6 +172,7 @@ def measure(cell: Cell, *, folder: Path, cache: Path | None) -> Cell:
     dense = build_network(normalize=cell["batchnorm"])
     is_dense = cell["way"] == DENSE
     network = dense if is_dense else factored_network(dense, size=cell["size"], way=cell["way"])
+    network = to_channels_last(network)
     images = data.training.first(cell["images"])
     train(network, images, data.normalization, steps=cell["steps"], rate=cell["rate"], seed=cell["seed"])
     scored = data.validation if cell["seed"] in CHOOSING_SEEDS else data.test
@@ -325,8 +330,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=10_000, help="training images")
     parser.add_argument("--steps", type=int, default=400, help=f"steps of {BATCH_SIZE} images")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4, 8])
-    parser.add_argument("--fractions", type=float, nargs="*", default=[0.125, 0.25])
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 8])
+    parser.add_argument("--fractions", type=float, nargs="*", default=[0.25, 0.5])
     parser.add_argument("--costs", action="store_true", help="print what factoring costs, and nothing else")
     arguments = parser.parse_args(words)
     torch.set_num_threads(1)

@@ -56,6 +56,8 @@ from ghn_client.finetune.norm_only import gamma_report
 from ghn_client.finetune.strategies import prepare
 from ghn_service.published import BUNDLED_CHECKPOINTS
 from ghn_service.training.evaluation.fine_tune import small_training_set
+from ghn_service.training.networks import to_channels_last
+from ghn_service.training.precision import avoid_slow_layers, choose_precision, target_passes
 
 #: Strategy and options by the name in the tables; the first five in the order that the paper predicts.
 STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -73,11 +75,12 @@ CONTROLS = (*ORDER, "all but norm")
 STORY = ("all", "norm + head", "additive", "low-rank")
 CONTROLLED = "resnet14"
 SIZES = ("resnet8", "resnet32", "resnet14, half width", "resnet14, double width")
-FULL = {"images": 4_000, "test": 2_000, "epochs": 30, "batch": 64}
-QUICK = {"images": 64, "test": 32, "epochs": 1, "batch": 32}
+SIZE_CONTROLS = ("all", "norm only", "random 2 per channel")
+FULL = {"images": 2_000, "test": 2_000, "epochs": 30, "batch": 32, "size": 16}
+FEW = {"images": 500, "test": 2_000, "epochs": 30, "batch": 32, "size": 32}
+QUICK = {"images": 64, "test": 32, "epochs": 1, "batch": 32, "size": 16}
 VALIDATION_IMAGES = 1_000
 WEIGHT_DECAY = 1e-4
-IMAGE_SIZE = 32
 HE, UNIFORM, PREDICTED = "He", "He, scales in [0, 1]", "GHN"
 
 #: Upper end of each of the 20 bins of |gamma|; the last one also holds all larger scales.
@@ -121,7 +124,7 @@ def start(cell: Cell, batches: ImageBatches, checkpoint: Path) -> nn.Module:
             scale.data = torch.rand(scale.shape, generator=generator)
     elif cell["start"] == PREDICTED:
         with GHNClient.embedded(checkpoint) as client:
-            prediction = client.predict(network, torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE), seed=cell["seed"])
+            prediction = client.predict(network, torch.zeros(1, 3, cell["size"], cell["size"]), seed=cell["seed"])
         prediction.load_into(network)
     recalibrate_batchnorm(network, batches, num_batches=10)
     return network
@@ -129,7 +132,7 @@ def start(cell: Cell, batches: ImageBatches, checkpoint: Path) -> nn.Module:
 
 def measure(cell: Cell, *, folders: Mapping[str, Path], checkpoint: Path) -> Cell:
     """Accuracy before and after, sizes, scales and processor time of one start, strategy and seed."""
-    data = image_data(folders[cell["data"]], None, image_size=IMAGE_SIZE, held_out=VALIDATION_IMAGES)
+    data = image_data(folders[cell["data"]], None, image_size=cell["size"], held_out=VALIDATION_IMAGES)
     training = small_training_set(data.training, cell["images"], seed=cell["seed"])
     scored = data.validation if cell["seed"] in CHOOSING_SEEDS else data.test.first(cell["test"])
     batches = ImageBatches(training, batch_size=cell["batch"], augment=True, seed=cell["seed"])
@@ -139,8 +142,11 @@ def measure(cell: Cell, *, folders: Mapping[str, Path], checkpoint: Path) -> Cel
     strategy, options = STRATEGIES[cell["strategy"]]
     torch.manual_seed(cell["seed"])
     handle = OWN_STRATEGIES[strategy](network) if strategy in OWN_STRATEGIES else prepare(network, strategy, **options)
+    avoid_slow_layers(to_channels_last(handle.module))
+    cpu = torch.device("cpu")
     begin = time.process_time()
-    fit(handle, batches, settings=FitSettings(cell["epochs"], cell["rate"], weight_decay=cell["weight_decay"]))
+    with target_passes(cpu, choose_precision("auto", cpu)):
+        fit(handle, batches, settings=FitSettings(cell["epochs"], cell["rate"], weight_decay=cell["weight_decay"]))
     result: Cell = {
         "seconds": round(time.process_time() - begin, 1),
         "accuracy": evaluate(handle.module, held_out)[0],
@@ -289,20 +295,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a minute, for a test")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    settings, seeds, rate = (QUICK, 1, 0.1) if options.quick else (FULL, 3, None)
+    many, few, seeds, rate = (QUICK, QUICK, 1, 0.1) if options.quick else (FULL, FEW, 3, None)
     checkpoint = options.checkpoint or min(BUNDLED_CHECKPOINTS.glob("*.safetensors"))
     folders = {folder.name: folder for folder in (options.data, options.other_data) if folder}
     one = partial(measure, folders=folders, checkpoint=checkpoint)
 
     def rows(data: Path, networks: Iterable[str], starts: Iterable[Cell], names: Iterable[str]) -> list[Cell]:
-        found = []
+        found, settings = [], many if data == options.data else few
         for network, start, name in itertools.product(networks, starts, names):
             cell = {"data": data.name, "network": network, **start, "strategy": name, "weight_decay": WEIGHT_DECAY}
             found += run_seeds(options.cells, {**cell, **settings}, one, seeds=seeds, rate=rate)
         return found
 
     controls = rows(options.data, [CONTROLLED], [{"start": UNIFORM}], CONTROLS)
-    blocks = {"norm only: protocol": [protocol(settings, seeds)], "norm only: accuracy": _control_table(controls)}
+    blocks = {"norm only: protocol": [protocol(many, few, seeds)], "norm only: accuracy": _control_table(controls)}
     blocks["norm only: order"] = _verdicts(controls)
     chart = line_chart("Scales after training", _histograms(controls), x_label="|gamma|", y_label="share of channels")
     starts = [{"start": HE}, *predicted_starts(checkpoint)]
@@ -311,7 +317,7 @@ def main(arguments: list[str] | None = None) -> None:
         blocks["norm only: predicted"] = [f"On {options.other_data.name}:", "", *_control_table(predicted)]
         blocks["norm only: predicted"] += ["", f"Hypernetwork: SHA-256 `{file_digest(checkpoint)}...`."]
     if options.sizes:
-        sizes = rows(options.data, SIZES, [{"start": UNIFORM}], ORDER)
+        sizes = rows(options.data, SIZES, [{"start": UNIFORM}], SIZE_CONTROLS)
         blocks["norm only: sizes"] = [*_control_table(sizes), "", *_verdicts(sizes)]
     if options.story and options.other_data:
         story = rows(options.other_data, (CONTROLLED, "convnet", "mobilenet"), starts, STORY)
@@ -319,14 +325,15 @@ def main(arguments: list[str] | None = None) -> None:
     fill_page(options.output, blocks, {"norm_only_results": chart})
 
 
-def protocol(settings: Mapping[str, int], seeds: int) -> str:
+def protocol(many: Mapping[str, int], few: Mapping[str, int], seeds: int) -> str:
     """How the networks were trained."""
     return (
-        f"{settings['images']:,} training images (class-balanced, another draw for each seed) and at most "
-        f"{settings['test']:,} test images, {settings['epochs']} epochs in batches of {settings['batch']}, SGD with "
-        f"momentum 0.9, cosine to zero, weight decay {WEIGHT_DECAY:g}; rates chosen by the mean of "
-        f"{len(CHOOSING_SEEDS)} seeds on validation images, {RATES}; {seeds} further seeds, mean ± standard error in "
-        "percent. A channel counts as disabled where |gamma| < 0.01."
+        f"From random weights alone {many['images']:,} training images at {many['size']} x {many['size']}, beside "
+        f"predicted weights {few['images']:,} at {few['size']} x {few['size']} (class-balanced, another draw for each "
+        f"seed); at most {many['test']:,} test images, {many['epochs']} epochs in batches of {many['batch']}, SGD with "
+        f"momentum 0.9, cosine to zero, weight decay {WEIGHT_DECAY:g}, bfloat16 where the processor has it; rates "
+        f"chosen by the mean of {len(CHOOSING_SEEDS)} seeds on validation images, {RATES}; {seeds} further seeds, mean "
+        "± standard error in percent. A channel counts as disabled where |gamma| < 0.01."
     )
 
 
