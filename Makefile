@@ -74,7 +74,7 @@ reproduce-diversity: $(VENV)/.tests-installed  ## fine-tune from He, predicted a
 	$(BIN)/python -m benchmarks.reproduce_diversity --data $(OTHER_DATA) --checkpoint $(GHN)
 
 reproduce-low-rank: $(VENV)/.tests-installed  ## layer errors and accuracy of low-rank networks, spectral against function
-	$(BIN)/python -m benchmarks.reproduce_low_rank --data $(DATA)
+	$(BIN)/python -m benchmarks.reproduce_low_rank --data $(DATA) --other-data $(OTHER_DATA)
 
 .PHONY: reproduce-norm-only reproduce-additive reproduce-express
 reproduce-norm-only: $(VENV)/.tests-installed  ## tune norm layers against controls of the same size; fills docs/results.md

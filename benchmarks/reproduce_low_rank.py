@@ -11,6 +11,7 @@
    that are not among those reported. Besides the methods of the product there are two ways that tell which part of them
    helps: rows of the spectral product at the length of their row of W, and optimised factors times one number that
    keeps the norm of W. For ReLU behind Gaussian inputs, keeping the norm keeps the size of the signal.
+3. With ``--other-data`` the same from predicted weights, on images that the hypernetwork has not seen.
 
 A run can be stopped and goes on where it was: finished trainings are kept as lines of ``--cells``. ``--costs`` prints
 what factoring costs instead: CPU seconds of one thread for He-normal weights of every layer that gets smaller by it,
@@ -25,7 +26,7 @@ import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from benchmarks.experiment import (
     CHOOSING_SEEDS,
     RATES,
     Cell,
+    file_digest,
     fill_page,
     grouped,
     image_data,
@@ -47,11 +49,13 @@ from benchmarks.experiment import (
     table,
     verdict,
 )
+from ghn_client import GHNClient
 from ghn_client.factors import FACTOR_IN, FACTOR_OUT
 from ghn_client.finetune import factorize_module
 from ghn_client.finetune.factored import frobenius_decay
 from ghn_client.finetune.images import ImageSet, Normalization
 from ghn_service.postprocess.low_rank.factorize import factorize, relative_function_error
+from ghn_service.published import BUNDLED_CHECKPOINTS
 from ghn_service.training.evaluation.fine_tune import mean_and_error
 from ghn_service.training.evaluation.zero_shot import accuracy
 from ghn_service.training.images import Augmentation, Batches
@@ -62,7 +66,11 @@ from tests.zoo_support import build_torchvision
 SHAPES = ((64, 64, 1), (64, 512, 4), (256, 256, 4), (256, 256, 32), (576, 256, 4), (576, 256, 32))
 SPECTRAL, SCALED, ROWS, OPTIMIZED_SCALED = "spectral", "scaled", "spectral, rows kept", "function_optimized, norm kept"
 WAYS = (SPECTRAL, SCALED, ROWS, "function", "function_optimized", OPTIMIZED_SCALED)
+PRODUCT_WAYS = (SPECTRAL, SCALED, "function", "function_optimized")
 DENSE = "dense"
+HE, GHN = "He", "GHN"
+PREDICTED_SIZES = (8.0, 0.25)
+FEW = {"images": 1000, "steps": 200}
 Shape = tuple[int, int]
 WIDTHS = (32, 64, 128)
 IMAGE_SIZE = 16
@@ -165,11 +173,16 @@ def train(
         schedule.step()
 
 
-def measure(cell: Cell, *, folder: Path, cache: Path | None) -> Cell:
-    """Accuracy and number of parameters of the network of a cell after training."""
-    data = image_data(folder, cache, image_size=IMAGE_SIZE, held_out=2000)
+def measure(cell: Cell, *, arguments: argparse.Namespace) -> Cell:
+    """Accuracy of the network of a cell before and after training, and its number of parameters."""
+    folder = arguments.other_data if "start" in cell else arguments.data
+    data = image_data(folder, arguments.cache, image_size=IMAGE_SIZE, held_out=2000)
     torch.manual_seed(cell["seed"])
     dense = build_network(normalize=cell["batchnorm"])
+    if cell.get("start") == GHN:
+        with GHNClient.embedded(arguments.checkpoint) as client:
+            example = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+            client.predict(dense, example, seed=cell["seed"]).load_into(dense)
     is_dense = cell["way"] == DENSE
     network = dense if is_dense else factored_network(dense, size=cell["size"], way=cell["way"])
     network = to_channels_last(network)
@@ -180,17 +193,43 @@ def measure(cell: Cell, *, folder: Path, cache: Path | None) -> Cell:
     return {"accuracy": reached, "parameters": sum(parameter.numel() for parameter in network.parameters())}
 
 
-def run_rows(arguments: argparse.Namespace) -> list[Cell]:
-    """Every training of the second table; rows with the chosen rates, one entry for each seed."""
-    one = partial(measure, folder=arguments.data, cache=arguments.cache)
+def run_rows(arguments: argparse.Namespace, rows: Iterable[Cell]) -> list[Cell]:
+    """Every training of some rows, with the chosen rates; one entry for each seed."""
+    one = partial(measure, arguments=arguments)
+    return [cell for row in rows for cell in run_seeds(arguments.cells, row, one, seeds=arguments.seeds)]
+
+
+def he_rows(arguments: argparse.Namespace) -> Iterator[Cell]:
+    """The rows of the second table."""
     sizes = [*map(float, arguments.ranks), *arguments.fractions]
-    finished = []
     for batchnorm in (False, True):
         for size, way in [(NO_RANK, DENSE), *itertools.product(sizes, WAYS)]:
-            cell = {"batchnorm": batchnorm, "size": size, "way": way}
-            cell |= {"images": arguments.images, "steps": arguments.steps}
-            finished += run_seeds(arguments.cells, cell, one, seeds=arguments.seeds)
-    return finished
+            row = {"batchnorm": batchnorm, "size": size, "way": way}
+            yield {**row, "images": arguments.images, "steps": arguments.steps}
+
+
+def predicted_rows(arguments: argparse.Namespace) -> Iterator[Cell]:
+    """The rows of the third table: with BatchNorm, from He initialisation and from predicted weights."""
+    starts = ({"start": HE}, {"start": GHN, "checkpoint": file_digest(arguments.checkpoint)})
+    for size, way in [(NO_RANK, DENSE), *itertools.product(PREDICTED_SIZES, PRODUCT_WAYS)]:
+        for start in starts:
+            yield {"batchnorm": True, "size": size, "way": way, "data": arguments.other_data.name, **FEW, **start}
+
+
+def predicted_table(results: Sequence[Cell], arguments: argparse.Namespace) -> list[str]:
+    """The third table: mean and standard error in percent and learning rate, by size, start and way."""
+    rows = []
+    for (size, start), cells in grouped(results, "size", "start").items():
+        found = {way: group for (way,), group in grouped(cells, "way").items()}
+        texts = (f"{percent(_accuracies(found[way]))}, {found[way][0]['rate']:g}" for way in found)
+        rows.append([_size_name(size), start, *texts, *["-"] * (len(PRODUCT_WAYS) - len(found))])
+    digest = file_digest(arguments.checkpoint)
+    return [
+        f"{FEW['images']:,} images of {arguments.other_data.name} and {FEW['steps']} steps, otherwise as above; "
+        f"hypernetwork: SHA-256 `{digest}...`. A dense network has one figure.",
+        "",
+        *table(["rank", "start", *PRODUCT_WAYS], rows),
+    ]
 
 
 def accuracy_table(results: Sequence[Cell]) -> list[str]:
@@ -324,6 +363,8 @@ def main(words: Sequence[str] | None = None) -> None:
     """Measures what is not measured yet, prints the page and writes it with its plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10; without it only the first table is made")
+    parser.add_argument("--other-data", type=Path, help="images for the table from predicted weights; none by default")
+    parser.add_argument("--checkpoint", type=Path, help="the hypernetwork of that table; the shipped one by default")
     parser.add_argument("--cache", type=Path, help="folder for decoded images")
     parser.add_argument("--cells", type=Path, default=Path(".cache/low_rank.jsonl"), help="finished trainings")
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of results.md")
@@ -338,11 +379,15 @@ def main(words: Sequence[str] | None = None) -> None:
     if arguments.costs:
         print_costs()
         return
-    results = run_rows(arguments) if arguments.data else []
+    results = run_rows(arguments, he_rows(arguments)) if arguments.data else []
     blocks = {"low rank: layer errors": layer_errors()}
     if results:
         blocks |= {"low rank: protocol": [setting(arguments)], "low rank: accuracy": accuracy_table(results)}
         blocks["low rank: verdicts"] = list(verdicts(results))
+    if arguments.other_data:
+        arguments.checkpoint = arguments.checkpoint or min(BUNDLED_CHECKPOINTS.glob("*.safetensors"))
+        predicted = run_rows(arguments, predicted_rows(arguments))
+        blocks["low rank: predicted"] = predicted_table(predicted, arguments)
     fill_page(arguments.output, blocks, {"low_rank_results": chart(results)} if results else {})
 
 
