@@ -223,13 +223,10 @@ def predicted_table(results: Sequence[Cell], arguments: argparse.Namespace) -> l
         found = {way: group for (way,), group in grouped(cells, "way").items()}
         texts = (f"{percent(_accuracies(found[way]))}, {found[way][0]['rate']:g}" for way in found)
         rows.append([_size_name(size), start, *texts, *["-"] * (len(PRODUCT_WAYS) - len(found))])
-    digest = file_digest(arguments.checkpoint)
-    return [
-        f"{FEW['images']:,} images of {arguments.other_data.name} and {FEW['steps']} steps, otherwise as above; "
-        f"hypernetwork: SHA-256 `{digest}...`. A dense network has one figure.",
-        "",
-        *table(["rank", "start", *PRODUCT_WAYS], rows),
-    ]
+    few = f"{FEW['images']:,} images of {arguments.other_data.name} and {FEW['steps']} steps, otherwise as above"
+    digest = f"hypernetwork: SHA-256 `{file_digest(arguments.checkpoint)}...`"
+    header = f"{few}; {digest}. A dense network has one figure."
+    return [header, "", *table(["rank", "start", *PRODUCT_WAYS], rows)]
 
 
 def accuracy_table(results: Sequence[Cell]) -> list[str]:
