@@ -83,11 +83,12 @@ class Transfer:
 
     Attributes:
         source: The source.
-        is_exact: Whether the network computes what the source does: nothing was cut, and nothing left out.
+        is_exact: Whether the network computes what the source does: nothing was cut, left out or changed.
         cut_groups: Channel groups of the source of which the network keeps a part.
         left_out: Blocks of the source that the network has no place for.
         similarity: How near the architectures are, 0 to 1.
         statistics: Running statistics that come with the weights.
+        is_changed: Whether post-processing or low rank then changed what the source gave.
     """
 
     source: SourceInfo
@@ -96,6 +97,7 @@ class Transfer:
     left_out: tuple[str, ...]
     similarity: float
     statistics: tuple[str, ...]
+    is_changed: bool = False
 
     def __str__(self) -> str:
         if self.is_exact:
@@ -105,6 +107,8 @@ class Transfer:
             if names:
                 more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
                 parts.append(f"{what}: {', '.join(names[:NAMES_SHOWN])}{more}")
+        if self.is_changed:
+            parts.append("changed by post-processing or low rank")
         return "; ".join(parts)
 
 

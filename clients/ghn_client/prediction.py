@@ -181,9 +181,11 @@ class Prediction(Mapping[str, torch.Tensor]):
     def needs_recalibration(self) -> bool:
         """Whether running statistics have to be measured on data, as ``recalibrate_batchnorm`` does.
 
-        Those of a source belong to its function: where nothing was cut or left out, measuring them anew loses accuracy.
+        Those of a source belong to its function: where nothing was cut, left out or changed, measuring them anew loses
+        accuracy.
         """
-        if self.transfer is not None and (self.transfer.cut_groups or self.transfer.left_out):
+        found = self.transfer
+        if found is not None and (found.cut_groups or found.left_out or found.is_changed):
             return bool(self.statistics)
         return any(name.endswith(("running_mean", "running_var")) for name in self.metadata.buffers)
 

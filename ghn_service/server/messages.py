@@ -188,16 +188,20 @@ def encode_analysis(
     )
 
 
-def encode_transfer(transfer: PlannedTransfer, statistics: Iterable[str]) -> ghn_pb2.TransferSummary:
+def encode_transfer(
+    transfer: PlannedTransfer, statistics: Iterable[str], options: PredictionOptions | None = None
+) -> ghn_pb2.TransferSummary:
     """What a source gives; ``statistics`` are the names of those that come along."""
     plan = transfer.plan
+    is_changed = options is not None and (options.low_rank is not None or bool(options.steps and transfer.post_process))
     return ghn_pb2.TransferSummary(
         source=encode_source(transfer.source),
-        is_exact=plan.is_exact,
+        is_exact=plan.is_exact and not is_changed,
         cut_groups=plan.cut_groups,
         left_out=plan.left_out,
         similarity=plan.similarity,
         statistics=statistics,
+        is_changed=is_changed,
     )
 
 

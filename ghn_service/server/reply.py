@@ -194,7 +194,7 @@ def _encode_header(
         low_rank=encode_low_rank_record(low_rank) if low_rank else None,
         include=options.include,
         versions={"ghn-service": VERSION, "torch": torch.__version__},
-        transfer=_transfer_document(transfer, statistics) if transfer else None,
+        transfer=_transfer_document(transfer, statistics, options) if transfer else None,
         trust=_trust_document(trust) if trust else None,
     )
     tensors = {name: (STATISTICS_DTYPE, shape) for name, shape in statistics.items()}
@@ -214,10 +214,12 @@ def _trust_document(trust: Trust) -> dict[str, Any]:
     return document
 
 
-def _transfer_document(transfer: PlannedTransfer, statistics: Iterable[str]) -> dict[str, Any]:
+def _transfer_document(
+    transfer: PlannedTransfer, statistics: Iterable[str], options: PredictionOptions
+) -> dict[str, Any]:
     """``TransferSummary`` in protobuf's JSON mapping, as the metadata has it."""
     document: dict[str, Any] = MessageToDict(
-        encode_transfer(transfer, statistics),
+        encode_transfer(transfer, statistics, options),
         preserving_proto_field_name=True,
         always_print_fields_with_no_presence=True,
     )

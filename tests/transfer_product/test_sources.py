@@ -302,14 +302,6 @@ def test_include_chooses_statistics_too(client: GHNClient) -> None:
     assert set(prediction.statistics) == {"bn1.running_mean", "bn1.running_var"}
 
 
-@pytest.mark.parametrize("post_process", [False, True])
-def test_steps_change_predicted_tensors_alone_unless_told_otherwise(client: GHNClient, post_process: bool) -> None:
-    source = Source(SOURCE, post_process=post_process)
-    prediction = client.predict(Residual(), EXAMPLE, source=source, steps=[("noise", {"beta": 0.1, "layer": 1})])
-    kept = torch.equal(prediction["blocks.0.conv1.weight"], SOURCE.state_dict()["blocks.0.conv1.weight"])
-    assert kept != post_process
-
-
 def test_low_rank_works_on_a_sources_weights(client: GHNClient) -> None:
     prediction = client.predict(Residual(), EXAMPLE, source=SOURCE, low_rank="rank=3,method=spectral")
     name = "blocks.0.conv1.weight"

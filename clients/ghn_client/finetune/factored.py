@@ -81,7 +81,7 @@ def factorize_module(
     Args:
         module: The network that the prediction is for. It is left as it is unless ``inplace``.
         prediction: A ``Prediction`` with low-rank factors, or tensors by the module's own names with factor pairs in
-            the place of weights. Every other tensor is loaded as it is.
+            the place of weights. Every other tensor is loaded as it is, running statistics of a source too.
         inplace: Change and return ``module`` itself.
 
     Returns:
@@ -90,7 +90,9 @@ def factorize_module(
     Raises:
         InvalidOptionError: A name or shape does not fit the module; nothing has been changed then.
     """
-    state = prediction.state_dict() if isinstance(prediction, Prediction) else prediction
+    state = prediction
+    if isinstance(prediction, Prediction):
+        state = {**prediction.state_dict(), **prediction.statistics}
     pairs = factor_pairs(state)
     dense = {name: tensor for name, tensor in state.items() if not name.endswith((FACTOR_IN, FACTOR_OUT))}
     _check_fits(module, pairs, dense)
