@@ -12,8 +12,8 @@ Written by `make zoo`. Each network is built without weights, exported by `expor
 with seeded random weights (so these figures say what is *understood*, not how good the weights are), loaded strictly,
 checked to be finite, and trained for one step. *Predicted* is the share of trainable scalars that the hypernetwork
 gives; the rest gets a standard initialiser, which the reply names. *Without copies*: of wider layers only a block
-of 64 x 64 channels is predicted, and repeated to fill them (`tiled`). Seconds are wall time on one thread of a busy
-machine: *export* from module to structure, *predict* from bytes to weights in the client.
+of 64 x 64 channels is predicted, and repeated to fill them (`tiled`). Seconds are processor time of the process, client
+and server: *export* from module to structure, *predict* from bytes to weights in the client.
 """
 
 HEADER = (
