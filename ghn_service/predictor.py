@@ -386,11 +386,11 @@ class Predictor:
             raise DeviceLostError(f"{self.device} failed for good, so this server must be started anew") from error
 
     def analyze(
-        self, architecture: ArchitectureGraph | bytes, *, transfer: PlannedTransfer | None = None
+        self, architecture: ArchitectureGraph | bytes, *, transfer: PlannedTransfer | None = None, head: str = "auto"
     ) -> ArchitectureAnalysis:
         """Says what a prediction would do with each tensor, without predicting; raises as ``run`` does."""
         graph = _read(architecture, _StageClock(None))
-        known = self._prepare(graph, PredictionOptions().head)
+        known = self._prepare(graph, head)
         specs = {spec.name: spec for spec in known.parameters()}
         origins, copied = self._origins(known, transfer)
         return ArchitectureAnalysis(

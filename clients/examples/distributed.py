@@ -1,8 +1,7 @@
-"""Data-parallel training where each process asks for its weights itself.
+"""Data-parallel training where each process asks for its weights itself, and a server predicts them once.
 
-Run ``torchrun --nproc-per-node 2 distributed.py``.
-The same request gives the same bytes, so no process sends weights to another, and a wrong setting shows before the
-first step. With ``--address`` all ask one server.
+Run ``torchrun --nproc-per-node 2 distributed.py``. Equal requests share one prediction. Without ``--address`` the
+server is inside the first process; processes on several machines need one that all of them reach.
 """
 
 from __future__ import annotations
@@ -10,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from common import EXAMPLE, accuracy, compare, connect, image_loaders, parser, small_network, train
 from torch import distributed, nn
 
-from ghn_client import recalibrate_batchnorm
+from ghn_client import GHNClient, recalibrate_batchnorm
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -26,10 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(rank)
     training, test = image_loaders(options, batch_size=64 // size)
     network = small_network()
-    with connect(options.address) as client:
+    with ExitStack() as stack:
+        first = stack.enter_context(connect(options.address)) if rank == 0 else None
+        address = [first.address if first else ""]
+        distributed.broadcast_object_list(address)
+        client = first or stack.enter_context(GHNClient(address[0]))
         prediction = client.predict(network, EXAMPLE)
-    digests: list[str | None] = [None] * size
-    distributed.all_gather_object(digests, hashlib.sha256(prediction.buffer).hexdigest())
+        digests: list[str | None] = [None] * size  # also: the server stays until all have their weights
+        distributed.all_gather_object(digests, hashlib.sha256(prediction.buffer).hexdigest())
     assert len(set(digests)) == 1, "the processes got different weights: do they ask different servers?"
     prediction.load_into(network)
     recalibrate_batchnorm(network, training, num_batches=10)

@@ -6,11 +6,9 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from common import EXAMPLE, accuracy, image_loaders, parser, train
+from common import EXAMPLE, accuracy, connect, image_loaders, parser, train
 from torch import nn
 from torch.nn import functional
-
-from ghn_client import GHNClient
 
 
 class Block(nn.Module):
@@ -41,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     small, grown, default = build(8, 1), build(12, 2), build(12, 2)
     train(small, training, options.steps).eval()
-    with GHNClient.embedded() as client:
+    with connect(options.address) as client:  # another server has the source only if its operator added it
         prediction = client.predict(grown, EXAMPLE, source=small)
     prediction.load_into(grown)
     images, _ = next(iter(test))

@@ -180,9 +180,7 @@ class GHNClient:
         """
         if not 0 <= seed < 1 << 64:
             raise InvalidOptionError(f"expected a seed from 0 to 2**64 - 1, got {seed}", field="seed")
-        if head not in HEADS:
-            raise InvalidOptionError(f"expected a head of {', '.join(HEADS)}, got {head!r}", field="head")
-        fields = _common_fields(model, dtype, low_rank)
+        fields = _common_fields(model, dtype, low_rank, head)
         target = read_source(architecture, example_inputs)
         request = ghn_pb2.PredictWeightsRequest(
             architecture=ghn_pb2.Architecture(onnx_model=target.structure),
@@ -190,7 +188,6 @@ class GHNClient:
             steps=[encode_step(step) for step in steps],
             include=list(include),
             report=report,
-            head=ghn_pb2.Head.Value(f"HEAD_{head.upper()}") if head != "auto" else ghn_pb2.HEAD_UNSPECIFIED,
             **fields,
         )
 
@@ -219,6 +216,7 @@ class GHNClient:
         model: str = "",
         low_rank: LowRankLike | None = None,
         source: SourceLike | None = None,
+        head: str = "auto",
         timeout_s: float | None = None,
     ) -> Analysis:
         """Says what ``predict`` would do with each tensor; arguments as there.
@@ -226,7 +224,7 @@ class GHNClient:
         Nothing is predicted, unless ``low_rank`` is given: then the answer tells what each layer would become, and
         what other ranks would cost and save.
         """
-        fields = _common_fields(model, dtype, low_rank)
+        fields = _common_fields(model, dtype, low_rank, head)
         structure = read_source(architecture, example_inputs).structure
         timeout_s = timeout_s or self._timeout_s or (PREDICT_TIMEOUT_S if low_rank or source else SHORT_TIMEOUT_S)
         with self._found_source(source, architecture, example_inputs) as options:
@@ -304,14 +302,17 @@ class GHNClient:
         return self._connection.call(attempt, timeout_s=seconds, max_attempts=max_attempts)
 
 
-def _common_fields(model: str, dtype: str | torch.dtype, low_rank: LowRankLike | None) -> dict[str, Any]:
+def _common_fields(model: str, dtype: str | torch.dtype, low_rank: LowRankLike | None, head: str) -> dict[str, Any]:
     """What requests for a prediction and for an analysis have in common, but for the architecture."""
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise InvalidOptionError(f"expected a dtype of {', '.join(DTYPES)}, got {dtype!r}", field="dtype")
+    if head not in HEADS:
+        raise InvalidOptionError(f"expected a head of {', '.join(HEADS)}, got {head!r}", field="head")
     return {
         "model": model,
         "dtype": ghn_pb2.DataType.Value(f"DATA_TYPE_{dtype.upper()}"),
         "low_rank": None if low_rank is None else encode_low_rank(low_rank),
+        "head": ghn_pb2.HEAD_UNSPECIFIED if head == "auto" else ghn_pb2.Head.Value(f"HEAD_{head.upper()}"),
         "request_id": uuid.uuid4().hex,
     }

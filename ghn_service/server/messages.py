@@ -74,11 +74,16 @@ def decode_options(request: ghn_pb2.PredictWeightsRequest) -> PredictionOptions:
         low_rank=decode_low_rank(request.low_rank) if request.HasField("low_rank") else None,
         include=_decode_include(request.include),
         report=request.report,
-        head=_decode_head(request.head),
+        head=decode_head(request.head),
     )
 
 
-def _decode_head(head: ghn_pb2.Head.ValueType) -> str:
+def decode_head(head: ghn_pb2.Head.ValueType) -> str:
+    """What becomes of a classifier.
+
+    Raises:
+        InvalidOptionError: There is no such choice.
+    """
     if head not in ghn_pb2.Head.values():
         known = ", ".join(ghn_pb2.Head.keys())
         raise InvalidOptionError(f"expected one of {known}, got the number {head}", field="head")

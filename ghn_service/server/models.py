@@ -46,7 +46,7 @@ class ServedPredictor(Protocol):
         ...
 
     def analyze(
-        self, architecture: ArchitectureGraph, *, transfer: PlannedTransfer | None = None
+        self, architecture: ArchitectureGraph, *, transfer: PlannedTransfer | None = None, head: str = "auto"
     ) -> ArchitectureAnalysis:
         """Says what ``run`` would do."""
         ...

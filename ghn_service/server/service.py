@@ -22,6 +22,7 @@ from ghn_service.server.access import peer_identity
 from ghn_service.server.admission import Budget, Request, Turns
 from ghn_service.server.messages import (
     decode_dtype,
+    decode_head,
     decode_low_rank,
     decode_options,
     decode_source,
@@ -128,18 +129,20 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
         """Reads an architecture and says what a prediction would do; predicts only where ranks are asked for."""
         dtype = decode_dtype(request.dtype)
         low_rank = decode_low_rank(request.low_rank, with_curves=True) if request.HasField("low_rank") else None
+        head = decode_head(request.head)
         model = self.models.get(request.model)
         with self._admit(request, context) as admitted:
             record = None
             if low_rank is not None:
-                options = PredictionOptions(low_rank=low_rank)
+                options = PredictionOptions(low_rank=low_rank, head=head)
                 with self._prediction(admitted, request, model, options) as job:
                     for _ in self.work_queue.follow(job, admitted):
                         pass
                     record = job.result().result.low_rank
             with self.readers.turn(admitted):
                 graph, transfer = self._read(admitted, request)
-                analysis = replace(model.predictors[0].analyze(graph, transfer=transfer), low_rank=record)
+                analysis = model.predictors[0].analyze(graph, transfer=transfer, head=head)
+                analysis = replace(analysis, low_rank=record)
                 admitted.check()
                 total_bytes = expected_bytes(analysis, dtype, model)
                 return encode_analysis(analysis, model, total_bytes=total_bytes, request_id=request.request_id)
@@ -217,7 +220,7 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
         if not request.HasField("source"):
             return graph, None
         name, head, post_process = decode_source(request.source)
-        if head == "auto" and getattr(request, "head", ghn_pb2.HEAD_UNSPECIFIED) == ghn_pb2.HEAD_RESET:
+        if head == "auto" and request.head == ghn_pb2.HEAD_RESET:
             head = "reset"  # who wants a new class layer does not want the source's
         names = [summary.name for summary in self.sources.summaries()] if name == AUTO else [name]
         with admitted.hold(sum(map(self.sources.size, names))):

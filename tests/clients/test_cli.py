@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.main import get_command
@@ -17,6 +18,9 @@ from typer.testing import CliRunner, Result
 
 from ghn_client import Prediction, __version__
 from ghn_client.cli.app import app
+from ghn_client.cli.tables import print_analysis
+from ghn_client.info import Analysis, LowRankLayer, RankCost
+from ghn_client.wire.metadata import TensorInfo
 from ghn_service import errors as service_errors
 from ghn_service.server.app import RunningServer
 from tests.server.fake_predictor import FakePredictor, Gate, fake_server, raises
@@ -93,6 +97,29 @@ def test_the_other_questions(command: str, model: Path, server: RunningServer) -
     assert run(*arguments).exit_code == 0
     document = json.loads(run(*arguments, "--json").stdout)
     assert document.get("model", None) == "fake" or document["models"][0]["name"] == "fake"
+
+
+def large_analysis(count: int, **fields: Any) -> Analysis:
+    tensors = tuple(TensorInfo(f"blocks.{index}.weight", "predicted", shape=(64, 64)) for index in range(count))
+    sizes = {"num_nodes": count, "num_edges": count, "num_parameters": 4096 * count, "total_bytes": 16384 * count}
+    names = {"model": "ghn", "graph_digest": "ab" * 32, "buffers": (), "warnings": (), "unknown_operators": ()}
+    counts = {"num_predicted_parameters": 0, "op_type_counts": {"linear": count}}
+    return Analysis(**names, **sizes, **counts, tensors=tensors, **fields)
+
+
+def test_a_large_network_takes_a_screen_unless_all_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    cost = RankCost(8, 0.1, 1024, 1024)
+    low_rank = tuple(
+        LowRankLayer(f"blocks.{index}.weight", "function", "relu", False, "", cost, cost, (cost,))
+        for index in range(200)
+    )
+    for fields in ({}, {"low_rank": low_rank}):
+        lines = {}
+        for show_all in (False, True):
+            print_analysis(large_analysis(200, **fields), show_all=show_all)
+            lines[show_all] = len(capsys.readouterr().out.splitlines())
+        assert lines[False] <= 24
+        assert lines[True] > 200
 
 
 def test_health_is_an_exit_code(server: RunningServer) -> None:

@@ -71,19 +71,26 @@ def test_the_remote_server_is_asked_over_tls_with_a_token(tmp_path: Path, capsys
     check_figure(capsys.readouterr().out)
 
 
+def run_two_processes(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(EXAMPLES / "distributed.py"), *options, *SMALL]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+
+
 @pytest.mark.slow
 def test_two_processes_ask_one_server(tmp_path: Path) -> None:
     with start_server(load_settings(port=0, device=("cpu",))) as server:
         server.wait_ready()
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command += [str(EXAMPLES / "distributed.py"), "--address", server.address, *SMALL]
-        finished = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            check=False,
-        )
+        finished = run_two_processes(tmp_path, "--address", server.address)
+        predictions_saved = server.replies.num_hits + server.replies.num_followed
+    assert finished.returncode == 0, finished.stderr
+    check_figure(finished.stdout)
+    assert predictions_saved == 1
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_server_of_the_first(tmp_path: Path) -> None:
+    finished = run_two_processes(tmp_path)
     assert finished.returncode == 0, finished.stderr
     check_figure(finished.stdout)

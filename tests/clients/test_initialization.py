@@ -101,3 +101,12 @@ def test_a_classifier_for_other_classes_is_drawn_anew_unless_rows_are_wanted(che
     assert origins(10) == origins(7, head="predicted") == {"predicted"}
     with pytest.raises(InvalidOptionError):
         origins(7, head="other")
+    with ghn_client.GHNClient.embedded(checkpoint) as client:  # an analysis says what a prediction would do
+        for head, wanted in {
+            "auto": "fallback:classifier",
+            "predicted": "predicted",
+            "reset": "fallback:classifier",
+        }.items():
+            analysis = client.analyze(network(7), IMAGE, head=head)
+            assert {item.origin for item in analysis.tensors if item.name == "5.weight"} == {wanted}
+            assert (analysis.trust.shares["fallback"] > 0) == (wanted != "predicted")

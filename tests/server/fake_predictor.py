@@ -60,7 +60,9 @@ class FakePredictor:
         parameters = ParameterSet(specs, tensors, origins, architecture.warnings)
         return PredictionResult(parameters, architecture, {ENCODING: 0.0, DECODING: 0.0})
 
-    def analyze(self, architecture: ArchitectureGraph, *, transfer: Any = None) -> ArchitectureAnalysis:
+    def analyze(
+        self, architecture: ArchitectureGraph, *, transfer: Any = None, head: str = "auto"
+    ) -> ArchitectureAnalysis:
         specs = {spec.name: spec for spec in architecture.parameters()}
         op_types = {spec.name: node.op_type for node in architecture.nodes for spec in node.parameters}
         return ArchitectureAnalysis(

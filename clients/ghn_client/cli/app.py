@@ -14,6 +14,7 @@ from typer import Option
 
 from ghn_client import __version__
 from ghn_client.cli.options import (
+    Classifier,
     Commands,
     Dtype,
     ElementType,
@@ -106,9 +107,7 @@ def predict(
         Option(metavar="NAME:KEY=VALUE,...", help="Post-processing; may be repeated, applied in order."),
     ] = None,
     low_rank: LowRank = "",
-    head: Annotated[
-        Head, Option(help="The classifier: predicted, reset (drawn anew), or auto (reset for other class counts).")
-    ] = Head.AUTO,
+    head: Classifier = Head.AUTO,
     include: Annotated[
         list[str] | None, Option(metavar="GLOB", help="Only tensors whose names match; may be repeated.")
     ] = None,
@@ -172,6 +171,7 @@ def analyze(
     image_size: ImageSize = None,
     dtype: ElementType = Dtype.FLOAT32,
     low_rank: LowRank = "",
+    head: Classifier = Head.AUTO,
     show_all: ShowAll = False,
     as_json: Json = False,
 ) -> None:
@@ -183,7 +183,13 @@ def analyze(
     example = None if isinstance(architecture, Path | bytes) else image_example(architecture, image_size)
     with server.connect() as client:
         analysis = client.analyze(
-            architecture, example, dtype=dtype, model=model, low_rank=low_rank or None, source=sources.chosen()
+            architecture,
+            example,
+            dtype=dtype,
+            model=model,
+            low_rank=low_rank or None,
+            source=sources.chosen(),
+            head=head,
         )
     for sentence in analysis.warnings:
         warn(sentence)

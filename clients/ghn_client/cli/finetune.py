@@ -230,6 +230,6 @@ def _predict(
         prediction = Prediction.load(tuning.weights)
     else:
         with server.connect() as client:
-            prediction = client.predict(architecture, example, seed=tuning.seed, model=tuning.hypernetwork)
+            prediction = client.predict(architecture, example, seed=tuning.seed, model=tuning.model)
     keys = ("graph_digest", "model", "model_digest", "seed", "dtype")
     return prediction, {key: getattr(prediction.metadata, key) for key in keys}

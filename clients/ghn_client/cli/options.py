@@ -69,6 +69,10 @@ ElementType = Annotated[Dtype, Option(help="Element type of the weights.")]
 LowRank = Annotated[
     str, Option(metavar="RULE=VALUE[,method=M]", help="Factors instead of dense weights, such as energy=0.9.")
 ]
+Classifier = Annotated[
+    Head,
+    Option("--head", help="The classifier: predicted, reset (drawn anew), or auto (reset for other class counts)."),
+]
 ShowAll = Annotated[bool, Option("--all", help="Show every layer.")]
 Json = Annotated[bool, Option("--json", help="Print JSON for programs instead of tables for people.")]
 
@@ -208,7 +212,7 @@ class Tuning:
     resume: Annotated[Path | None, Option(metavar="FILE", help="Checkpoint to write, and to go on from.")] = None
     device: Annotated[str, Option(help="cpu or cuda.")] = "cpu"
     seed: Annotated[int, Option(min=0)] = 0
-    hypernetwork: Model = ""
+    model: Model = ""
 
 
 def command(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -83,10 +83,15 @@ def print_prediction(prediction: Prediction, written: Sequence[str], seconds: fl
 
 
 def print_analysis(analysis: Analysis, *, show_all: bool) -> None:
-    """One line a layer, then what the graph is made of, what a source gives, and what low rank would do."""
+    """One line a layer, what low rank would do with it where that is asked; then the graph and what a source gives."""
     console = _data_console()
     rows = [_Row(item.torch_name or item.name, item.shape, item.origin) for item in analysis.tensors]
-    _print_layers(console, rows, analysis.trust, show_all=show_all)
+    if analysis.low_rank:
+        _print_low_rank(console, analysis.low_rank, show_all=show_all)
+    if show_all or not analysis.low_rank:  # one table to a screen
+        _print_layers(console, rows, analysis.trust, show_all=show_all)
+    else:
+        _print_totals(console, rows, analysis.trust)
     types = ", ".join(f"{count} {name}" for name, count in sorted(analysis.op_type_counts.items()))
     console.print(f"graph: {analysis.num_nodes} nodes ({types}), {analysis.num_edges} edges")
     console.print(
@@ -96,8 +101,6 @@ def print_analysis(analysis: Analysis, *, show_all: bool) -> None:
         console.print(f"not weights, left to you: {len(analysis.buffers)} buffers, such as {analysis.buffers[0]}")
     if analysis.transfer is not None:
         _print_transfer(console, analysis.transfer)
-    if analysis.low_rank:
-        _print_low_rank(console, analysis.low_rank)
     console.print(f"trust: {analysis.trust}", soft_wrap=True)
 
 
@@ -108,19 +111,19 @@ def _print_layers(console: Console, rows: Sequence[_Row], trust: Trust, *, show_
         layers.setdefault(row.name.rpartition(".")[0] or row.name, []).append(row)
     with_spread = any(row.spread is not None for row in rows)
     table = _table("layer", "shape", "origin", "parameters", *(["std"] if with_spread else []))
-    hidden = 0 if show_all or len(layers) <= MAX_ROWS + 4 else len(layers) - MAX_ROWS
-    head = MAX_ROWS * 3 // 4 if hidden else len(layers)
-    for index, (layer, parts) in enumerate(layers.items()):
-        if hidden and index == head:
-            table.add_row(f"… {hidden} more layers (--all shows them)")
-        if head <= index < head + hidden:
-            continue
+    lines = []
+    for layer, parts in layers.items():
         shapes = " + ".join("x".join(map(str, part.shape)) or "scalar" for part in parts)
         origins = ", ".join(dict.fromkeys(part.origin for part in parts))
         spread = max(parts, key=lambda part: math.prod(part.shape)).spread
         cells = [layer, shapes, origins, _count_text(sum(math.prod(part.shape) for part in parts))]
-        table.add_row(*cells, *(["" if spread is None else f"{spread:.3g}"] if with_spread else []))
-    console.print(table)
+        lines.append([*cells, *(["" if spread is None else f"{spread:.3g}"] if with_spread else [])])
+    _print_table(console, table, lines, show_all=show_all)
+    _print_totals(console, rows, trust)
+
+
+def _print_totals(console: Console, rows: Sequence[_Row], trust: Trust) -> None:
+    """How many weights there are, and where they come from."""
     total = sum(math.prod(row.shape) for row in rows)
     console.print(f"{_count_text(total)} parameters in {len(rows)} tensors{_shares_text(trust.shares)}")
     if any(row.origin == "tiled" for row in rows):
@@ -152,19 +155,23 @@ def _print_transfer(console: Console, transfer: Transfer) -> None:
         console.print(f"source: its images have {told}")
 
 
-def _print_low_rank(console: Console, layers: Sequence[LowRankLayer]) -> None:
+def _print_low_rank(console: Console, layers: Sequence[LowRankLayer], *, show_all: bool) -> None:
     """One line a layer: what it would become, and its error at other ranks; then the notes, and what is saved."""
     notes = dict.fromkeys(layer.note for layer in layers if layer.note)
     marks = dict(zip(notes, string.ascii_lowercase, strict=False))
-    table = _table("layer", "then", "rank", "error", "parameters", "multiply-adds", "error at other ranks", "note")
+    is_wide = show_all or console.width >= PIPE_WIDTH
+    columns = ("layer", "then", "rank", "error", "parameters", "multiply-adds", "note")
+    table = _table(*columns, *(["error at other ranks"] if is_wide else []))
+    lines = []
     for layer in layers:
         dense, chosen = layer.dense, layer.chosen
         then = f"{'norm ' if layer.normalized else ''}{layer.activation}".strip() or "-"
         found = [str(chosen.rank), f"{chosen.function_error:.3f}"] if chosen.rank else ["dense", ""]
         costs = [(dense.parameters, chosen.parameters), (dense.multiply_adds, chosen.multiply_adds)]
-        curve = "  ".join(f"{cost.rank}: {cost.function_error:.3f}" for cost in layer.curve)
-        table.add_row(layer.parameter, then, *found, *map(_change_text, costs), curve, marks.get(layer.note, ""))
-    console.print(table)
+        curve = [f"{cost.rank}: {cost.function_error:.3f}" for cost in layer.curve if cost.function_error >= 0.0005]
+        cells = [layer.parameter, then, *found, *map(_change_text, costs), marks.get(layer.note, "")]
+        lines.append([*cells, *(["  ".join(curve)] if is_wide else [])])
+    _print_table(console, table, lines, show_all=show_all)
     for note, mark in marks.items():
         console.print(f"{mark}: {note}")
     parameters = sum(layer.dense.parameters for layer in layers), sum(layer.chosen.parameters for layer in layers)
@@ -205,6 +212,19 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right" if column in _RIGHT else "left")
     return table
+
+
+def _print_table(console: Console, table: Table, lines: Sequence[Sequence[str]], *, show_all: bool) -> None:
+    """The first and the last lines where there are more than a screen takes."""
+    hidden = 0 if show_all or len(lines) <= MAX_ROWS + 4 else len(lines) - MAX_ROWS
+    head = MAX_ROWS * 3 // 4 if hidden else len(lines)
+    for line in lines[:head]:
+        table.add_row(*line)
+    if hidden:
+        table.add_row(f"… {hidden} more layers (--all shows them)")
+    for line in lines[head + hidden :]:
+        table.add_row(*line)
+    console.print(table)
 
 
 def _change_text(costs: tuple[int, int]) -> str:

@@ -682,12 +682,15 @@ class AnalyzeArchitectureRequest(google.protobuf.message.Message):
     REQUEST_ID_FIELD_NUMBER: builtins.int
     LOW_RANK_FIELD_NUMBER: builtins.int
     SOURCE_FIELD_NUMBER: builtins.int
+    HEAD_FIELD_NUMBER: builtins.int
     model: builtins.str
     """Name of a loaded hypernetwork; "" is the server's default."""
     dtype: global___DataType.ValueType
     """Element type that a reply would have."""
     request_id: builtins.str
     """Identifier for logs, chosen by the client."""
+    head: global___Head.ValueType
+    """What would become of the classifier, where no source gives it."""
     @property
     def architecture(self) -> global___Architecture:
         """The network."""
@@ -709,9 +712,10 @@ class AnalyzeArchitectureRequest(google.protobuf.message.Message):
         request_id: builtins.str = ...,
         low_rank: global___LowRankOutput | None = ...,
         source: global___SourceOptions | None = ...,
+        head: global___Head.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["architecture", b"architecture", "low_rank", b"low_rank", "source", b"source"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "dtype", b"dtype", "low_rank", b"low_rank", "model", b"model", "request_id", b"request_id", "source", b"source"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "dtype", b"dtype", "head", b"head", "low_rank", b"low_rank", "model", b"model", "request_id", b"request_id", "source", b"source"]) -> None: ...
 
 global___AnalyzeArchitectureRequest = AnalyzeArchitectureRequest
 
