@@ -162,7 +162,7 @@ def plan_source(
         limits: The largest network that is read.
 
     Returns:
-        The plan, None where ``auto`` finds no source that pays, and why it chose so, in sentences.
+        The plan; or None where ``auto`` finds no source that pays, and why, in sentences.
 
     Raises:
         UnknownModelError: There is no such source.
@@ -172,10 +172,9 @@ def plan_source(
         choice = choose_source(library, structure, head=head)
         if choice.source is None or choice.plan is None:
             return None, (
-                "The hypernetwork alone serves this architecture better than any source.",
-                *choice.reasons[:1],
+                f"The hypernetwork alone serves this architecture better than any source. {choice.reasons[0]}",
             )
-        return PlannedTransfer(choice.source, structure, choice.plan, head, post_process), choice.reasons[:1]
+        return PlannedTransfer(choice.source, structure, choice.plan, head, post_process), ()
     source = library.load(name)
     try:
         plan = plan_transfer(source, structure, head=head, limits=limits)
@@ -362,7 +361,7 @@ class Predictor:
                         given, statistics = found.tensors, _converted(found.statistics, torch.float32)
                         known = replace(known, warnings=(*known.warnings, *found.warnings))
                 origins, copied = self._origins(known, transfer)
-                trust = judge(known, origins, copied, self.known_data)
+                trust = judge(known, origins, copied, self.known_data, similarity=_similarity(transfer))
                 parameters = self._make_parameters(known, given, transfer.origins if transfer else {}, options, clock)
                 result = PredictionResult(parameters, graph, clock.seconds)
                 if options.has_steps:
@@ -401,7 +400,7 @@ class Predictor:
             | {spec.name: node.op_type for node in known.nodes for spec in node.parameters},
             warnings=(*known.warnings, *(transfer.plan.warnings if transfer else ())),
             transfer=transfer,
-            trust=judge(known, origins, copied, self.known_data),
+            trust=judge(known, origins, copied, self.known_data, similarity=_similarity(transfer)),
         )
 
     def _prepare(self, graph: ArchitectureGraph, head: str) -> ArchitectureGraph:
@@ -560,6 +559,11 @@ class _StageClock:
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
+
+
+def _similarity(transfer: PlannedTransfer | None) -> float | None:
+    """How near a source is, 1 where the architecture contains it; None without one."""
+    return None if transfer is None else 1.0 if transfer.plan.contains_source else transfer.plan.similarity
 
 
 def _converted(

@@ -20,11 +20,12 @@ from ghn_service.graph.architecture import ArchitectureGraph, longest_paths
 from ghn_service.graph.op_types import OP_TYPE_NAMES
 from ghn_service.parameters import PREDICTED, TILED
 from ghn_service.postprocess.weighted_layers import weighted_layers
+from ghn_service.transfer.auto import MINIMUM_SIMILARITY
 
 METADATA_KEY = "graph_statistics"
 NUM_QUANTILES = 101
 LARGEST_Z = 10.0
-LEAST_SOURCE, MOST_FALLBACK, TYPICAL_PERCENTILE = 0.99, 0.5, 95
+LEAST_SOURCE, MOST_FALLBACK, TYPICAL_PERCENTILE = 0.5, 0.5, 95
 # The least spread that counts: a share that never varied in training may still differ by a percent.
 LEAST_SHARE_SPREAD, LEAST_SPREAD = 0.02, 0.25
 
@@ -34,6 +35,10 @@ _ADVICE = {
     UNUSUAL: "the gain over a random start varies with networks like this one",
     FAR: "expect no gain over a random start; compare both under the same budget",
     UNKNOWN: "this checkpoint does not say which architectures it was trained on",
+}
+_ADVICE_OF_SOURCE = {
+    TYPICAL: "most weights are those of a trained network: expect a clear gain over a random start",
+    UNUSUAL: "most weights are cut from a trained network of another shape: the gain may need some training",
 }
 
 
@@ -127,7 +132,14 @@ def summarize_graphs(graphs: Iterable[ArchitectureGraph]) -> GraphStatistics:
     return GraphStatistics(len(features), mean, spread, tuple(scores[place] for place in places))
 
 
-def judge(graph: ArchitectureGraph, origins: Mapping[str, str], copied: Mapping[str, int], known: KnownData) -> Trust:
+def judge(
+    graph: ArchitectureGraph,
+    origins: Mapping[str, str],
+    copied: Mapping[str, int],
+    known: KnownData,
+    *,
+    similarity: float | None = None,
+) -> Trust:
     """The verdict on a prediction.
 
     Args:
@@ -135,9 +147,15 @@ def judge(graph: ArchitectureGraph, origins: Mapping[str, str], copied: Mapping[
         origins: Origin of each of its tensors by name, as in ``ParameterSet``.
         copied: How many values of a tensor repeat others of it, by name.
         known: What the hypernetwork was trained on.
+        similarity: How near the source is that gives some of the weights, 0 to 1; 1 where the architecture contains it.
     """
     shares = _shares(graph, origins, copied)
     score, percentile, deviations = _distance(graph, known.graphs)
+    if similarity is not None and shares["source"] >= LEAST_SOURCE:  # the hypernetwork matters little then
+        verdict = TYPICAL if similarity >= MINIMUM_SIMILARITY else UNUSUAL
+        reasons = [] if similarity == 1 else [f"the trained network's similarity is {similarity:.2f}"]
+        reasons = [*_reasons_of_origin(shares), *reasons]
+        return Trust(verdict, _ADVICE_OF_SOURCE[verdict], tuple(reasons), shares, score, percentile, deviations)
     verdict = _verdict(graph, shares, percentile)
     reasons = [
         *_reasons_of_origin(shares),
@@ -181,8 +199,6 @@ def _distance(
 
 def _verdict(graph: ArchitectureGraph, shares: Mapping[str, float], percentile: float | None) -> str:
     """The rule that ``benchmarks/calibrate_trust.py`` checks."""
-    if shares["source"] >= LEAST_SOURCE:
-        return TYPICAL
     if shares["fallback"] > MOST_FALLBACK:
         return FAR
     if percentile is None:

@@ -34,9 +34,11 @@ TRAINING = [convolutions(width, depth) for width in (16, 24, 32, 48) for depth i
 KNOWN = KnownData(graphs=summarize_graphs(TRAINING))
 
 
-def trust_in(graph: ArchitectureGraph, known: KnownData = KNOWN, **origins: str) -> Trust:
+def trust_in(
+    graph: ArchitectureGraph, known: KnownData = KNOWN, similarity: float | None = None, **origins: str
+) -> Trust:
     names = [spec.name for spec in graph.parameters()]
-    return judge(graph, dict.fromkeys(names, "predicted") | origins, {}, known)
+    return judge(graph, dict.fromkeys(names, "predicted") | origins, {}, known, similarity=similarity)
 
 
 def test_training_architectures_are_near() -> None:
@@ -78,8 +80,15 @@ def test_what_is_mostly_drawn_by_a_rule_is_far_even_if_its_graph_is_near() -> No
 def test_a_trained_network_is_trusted_wherever_its_graph_is() -> None:
     graph = convolutions(2048, 200)
     taken = {spec.name: "source:mine (exact)" for spec in graph.parameters()}
-    trust = trust_in(graph, **taken)
-    assert (trust.verdict, trust.shares["source"]) == ("typical", 1)
+    verdicts = {similarity: trust_in(graph, similarity=similarity, **taken) for similarity in (1.0, 0.85, 0.5)}
+    assert [trust.verdict for trust in verdicts.values()] == ["typical", "typical", "unusual"]
+    assert verdicts[1.0].shares["source"] == 1
+    assert not any("hypernetwork" in text for trust in verdicts.values() for text in (trust.advice, *trust.reasons))
+
+
+def test_a_few_weights_of_a_trained_network_do_not_change_the_verdict() -> None:
+    graph = convolutions(2048, 200)
+    assert trust_in(graph, similarity=0.1, **{"0.weight": "source:mine (cut)"}).verdict == trust_in(graph).verdict
 
 
 def test_without_statistics_the_distance_is_unknown() -> None:

@@ -17,11 +17,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ghn_client.batchnorm import recalibrate_batchnorm
 from ghn_client.client import GHNClient
 from ghn_client.errors import InvalidOptionError
-from ghn_client.info import Trust
+from ghn_client.info import Transfer, Trust
 from ghn_client.loading import LoadReport
 from ghn_client.prediction import Prediction
+from ghn_client.sources import AUTO, SourceLike
 
-CALIBRATION_BATCHES = 20
+CALIBRATION_BATCHES, CLASSES_SHOWN = 20, 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,12 +52,13 @@ class InitializeReport:
         told = [f"{shares[kind]:.1%} {text}" for kind, text in words.items() if shares.get(kind)]
         if shares.get("copied"):
             told.append(f"{shares['copied']:.1%} of all are copies of predicted values")
-        metadata = self.prediction.metadata
+        metadata, transfer = self.prediction.metadata, self.prediction.transfer
         lines = [
             f"{self.prediction.num_parameters:,} parameters in {len(self.loaded.loaded)} tensors: {', '.join(told)}",
+            f"source: {_describe(transfer) if transfer else 'none'}",
             f"hypernetwork {metadata.model}, seed {metadata.seed}, {self.address or 'inside this process'}",
             f"BatchNorm: {self.batchnorm}",
-            *(f"warning: {sentence}" for sentence in self.prediction.warnings),
+            *(f"note: {sentence}" for sentence in self.prediction.warnings),
             f"trust: {self.trust}",
         ]
         return "\n".join(lines)
@@ -74,7 +76,7 @@ def initialize(
     loader: Iterable[Any] | None = None,
     address: str | None = None,
     checkpoint: str | Path | None = None,
-    source: Any = None,
+    source: SourceLike | None = AUTO,
     seed: int = 0,
     client: GHNClient | None = None,
     **options: Any,
@@ -93,7 +95,9 @@ def initialize(
             BatchNorm are measured on the first 20; without a loader they stay as they are.
         address: A server; None for ``GHN_ADDRESS``, and where that is not set, one inside this process.
         checkpoint: The hypernetwork of a server inside this process; None for the bundled one.
-        source: A trained network to take weights from wherever it fits; as in ``GHNClient.predict``.
+        source: A trained network to take weights from wherever it fits; as in ``GHNClient.predict``. ``auto`` takes one
+            of the server's library if that pays, as the report says; None leaves all to the hypernetwork. Where the
+            class layer is kept although the classes are others, say ``head="reset"``.
         seed: Seed of everything that is drawn.
         client: A client to ask, for TLS and tokens; instead of address and checkpoint.
         options: Further ones of ``GHNClient.predict``: ``steps``, ``model``, ``head``, ``report``, ...
@@ -104,16 +108,14 @@ def initialize(
     """
     if sum(item is not None for item in (address, checkpoint, client)) > 1:
         raise InvalidOptionError("address, checkpoint and client each name a server; give one", field="address")
-    if source is not None:
-        options["source"] = source
     if example_inputs is None and loader is not None:
         example_inputs, loader = _first_inputs(loader)
     with ExitStack() as stack:
         asked = client or stack.enter_context(_connect(address, checkpoint))
         where = "" if client is None and asked.is_embedded else asked.address
-        prediction = asked.predict(module, example_inputs, seed=seed, **options)
+        prediction = asked.predict(module, example_inputs, seed=seed, source=source, **options)
     loaded = prediction.load_into(module)
-    return InitializeReport(prediction, loaded, _measure_batchnorm(module, loader, prediction), where)
+    return InitializeReport(prediction, loaded, measure_batchnorm(module, loader, prediction), where)
 
 
 def _connect(address: str | None, checkpoint: str | Path | None) -> GHNClient:
@@ -133,8 +135,21 @@ def _first_inputs(loader: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     return inputs, loader
 
 
-def _measure_batchnorm(module: nn.Module, loader: Iterable[Any] | None, prediction: Prediction) -> str:
-    """Measures the running statistics where that is right; says what became of them."""
+def _describe(transfer: Transfer) -> str:
+    """What a source gave, and what of its data belongs to its function."""
+    told = [str(transfer)]
+    if transfer.source.dataset:
+        told.append(f"trained on {transfer.source.dataset}")
+    if scales := transfer.source.card.get("normalization"):
+        numbers = (f"{key} {', '.join(f'{value:.3g}' for value in values)}" for key, values in scales.items())
+        told.append(f"images normalised by {' and '.join(numbers)}")
+    if transfer.is_exact and (names := transfer.source.class_names):
+        told.append(f"classes {', '.join(names[:CLASSES_SHOWN])}{', ...' if len(names) > CLASSES_SHOWN else ''}")
+    return "; ".join(told)
+
+
+def measure_batchnorm(module: nn.Module, loader: Iterable[Any] | None, prediction: Prediction) -> str:
+    """Measures the running statistics on 20 batches where that is right; says what became of them."""
     if not any(isinstance(layer, _BatchNorm) and layer.track_running_stats for layer in module.modules()):
         return "there is none with running statistics"
     if prediction.transfer is not None and not prediction.needs_recalibration:

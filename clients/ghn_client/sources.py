@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from ghn_client.errors import FileError, GhnClientError, InvalidOptionError, Sou
 from ghn_client.networks import file_stem, find_network
 from ghn_client.onnx.edit import parse_onnx, read_model, tensors_of
 from ghn_client.onnx.export import Architecture, ModelSource, declared_inputs, read_source
-from ghn_client.onnx.strip import strip_weights
+from ghn_client.onnx.strip import BUFFERS_KEY, PARAMETERS_KEY, strip_weights
 from ghn_client.onnx.torch_module import input_shape
 from ghn_client.wire import ghn_pb2
 
@@ -106,7 +107,7 @@ def is_in_library(source: Source) -> bool:
         InvalidOptionError: It names a file that is not there, or a source of the library with weights of its own.
     """
     text = source.network
-    if not isinstance(text, str) or Path(text).is_file() or ":" in text:
+    if not isinstance(text, str) or (text != AUTO and Path(text).is_file()) or ":" in text:
         return False
     if Path(text).suffix in _FILES:
         raise InvalidOptionError(f"there is no file {text!r} to take weights from", field="source")
@@ -126,8 +127,17 @@ def example_of(target: Architecture, example_inputs: Any) -> Any:
         return declared_inputs(target)
     try:
         model = parse_onnx(bytes(target) if isinstance(target, bytes) else Path(target).read_bytes())
+        lists = (item.value for item in model.metadata_props if item.key in (PARAMETERS_KEY, BUFFERS_KEY))
+        weights = {str(name) for text in lists for name in json.loads(text)}  # inputs of a file without weights
+        for info in [info for info in model.graph.input if info.name in weights]:
+            model.graph.input.remove(info)
         return torch.zeros([size or 1 for size in input_shape(model)])
-    except (OSError, GhnClientError):  # several inputs; a source that declares its own needs none of this
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        GhnClientError,
+    ):  # several inputs; a source that declares its own needs none of this
         return None
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import ghn_client
 import ghn_client.initialization
+from ghn_architectures.registry import build_network
 from ghn_client import GHNClient
 from ghn_client.batchnorm import recalibrate_batchnorm
 from ghn_client.errors import InvalidOptionError
@@ -51,6 +52,35 @@ def test_one_line_loads_the_prediction_and_measures_batchnorm(checkpoint: Path) 
     assert report.loaded.trust == report.trust == report.prediction.trust
     assert report.trust.verdict in str(report)
     assert "<iframe" in report._repr_html_()
+
+
+@pytest.mark.parametrize("classes", [10, 7])
+def test_a_network_that_contains_a_bundled_source_starts_as_that(checkpoint: Path, classes: int) -> None:
+    modules = [build_network("resnet20", num_classes=classes).eval() for _ in range(3)]
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    report = ghn_client.initialize(modules[0], loader=[images], checkpoint=checkpoint)
+    named = ghn_client.initialize(modules[1], images, checkpoint=checkpoint, source="small_resnet")
+    alone = ghn_client.initialize(modules[2], images, checkpoint=checkpoint, source=None)
+    assert report.prediction.digest == named.prediction.digest != alone.prediction.digest
+    assert report.prediction.transfer.is_exact == (classes == 10)
+    assert torch.equal(modules[0](images), modules[1](images))  # the loader did not change the source's statistics
+    assert (report.trust.verdict, alone.prediction.transfer) == ("typical", None)
+    assert "small_resnet" in str(report)
+    assert "airplane" in str(report) if classes == 10 else "airplane" not in str(report)
+    assert "small_resnet" not in str(alone)
+
+
+def test_what_is_near_no_source_is_left_to_the_hypernetwork(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("auto").touch()  # no network, but a file of this name
+    sentences = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    for module, example in ((network(), IMAGE), (network(7), IMAGE), (sentences, torch.zeros(1, 5, dtype=torch.long))):
+        by_default = ghn_client.initialize(module, example, checkpoint=checkpoint)
+        alone = ghn_client.initialize(module, example, checkpoint=checkpoint, source=None)
+        assert by_default.prediction.transfer is None
+        assert all(torch.equal(value, alone.prediction[name]) for name, value in by_default.prediction.items())
+        assert "source: none" in str(by_default)
+        assert len(by_default.prediction.warnings) == len(alone.prediction.warnings) + 1
 
 
 def test_a_loader_that_gives_each_batch_once_loses_none(checkpoint: Path) -> None:

@@ -111,6 +111,24 @@ def test_finetune_of_an_onnx_file_without_weights_predicts_them(tmp_path, images
     assert np.isfinite(logits).all()
 
 
+@pytest.mark.parametrize("kind", ["factory", "onnx"])
+def test_finetune_starts_from_a_source(tmp_path, images, kind):
+    torch.save(ResidualNetwork(seed=3).state_dict(), tmp_path / "trained.pt")
+    (tmp_path / "target.onnx").write_bytes(export_architecture(ResidualNetwork(), torch.zeros(1, 3, 8, 8)))
+    common = (FACTORY if kind == "factory" else tmp_path / "target.onnx", "--data", images, "--epochs", 1, "--json")
+    common = (*common, "--source", FACTORY, "--source-weights", tmp_path / "trained.pt", "-o", tmp_path / "d")
+    if kind == "factory":
+        common = (*common, "--image-size", 8)
+    result = run("finetune", *common, "--strategy", "head-only", "--option", "statistics=freeze")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["request"]["source"].startswith("ResidualNetwork@")
+    assert "the source's running statistics" in result.stderr
+    if kind == "factory":  # what was trained is the base of the delta
+        assert load_delta(ResidualNetwork(seed=3), tmp_path / "d").strategy == "head_only"
+    for other in (("--own-start",), ("--weights", tmp_path / "w.safetensors")):
+        assert run("finetune", *common, *other).exit_code == 2
+
+
 def test_onnx_files_of_other_inputs_are_refused(tmp_path, images):
     onnx.save(filled(ResidualNetwork()), tmp_path / "model.onnx")
     (tmp_path / "structure.onnx").write_bytes(export_architecture(ResidualNetwork(), torch.zeros(1, 3, 8, 8)))

@@ -258,12 +258,13 @@ def finetune(
     server: Server,
     network: Network,
     tuning: Tuning,
+    sources: Sources,
     as_json: Json = False,
 ) -> None:
     """Predict, load, recalibrate, tune and save in one go, for image classification."""
     from ghn_client.cli.finetune import tune
 
-    document, sentence = tune(network, server, tuning)
+    document, sentence = tune(network, server, tuning, sources)
     if as_json:
         print_json(document)
     else:

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ghn_client.atomic_file import write_file
-from ghn_client.batchnorm import UPDATE, evaluation_mode, recalibrate_batchnorm, travelling_statistics
-from ghn_client.cli.options import Server, Tuning, messages
+from ghn_client.batchnorm import UPDATE, evaluation_mode, travelling_statistics
+from ghn_client.cli.options import Server, Sources, Tuning, messages
 from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.delta import save_delta
 from ghn_client.finetune.fit import EpochReport, FitSettings, fit
@@ -25,6 +25,7 @@ from ghn_client.finetune.matrix_layers import norm_layers
 from ghn_client.finetune.planner import Plan, facts_of_module
 from ghn_client.finetune.planner import plan as make_plan
 from ghn_client.finetune.strategies import prepare, strategy_of
+from ghn_client.initialization import measure_batchnorm
 from ghn_client.networks import DEFAULT_IMAGE_SIZE, find_network, image_example
 from ghn_client.onnx.edit import OnnxModel, parse_onnx, read_model, write_model
 from ghn_client.onnx.export import read_source
@@ -34,7 +35,6 @@ from ghn_client.onnx.torch_module import input_shape, module_from_onnx, to_onnx
 from ghn_client.options import parse_pairs
 from ghn_client.prediction import Prediction
 
-CALIBRATION_BATCHES = 20
 _UNITS = {"k": 2**10, "m": 2**20, "g": 2**30}
 
 
@@ -49,10 +49,11 @@ def plan_network(model: str, memory: str, **settings: Any) -> Plan:
     return make_plan(facts, memory_bytes=int(float(number) * unit) if memory else None, **settings)
 
 
-def tune(model: str, server: Server, tuning: Tuning) -> tuple[dict[str, Any], str]:
+def tune(model: str, server: Server, tuning: Tuning, sources: Sources) -> tuple[dict[str, Any], str]:
     """Tunes the network that ``model`` names and writes the delta; the outcome for programs, and one for people."""
-    if tuning.weights is not None and tuning.own_start:
-        raise InvalidOptionError("--weights and --own-start ask for different starts; give one")
+    starts = {"--weights": tuning.weights, "--own-start": tuning.own_start, "--source": sources.source}
+    if len(given := [flag for flag, value in starts.items() if value]) > 1:
+        raise InvalidOptionError(f"{' and '.join(given)} ask for different starts; give one")
     torch.manual_seed(tuning.seed)
     network = find_network(model)
     if tuning.model_out is not None and tuning.model_out.suffix == ".onnx" and not isinstance(network, Path):
@@ -65,15 +66,15 @@ def tune(model: str, server: Server, tuning: Tuning) -> tuple[dict[str, Any], st
             f"expected a network with at least {training.num_classes} outputs, one for each class of {tuning.data}, "
             f"got one with {outputs}"
         )
-    start = _start(network, server, tuning)
+    start = _start(network, server, tuning, sources)
 
     def show(epoch: EpochReport) -> None:
         accuracy = "" if epoch.accuracy is None else f", accuracy {epoch.accuracy:.2%}"
         messages().print(f"epoch {epoch.epoch}: loss {epoch.train_loss:.4f}{accuracy} ({epoch.seconds:.1f} s)")
 
     batches = ImageBatches(training, batch_size=tuning.batch_size, augment=True, seed=tuning.seed)
-    if start.request is not None:
-        recalibrate_batchnorm(start.network, batches, num_batches=CALIBRATION_BATCHES)
+    if start.prediction is not None:
+        messages().print(f"BatchNorm: {measure_batchnorm(start.network, batches, start.prediction)}")
     try:
         handle = prepare(start.network, tuning.strategy, **_strategy_options(tuning, len(training.labels)))
     except UnsupportedModuleError as error:
@@ -147,12 +148,14 @@ def _is_complete(handle: FineTuneHandle) -> bool:
 
 
 class _Start(NamedTuple):
-    """A network with its starting weights, and what they were asked with; None for its own weights.
+    """A network with its starting weights, and where they are from; None for its own weights.
 
-    ``to_onnx`` turns the tuned module into a filled file, where the network came from one.
+    ``request`` is what gives these weights again, as far as that is known. ``to_onnx`` turns the tuned module into a
+    filled file, where the network came from one.
     """
 
     network: nn.Module
+    prediction: Prediction | None
     request: dict[str, Any] | None
     to_onnx: Callable[[nn.Module], OnnxModel] | None = None
 
@@ -187,14 +190,14 @@ def _image_of(network: nn.Module, tuning: Tuning) -> torch.Tensor:
     return image
 
 
-def _start(path: nn.Module | Path, server: Server, tuning: Tuning) -> _Start:
+def _start(path: nn.Module | Path, server: Server, tuning: Tuning, sources: Sources) -> _Start:
     """The network with the weights to start from."""
     if isinstance(path, nn.Module):
-        prediction, request = _predict(path, image_example(path, tuning.image_size), server, tuning)
+        prediction, request = _predict(path, image_example(path, tuning.image_size), server, tuning, sources)
         if prediction is not None:
             messages().print(str(prediction.load_into(path)))
-        return _Start(path, request)
-    (prediction, request), parameters = _predict(path, None, server, tuning), None
+        return _Start(path, prediction, request)
+    (prediction, request), parameters = _predict(path, None, server, tuning, sources), None
     if prediction is None:
         filled = read_model(path)
     else:
@@ -204,7 +207,7 @@ def _start(path: nn.Module | Path, server: Server, tuning: Tuning) -> _Start:
     shape = _image_shape(filled, tuning.image_size)
     example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     network = module_from_onnx(filled, example, parameters=parameters)
-    return _Start(network, request, lambda tuned: to_onnx(tuned, network, filled))
+    return _Start(network, prediction, request, lambda tuned: to_onnx(tuned, network, filled))
 
 
 def _image_shape(model: OnnxModel, wanted: int | None) -> tuple[int, ...]:
@@ -221,7 +224,7 @@ def _image_shape(model: OnnxModel, wanted: int | None) -> tuple[int, ...]:
 
 
 def _predict(
-    architecture: nn.Module | Path, example: Any, server: Server, tuning: Tuning
+    architecture: nn.Module | Path, example: Any, server: Server, tuning: Tuning, sources: Sources
 ) -> tuple[Prediction | None, dict[str, Any] | None]:
     """The weights to start from and what they were asked with; None for the network's own."""
     if tuning.own_start:
@@ -230,6 +233,14 @@ def _predict(
         prediction = Prediction.load(tuning.weights)
     else:
         with server.connect() as client:
-            prediction = client.predict(architecture, example, seed=tuning.seed, model=tuning.model)
+            prediction = client.predict(
+                architecture, example, seed=tuning.seed, model=tuning.model, source=sources.chosen()
+            )
     keys = ("graph_digest", "model", "model_digest", "seed", "dtype")
-    return prediction, {key: getattr(prediction.metadata, key) for key in keys}
+    request = {key: getattr(prediction.metadata, key) for key in keys}
+    if prediction.transfer is None:
+        return prediction, request
+    if tuning.weights is not None:  # a file does not say what was asked of its source
+        return prediction, None
+    found = prediction.transfer.source
+    return prediction, request | {"source": f"{found.name}@{found.digest}", "class_layer": sources.class_layer.value}
