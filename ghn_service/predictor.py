@@ -52,7 +52,7 @@ from ghn_service.postprocess.low_rank.output import LowRankRecord, apply_low_ran
 from ghn_service.postprocess.low_rank.ranks import LowRank
 from ghn_service.postprocess.steps import Step, apply_steps, parse_steps
 from ghn_service.postprocess.weighted_layers import StepRecord
-from ghn_service.transfer.auto import choose_source
+from ghn_service.transfer.auto import MINIMUM_SIMILARITY, choose_source
 from ghn_service.transfer.library import AUTO, Library
 from ghn_service.transfer.source import Source
 from ghn_service.transfer.transfer import Head, Transfer, TransferPlan, plan_transfer, transfer_weights
@@ -361,7 +361,7 @@ class Predictor:
                         given, statistics = found.tensors, _converted(found.statistics, torch.float32)
                         known = replace(known, warnings=(*known.warnings, *found.warnings))
                 origins, copied = self._origins(known, transfer)
-                trust = judge(known, origins, copied, self.known_data, similarity=_similarity(transfer))
+                trust = judge(known, origins, copied, self.known_data, is_near=_is_near(transfer))
                 parameters = self._make_parameters(known, given, transfer.origins if transfer else {}, options, clock)
                 result = PredictionResult(parameters, graph, clock.seconds)
                 if options.has_steps:
@@ -400,7 +400,7 @@ class Predictor:
             | {spec.name: node.op_type for node in known.nodes for spec in node.parameters},
             warnings=(*known.warnings, *(transfer.plan.warnings if transfer else ())),
             transfer=transfer,
-            trust=judge(known, origins, copied, self.known_data, similarity=_similarity(transfer)),
+            trust=judge(known, origins, copied, self.known_data, is_near=_is_near(transfer)),
         )
 
     def _prepare(self, graph: ArchitectureGraph, head: str) -> ArchitectureGraph:
@@ -561,9 +561,10 @@ class _StageClock:
         self.seconds[name] = time.perf_counter() - start
 
 
-def _similarity(transfer: PlannedTransfer | None) -> float | None:
-    """How near a source is, 1 where the architecture contains it; None without one."""
-    return None if transfer is None else 1.0 if transfer.plan.contains_source else transfer.plan.similarity
+def _is_near(transfer: PlannedTransfer | None) -> bool | None:
+    """Whether a source was seen to pay with architectures as near as this one; None without one."""
+    plan = transfer.plan if transfer else None
+    return None if plan is None else plan.contains_source or plan.similarity >= MINIMUM_SIMILARITY
 
 
 def _converted(

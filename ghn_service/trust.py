@@ -20,7 +20,6 @@ from ghn_service.graph.architecture import ArchitectureGraph, longest_paths
 from ghn_service.graph.op_types import OP_TYPE_NAMES
 from ghn_service.parameters import PREDICTED, TILED
 from ghn_service.postprocess.weighted_layers import weighted_layers
-from ghn_service.transfer.auto import MINIMUM_SIMILARITY
 
 METADATA_KEY = "graph_statistics"
 NUM_QUANTILES = 101
@@ -138,7 +137,7 @@ def judge(
     copied: Mapping[str, int],
     known: KnownData,
     *,
-    similarity: float | None = None,
+    is_near: bool | None = None,
 ) -> Trust:
     """The verdict on a prediction.
 
@@ -147,14 +146,12 @@ def judge(
         origins: Origin of each of its tensors by name, as in ``ParameterSet``.
         copied: How many values of a tensor repeat others of it, by name.
         known: What the hypernetwork was trained on.
-        similarity: How near the source is that gives some of the weights, 0 to 1; 1 where the architecture contains it.
+        is_near: Whether the source that gives some of the weights is of a near shape; None without one.
     """
     shares = _shares(graph, origins, copied)
     score, percentile, deviations = _distance(graph, known.graphs)
-    if similarity is not None and shares["source"] >= LEAST_SOURCE:  # the hypernetwork matters little then
-        verdict = TYPICAL if similarity >= MINIMUM_SIMILARITY else UNUSUAL
-        reasons = [] if similarity == 1 else [f"the trained network's similarity is {similarity:.2f}"]
-        reasons = [*_reasons_of_origin(shares), *reasons]
+    if is_near is not None and shares["source"] >= LEAST_SOURCE:  # the hypernetwork matters little then
+        verdict, reasons = TYPICAL if is_near else UNUSUAL, _reasons_of_origin(shares)
         return Trust(verdict, _ADVICE_OF_SOURCE[verdict], tuple(reasons), shares, score, percentile, deviations)
     verdict = _verdict(graph, shares, percentile)
     reasons = [
