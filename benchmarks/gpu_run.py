@@ -13,7 +13,6 @@ trains sources of weights. Without a GPU everything runs on the processor.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import shutil
@@ -34,18 +33,13 @@ import torch
 
 from benchmarks.experiment import table
 from benchmarks.measure import timed
-from benchmarks.serving import MODELS, PUBLISHED_T
+from benchmarks.serving import MODELS, PUBLISHED, save_untrained
 from ghn_client import export_architecture
 from ghn_client.atomic_file import write_file
-from ghn_service.hypernetwork.checkpoint import save_checkpoint
-from ghn_service.hypernetwork.ghn import GraphHyperNetwork
 from ghn_service.predictor import Predictor
 from ghn_service.training.run_log import read_log
 from tests.zoo_support import build_torchvision
 
-PUBLISHED_XL = dataclasses.replace(
-    PUBLISHED_T, hidden_channels=384, num_layers=24, num_heads=16, max_shape=(384, 384, 16, 16)
-)
 #: Seconds kept for the last save, validation and summary.
 CLOSING_SECONDS = 45.0
 CHOICE = "choice.json"
@@ -74,8 +68,8 @@ def start_training(way: Way, options: argparse.Namespace, out: Path, minutes: fl
     command += [word for change in changes for word in ("--set", change)]
     processes = []
     for rank in range(way.processes):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": way.processes, "LOCAL_WORLD_SIZE": way.processes}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place |= {"WORLD_SIZE": way.processes, "LOCAL_WORLD_SIZE": way.processes}
         output = (out / f"rank{rank}.txt").open("ab")
         environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
         processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
@@ -130,10 +124,9 @@ def choose_way(options: argparse.Namespace) -> dict[str, Any]:
 def measure_serving(device: str, models: Sequence[str], repeats: int) -> list[str]:
     """A table of milliseconds from bytes to weights, and of a copy of as many bytes to the host."""
     rows = []
-    for size, config in (("T", PUBLISHED_T), ("XL", PUBLISHED_XL)):
+    for size in ("T", "XL"):
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "ghn.safetensors"
-            save_checkpoint(GraphHyperNetwork(config, generator=torch.Generator().manual_seed(0)).half(), path)
+            path = save_untrained(folder, PUBLISHED[size], dtype=torch.float16)
             predictor = Predictor.from_checkpoint(path, device=device)
         for model in models:
             onnx_bytes = export_architecture(*build_torchvision(model))

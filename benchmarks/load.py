@@ -25,10 +25,8 @@ import trustme
 
 from benchmarks.measure import print_table
 from benchmarks.processes import running, serve_hypernetwork
-from benchmarks.serving import PUBLISHED_T
+from benchmarks.serving import save_untrained
 from ghn_client import GHNClient
-from ghn_service.hypernetwork.checkpoint import save_checkpoint
-from ghn_service.hypernetwork.ghn import GraphHyperNetwork
 from tests.data.regenerate import stored_model
 
 NETWORKS = {"squeezenet1_1": "small, 5 MB", "resnet50": "large, 102 MB"}
@@ -94,12 +92,12 @@ def measure_network(network: str, checkpoint: Path, folder: Path, seconds: float
     rows = []
     for variant in VARIANTS:
         secure = {"tls_certificate": paths["certificate"], "tls_key": paths["key"]} if variant == "TLS" else {}
-        trusted = {"root_certificates": paths["authority"]} if variant == "TLS" else {}
+        trusted = paths["authority"] if variant == "TLS" else None
         cache = {} if variant == "cached" else {"cache_bytes": 0}
         settings = {**cache, **secure, "max_queue": 4 * max(CLIENTS), "max_peer_share": 1.0}
         with (
             running(serve_hypernetwork, checkpoint, settings) as (address, _),
-            GHNClient(address, max_attempts=50, **trusted) as client,
+            GHNClient(address, max_attempts=50, root_certificates=trusted) as client,
         ):
             for num_clients in CLIENTS:
                 row = measure_load(
@@ -133,8 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        checkpoint = Path(name) / "benchmark.safetensors"
-        save_checkpoint(GraphHyperNetwork(PUBLISHED_T, generator=torch.Generator().manual_seed(0)), checkpoint)
+        checkpoint = save_untrained(name)
         rows = [
             row
             for network in options.networks

@@ -67,23 +67,29 @@ class PeakMemory:
     """
 
     def __init__(self, pid: int | None = None) -> None:
-        self._folder = Path("/proc") / (str(pid) if pid else "self")
+        self._pid = pid
         self._before = 0
 
     def reset(self) -> None:
         """Forgets the peak and notes what is resident now."""
-        (self._folder / "clear_refs").write_text("5")
-        self._before = self._status("VmRSS")
+        _process_file("clear_refs", self._pid).write_text("5")
+        self._before = status_bytes("VmRSS", self._pid)
 
     def grown_bytes(self) -> int:
         """Bytes by which the peak since ``reset`` exceeds what was resident then."""
-        return self._status("VmHWM") - self._before
+        return status_bytes("VmHWM", self._pid) - self._before
 
-    def _status(self, field: str) -> int:
-        for line in (self._folder / "status").read_text().splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-        raise OSError(f"the kernel does not tell {field}")
+
+def status_bytes(field: str, pid: int | None = None) -> int:
+    """A size in the kernel's status of a process, such as ``VmRSS``; None for this process (Linux)."""
+    for line in _process_file("status", pid).read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"the kernel does not tell {field}")
+
+
+def _process_file(name: str, pid: int | None) -> Path:
+    return Path("/proc") / (str(pid) if pid else "self") / name
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:

@@ -23,7 +23,7 @@ import json
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,17 +36,29 @@ from benchmarks.processes import receive_raw_bytes, running, serve_hypernetwork,
 from ghn_client import GHNClient, export_architecture
 from ghn_client.huge_pages import allocate_buffer
 from ghn_service.hypernetwork.checkpoint import save_checkpoint
-from ghn_service.hypernetwork.ghn import GHNConfig, GraphHyperNetwork
+from ghn_service.hypernetwork.config import GHNConfig
+from ghn_service.hypernetwork.ghn import GraphHyperNetwork
 from ghn_service.predictor import Predictor
 from tests.zoo_support import build_torchvision
 
 MODELS = ("resnet50", "vit_b_16", "convnext_tiny", "efficientnet_b0", "swin_t")
 EXPORT_REPEATS = 5
-PUBLISHED_T = GHNConfig(hidden_channels=64, num_layers=3, num_heads=8, max_shape=(64, 64, 16, 16), num_classes=1000)
-
+#: Channels, layers and heads of the published sizes of GHN-3.
+_SIZES = {"T": (64, 3, 8), "S": (128, 5, 16), "L": (256, 12, 16), "XL": (384, 24, 16)}
+PUBLISHED = {
+    size: GHNConfig(hidden_channels=width, num_layers=layers, num_heads=heads, max_shape=(width, width, 16, 16))
+    for size, (width, layers, heads) in _SIZES.items()
+}
 
 Row = dict[str, Any]
-"""Figures of one network by name; seconds (``_s``), bytes (``_bytes``) and shares."""
+"""Figures of one network by name; seconds (``_s``), bytes (``_bytes``), MiB (``_mib``) and shares."""
+
+
+def save_untrained(folder: str | Path, config: GHNConfig = PUBLISHED["T"], *, dtype: torch.dtype | None = None) -> Path:
+    """Writes an untrained hypernetwork, whose values change neither time nor memory."""
+    path = Path(folder) / "benchmark.safetensors"
+    save_checkpoint(GraphHyperNetwork(config, generator=torch.Generator().manual_seed(0)).to(dtype=dtype), path)
+    return path
 
 
 def measure_server(predictor: Predictor, onnx_bytes: bytes, repeats: int) -> Row:
@@ -63,7 +75,9 @@ def measure_server(predictor: Predictor, onnx_bytes: bytes, repeats: int) -> Row
         copies.append(timed(source.clone)[0])
         del source
     stages = {f"{name}_s": statistics.median(run[name] for run in runs[1:]) for name in runs[0]}
-    return {**stages, "copy_s": statistics.median(copies[1:]), "weight_bytes": num_bytes}
+    total_s, copy_s = stages["reading_s"] + stages["encoding_s"] + stages["decoding_s"], statistics.median(copies[1:])
+    sizes = {"weight_bytes": num_bytes, "weight_mib": num_bytes / MIB}
+    return {**stages, **sizes, "total_s": total_s, "copy_s": copy_s, "total_per_copy": total_s / copy_s}
 
 
 def measure_client(address: str, raw_address: str, server_pid: int, onnx_bytes: bytes, repeats: int) -> Row:
@@ -118,7 +132,8 @@ def measure_export(model: str, address: str, weight_bytes: int, repeats: int) ->
     with GHNClient(address) as client:
         load = lambda: client.predict(module, example).load_into(module)  # noqa: E731
         loaded_s = median_seconds(load, repeats, prepare=lambda: warm_memory(2 * weight_bytes))
-    return {"torch_export_s": export_s, "export_s": ours_s, "module_to_weights_s": loaded_s}
+    ratio = ours_s / export_s
+    return {"torch_export_s": export_s, "export_s": ours_s, "export_ratio": ratio, "module_to_weights_s": loaded_s}
 
 
 def measure(model: str, predictor: Predictor, address: str, raw_address: str, server_pid: int, repeats: int) -> Row:
@@ -128,54 +143,51 @@ def measure(model: str, predictor: Predictor, address: str, raw_address: str, se
     del module
     server = measure_server(predictor, onnx_bytes, repeats)
     client = measure_client(address, raw_address, server_pid, onnx_bytes, repeats)
-    exports = measure_export(model, address, server["weight_bytes"], min(repeats, EXPORT_REPEATS))
+    weight_bytes = server["weight_bytes"]
+    exports = measure_export(model, address, weight_bytes, min(repeats, EXPORT_REPEATS))
+    client["server_growth_mib"] = (client["server_growth_bytes"] - weight_bytes) / MIB
+    client["client_growth_share"] = client["client_growth_bytes"] / weight_bytes
     return {"model": model, **server, **client, **exports}
 
 
-Column = tuple[str, Callable[[Row], str]]
-SERVER_COLUMNS: tuple[Column, ...] = (
-    ("network", lambda row: row["model"]),
-    ("MiB", lambda row: f"{row['weight_bytes'] / MIB:.0f}"),
-    ("read", lambda row: f"{row['reading_s']:.4f}"),
-    ("encode", lambda row: f"{row['encoding_s']:.4f}"),
-    ("decode", lambda row: f"{row['decoding_s']:.4f}"),
-    ("total", lambda row: f"{_server_seconds(row):.4f}"),
-    ("plain copy", lambda row: f"{row['copy_s']:.4f}"),
-    ("total / copy", lambda row: f"{_server_seconds(row) / row['copy_s']:.1f}"),
-)
-CLIENT_COLUMNS: tuple[Column, ...] = (
-    ("network", lambda row: row["model"]),
-    ("call", lambda row: f"{row['call_s']:.3f}"),
-    ("stream", lambda row: f"{row['stream_s']:.3f}"),
-    ("raw", lambda row: f"{row['raw_stream_s']:.3f}"),
-    ("raw / stream", lambda row: f"{row['raw_share']:.0%}"),
-    ("bare", lambda row: f"{row['bare_stream_s']:.3f}"),
-    ("bare / stream", lambda row: f"{row['bare_share']:.0%}"),
-    ("server, MiB", lambda row: f"{(row['server_growth_bytes'] - row['weight_bytes']) / MIB:.0f}"),
-    ("client", lambda row: f"{row['client_growth_bytes'] / row['weight_bytes']:.2f}"),
-)
-EXPORT_COLUMNS: tuple[Column, ...] = (
-    ("network", lambda row: row["model"]),
-    ("torch.export alone", lambda row: f"{row['torch_export_s']:.2f}"),
-    ("export_architecture", lambda row: f"{row['export_s']:.2f}"),
-    ("ratio", lambda row: f"{row['export_s'] / row['torch_export_s']:.2f}"),
-    ("module to loaded weights", lambda row: f"{row['module_to_weights_s']:.2f}"),
-)
+#: Title of each table, and its columns as they are filled with the figures of a network.
+TABLES = {
+    "Server, seconds from ONNX bytes to weights": {
+        "network": "{model}",
+        "MiB": "{weight_mib:.0f}",
+        "read": "{reading_s:.4f}",
+        "encode": "{encoding_s:.4f}",
+        "decode": "{decoding_s:.4f}",
+        "total": "{total_s:.4f}",
+        "plain copy": "{copy_s:.4f}",
+        "total / copy": "{total_per_copy:.1f}",
+    },
+    "Client, seconds of a call; memory beyond what was resident before": {
+        "network": "{model}",
+        "call": "{call_s:.3f}",
+        "stream": "{stream_s:.3f}",
+        "raw": "{raw_stream_s:.3f}",
+        "raw / stream": "{raw_share:.0%}",
+        "bare": "{bare_stream_s:.3f}",
+        "bare / stream": "{bare_share:.0%}",
+        "server, MiB": "{server_growth_mib:.0f}",
+        "client": "{client_growth_share:.2f}",
+    },
+    "Export, CPU seconds; seconds to loaded weights": {
+        "network": "{model}",
+        "torch.export alone": "{torch_export_s:.2f}",
+        "export_architecture": "{export_s:.2f}",
+        "ratio": "{export_ratio:.2f}",
+        "module to loaded weights": "{module_to_weights_s:.2f}",
+    },
+}
 
 
 def report(rows: Sequence[Row]) -> None:
-    """Prints the three tables."""
-    for title, columns in (
-        ("Server, seconds from ONNX bytes to weights", SERVER_COLUMNS),
-        ("Client, seconds of a call; memory beyond what was resident before", CLIENT_COLUMNS),
-        ("Export, CPU seconds; seconds to loaded weights", EXPORT_COLUMNS),
-    ):
+    """Prints the tables."""
+    for title, columns in TABLES.items():
         print(f"\n{title}:\n")
-        print_table([name for name, _ in columns], [[cell(row) for _, cell in columns] for row in rows])
-
-
-def _server_seconds(row: Row) -> float:
-    return row["reading_s"] + row["encoding_s"] + row["decoding_s"]
+        print_table(list(columns), [[text.format(**row) for text in columns.values()] for row in rows])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -187,8 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = Path(folder) / "benchmark.safetensors"
-        save_checkpoint(GraphHyperNetwork(PUBLISHED_T, generator=torch.Generator().manual_seed(0)), checkpoint)
+        checkpoint = save_untrained(folder)
         predictor = Predictor.from_checkpoint(checkpoint, device="cpu")
         with (
             running(serve_hypernetwork, checkpoint) as (address, server_pid),
