@@ -64,7 +64,7 @@ def serve_raw_bytes(pipe: Connection) -> None:
             yield chunk if remaining >= CHUNK_BYTES else chunk[:remaining]
             remaining -= CHUNK_BYTES
 
-    handler = grpc.unary_stream_rpc_method_handler(stream)
+    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_stream_rpc_method_handler(stream)
     server = grpc.server(ThreadPoolExecutor(2))
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("raw.Raw", {"Stream": handler}),))
     port = server.add_insecure_port("127.0.0.1:0")
@@ -86,7 +86,8 @@ def receive_raw_bytes(
     """
     view = memoryview(allocate(num_bytes))
     position = 0
-    for chunk in channel.unary_stream(RAW_METHOD)(str(num_bytes).encode()):
+    method: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(RAW_METHOD)
+    for chunk in method(str(num_bytes).encode()):
         view[position : position + len(chunk)] = chunk
         position += len(chunk)
     if position != num_bytes:

@@ -97,7 +97,7 @@ def compare_recipe(options: argparse.Namespace) -> dict[str, Any]:
             trainer._prepare(index, architecture)
         return trainer
 
-    settings = load_settings(None, (*BASE, *options.changes))
+    settings: TrainingSettings = load_settings(None, (*BASE, *options.changes))
     with tempfile.TemporaryDirectory() as folder:
         if options.processor_s:
             steps = affordable_steps(make_trainer(settings, folder), options.processor_s)
@@ -131,7 +131,7 @@ def affordable_steps(trainer: Trainer, processor_s: float) -> int:
 
 def measure_speed(options: argparse.Namespace) -> dict[str, Any]:
     """Networks per processor second of training and of the plain loop, over the same networks."""
-    settings = load_settings(options.config, options.changes)
+    settings: TrainingSettings = load_settings(options.config, options.changes)
     images = require_split(options.data, "train", cache=options.cache)
     source = Pool(settings.sampling.split, interface_of(images), settings.sampling.pool)
     generator = torch.Generator().manual_seed(0)
@@ -177,7 +177,7 @@ def plain_passes(trainer: Trainer, modules: Sequence[torch.nn.Module], generator
             images, labels = trainer.batches.draw(generator=generator)
             with target_passes(images.device, trainer.precision):
                 logits = module(images)
-            functional.cross_entropy(logits.float(), labels, label_smoothing=0.1).backward()
+            functional.cross_entropy(logits.float(), labels, label_smoothing=0.1).backward()  # type: ignore[no-untyped-call]
 
 
 def main() -> None:

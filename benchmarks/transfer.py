@@ -39,15 +39,16 @@ from ghn_architectures.registry import ARCHITECTURES, SOURCES
 from ghn_client.finetune.images import Normalization, measure_normalization
 from ghn_client.onnx.export import export_architecture
 from ghn_service.predictor import PlannedTransfer, PredictionOptions, Predictor
-from ghn_service.server.settings import BUNDLED_CHECKPOINTS
+from ghn_service.published import BUNDLED_CHECKPOINTS
 from ghn_service.training.evaluation.fine_tune import FineTuneData, FineTuneSettings, fine_tune, small_training_set
 from ghn_service.training.evaluation.zero_shot import accuracy, he_module, initial_module, recalibrated_accuracy
 from ghn_service.training.images import load_training_data, require_split
 from ghn_service.training.networks import find_network, multiply_adds
 from ghn_service.training.precision import choose_precision, keep_freed_memory, target_passes
 from ghn_service.training.settings import DataSettings
+from ghn_service.transfer import BUNDLED_SOURCES
 from ghn_service.transfer.auto import MINIMUM_SIMILARITY, choose_source
-from ghn_service.transfer.library import BUNDLED_SOURCES, Library
+from ghn_service.transfer.library import Library
 from ghn_service.transfer.source import Source
 from ghn_service.transfer.transfer import Head, plan_transfer
 
@@ -109,8 +110,9 @@ class Bench:
             configuration = odd_configuration(int(rest))
         elif split == "cut":
             source, _, factor = rest.partition("/")
-            widths = tuple(int(width * float(factor)) for width in SOURCES[source].widths)
-            configuration = dataclasses.replace(SOURCES[source], widths=widths)
+            whole: Any = SOURCES[source]
+            widths = tuple(int(width * float(factor)) for width in whole.widths)
+            configuration = dataclasses.replace(whole, widths=widths)
         else:
             return find_network(split, rest, interface)
         return Architecture(configuration.family, configuration, interface, name)
@@ -149,10 +151,10 @@ class Bench:
             return he_module(architecture, seed=seed).eval()
         module = initial_module(architecture, seed=seed).eval()
         source = self.library.load(cell["source"]) if cell["source"] else None
-        if cell["weights"] != SELECTION:
-            return self.filled(module, source, seed)
-        module.load_state_dict(select_evenly(module, source.tensors), strict=False)
-        return module
+        if source is not None and cell["weights"] == SELECTION:
+            module.load_state_dict(select_evenly(module, source.tensors), strict=False)
+            return module
+        return self.filled(module, source, seed)
 
     def filled(self, module: nn.Module, source: Source | None, seed: int) -> nn.Module:
         """Weights of a source wherever they fit, with their running statistics, and predicted ones elsewhere."""
