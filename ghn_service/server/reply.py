@@ -16,10 +16,10 @@ from google.protobuf.json_format import MessageToDict
 from ghn_client.wire.codec import DTYPE_BYTES, encode_safetensors_header
 from ghn_client.wire.metadata import PredictionMetadata, TensorInfo, TensorUse, encode_metadata
 from ghn_service.errors import InvalidArchitectureError
-from ghn_service.graph.architecture import ArchitectureGraph, ParameterSpec
+from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.hypernetwork.fill import MAX_ELEMENTS_HELD
 from ghn_service.parameters import ParameterSet
-from ghn_service.postprocess.low_rank.output import LowRankRecord, encode_low_rank_record
+from ghn_service.postprocess.low_rank.output import encode_low_rank_record
 from ghn_service.postprocess.weighted_layers import StepRecord
 from ghn_service.predictor import ArchitectureAnalysis, PlannedTransfer, PredictionOptions, PredictionResult
 from ghn_service.server.messages import encode_transfer
@@ -40,35 +40,23 @@ def encode_result_header(result: PredictionResult, options: PredictionOptions, m
         InvalidArchitectureError: The names of the architecture do not fit a safetensors file.
     """
     parameters = result.parameters
-    return _encode_header(
+    known = ArchitectureAnalysis(
         result.graph,
         parameters.specs,
         parameters.origins,
-        options,
-        model,
         warnings=parameters.warnings,
-        records=result.records,
         low_rank=result.low_rank,
         transfer=result.transfer,
         trust=result.trust,
-        statistics={name: tuple(tensor.shape) for name, tensor in result.statistics.items()},
     )
+    shapes = {name: tuple(tensor.shape) for name, tensor in result.statistics.items()}
+    return _encode_header(known, options, model, statistics=shapes, records=result.records)
 
 
 def expected_bytes(analysis: ArchitectureAnalysis, dtype: str, model: LoadedModel) -> int:
     """Bytes of the reply to a request without further options."""
-    options = PredictionOptions(dtype=dtype)
-    header = _encode_header(
-        analysis.graph,
-        analysis.specs,
-        analysis.origins,
-        options,
-        model,
-        warnings=analysis.warnings,
-        transfer=analysis.transfer,
-        trust=analysis.trust,
-        statistics=analysis.statistics,
-    )
+    known = dataclasses.replace(analysis, low_rank=None)
+    header = _encode_header(known, PredictionOptions(dtype=dtype), model, statistics=analysis.statistics)
     num_elements = sum(spec.num_elements for spec in analysis.specs.values())
     num_statistics = sum(map(math.prod, analysis.statistics.values()))
     num_bytes = num_elements * DTYPE_BYTES[SAFETENSORS_DTYPES[dtype]]
@@ -157,48 +145,42 @@ def encode_report(result: PredictionResult, options: PredictionOptions, model: L
 
 
 def _encode_header(
-    graph: ArchitectureGraph,
-    specs: Mapping[str, ParameterSpec],
-    origins: Mapping[str, str],
+    known: ArchitectureAnalysis,
     options: PredictionOptions,
     model: LoadedModel,
     *,
-    warnings: tuple[str, ...],
-    records: Sequence[StepRecord] = (),
-    low_rank: LowRankRecord | None = None,
-    transfer: PlannedTransfer | None = None,
-    trust: Trust | None = None,
     statistics: Mapping[str, tuple[int, ...]],
+    records: Sequence[StepRecord] = (),
 ) -> bytes:
     """Length and JSON of a file's header; running statistics, which are always float32, come before the weights."""
     metadata = PredictionMetadata(
         model=model.name,
         model_digest=model.summary.digest,
-        graph_digest=graph.digest(),
+        graph_digest=known.graph.digest(),
         seed=options.seed,
         dtype=options.dtype,
         tensors=tuple(
             TensorInfo(
                 name=name,
-                origin=origins[name],
+                origin=known.origins[name],
                 initializer=spec.initializer or name,
                 torch_name=spec.torch_name,
                 permutation=spec.permutation,
                 uses=tuple(TensorUse(use.node, use.input_index) for use in spec.uses),
             )
-            for name, spec in specs.items()
+            for name, spec in known.specs.items()
         ),
-        buffers=tuple(buffer.name for buffer in graph.buffers if buffer.name not in statistics),
-        warnings=warnings,
+        buffers=tuple(buffer.name for buffer in known.graph.buffers if buffer.name not in statistics),
+        warnings=known.warnings,
         steps=tuple(dataclasses.asdict(record) for record in records),
-        low_rank=encode_low_rank_record(low_rank) if low_rank else None,
+        low_rank=encode_low_rank_record(known.low_rank) if known.low_rank else None,
         include=options.include,
         versions={"ghn-service": VERSION, "torch": torch.__version__},
-        transfer=_transfer_document(transfer, statistics, options) if transfer else None,
-        trust=_trust_document(trust) if trust else None,
+        transfer=_transfer_document(known.transfer, statistics, options) if known.transfer else None,
+        trust=_trust_document(known.trust) if known.trust else None,
     )
     tensors = {name: (STATISTICS_DTYPE, shape) for name, shape in statistics.items()}
-    tensors |= {name: (SAFETENSORS_DTYPES[options.dtype], spec.shape) for name, spec in specs.items()}
+    tensors |= {name: (SAFETENSORS_DTYPES[options.dtype], spec.shape) for name, spec in known.specs.items()}
     try:
         return encode_safetensors_header(tensors, encode_metadata(metadata))
     except ValueError as error:
