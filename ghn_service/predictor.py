@@ -345,7 +345,7 @@ class Predictor:
             PredictionError: A predicted value is not finite.
             SourceError: A value of the source is not finite.
             OutOfMemoryError: The device has not enough memory for this network.
-        DeviceLostError: The device is in a state that this process cannot leave, such as after a failed assertion.
+            DeviceLostError: The device is in a state that this process cannot leave, such as after a failed assertion.
         """
         options = options or PredictionOptions()
         clock = _StageClock(on_stage)

@@ -15,9 +15,6 @@ from typing import Any
 from ghn_client.errors import EmbeddedServerError, SourceError
 from ghn_client.sources import LocalSource
 
-NOT_EMBEDDED = ("tls_certificate", "tls_key", "tls_client_ca", "tokens", "health_port", "metrics_port")
-"""Settings of a server on a network, which variables may hold."""
-
 
 def start_embedded_server(checkpoint: str | Path | None = None) -> Any:
     """A running server (``ghn_service.server.app.RunningServer``) with its ``address``, to be stopped with ``stop``.
@@ -40,7 +37,7 @@ def start_embedded_server(checkpoint: str | Path | None = None) -> Any:
         ) from error
     flags = {"host": "127.0.0.1", "port": 0, "device": ("auto",), "reflection": False, "drain_seconds": 0.0}
     flags |= {"max_peer_share": 1.0}  # this process is the only one that asks
-    flags |= {"tracing": False, **dict.fromkeys(NOT_EMBEDDED, "")}
+    flags |= {"tracing": False, **dict.fromkeys(settings.OPTIONAL, "")}  # which variables may hold
     server: Any = None
     try:
         chosen = (str(checkpoint),) if checkpoint is not None else None

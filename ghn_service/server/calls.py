@@ -274,9 +274,6 @@ def _guard(context: grpc.ServicerContext, method: str, kind: Kind, metrics: Metr
         if error is None and not context.is_active():
             error = RequestCancelledError("the client went away")
         if error is None:
-            if not context.is_active():  # the handler stopped because the client had gone
-                end("CANCELLED", reason="CANCELLED")
-                return
             ended_as: grpc.StatusCode | None = context.code()  # type: ignore[attr-defined]  # the stubs are older
             end((ended_as or grpc.StatusCode.OK).name)
             return
