@@ -29,13 +29,20 @@ from ghn_client.info import (
 from ghn_client.onnx.export import Architecture, read_source
 from ghn_client.options import LowRankLike, StepLike, encode_low_rank, encode_step
 from ghn_client.prediction import Prediction
-from ghn_client.sources import CLASS_LAYERS, SourceLike, as_source, example_of, is_in_library, read_local
+from ghn_client.sources import AUTO, SourceLike, as_source, example_of, is_in_library, read_local
 from ghn_client.wire import ghn_pb2
-from ghn_client.wire.codec import SERVICE, Progress, open_prediction_stream, receive_stream
+from ghn_client.wire.codec import (
+    SERVICE,
+    Progress,
+    encode_enum,
+    enum_names,
+    open_prediction_stream,
+    receive_stream,
+)
 from ghn_client.wire.ghn_pb2_grpc import GhnServiceStub
 
-DTYPES = ("float32", "bfloat16", "float16")
-HEADS = ("auto", "predicted", "reset")
+DTYPES = enum_names(ghn_pb2.DataType)
+HEADS = (AUTO, *enum_names(ghn_pb2.Head))
 PREDICT_TIMEOUT_S = 300.0
 SHORT_TIMEOUT_S = 30.0
 MAX_BYTES = 1 << 36
@@ -271,7 +278,9 @@ class GHNClient:
             yield None
             return
         wanted = as_source(source)
-        options = ghn_pb2.SourceOptions(class_layer=CLASS_LAYERS[wanted.class_layer], post_process=wanted.post_process)
+        options = ghn_pb2.SourceOptions(
+            class_layer=_encode_choice(ghn_pb2.ClassLayer, wanted.class_layer), post_process=wanted.post_process
+        )
         if is_in_library(wanted):
             options.name = str(wanted.network)
             yield options
@@ -302,6 +311,10 @@ class GHNClient:
         return self._connection.call(attempt, timeout_s=seconds, max_attempts=max_attempts)
 
 
+def _encode_choice(kind: Any, name: str) -> Any:
+    return encode_enum(kind, "" if name == AUTO else name)
+
+
 def _common_fields(model: str, dtype: str | torch.dtype, low_rank: LowRankLike | None, head: str) -> dict[str, Any]:
     """What requests for a prediction and for an analysis have in common, but for the architecture."""
     dtype = str(dtype).removeprefix("torch.")
@@ -311,8 +324,8 @@ def _common_fields(model: str, dtype: str | torch.dtype, low_rank: LowRankLike |
         raise InvalidOptionError(f"expected a head of {', '.join(HEADS)}, got {head!r}", field="head")
     return {
         "model": model,
-        "dtype": ghn_pb2.DataType.Value(f"DATA_TYPE_{dtype.upper()}"),
+        "dtype": encode_enum(ghn_pb2.DataType, dtype),
         "low_rank": None if low_rank is None else encode_low_rank(low_rank),
-        "head": ghn_pb2.HEAD_UNSPECIFIED if head == "auto" else ghn_pb2.Head.Value(f"HEAD_{head.upper()}"),
+        "head": _encode_choice(ghn_pb2.Head, head),
         "request_id": uuid.uuid4().hex,
     }

@@ -6,7 +6,14 @@ server's own sentence. A class of its own has what a caller may want to handle i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
+
+
+def listed(texts: Sequence[str], *, most: int = 8, separator: str = ", ") -> str:
+    """The first of many names or sentences of a message, and how many more there are."""
+    rest = len(texts) - most
+    return separator.join(texts[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 class GhnClientError(Exception):

@@ -8,13 +8,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
-from ghn_client.options import decode_method
+from ghn_client.errors import listed
 from ghn_client.wire import ghn_pb2
+from ghn_client.wire.codec import decode_enum
 from ghn_client.wire.metadata import TensorInfo, TensorUse
 
 Value = TypeVar("Value")
-
-NAMES_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +104,7 @@ class Transfer:
         parts = [f"parts of {self.source.name}, similarity {self.similarity:.2f}"]
         for what, names in (("cut", self.cut_groups), ("left out", self.left_out)):
             if names:
-                more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-                parts.append(f"{what}: {', '.join(names[:NAMES_SHOWN])}{more}")
+                parts.append(f"{what}: {listed(names)}")
         if self.is_changed:
             parts.append("changed by post-processing or low rank")
         return "; ".join(parts)
@@ -217,7 +215,7 @@ def decode_analysis(reply: ghn_pb2.AnalyzeArchitectureResponse) -> Analysis:
         _decode(
             LowRankLayer,
             layer,
-            method=decode_method(layer.method),
+            method=decode_enum(ghn_pb2.LowRankMethod, layer.method),
             dense=_decode(RankCost, layer.dense),
             chosen=_decode(RankCost, layer.chosen),
             curve=decode_all(RankCost, layer.curve),

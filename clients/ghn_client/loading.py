@@ -9,10 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.modules.batchnorm import _NormBase
 
-from ghn_client.errors import LoadError
+from ghn_client.errors import LoadError, listed
 from ghn_client.info import Trust
-
-NAMES_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +48,10 @@ class LoadReport:
             parts.append(f"{len(self.statistics)} running statistics loaded")
         for what, names in (("missing", self.missing), ("unexpected", self.unexpected)):
             if names:
-                parts.append(f"{len(names)} {what}: {_shown(names)}")
+                parts.append(f"{len(names)} {what}: {listed(names)}")
         if self.mismatched:
             shapes = [f"{name} {given} for {expected}" for name, (expected, given) in self.mismatched.items()]
-            parts.append(f"{len(shapes)} of another shape: {_shown(shapes)}")
+            parts.append(f"{len(shapes)} of another shape: {listed(shapes)}")
         if self.trust is not None:
             parts.append(f"trust: {self.trust}")
         return "; ".join(parts)
@@ -128,7 +126,7 @@ def load_parameters(
         )
     if unknown:
         raise LoadError(
-            f"the buffers {_shown(unknown)} are on the meta device, and their values cannot be told; "
+            f"the buffers {listed(unknown)} are on the meta device, and their values cannot be told; "
             "build the module so that buffers have memory (only the parameters on meta), or without the meta device"
         )
     for names in ties.values():
@@ -181,8 +179,3 @@ def _meta_buffers(module: torch.nn.Module) -> tuple[dict[str, _NormBase], list[s
             elif buffer.is_meta:
                 unknown.append(name)
     return statistics, unknown
-
-
-def _shown(names: list[str] | tuple[str, ...]) -> str:
-    rest = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

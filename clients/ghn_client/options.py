@@ -8,11 +8,11 @@ from typing import Any
 
 from ghn_client.errors import InvalidOptionError
 from ghn_client.wire import ghn_pb2
+from ghn_client.wire.codec import encode_enum, enum_names
 
 # The rules and methods are those of the protocol, under its names.
 RANK_RULES = tuple(field.name for field in ghn_pb2.LowRankOutput.DESCRIPTOR.oneofs_by_name["rank_rule"].fields)
-METHOD_PREFIX = "LOW_RANK_METHOD_"
-LOW_RANK_METHODS = tuple(name.removeprefix(METHOD_PREFIX).lower() for name in ghn_pb2.LowRankMethod.keys()[1:])
+LOW_RANK_METHODS = enum_names(ghn_pb2.LowRankMethod)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +117,6 @@ def _option_text(value: Any) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
-def decode_method(number: ghn_pb2.LowRankMethod.ValueType) -> str:
-    """Name of a method of the protocol; text of its number where a newer server has one that is not known here."""
-    known = ghn_pb2.LowRankMethod.values()
-    return ghn_pb2.LowRankMethod.Name(number).removeprefix(METHOD_PREFIX).lower() if number in known else str(number)
-
-
 def encode_low_rank(options: LowRankLike) -> ghn_pb2.LowRankOutput:
     """The options as a message.
 
@@ -143,10 +137,9 @@ def encode_low_rank(options: LowRankLike) -> ghn_pb2.LowRankOutput:
             known = ", ".join((*RANK_RULES, "method", "force"))
             raise InvalidOptionError(f"low_rank knows {known}; got {given}", field="low_rank") from error
     rule = next(name for name in RANK_RULES if getattr(options, name) is not None)
-    method = options.method.upper() or "UNSPECIFIED"
     try:
         return ghn_pb2.LowRankOutput(
-            method=ghn_pb2.LowRankMethod.Value(f"{METHOD_PREFIX}{method}"),
+            method=encode_enum(ghn_pb2.LowRankMethod, options.method),
             force=options.force,
             **{rule: getattr(options, rule)},
         )

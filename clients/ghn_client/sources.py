@@ -13,26 +13,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from ghn_client.errors import FileError, GhnClientError, InvalidOptionError, SourceError
+from ghn_client.errors import FileError, GhnClientError, InvalidOptionError, SourceError, listed
 from ghn_client.networks import file_stem, find_network
 from ghn_client.onnx.edit import parse_onnx, read_model, tensors_of
 from ghn_client.onnx.export import Architecture, ModelSource, declared_inputs, read_source
 from ghn_client.onnx.strip import BUFFERS_KEY, PARAMETERS_KEY, strip_weights
 from ghn_client.onnx.torch_module import input_shape
 from ghn_client.wire import ghn_pb2
+from ghn_client.wire.codec import enum_names
 
 AUTO = "auto"
-CLASS_LAYERS = {
-    "auto": ghn_pb2.CLASS_LAYER_UNSPECIFIED,
-    "keep": ghn_pb2.CLASS_LAYER_KEEP,
-    "reset": ghn_pb2.CLASS_LAYER_RESET,
-}
+CLASS_LAYERS = (AUTO, *enum_names(ghn_pb2.ClassLayer))
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 """Keys under which training scripts keep the state dict of a network."""
 PREFIXES = ("module.", "_orig_mod.")
 """What data parallelism and ``torch.compile`` put before every name."""
 _FILES = (".onnx", ".safetensors", ".pt", ".pth", ".bin")
-_NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -200,7 +196,9 @@ def _fitting(network: nn.Module, name: str, given: Mapping[str, torch.Tensor]) -
         if own[key].is_floating_point() and (value is None or value.shape != own[key].shape)
     ]
     if odd:
-        raise SourceError(f"the weights do not fit the source {name!r}: {_shown(odd)}", field="source")
+        raise SourceError(
+            f"the weights do not fit the source {name!r}: {listed(odd, most=3, separator='; ')}", field="source"
+        )
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -276,8 +274,3 @@ def _card(network: nn.Module) -> dict[str, Any]:
     normalization = {key: tuple(described[key]) for key in ("mean", "std") if described.get(key)}
     size = described.get("input_size") or (0, 0, 0)
     return {"normalization": normalization, "image_size": int(size[-1]), "licence": str(described.get("license") or "")}
-
-
-def _shown(sentences: list[str]) -> str:
-    rest = len(sentences) - _NAMES_SHOWN
-    return "; ".join(sentences[:_NAMES_SHOWN]) + (f"; and {rest} more" if rest > 0 else "")

@@ -6,10 +6,12 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import torch
 
 from ghn_client.wire import ghn_pb2
+from ghn_client.wire.codec import decode_enum, encode_enum
 from ghn_service.errors import InvalidOptionError
 from ghn_service.postprocess.low_rank.factorize import FUNCTION
 from ghn_service.postprocess.low_rank.output import FactorRecord, RankCost
@@ -39,18 +41,6 @@ MAX_INCLUDE_CHARACTERS = 8192
 """Of all patterns together: a thousand stars take 30 ms to compile."""
 MAX_OPTION_CHARACTERS = 256
 MAX_SOURCE_CHARACTERS = 256
-HEADS: Mapping[int, Head] = {
-    ghn_pb2.CLASS_LAYER_UNSPECIFIED: "auto",
-    ghn_pb2.CLASS_LAYER_KEEP: "keep",
-    ghn_pb2.CLASS_LAYER_RESET: "reset",
-}
-
-DTYPE_NAMES: Mapping[int, str] = {
-    ghn_pb2.DATA_TYPE_UNSPECIFIED: "float32",
-    ghn_pb2.DATA_TYPE_FLOAT32: "float32",
-    ghn_pb2.DATA_TYPE_FLOAT16: "float16",
-    ghn_pb2.DATA_TYPE_BFLOAT16: "bfloat16",
-}
 STAGES: Mapping[str, ghn_pb2.Stage.ValueType] = {
     "": ghn_pb2.STAGE_QUEUED,
     READING: ghn_pb2.STAGE_ENCODING,
@@ -78,16 +68,13 @@ def decode_options(request: ghn_pb2.PredictWeightsRequest) -> PredictionOptions:
     )
 
 
-def decode_head(head: ghn_pb2.Head.ValueType) -> str:
+def decode_head(head: int) -> str:
     """What becomes of a classifier.
 
     Raises:
         InvalidOptionError: There is no such choice.
     """
-    if head not in ghn_pb2.Head.values():
-        known = ", ".join(ghn_pb2.Head.keys())
-        raise InvalidOptionError(f"expected one of {known}, got the number {head}", field="head")
-    return ghn_pb2.Head.Name(head).removeprefix("HEAD_").lower() if head else "auto"
+    return _decode_choice(ghn_pb2.Head, head, field="head") or "auto"
 
 
 def encode_trust(trust: Trust | None) -> ghn_pb2.Trust | None:
@@ -99,19 +86,15 @@ def encode_trust(trust: Trust | None) -> ghn_pb2.Trust | None:
 
 
 def decode_low_rank(low_rank: ghn_pb2.LowRankOutput, *, with_curves: bool = False) -> LowRank:
-    """What a request asks of low rank; the enum's names are those of the methods.
+    """What a request asks of low rank.
 
     Raises:
         InvalidOptionError: No rule is given, or a value is impossible.
     """
-    if low_rank.method not in ghn_pb2.LowRankMethod.values():
-        known = ", ".join(ghn_pb2.LowRankMethod.keys())
-        raise InvalidOptionError(f"expected one of {known}, got the number {low_rank.method}", field="low_rank.method")
+    method = _decode_choice(ghn_pb2.LowRankMethod, low_rank.method, field="low_rank.method") or FUNCTION
     rule = low_rank.WhichOneof("rank_rule")
     if rule is None:
         raise InvalidOptionError(f"expected one of {', '.join(RANK_RULES)}, got none", field="low_rank.rank_rule")
-    name = ghn_pb2.LowRankMethod.Name(low_rank.method).removeprefix("LOW_RANK_METHOD_").lower()
-    method = name if low_rank.method else FUNCTION
     return LowRank(rule, float(getattr(low_rank, rule)), method, with_curves, low_rank.force)
 
 
@@ -121,10 +104,7 @@ def decode_dtype(dtype: int) -> str:
     Raises:
         InvalidOptionError: There is none of this number.
     """
-    if dtype not in DTYPE_NAMES:
-        known = ", ".join(ghn_pb2.DataType.keys())
-        raise InvalidOptionError(f"expected one of {known}, got the number {dtype}", field="dtype")
-    return DTYPE_NAMES[dtype]
+    return _decode_choice(ghn_pb2.DataType, dtype, field="dtype") or "float32"
 
 
 def decode_source(source: ghn_pb2.SourceOptions) -> tuple[str, Head, bool]:
@@ -138,12 +118,15 @@ def decode_source(source: ghn_pb2.SourceOptions) -> tuple[str, Head, bool]:
             f"expected the name of a source, 1 to {MAX_SOURCE_CHARACTERS} characters, got {len(source.name)}",
             field="source.name",
         )
-    if source.class_layer not in HEADS:
-        known = ", ".join(ghn_pb2.ClassLayer.keys())
-        raise InvalidOptionError(
-            f"expected one of {known}, got the number {source.class_layer}", field="source.class_layer"
-        )
-    return source.name, HEADS[source.class_layer], source.post_process
+    head = _decode_choice(ghn_pb2.ClassLayer, source.class_layer, field="source.class_layer") or "auto"
+    return source.name, cast("Head", head), source.post_process
+
+
+def _decode_choice(kind: Any, number: int, *, field: str) -> str:
+    """Name of a value of an enum; "" where the choice is the server's."""
+    if number not in kind.values():
+        raise InvalidOptionError(f"expected one of {', '.join(kind.keys())}, got the number {number}", field=field)
+    return decode_enum(kind, number)
 
 
 def encode_progress(progress: JobProgress) -> ghn_pb2.PredictWeightsResponse:
@@ -231,7 +214,7 @@ def _encode_factor_record(layer: FactorRecord) -> ghn_pb2.LowRankLayer:
 
     return ghn_pb2.LowRankLayer(
         parameter=layer.parameter,
-        method=ghn_pb2.LowRankMethod.Value(f"LOW_RANK_METHOD_{layer.method.upper()}"),
+        method=encode_enum(ghn_pb2.LowRankMethod, layer.method),
         activation=layer.activation,
         normalized=layer.normalized,
         note=layer.note,
@@ -265,15 +248,7 @@ def encode_server_info(
     settings: Settings, devices: Iterable[str], *, version: str, uptime_s: float
 ) -> ghn_pb2.GetServerInfoResponse:
     """The answer of GetServerInfo."""
-    limits = ghn_pb2.Limits(
-        max_nodes=settings.max_nodes,
-        max_tensors=settings.max_tensors,
-        max_parameters=settings.max_parameters,
-        max_request_bytes=settings.max_request_bytes,
-        max_queue=settings.max_queue,
-        max_seconds=settings.max_seconds,
-        max_graph_nodes=settings.max_graph_nodes,
-    )
+    limits = ghn_pb2.Limits(**{name: getattr(settings, name) for name in ghn_pb2.Limits.DESCRIPTOR.fields_by_name})
     return ghn_pb2.GetServerInfoResponse(
         version=version, torch_version=torch.__version__, devices=devices, limits=limits, uptime_seconds=uptime_s
     )

@@ -37,6 +37,8 @@ MAX_HEADER_BYTES = 100_000_000
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 """Bytes per element, by the safetensors name of the element type."""
 
+_UNSPECIFIED = "UNSPECIFIED"
+"""End of the name of the value 0 in every enum."""
 _CHUNK, _OFFSET, _DATA, _CRC32C = 0x1A, 0x08, 0x12, 0x1D
 """Field number and wire type: of ``PredictWeightsResponse.chunk``, and of the fields of ``Chunk``."""
 
@@ -61,12 +63,39 @@ class ChunkView(NamedTuple):
     crc32c: int
 
 
+def encode_enum(kind: Any, name: str) -> Any:
+    """The value of an enum of the protocol by the name that users know it by; "" leaves the choice to the server.
+
+    ``encode_enum(ghn_pb2.LowRankMethod, "spectral")`` is ``LOW_RANK_METHOD_SPECTRAL``.
+
+    Raises:
+        ValueError: There is none of this name.
+    """
+    return kind.Value(_enum_prefix(kind) + (name.upper() or _UNSPECIFIED))
+
+
+def decode_enum(kind: Any, number: int) -> str:
+    """The name that users know a value of an enum by; text of its number where it is none that is known here."""
+    if number not in kind.values():
+        return str(number)
+    return str(kind.Name(number)).removeprefix(_enum_prefix(kind)).lower() if number else ""
+
+
+def enum_names(kind: Any) -> tuple[str, ...]:
+    """All names that users know of an enum."""
+    return tuple(decode_enum(kind, number) for number in kind.values() if number)
+
+
+def _enum_prefix(kind: Any) -> str:
+    return str(kind.Name(0)).removesuffix(_UNSPECIFIED)
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a prediction is.
 
     Attributes:
-        stage: ``queued``, ``encoding``, ``predicting``, ``post_processing`` or ``streaming``.
+        stage: ``queued``, ``encoding``, ``transferring``, ``predicting``, ``post_processing`` or ``streaming``.
         queue_position: Requests ahead of this one, while it is queued.
         received_bytes: Bytes of the file that have arrived.
         total_bytes: Bytes of the whole file; 0 before it is known.
@@ -256,8 +285,7 @@ def receive_stream(
         if has_header != (kind in ("chunk", "trailer")) and kind is not None:
             raise StreamCorruptedError(f"a {kind} came {'after' if has_header else 'before'} the header")
         if kind == "progress" and event.stage in ghn_pb2.Stage.values():  # stages of a newer server are passed over
-            stage = ghn_pb2.Stage.Name(event.stage).removeprefix("STAGE_").lower()
-            report(Progress(stage, queue_position=event.queue_position))
+            report(Progress(decode_enum(ghn_pb2.Stage, event.stage), queue_position=event.queue_position))
         elif kind == "header":
             if event.total_bytes > max_bytes:
                 raise LimitExceededError(
