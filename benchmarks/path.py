@@ -2,14 +2,18 @@
 
 The second (warm) ``predict(module)`` and ``load_into`` of the reference network ResNet-20 on the embedded server is
 traced; the network's own ``forward`` is not. A function counts once however often it is called, with its lambdas and
-comprehensions beside it (those of one kind in one function count once).
+comprehensions beside it (those of one kind in one function count once). Then, of a new process that is not traced:
+seconds from its start to loaded weights (cold), and of a further prediction (warm).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from types import CodeType, FrameType
@@ -22,6 +26,18 @@ from ghn_client import GHNClient
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = tuple(str(ROOT / name) for name in ("ghn_service", "clients/ghn_client"))
+
+
+FIRST_AND_SECOND = """
+import torch
+from ghn_architectures.registry import build_network
+from ghn_client import GHNClient
+with GHNClient.embedded() as client:
+    for seed in range(2):
+        module = build_network("resnet20", num_classes=10)
+        client.predict(module, torch.zeros(1, 3, 32, 32), seed=seed).load_into(module)
+        print(seed, flush=True)
+"""
 
 
 class Profiler:
@@ -65,8 +81,18 @@ def trace_prediction() -> Profiler:
     return profiler
 
 
+def seconds_of_predictions() -> list[float]:
+    """Seconds until a new process has predicted and loaded for the first time, and for the second."""
+    times = [time.perf_counter()]
+    with subprocess.Popen([sys.executable, "-c", FIRST_AND_SECOND], stdout=subprocess.PIPE, text=True) as process:
+        times += [time.perf_counter() for _ in process.stdout or ()]
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    return [after - before for before, after in itertools.pairwise(times)]
+
+
 def main() -> None:
-    """Prints the counts by folder; with ``--functions`` the names, too."""
+    """Prints the counts by folder (with ``--functions`` the names, too), and the seconds."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.path", description=__doc__)
     parser.add_argument("--functions", action="store_true", help="name every function that is entered")
     options = parser.parse_args()
@@ -83,6 +109,8 @@ def main() -> None:
     total = sum(map(len, functions.values()))
     calls = sum(profiler.calls.values())
     print(f"{len(functions)} files, {total} functions, {calls} calls, threads: {', '.join(sorted(profiler.threads))}")
+    cold, warm = seconds_of_predictions()
+    print(f"seconds from a new process to loaded weights (cold) {cold:.2f}, of the next prediction (warm) {warm:.2f}")
 
 
 if __name__ == "__main__":

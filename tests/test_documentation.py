@@ -210,6 +210,14 @@ def test_commands_tell_about_themselves(name: str, option: str) -> None:
     assert CliRunner().invoke(APPS[name], [option]).exit_code == 0
 
 
+def test_make_predict_leaves_nothing_for_git() -> None:
+    recipe = re.search(r"^predict:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe
+    folder = re.search(r"--output ([\w-]+/)", recipe[1])
+    assert folder
+    assert folder[1] in (ROOT / ".gitignore").read_text().split()
+
+
 @pytest.mark.parametrize("module", MODULES_OF_APPS)
 def test_modules_are_commands(module: str) -> None:
     result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, check=False)

@@ -10,14 +10,17 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from ghn_client import Prediction, __version__
+from ghn_client import GHNClient, Prediction, __version__
+from ghn_client.cli import app as cli
 from ghn_client.cli.app import app
+from ghn_client.cli.options import Server
 from ghn_client.cli.tables import print_analysis
 from ghn_client.info import Analysis, LowRankLayer, RankCost
 from ghn_client.wire.metadata import TensorInfo
@@ -214,6 +217,21 @@ def test_every_command_that_asks_a_server_has_the_same_options_for_it(command: s
     options = {option for item in get_command(app).commands[command].params for option in item.opts}
     names = ("address", "checkpoint", "token-file", "tls", "ca-file", "cert-file", "key-file", "timeout")
     assert {f"--{name}" for name in names} <= options
+    assert ("--model" in options) == (command in ("predict", "analyze", "finetune"))
+
+
+def test_the_start_of_a_server_is_not_counted_as_prediction(
+    model: Path, server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, connect = [0.0], Server.connect
+
+    def slow_start(options: Server, **given: Any) -> GHNClient:
+        clock[0] += 1000
+        return connect(options, **given)
+
+    monkeypatch.setattr(cli, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(Server, "connect", slow_start)
+    assert json.loads(run("predict", model, "--address", server.address, "--json").stdout)["seconds"] == 0.0
 
 
 @pytest.mark.parametrize(("sent", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

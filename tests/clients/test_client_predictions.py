@@ -54,6 +54,12 @@ def test_threads_may_share_a_client(client: GHNClient) -> None:
         assert all(item.buffer == alone for item in pool.map(lambda _: client.predict(build(), example), range(4)))
 
 
+def test_a_dtype_may_be_that_of_torch(client: GHNClient) -> None:
+    prediction = client.predict(TINY, dtype=torch.bfloat16)
+    assert prediction.buffer == client.predict(TINY, dtype="bfloat16").buffer
+    assert {tensor.dtype for tensor in prediction.values()} == {torch.bfloat16}
+
+
 def test_the_seed_decides_the_values(client: GHNClient) -> None:
     assert client.predict(TINY, seed=1).buffer == client.predict(TINY, seed=1).buffer
     assert client.predict(TINY, seed=1).buffer != client.predict(TINY, seed=2).buffer

@@ -198,6 +198,7 @@ def print_models(models: Sequence[ModelInfo], sources: Sequence[SourceInfo], ste
         about = [source.dataset or "unknown", classes, accuracy, source.licence or "unknown"]
         table.add_row(source.name, _count_text(source.num_parameters), *about, source.digest[:12])
     if sources:
+        console.print()
         console.print(table)
     console.print(f"post-processing steps: {', '.join(steps) or 'none'}")
 
