@@ -105,7 +105,7 @@ def load_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> tuple[
         CheckpointError: The file is missing, damaged, of another kind, or does not fit its own configuration.
     """
     if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path.name!r}")
+        raise CheckpointError(f"there is no checkpoint {path.name!r}; `ghn-server checkpoints` lists published ones")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             config, card = _decode_metadata(file.metadata(), path.name)

@@ -23,6 +23,7 @@ from ghn_client.cli.options import (
     Json,
     LowRank,
     Model,
+    NamedNetwork,
     Network,
     Server,
     ShowAll,
@@ -235,7 +236,7 @@ def health(
 
 @command(app)
 def plan(
-    network: Network,
+    network: NamedNetwork,
     samples: Annotated[int, Option(min=1, metavar="N", help="Training samples.")],
     changed: Annotated[int | None, Option(metavar="M", help="Labels that have to change; all by default.")] = None,
     classes: Annotated[int | None, Option(metavar="C", help="Classes; those of the head by default.")] = None,
@@ -256,7 +257,7 @@ def plan(
 @command(app)
 def finetune(
     server: Server,
-    network: Network,
+    network: NamedNetwork,
     tuning: Tuning,
     sources: Sources,
     as_json: Json = False,

@@ -81,9 +81,10 @@ def tune(model: str, server: Server, tuning: Tuning, sources: Sources) -> tuple[
         if tuning.strategy.replace("_", "-") != "norm-only" or norm_layers(start.network):
             raise
         raise UnsupportedModuleError(
-            f"{error}. A file that torch.onnx.export wrote has lost its BatchNorm unless it was exported with "
-            "training=TrainingMode.TRAINING and do_constant_folding=False (`ghn_client.export_architecture` keeps it); "
-            "to tune this network, insert norm layers: --option missing=insert"
+            "this network has no norm layer to tune. A file that torch.onnx.export writes by default has lost its "
+            "BatchNorm: export without optimisation (torch.onnx.export(model.train(), args, optimize=False), "
+            "or training=TrainingMode.TRAINING and do_constant_folding=False for the older exporter), or use "
+            "ghn_client.export_architecture; to tune this one, insert norm layers: --option missing=insert"
         ) from error
     messages().print(repr(handle))
     try:

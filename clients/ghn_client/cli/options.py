@@ -63,6 +63,12 @@ Network = Annotated[
         help="A file, - for stdin, a network of timm, or a function that returns one; its weights stay here.",
     ),
 ]
+NamedNetwork = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL.onnx|timm:NAME|SCRIPT:FACTORY", help="A file, a network of timm, or a function that returns one."
+    ),
+]
 ImageSize = Annotated[int | None, Option(min=1, help="Pixels per side; else what the network declares, or 32.")]
 Model = Annotated[str, _server("MODEL", "NAME", "One of `ghn-client models`.")]
 ElementType = Annotated[Dtype, Option(help="Element type of the weights.")]
