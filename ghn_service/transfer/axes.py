@@ -9,13 +9,19 @@ channels in source and target, or is not mapped at all.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 MAX_PARTS = 4096
-Flag = Literal["pinned", "even", "dotted", "position", "rows"]
-_FLAGS: tuple[Flag, ...] = ("pinned", "even", "dotted", "position", "rows")
+Flag = Literal["position", "pinned", "even", "dotted", "rows"]
+"""What is known of a leaf.
+
+``position``: its entries are pixels, tokens or examples instead of channels; ``pinned``: only equal channels may be
+mapped; ``even``: a mean is taken over it, so that all channels need equally many copies; ``dotted``: two activations
+are multiplied and summed over it (queries and keys); ``rows``: it counts the rows of a table that is looked up by index.
+"""
 
 
 class Dim:
@@ -23,25 +29,20 @@ class Dim:
 
     Attributes:
         size: Number of entries.
+        flags: What is known of it; of a product or concatenation, its leaves have them.
         parent: What it was unified with, if anything.
         kind: ``leaf``, ``product`` or ``concat``.
         parts: Of a product or concatenation, in order.
-        is_position: Whether its entries are pixels, tokens or examples instead of channels.
-        is_pinned: Whether only equal channels may be mapped.
-        is_even: Whether a mean is taken over it, so that all channels need equally many copies.
-        is_dotted: Whether two activations are multiplied and summed over it (queries and keys).
-        is_rows: Whether it counts the rows of a table that is looked up by index.
     """
 
-    __slots__ = ("is_dotted", "is_even", "is_pinned", "is_position", "is_rows", "kind", "parent", "parts", "size")
+    __slots__ = ("flags", "kind", "parent", "parts", "size")
 
-    def __init__(self, size: int, *, position: bool = False, pinned: bool = False) -> None:
+    def __init__(self, size: int, *flags: Flag) -> None:
         self.size = size
+        self.flags: set[Flag] = set(flags)
         self.parent: Dim | None = None
         self.kind: Literal["leaf", "product", "concat"] = "leaf"
         self.parts: tuple[Dim, ...] = ()
-        self.is_position, self.is_pinned = position, pinned
-        self.is_even = self.is_dotted = self.is_rows = False
 
     def root(self) -> Dim:
         """The dim that stands for all that were unified with this one."""
@@ -54,23 +55,18 @@ class Dim:
 
     def factors(self) -> list[Dim]:
         """Its factors of more than one entry: leaves and concatenations."""
-        found: list[Dim] = []
-        waiting = [self]
-        while waiting:
-            dim = waiting.pop().root()
-            if dim.kind == "product":
-                waiting.extend(reversed(dim.parts))
-            elif dim.size != 1:
-                found.append(dim)
-        return found
+        return self._opened("product")
 
     def leaves(self) -> list[Dim]:
         """All leaves of more than one entry, of its concatenations too."""
+        return self._opened("product", "concat")
+
+    def _opened(self, *kinds: str) -> list[Dim]:
         found: list[Dim] = []
         waiting = [self]
         while waiting:
             dim = waiting.pop().root()
-            if dim.kind != "leaf":
+            if dim.kind in kinds:
                 waiting.extend(reversed(dim.parts))
             elif dim.size != 1:
                 found.append(dim)
@@ -79,7 +75,16 @@ class Dim:
     def mark(self, flag: Flag) -> None:
         """Sets a flag on all leaves."""
         for leaf in self.leaves():
-            setattr(leaf, f"is_{flag}", True)
+            leaf.flags.add(flag)
+
+    def has(self, flag: Flag) -> bool:
+        """Whether a leaf has a flag."""
+        return any(flag in leaf.flags for leaf in self.leaves())
+
+    @property
+    def is_positions(self) -> bool:
+        """Whether there are no channels in it."""
+        return all("position" in leaf.flags for leaf in self.leaves())
 
 
 def product(dims: Sequence[Dim]) -> Dim:
@@ -95,41 +100,34 @@ def product(dims: Sequence[Dim]) -> Dim:
 
 def concatenation(dims: Sequence[Dim]) -> Dim:
     """Dims one behind the other; concatenations in it are opened."""
-    parts: list[Dim] = []
-    for dim in dims:
-        root = dim.root()
-        parts.extend(root.parts if root.kind == "concat" else [root])
+    roots = [dim.root() for dim in dims]
+    parts = [part for root in roots for part in (root.parts if root.kind == "concat" else (root,))]
     if len(parts) == 1:
         return parts[0]
     result = Dim(sum(part.size for part in parts))
-    if all(any(leaf.is_position for leaf in part.leaves()) or part.size == 1 for part in parts):
-        result.is_position = all(part.size == 1 for part in parts)
     if len(parts) <= MAX_PARTS:
         result.kind, result.parts = "concat", tuple(parts)
     else:
-        result.is_pinned = True
+        result.flags.add("pinned")
     return result
 
 
 def split_product(dim: Dim, first: int) -> tuple[Dim, Dim] | None:
     """A leaf as ``first`` x the rest; None where it has no such structure."""
     dim = dim.root()
-    if dim.size % first:
+    if dim.size % first or dim.kind == "product":
         return None
-    if dim.kind == "concat" and all(leaf.is_position for leaf in dim.leaves()):
-        pair = (Dim(first, position=True), Dim(dim.size // first, position=True))
-    elif dim.kind == "concat":  # equal parts under one index: query, key and value share their channels
+    if dim.kind == "leaf":
+        pair = (Dim(first, *dim.flags), Dim(dim.size // first, *dim.flags))
+    elif dim.is_positions:
+        pair = (Dim(first, "position"), Dim(dim.size // first, "position"))
+    else:  # equal parts under one index: query, key and value share their channels
         parts = dim.parts
         if len(parts) != first or len({part.size for part in parts}) != 1:
             return None
-        for part in parts[1:]:
-            if not unify(parts[0], part):
-                return None
-        pair = (Dim(first, pinned=True), parts[0])
-    elif dim.kind == "leaf":
-        pair = (_like(dim, first), _like(dim, dim.size // first))
-    else:
-        return None
+        if not all(unify(parts[0], part) for part in parts[1:]):
+            return None
+        pair = (Dim(first, "pinned"), parts[0])
     dim.kind, dim.parts = "product", pair
     return pair
 
@@ -147,33 +145,25 @@ def split_sum(dim: Dim, sizes: Sequence[int]) -> tuple[Dim, ...] | None:
     if dim.kind == "leaf":
         if len(sizes) == 1:
             return (dim,)
-        dim.kind, dim.parts = "concat", tuple(_like(dim, size) for size in sizes)
+        dim.kind, dim.parts = "concat", tuple(Dim(size, *dim.flags) for size in sizes)
         return dim.parts
     waiting, found, fresh = list(reversed(dim.parts)), list[Dim](), list[Dim]()
     for size in sizes:
         got: list[Dim] = []
         while size:
             part = waiting.pop() if waiting else None
+            if part is not None and part.size > size:
+                halves = split_sum(part, (size, part.size - size))
+                part = None if halves is None else halves[0]
+                waiting.extend(halves[1:] if halves is not None else ())
             if part is None:
                 return None
-            if part.size > size:
-                halves = split_sum(part, (size, part.size - size))
-                if halves is None:
-                    return None
-                part = halves[0]
-                waiting.append(halves[1])
             got.append(part)
             size -= part.size
-        found.append(concatenation(got) if len(got) != 1 else got[0])
+        found.append(concatenation(got))
         fresh.extend(got)
     dim.parts = tuple(fresh)
     return tuple(found)
-
-
-def _like(dim: Dim, size: int) -> Dim:
-    part = Dim(size, position=dim.is_position, pinned=dim.is_pinned)
-    part.is_even, part.is_dotted, part.is_rows = dim.is_even, dim.is_dotted, dim.is_rows
-    return part
 
 
 def unify(a: Dim, b: Dim) -> bool:
@@ -191,14 +181,9 @@ def _unify_factors(left: list[Dim], right: list[Dim]) -> bool:
     left, right = left[::-1], right[::-1]
     while left and right:
         a, b = left.pop().root(), right.pop().root()
-        for dim, waiting in ((a, left), (b, right)):  # a split elsewhere may have given a waiting factor parts
-            if dim.kind == "product":
-                waiting.extend(reversed(dim.factors()))
-        if a.kind == "product" or b.kind == "product":
-            if a.kind != "product":
-                left.append(a)
-            if b.kind != "product":
-                right.append(b)
+        if a.kind == "product" or b.kind == "product":  # a split elsewhere has given a waiting factor parts
+            left.extend(reversed(a.factors()))
+            right.extend(reversed(b.factors()))
             continue
         if a.size == b.size:
             if not _unify_equal(a, b):
@@ -221,8 +206,8 @@ def _unify_equal(a: Dim, b: Dim) -> bool:
     if a.kind == "product" or b.kind == "product":
         return _unify_factors(a.factors(), b.factors())
     if a.kind == "concat" and b.kind == "concat":
-        bounds = sorted({*_bounds(a.parts), *_bounds(b.parts)})
-        sizes = [end - start for start, end in zip([0, *bounds], bounds, strict=False)]
+        ends = sorted({end for dim in (a, b) for end in itertools.accumulate(part.size for part in dim.parts)})
+        sizes = [end - start for start, end in itertools.pairwise([0, *ends])]
         one, other = split_sum(a, sizes), split_sum(b, sizes)
         if one is None or other is None:
             return False
@@ -232,19 +217,10 @@ def _unify_equal(a: Dim, b: Dim) -> bool:
         a, b = b, a
     if b.kind == "concat" and any(leaf is a for leaf in b.leaves()):
         return False  # a group cannot be a part of itself
-    for flag in _FLAGS:
-        if getattr(a, f"is_{flag}"):
-            b.mark(flag)
+    for flag in a.flags:
+        b.mark(flag)
     a.parent = b
     return True
-
-
-def _bounds(parts: Iterable[Dim]) -> list[int]:
-    ends, end = [], 0
-    for part in parts:
-        end += part.size
-        ends.append(end)
-    return ends
 
 
 def reshaped(axes: Sequence[Dim], sizes: Sequence[int]) -> list[Dim]:
@@ -254,19 +230,15 @@ def reshaped(axes: Sequence[Dim], sizes: Sequence[int]) -> list[Dim]:
     for size in sizes:
         got: list[Dim] = []
         while size > 1:
-            if not waiting:
-                return _crossed(axes, sizes)
-            factor = waiting.pop().root()
-            if factor.kind == "product":
+            factor = waiting.pop().root() if waiting else None
+            if factor is not None and factor.kind == "product":  # a split elsewhere has given it parts
                 waiting.extend(reversed(factor.factors()))
                 continue
-            if factor.size > size:
+            if factor is not None and factor.size > size:
                 pair = split_product(factor, size)
-                if pair is None:
-                    return _crossed(axes, sizes)
-                factor = pair[0]
-                waiting.append(pair[1])
-            if size % factor.size:
+                factor = None if pair is None else pair[0]
+                waiting.extend(pair[1:] if pair is not None else ())
+            if factor is None or size % factor.size:
                 return _crossed(axes, sizes)
             got.append(factor)
             size //= factor.size
@@ -275,7 +247,7 @@ def reshaped(axes: Sequence[Dim], sizes: Sequence[int]) -> list[Dim]:
 
 
 def _crossed(axes: Sequence[Dim], sizes: Sequence[int]) -> list[Dim]:
-    is_position = all(leaf.is_position for axis in axes for leaf in axis.leaves())
+    flags: list[Flag] = ["position", "pinned"] if all(axis.is_positions for axis in axes) else ["pinned"]
     for axis in axes:
         axis.mark("pinned")
-    return [Dim(size, position=is_position, pinned=True) for size in sizes]
+    return [Dim(size, *flags) for size in sizes]

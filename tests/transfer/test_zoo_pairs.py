@@ -54,7 +54,8 @@ def densenet(growth, layers, start):
     return of("torchvision", "DenseNet", growth, layers, start)
 
 
-def convnext(widths, depths, **options):
+def convnext(width, depths, **options):
+    widths = tuple(width * 2**i for i in range(4))
     return of("timm", "ConvNeXt", dims=widths, depths=depths, ls_init_value=0.5, **options)
 
 
@@ -121,13 +122,13 @@ PAIRS = {
         lambda: densenet(8, (2, 2), 16), lambda: densenet(12, (3, 2), 24), LARGE
     ),
     "convnext, deeper": (
-        lambda: convnext((16, 32), (1, 2)), lambda: convnext((16, 32), (3, 5)), LARGE
+        lambda: convnext(8, (1, 1, 2, 1)), lambda: convnext(8, (2, 1, 4, 3)), LARGE
     ),
     "convnext, wider": (
-        lambda: convnext((16, 32), (1, 2)), lambda: convnext((32, 64), (2, 2)), LARGE
+        lambda: convnext(8, (1, 1, 2, 1)), lambda: convnext(16, (2, 1, 2, 1)), LARGE
     ),
     "convnext, larger kernels": (
-        lambda: convnext((16, 32), (1, 2), kernel_sizes=5), lambda: convnext((16, 32), (1, 2), kernel_sizes=7), LARGE
+        lambda: convnext(8, (1, 1, 1, 1), kernel_sizes=5), lambda: convnext(8, (1, 1, 1, 1), kernel_sizes=7), LARGE
     ),
     "vit, 3x deeper": (torchvision_vit, lambda: torchvision_vit(num_layers=6), SMALL),
     "vit, wider mlp": (torchvision_vit, lambda: torchvision_vit(mlp_dim=150), SMALL),
