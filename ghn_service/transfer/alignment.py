@@ -184,7 +184,7 @@ def role(layer: Layer) -> tuple[object, ...]:
     if layer.kind != "conv":
         return (layer.kind, rank if layer.kind != "linear" else 0)
     windows = tuple((kernel > 1, stride) for kernel, stride, _, _ in layer.placement)
-    return ("conv", windows, tuple(item[0] for item in layer.placement), is_depthwise(layer), layer.groups > 1)
+    return ("conv", windows, tuple(item[0] for item in layer.placement), layer.is_depthwise, layer.groups > 1)
 
 
 def is_depthwise(layer: Layer) -> bool:
@@ -196,7 +196,7 @@ def _layer_similarity(a: Layer, b: Layer) -> float:
     if a.kind != b.kind or len(a.placement) != len(b.placement):
         return 0.0
     if a.kind == "conv":
-        if is_depthwise(a) != is_depthwise(b):
+        if a.is_depthwise != b.is_depthwise:
             return 0.0
         score: float = 1.0 if (a.groups > 1) == (b.groups > 1) else 0.4
         for mine, theirs in zip(a.placement, b.placement, strict=True):
@@ -333,7 +333,7 @@ def _scale(network: Network, name: str) -> float:
         return 0.0
     positions = 1
     for axis in axes[1:]:
-        positions *= axis.size if any(leaf.is_position for leaf in axis.leaves()) else 1
+        positions *= axis.size if any(("position" in leaf.flags) for leaf in axis.leaves()) else 1
     total = 1
     for axis in first[2:]:
         total *= axis.size

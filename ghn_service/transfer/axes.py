@@ -100,10 +100,10 @@ def product(dims: Sequence[Dim]) -> Dim:
 
 def concatenation(dims: Sequence[Dim]) -> Dim:
     """Dims one behind the other; concatenations in it are opened."""
+    if len(dims) == 1:
+        return dims[0]
     roots = [dim.root() for dim in dims]
     parts = [part for root in roots for part in (root.parts if root.kind == "concat" else (root,))]
-    if len(parts) == 1:
-        return parts[0]
     result = Dim(sum(part.size for part in parts))
     if len(parts) <= MAX_PARTS:
         result.kind, result.parts = "concat", tuple(parts)

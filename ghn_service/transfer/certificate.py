@@ -66,13 +66,13 @@ def find_differences(
     count_positions = sizes[0] == sizes[1]
 
     def of_source(leaf: Dim) -> object:
-        return id(leaf) if leaf in known else leaf.size if count_positions or not leaf.is_position else 0
+        return id(leaf) if leaf in known else leaf.size if count_positions or not ("position" in leaf.flags) else 0
 
     def of_target(leaf: Dim) -> object:
         related = relations.of.get(leaf)
-        if related is not None and not leaf.is_position:
+        if related is not None and not ("position" in leaf.flags):
             return None if related is UNIT or related is FREE else id(related)
-        return leaf.size if count_positions or not leaf.is_position else 0
+        return leaf.size if count_positions or not ("position" in leaf.flags) else 0
 
     theirs = _Numbering(
         source,
@@ -122,12 +122,12 @@ def _broken_maps(target: Network, alignment: Alignment, relations: Relations) ->
     for leaf, other in relations.of.items():
         if leaf not in used or kind_of_map(leaf, other) != "grown":
             continue
-        if leaf.is_even and leaf.size % max(other.size, 1):
+        if ("even" in leaf.flags) and leaf.size % max(other.size, 1):
             yield (
                 f"a mean is taken over {leaf.size} channels that stand for {other.size}: only whole multiples are exact"
             )
             return
-        if leaf.is_dotted and leaf not in relations.gains:
+        if ("dotted" in leaf.flags) and leaf not in relations.gains:
             yield f"queries and keys have {leaf.size} channels for the source's {other.size}"
             return
     for axis in target.even_axes:
@@ -188,8 +188,8 @@ class _Numbering:
 
     def _constant(self, name: str) -> int:
         value = self.network.values[name]
-        if value.ints is not None:
-            return self.number(("integers", value.ints.shape, value.ints.tobytes()))
+        if value.known is not None:
+            return self.number(("integers", value.known.shape, value.known.tobytes()))
         data = self.network.file.small_constant(name)
         return self.number(("constant", tuple(axis.size for axis in value.axes or ()), data))
 
@@ -203,8 +203,8 @@ class _Numbering:
             number = self.of[node.inputs[0]]
         elif node.op_type in _RESHAPES and value.is_data:
             number = self._reshaped(node, value)
-        elif value.ints is not None:
-            number = self.number(("integers", value.ints.shape, value.ints.tobytes()))
+        elif value.known is not None:
+            number = self.number(("integers", value.known.shape, value.known.tobytes()))
         elif node.op_type == "Constant":
             number = self._constant(node.outputs[0])
         else:
@@ -243,7 +243,7 @@ class _Numbering:
             held = network.values[name]
             if node.op_type == "Concat" and held.is_data and self._is_free(held):
                 continue
-            if node.op_type in _SHAPED and held.ints is not None and not self._cuts_positions(node):
+            if node.op_type in _SHAPED and held.known is not None and not self._cuts_positions(node):
                 continue
             operands.append(self.of[name])
         if node.op_type in _COMMUTATIVE:
@@ -260,7 +260,7 @@ class _Numbering:
         if node.op_type != "Slice" or axes is None or out is None:
             return False
         changed = [a for a, b in zip(axes, out, strict=False) if a.root() is not b.root()]
-        return all(leaf.is_position for axis in changed for leaf in axis.leaves())
+        return all(("position" in leaf.flags) for axis in changed for leaf in axis.leaves())
 
     def _attributes(self, node: OnnxNode, layer: Layer | None) -> tuple[object, ...]:
         found: list[object] = []

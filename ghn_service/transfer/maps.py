@@ -61,7 +61,7 @@ class Relations:
                     done = False
             elif a.kind == "concat" or b.kind == "concat":
                 return False
-            elif a.is_position and b.is_position:
+            elif ("position" in a.flags) and ("position" in b.flags):
                 done &= a.size == b.size or len(mine) == 1
             else:
                 done &= self._bind(a, b)
@@ -107,7 +107,7 @@ def kind_of_map(target: Dim, source: Dim) -> str:
         return "free"
     if target.size == source.size:
         return "equal"
-    if target.is_pinned or source.is_pinned:
+    if ("pinned" in target.flags) or ("pinned" in source.flags):
         return "blocked"
     return "grown" if target.size > source.size else "cut"
 

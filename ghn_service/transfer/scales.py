@@ -42,7 +42,7 @@ def attention_scales(network: Network) -> list[Scale]:
             continue
         axes = network.values[node.inputs[0]].axes
         leaves = axes[-1].leaves() if axes else []
-        if len(leaves) != 1 or leaves[0].is_position:
+        if len(leaves) != 1 or "position" in leaves[0].flags:
             continue
         scale = Scale(leaves[0], 1.0, set())
         for name in node.inputs:

@@ -16,7 +16,8 @@ from ghn_service.transfer.alignment import Alignment, Mode, align
 from ghn_service.transfer.axes import Dim
 from ghn_service.transfer.certificate import find_differences
 from ghn_service.transfer.maps import ChannelMap, Relations, axis_map, kind_of_map, make_map, rank_channels
-from ghn_service.transfer.network import Layer, Network, Tensor, read_network
+from ghn_service.transfer.network import Layer, Network, Tensor
+from ghn_service.transfer.reading import read_network
 from ghn_service.transfer.scales import VIEWS, attention_scales, gains
 from ghn_service.transfer.source import Source
 
@@ -310,11 +311,11 @@ def _class_groups(network: Network) -> list[Dim]:
     read = {
         leaf for tensor in network.tensors.values() for axis in tensor.contracted for leaf in tensor.axes[axis].leaves()
     }
-    leaves = [leaf for axis in axes for leaf in axis.leaves() if not leaf.is_position]
+    leaves = [leaf for axis in axes for leaf in axis.leaves() if not ("position" in leaf.flags)]
     if any(leaf in read for leaf in leaves):
         return []
     for leaf in leaves:
-        leaf.is_pinned = True
+        leaf.flags.add("pinned")
     return leaves
 
 
@@ -388,7 +389,7 @@ def _refusal(step: _Step, relations: Relations, classes: list[Dim], stem: list[D
     if step.mode == "zero":
         return ""
     if source is None:
-        leaves = [leaf for axis in mine.axes for leaf in axis.leaves() if not leaf.is_position]
+        leaves = [leaf for axis in mine.axes for leaf in axis.leaves() if not ("position" in leaf.flags)]
         related = step.role != "weight" or len(mine.axes) < 2 or all(leaf in relations.of for leaf in leaves)
         same = step.mode != "dirac" or step.role != "weight" or _passes(mine, step.layers[0], relations)
         return "" if related and same else "the layer's channels could not be told from the layers around it"
@@ -397,12 +398,12 @@ def _refusal(step: _Step, relations: Relations, classes: list[Dim], stem: list[D
     for position, (a, b) in enumerate(zip(mine.axes, source.axes, strict=True)):
         if _is_positions(a) and _is_positions(b):
             continue
-        is_rows = any(leaf.is_rows for leaf in a.leaves())
+        is_rows = any(("rows" in leaf.flags) for leaf in a.leaves())
         if not relations.relate(a, b, late=True):
             return f"the channels of axis {position} are arranged differently from the source's"
         for leaf in a.leaves():
             other = relations.of.get(leaf)
-            if other is None or leaf.is_position:
+            if other is None or ("position" in leaf.flags):
                 continue
             is_stem = step.layers[0].kind == "conv" and position == 1 and leaf in stem and a.root() is leaf
             if kind_of_map(leaf, other) == "blocked" and not is_rows and not is_stem:
@@ -419,7 +420,7 @@ def _passes(tensor: Tensor, layer: Layer, relations: Relations) -> bool:
 
 
 def _is_positions(axis: Dim) -> bool:
-    return all(leaf.is_position for leaf in axis.leaves())
+    return all(("position" in leaf.flags) for leaf in axis.leaves())
 
 
 def _origin(step: _Step, relations: Relations) -> Origin:
@@ -429,7 +430,7 @@ def _origin(step: _Step, relations: Relations) -> Origin:
         kind_of_map(leaf, relations.of[leaf])
         for axis in step.target.axes
         for leaf in axis.leaves()
-        if leaf in relations.of and not leaf.is_position
+        if leaf in relations.of and not ("position" in leaf.flags)
     }
     lost = any(leaf in relations.lost for axis in step.source.axes for leaf in axis.leaves())
     if lost or kinds & {"cut", "blocked"}:
@@ -441,7 +442,7 @@ def _origin(step: _Step, relations: Relations) -> Origin:
     elif step.target.shape != step.source.shape and any(
         _is_positions(a) and a.size != b.size for a, b in zip(step.target.axes, step.source.axes, strict=True)
     ):
-        return "grown" if any(leaf.is_rows for axis in step.target.axes for leaf in axis.leaves()) else "cut"
+        return "grown" if any(("rows" in leaf.flags) for axis in step.target.axes for leaf in axis.leaves()) else "cut"
     return "exact" if step.target.shape == step.source.shape and kinds <= {"equal"} else "grown"
 
 
@@ -477,7 +478,7 @@ def _make_tensor(
         if _is_positions(mine):
             continue
         leaves = mine.leaves()
-        if len(leaves) == 1 and leaves[0].is_pinned and mine.size != theirs.size:
+        if len(leaves) == 1 and "pinned" in leaves[0].flags and mine.size != theirs.size:
             value = _adapt_inputs(value, position, mine.size) if step.layers[0].kind == "conv" else value
             continue
         found = axis_map(mine, theirs, relations, maps)
@@ -618,7 +619,7 @@ def _resize_positions(value: torch.Tensor, target: Tensor) -> torch.Tensor:
     prefix = sum(part.size for part in dim.parts if part.size == 1) if dim.kind == "concat" else 0
     sides = math.isqrt(given - prefix), math.isqrt(wanted - prefix)
     is_grid = sides[0] ** 2 == given - prefix and sides[1] ** 2 == wanted - prefix
-    is_learned_order = any(leaf.is_rows for leaf in target.axes[axis].leaves()) and value.ndim == 2
+    is_learned_order = any(("rows" in leaf.flags) for leaf in target.axes[axis].leaves()) and value.ndim == 2
     if is_grid and not (is_learned_order and (sides[0] % 2 == 0 or sides[1] % 2 == 0)):
         grid = flat[prefix:].T.reshape(1, -1, sides[0], sides[0]).float()
         grid = functional.interpolate(grid, (sides[1], sides[1]), mode="bicubic", antialias=True)

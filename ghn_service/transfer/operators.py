@@ -1,0 +1,545 @@
+"""What ONNX operators do with axes: one function per kind of operator.
+
+A handler gets the network as far as it is read, the node and its operands, and returns its outputs. It makes axes that
+are the same channels one ``Dim`` (``unify``), notes layers, and raises ``NotUnderstood`` where it cannot tell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy
+
+from ghn_service.graph.onnx.file import OnnxNode
+from ghn_service.transfer.axes import Dim, concatenation, reshaped, split_sum, unify
+from ghn_service.transfer.folding import MAX_RANK, constant
+from ghn_service.transfer.network import Network, NotUnderstood, Tensor, Value
+
+SHAPE_ONLY = frozenset(
+    {"Shape", "Size", "ConstantOfShape", "Range", "Constant", "RandomNormalLike", "RandomUniformLike"}
+)
+"""Operators whose results hold no data, whatever they are computed from."""
+
+_MAX_PIECES = 4096
+_Handler = Callable[[Network, OnnxNode, list[Value]], list[Value]]
+
+
+def _same(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    """Element by element on one operand."""
+    return [Value(operands[0].dims)]
+
+
+def _view(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    """The same elements under another name or type."""
+    return [operands[0].view(operands[0].dims, operands[0].axis_of)]
+
+
+def _elementwise(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    """Element by element on several operands, with broadcasting; a bias joins the product before it."""
+    tensors = [value.tensor for value in operands if value.tensor is not None and value.tensor.kind == "parameter"]
+    names = network.data_inputs(node)
+    if len(tensors) == 1 and len(names) == 1:
+        (tensor,), (name,) = tensors, names
+        before = network.makers.get(name)
+        is_bias = node.op_type == "Add" and tensor.layer is None and math.prod(tensor.shape) == tensor.shape[-1]
+        is_alone = before is not None and "bias" not in before.tensors and len(network.consumers[name]) == 1
+        if before is not None and before.kind == "linear" and is_bias and is_alone:
+            before.tensors["bias"], before.output = tensor, node.outputs[0]
+            tensor.layer = network.makers[node.outputs[0]] = before
+        else:
+            kind = {"Add": "shift", "Sub": "shift", "Mul": "scale"}.get(node.op_type, "other")
+            network.add_layer(node, kind, {"weight": tensor})
+    return [Value(_broadcast(operands))]
+
+
+def _broadcast(operands: Sequence[Value]) -> list[Dim]:
+    rank = max((len(value.dims) for value in operands), default=0)
+    axes = []
+    for position in range(-rank, 0):
+        wide = []
+        for value in operands:
+            if len(value.dims) >= -position and (dim := value.dims[position]).size != 1:
+                wide.append(dim)
+                if value.tensor is not None and value.tensor.kind == "constant":
+                    dim.mark("pinned")
+        for dim in wide[1:]:
+            if dim.size != wide[0].size:
+                raise NotUnderstood
+            unify(wide[0], dim)
+        axes.append(wide[0] if wide else Dim(1))
+    return axes
+
+
+def _weight(operands: list[Value], index: int) -> Tensor | None:
+    """The tensor of a weight operand; a weight that is computed from others pins what it touches."""
+    value = operands[index] if index < len(operands) else None
+    if value is None or value.is_data:
+        return None
+    for tensor in value.made_from:
+        for axis in tensor.axes:
+            axis.mark("pinned")
+    return value.tensor
+
+
+# ---- products -------------------------------------------------------------------------------------------------------
+
+
+def _convolution(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    weight, bias = _weight(operands, 1), _weight(operands, 2)
+    data, kernel, groups = operands[0].dims, operands[1].dims, node.integer("group", 1)
+    if weight is None or operands[1].axis_of != list(range(len(kernel))):
+        for axis in kernel:
+            axis.mark("pinned")
+    channels = reshaped([data[1]], [groups, kernel[1].size])
+    rows = reshaped([kernel[0]], [groups, kernel[0].size // groups])
+    unify(channels[0], rows[0])
+    unify(channels[1], kernel[1])
+    if len(operands) > 2 and operands[2].axes:
+        unify(operands[2].axes[0], kernel[0])
+    for axis in kernel[2:]:
+        axis.flags.add("position")
+    windows = _windows(node, data[2:], [axis.size for axis in kernel[2:]])
+    padding = [0] * len(windows)
+    if operands[0].padding and len(network.consumers[node.inputs[0]]) == 1:
+        padding = operands[0].padding
+        network.merged_pads.add(node.inputs[0])
+    placement = tuple((*window[:3], window[3] + more) for window, more in zip(windows, padding, strict=True))
+    if weight is not None:
+        weight.contracted.add(1)
+        network.add_layer(node, "conv", {"weight": weight, "bias": bias}, groups=groups, placement=placement)
+    return [Value([data[0], kernel[0], *_slid(node, data[2:], windows)])]
+
+
+def _windows(node: OnnxNode, axes: Sequence[Dim], kernel: Sequence[int]) -> list[tuple[int, int, int, int, int]]:
+    """Per spatial axis: kernel, stride, dilation, padding before and after."""
+    count = len(kernel)
+    strides = node.integers("strides") or (1,) * count
+    dilations = node.integers("dilations") or (1,) * count
+    pads = node.integers("pads") or (0,) * (2 * count)
+    mode = node.text("auto_pad")
+    result = []
+    for i, size in enumerate(axis.size for axis in axes):
+        before, after = pads[i], pads[i + count]
+        if mode in ("SAME_UPPER", "SAME_LOWER"):
+            reach = dilations[i] * (kernel[i] - 1) + 1
+            total = max((math.ceil(size / strides[i]) - 1) * strides[i] + reach - size, 0)
+            before = total // 2 if mode == "SAME_UPPER" else total - total // 2
+            after = total - before
+        elif mode == "VALID":
+            before = after = 0
+        result.append((kernel[i], strides[i], dilations[i], before, after))
+    return result
+
+
+def _slid(node: OnnxNode, axes: Sequence[Dim], windows: Sequence[tuple[int, int, int, int, int]]) -> list[Dim]:
+    """Spatial axes after a window slid over them."""
+    is_up = node.integer("ceil_mode", 0)
+    result = []
+    for axis, (kernel, stride, dilation, before, after) in zip(axes, windows, strict=True):
+        room = axis.size + before + after - dilation * (kernel - 1) - 1
+        result.append(Dim(max((room + (stride - 1 if is_up else 0)) // stride + 1, 1), "position"))
+    return result
+
+
+def _pool(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    axes = operands[0].dims
+    if node.op_type.startswith("Global"):
+        return [Value([*axes[:2], *(Dim(1) for _ in axes[2:])])]
+    return [Value([*axes[:2], *_slid(node, axes[2:], _windows(node, axes[2:], node.integers("kernel_shape")))])]
+
+
+def _pad(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    axes = list(operands[0].dims)
+    pads = list(node.integers("pads")) or operands[1].integers
+    chosen = _listed_axes(node, operands, len(axes), position=3)
+    padding = [0] * len(axes)
+    for i, position in enumerate(chosen):
+        axis, before, after = axes[position], pads[i], pads[i + len(chosen)]
+        padding[position] = before
+        if not before and not after:
+            continue
+        if min(before, after) < 0 or axis.is_positions:
+            axes[position] = Dim(axis.size + before + after, "position")
+        else:
+            parts = [Dim(before), axis, Dim(after)]
+            axes[position] = concatenation([part for part in parts if part.size])
+    with_zeros = node.text("mode") in ("", "constant") and all(value.number in (None, 0) for value in operands[2:3])
+    is_image = operands[0].is_data and axes[:2] == operands[0].dims[:2]
+    return [Value(axes, padding=padding[2:] if with_zeros and is_image else [])]
+
+
+def _transposed_convolution(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    weight, bias = _weight(operands, 1), _weight(operands, 2)
+    data, kernel = operands[0].dims, operands[1].dims
+    if node.integer("group", 1) != 1:
+        raise NotUnderstood
+    unify(data[1], kernel[0])
+    for axis in kernel[2:]:
+        axis.flags.update(("position", "pinned"))
+    if len(operands) > 2 and operands[2].axes:
+        unify(operands[2].axes[0], kernel[1])
+    if weight is not None:
+        weight.contracted.add(0)
+        network.add_layer(node, "deconv", {"weight": weight, "bias": bias})
+    shape = network.file.value_shape(node.outputs[0])
+    spatial = shape[2:] if shape is not None else [1] * len(kernel[2:])
+    return [Value([data[0], kernel[1], *(Dim(max(size, 1), "position") for size in spatial)])]
+
+
+def _contract(
+    network: Network, node: OnnxNode, operands: list[Value], pairs: list[tuple[int, int]], bias: Tensor | None = None
+) -> None:
+    """Unifies axes that two operands are summed over together, ``(axis of 0, axis of 1)``; notes the linear layer."""
+    for first, second in pairs:
+        dim = operands[0].dims[first]
+        unify(dim, operands[1].dims[second])
+        for operand, axis, other in ((operands[0], first, node.inputs[1]), (operands[1], second, node.inputs[0])):
+            if operand.is_data:
+                continue
+            tensor = _weight([operand], 0)
+            if tensor is not None and (origin := operand.axis_of[axis]) is not None:
+                tensor.contracted.add(origin)
+                tensor.fed_by.append(other)
+            elif operand.origins:
+                dim.mark("pinned")
+        if operands[0].is_data and operands[1].is_data:
+            dim.mark("dotted")
+    tensors = [value.tensor for value in operands[:2] if not value.is_data and value.tensor is not None]
+    if len(tensors) == 1 and any(value.is_data for value in operands[:2]):
+        network.add_layer(node, "linear", {"weight": tensors[0], "bias": bias})
+
+
+def _matmul(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    a, b = operands[0].dims, operands[1].dims
+    _contract(network, node, operands, [(len(a) - 1, max(len(b) - 2, 0))])
+    return [Value([*_broadcast([Value(a[:-2]), Value(b[:-2])]), *a[-2:-1], *(b[-1:] if len(b) > 1 else [])])]
+
+
+def _gemm(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    first, second = (0 if node.integer("transA", 0) else 1), (1 if node.integer("transB", 0) else 0)
+    _contract(network, node, operands, [(first, second)], bias=_weight(operands, 2))
+    out = [operands[0].dims[1 - first], operands[1].dims[1 - second]]
+    if len(operands) > 2 and operands[2].axes is not None:
+        _broadcast([Value(out), operands[2]])
+    return [Value(out)]
+
+
+def _einsum(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    left, arrow, right = node.text("equation").replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow or len(terms) != 2 or len(operands) != 2 or "." in left:
+        raise NotUnderstood
+    found: dict[str, Dim] = {}
+    for term, value in zip(terms, operands, strict=True):
+        for letter, dim in zip(term, value.dims, strict=True):
+            unify(found.setdefault(letter, dim), dim)
+    shared = [letter for letter in terms[0] if letter in terms[1] and letter not in right]
+    _contract(network, node, operands, [(terms[0].index(letter), terms[1].index(letter)) for letter in shared])
+    return [Value([found[letter] for letter in right])]
+
+
+# ---- norms and reductions -------------------------------------------------------------------------------------------
+
+
+def _batch_norm(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    for value in operands[1:5]:
+        unify(operands[0].dims[1], value.dims[0])
+    return _norm(network, node, operands, "norm", [])
+
+
+def _layer_norm(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    axes = operands[0].dims
+    _broadcast(operands)
+    return _norm(network, node, operands, "layer_norm", axes[node.integer("axis", -1) % len(axes) :])
+
+
+def _instance_norm(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    for value in operands[1:]:
+        unify(operands[0].dims[1], value.dims[0])
+    return _norm(network, node, operands, "layer_norm", operands[0].dims[2:])
+
+
+def _group_norm(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    axis, count = operands[0].dims[1], node.integer("num_groups", 1)
+    groups = reshaped([axis], [count, axis.size // count])
+    for value in operands[1:3]:
+        unify(value.dims[0], axis if value.dims[0].size == axis.size else groups[0])
+    return _norm(network, node, operands, "layer_norm", groups[1:])
+
+
+def _norm(network: Network, node: OnnxNode, operands: list[Value], kind: str, means: list[Dim]) -> list[Value]:
+    """A norm that takes means over some axes."""
+    for axis in means:
+        axis.mark("even")
+    network.even_axes.extend(means)
+    roles = ("weight", "bias", "mean", "var") if kind == "norm" else ("weight", "bias")
+    tensors = {role: _weight(operands, i) for i, role in enumerate(roles, start=1)}
+    if kind == "layer_norm":  # constant ones and zeros where it has none
+        tensors = {role: tensor for role, tensor in tensors.items() if tensor and tensor.kind == "parameter"}
+    epsilon = node.attributes["epsilon"].f if "epsilon" in node.attributes else 1e-5
+    network.add_layer(node, kind, tensors, epsilon=epsilon)
+    return [Value(operands[0].dims)]
+
+
+def _reduce(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    dims = operands[0].dims
+    axes, keep = _listed_axes(node, operands, len(dims)), node.integer("keepdims", 1)
+    for axis in axes:
+        dims[axis].mark("even" if node.op_type in ("ReduceMean", "ReduceMax", "ReduceMin") else "pinned")
+        network.even_axes.append(dims[axis])
+    return [Value([Dim(1) if i in axes else dim for i, dim in enumerate(dims) if keep or i not in axes])]
+
+
+def _listed_axes(node: OnnxNode, operands: list[Value], rank: int, position: int = 1) -> list[int]:
+    """The axes that an operator names, as attribute or operand; all if it names none."""
+    axes: Sequence[int] = range(rank)
+    if "axes" in node.attributes:
+        axes = node.integers("axes")
+    elif len(operands) > position and node.inputs[position]:
+        axes = operands[position].integers
+    return [axis % rank for axis in axes]
+
+
+def _softmax(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    operands[0].dims[node.integer("axis", -1)].mark("pinned")
+    return [Value(operands[0].dims)]
+
+
+# ---- shapes ---------------------------------------------------------------------------------------------------------
+
+
+def _reshape(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    value = operands[0]
+    old = [dim.size for dim in value.dims]
+    sizes = _new_sizes(network, node, operands, old)
+    if math.prod(sizes) != math.prod(old) or len(sizes) > MAX_RANK or min(sizes, default=1) < 1:
+        raise NotUnderstood
+    axes = reshaped(value.dims, sizes)
+    origins: list[int | None] = [None] * len(sizes)
+    wide = [axis for axis, size in zip(value.axis_of, old, strict=False) if size != 1]
+    if len(wide) == 1:
+        wide *= len(sizes)
+    elif [size for size in sizes if size != 1] != [size for size in old if size != 1]:
+        wide = []
+    if wide:  # one axis, or only ones came and went
+        waiting = iter(wide)
+        origins = [next(waiting) if size != 1 else None for size in sizes]
+    return [value.view(axes, origins)]
+
+
+def _new_sizes(network: Network, node: OnnxNode, operands: list[Value], old: list[int]) -> list[int]:
+    """The shape that a Reshape, Flatten, Squeeze or Unsqueeze makes."""
+    if node.op_type == "Flatten":
+        axis = node.integer("axis", 1)
+        return [math.prod(old[:axis]), math.prod(old[axis:])]
+    if node.op_type == "Squeeze":
+        is_named = "axes" in node.attributes or len(operands) > 1
+        axes = _listed_axes(node, operands, len(old)) if is_named else [i for i, size in enumerate(old) if size == 1]
+        return [size for i, size in enumerate(old) if i not in axes]
+    if node.op_type == "Unsqueeze":
+        given = node.integers("axes") or operands[1].integers
+        rank, waiting = len(old) + len(given), iter(old)
+        return [1 if i in {axis % rank for axis in given} else next(waiting) for i in range(rank)]
+    if len(operands) < 2 or operands[1].known is None:
+        return list(network.file.value_shape(node.outputs[0]) or [])
+    sizes = operands[1].integers
+    if not node.integer("allowzero", 0):
+        sizes = [old[i] if size == 0 and i < len(old) else size for i, size in enumerate(sizes)]
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = math.prod(old) // -math.prod(sizes)
+    return sizes
+
+
+def _transpose(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    value = operands[0]
+    order = node.integers("perm") or tuple(reversed(range(len(value.dims))))
+    if sorted(order) != list(range(len(value.dims))):
+        raise NotUnderstood
+    return [value.view([value.dims[i] for i in order], [value.axis_of[i] for i in order if value.tensor is not None])]
+
+
+def _expand(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    value, sizes = operands[0], operands[1].integers
+    more = len(sizes) - len(value.dims)
+    if len(sizes) > MAX_RANK:
+        raise NotUnderstood
+    dims = [*[Dim(1)] * more, *value.dims]
+    sizes = [*[1] * -more, *sizes]
+    axes = [dim if size in (1, -1) or dim.size == size else Dim(size) for dim, size in zip(dims, sizes, strict=True)]
+    return [value.view(axes, [*[None] * more, *value.axis_of])]
+
+
+def _concat(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    rank = len(operands[0].dims)
+    axis = node.integer("axis", 0) % rank
+    axes = []
+    for i in range(rank):
+        dims = [value.dims[i] for value in operands]
+        if i == axis:
+            axes.append(concatenation(dims))
+            continue
+        wide = [dim for dim in dims if dim.size != 1] or dims[:1]
+        for dim in wide[1:]:
+            unify(wide[0], dim)
+        axes.append(wide[0])
+    return [Value(axes)]
+
+
+def _split(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    """Also into a sequence."""
+    value = operands[0]
+    axis = node.integer("axis", 0) % len(value.dims)
+    size = value.dims[axis].size
+    given = operands[1] if len(operands) > 1 else Value(None)
+    sizes = list(node.integers("split")) or (given.integers if given.known is not None else [])
+    if node.op_type == "SplitToSequence":
+        each = given.integers[0] if not given.dims else 0
+    else:
+        each = 0 if sizes else -(-size // len(node.outputs))
+    if each:
+        whole, rest = divmod(size, each)
+        sizes = [each] * min(whole, _MAX_PIECES) + ([rest] if rest else [])
+    dims = value.dims
+    pieces = [value.view([*dims[:axis], piece, *dims[axis + 1 :]], value.axis_of) for piece in _cut(dims[axis], sizes)]
+    return [Value(None, pieces=tuple(pieces))] if node.op_type == "SplitToSequence" else pieces
+
+
+def _cut(axis: Dim, sizes: Sequence[int]) -> list[Dim]:
+    """An axis in consecutive pieces; pixels and tokens have no identity that is worth keeping."""
+    if axis.leaves() and axis.is_positions:
+        return [Dim(size, "position") for size in sizes]
+    pieces = split_sum(axis, [size for size in sizes if size]) if sum(sizes) == axis.size else None
+    if pieces is None:
+        axis.mark("pinned")
+        return [Dim(size, "pinned") for size in sizes]
+    waiting = iter(pieces)
+    return [next(waiting) if size else Dim(0, "pinned") for size in sizes]
+
+
+def _sequence_at(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    return [operands[0].pieces[operands[1].integers[0]]]
+
+
+def _slice(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    value, dims = operands[0], list(operands[0].dims)
+    named = {name: list(node.integers(name)) for name in ("starts", "ends", "axes") if name in node.attributes}
+    for name, operand, title in zip(node.inputs[1:], operands[1:], ("starts", "ends", "axes", "steps"), strict=False):
+        if name:
+            named[title] = operand.integers
+    axes = named.get("axes", list(range(len(named["starts"]))))
+    steps = named.get("steps", [1] * len(axes))
+    for axis, start, end, step in zip(axes, named["starts"], named["ends"], steps, strict=True):
+        dim = dims[axis]
+        chosen = range(*slice(start, end, step).indices(dim.size))
+        if step == 1 and len(chosen) != dim.size:
+            dims[axis] = _cut(dim, (chosen.start, len(chosen), dim.size - chosen.start - len(chosen)))[1]
+        elif step != 1:
+            dims[axis] = Dim(len(chosen), "pinned")
+            if dim.is_positions:
+                dims[axis].flags.add("position")
+            else:
+                dim.mark("pinned")
+    return [value.view(dims, value.axis_of)]
+
+
+def _gather(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    value, index = operands[0], operands[1]
+    dims, places = value.dims, index.dims
+    axis = node.integer("axis", 0) % len(dims)
+    is_lookup = value.tensor is not None and bool(places)
+    dims[axis].mark("rows" if is_lookup else "pinned")
+    if value.tensor is not None and is_lookup and index.is_data:
+        value.tensor.is_looked_up = True
+        network.add_layer(node, "table", {"weight": value.tensor})
+    return [Value([*dims[:axis], *(Dim(dim.size, "position") for dim in places), *dims[axis + 1 :]])]
+
+
+def _gather_nd(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    value, places = operands[0], operands[1].dims
+    if node.integer("batch_dims", 0) or not places or value.is_data:
+        raise NotUnderstood
+    count = places[-1].size
+    for dim in value.dims[:count]:
+        dim.mark("rows")
+    return [Value([*(Dim(dim.size, "position") for dim in places[:-1]), *value.dims[count:]])]
+
+
+def _resize(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    shape, dims = network.file.value_shape(node.outputs[0]), operands[0].dims
+    if shape is None or tuple(dim.size for dim in dims[:2]) != shape[:2]:
+        raise NotUnderstood
+    return [Value([*dims[:2], *(Dim(size, "position") for size in shape[2:])])]
+
+
+# ---- what holds no data ---------------------------------------------------------------------------------------------
+
+
+def _constant(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    shape: tuple[int, ...] = ()
+    for name, attribute in node.attributes.items():
+        if name == "value":
+            shape = tuple(attribute.t.dims)
+        elif name in ("value_ints", "value_floats"):
+            shape = (len(attribute.ints) or len(attribute.floats),)
+    return [Value([Dim(size, "pinned") for size in shape], constant(network.file, node.outputs[0], shape))]
+
+
+def _shape(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    sizes = [dim.size for dim in operands[0].dims]
+    sizes = sizes[node.integer("start", 0) : node.integer("end", len(sizes))]
+    return [Value([Dim(len(sizes), "pinned")], numpy.array(sizes, dtype=numpy.int64))]
+
+
+def _filled(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    sizes = operands[0].integers
+    if len(sizes) > MAX_RANK:
+        raise NotUnderstood
+    return [Value([Dim(max(size, 0), "pinned") for size in sizes])]
+
+
+def _range(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    start, limit, delta = (value.integers[0] for value in operands)
+    return [Value([Dim(len(range(start, limit, delta)), "position", "pinned")])]
+
+
+HANDLERS: dict[str, _Handler] = {
+    operator: handler
+    for handler, operators in {
+        _view: "Identity Cast CastLike Dropout",
+        _same: "Relu Sigmoid Tanh Erf Gelu FastGelu QuickGelu Elu Selu Celu LeakyRelu ThresholdedRelu HardSigmoid Mish"
+        " HardSwish Softplus Softsign Swish Silu Sqrt Reciprocal Exp Log Neg Abs Sin Cos Sign Floor Ceil Round Not IsNaN"
+        " IsInf Clip Trilu CumSum",
+        _elementwise: "Add Sub Mul Div Pow Sum Mean Max Min Mod Where Equal Less LessOrEqual Greater GreaterOrEqual And"
+        " Or Xor PRelu BiasGelu",
+        _convolution: "Conv",
+        _transposed_convolution: "ConvTranspose",
+        _matmul: "MatMul",
+        _gemm: "Gemm",
+        _einsum: "Einsum",
+        _batch_norm: "BatchNormalization",
+        _layer_norm: "LayerNormalization RMSNormalization SimplifiedLayerNormalization",
+        _instance_norm: "InstanceNormalization",
+        _group_norm: "GroupNormalization",
+        _pool: "MaxPool AveragePool LpPool GlobalAveragePool GlobalMaxPool",
+        _reduce: "ReduceMean ReduceMax ReduceMin ReduceSum ReduceProd ReduceL1 ReduceL2 ReduceSumSquare"
+        " ReduceLogSumExp",
+        _softmax: "Softmax LogSoftmax",
+        _reshape: "Reshape Flatten Squeeze Unsqueeze",
+        _transpose: "Transpose",
+        _expand: "Expand",
+        _concat: "Concat",
+        _split: "Split SplitToSequence",
+        _sequence_at: "SequenceAt",
+        _slice: "Slice",
+        _gather: "Gather",
+        _gather_nd: "GatherND",
+        _pad: "Pad",
+        _resize: "Resize Upsample",
+        _constant: "Constant",
+        _shape: "Shape",
+        _filled: "ConstantOfShape",
+        _range: "Range",
+    }.items()
+    for operator in operators.split()
+}

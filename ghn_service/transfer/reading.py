@@ -1,0 +1,139 @@
+"""From an ONNX file to a ``Network``: which axes are the same channels.
+
+The nodes are walked once. Weights are values too, so a transposed or reshaped weight needs no rule of its own.
+``operators`` says what each operator does with axes; one that it does not know pins every group it touches.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+
+from ghn_service.errors import GhnServiceError
+from ghn_service.graph.onnx.file import FLOAT_TYPES, OnnxNode, TensorHeader, load_file
+from ghn_service.graph.onnx.values import ReadContext
+from ghn_service.graph.raw_graph import GraphLimits
+from ghn_service.transfer.axes import Dim
+from ghn_service.transfer.folding import MAX_RANK, constant, fold
+from ghn_service.transfer.network import Network, NotUnderstood, Tensor, Value
+from ghn_service.transfer.operators import HANDLERS, SHAPE_ONLY
+
+_MAX_INPUTS = 64
+_MAX_ORIGINS = 64
+_MALFORMED = (NotUnderstood, ValueError, IndexError, TypeError, AttributeError, KeyError, ArithmeticError)
+
+
+def read_network(data: bytes, limits: GraphLimits, field_name: str) -> Network:
+    """The channel groups of an ONNX model.
+
+    Raises:
+        InvalidArchitectureError, UnsupportedArchitectureError, LimitExceededError: As ``read_onnx``.
+    """
+    try:
+        context = ReadContext(load_file(data, limits), limits)
+    except GhnServiceError as error:
+        error.field = error.field or field_name
+        raise
+    network = Network(context.file)
+    for index, node in enumerate(context.file.nodes):
+        for name in node.inputs:
+            network.consumers.setdefault(name, []).append(index)
+    _read_inputs(network, context)
+    for network.position, node in enumerate(context.file.nodes):
+        _read_node(network, node)
+    return network
+
+
+def _read_inputs(network: Network, context: ReadContext) -> None:
+    file = network.file
+    inputs = []
+    for header in (*file.initializers.values(), *file.inputs):
+        if header.name in file.initializers or header.name in file.kinds or header.name in context.patterns.input_kinds:
+            network.values[header.name] = _weight(network, context, header)
+            continue
+        inputs.append(header.name)
+        value = network.values[header.name] = Value(None)
+        if header.shape is not None:
+            channels = 1 if len(header.shape) > 2 else None
+            value.axes = [Dim(max(size, 1), "pinned") for size in header.shape]
+            for axis in (axis for i, axis in enumerate(value.axes) if i != channels):
+                axis.flags.add("position")
+    network.input = _main_input(network, inputs)
+    if network.input:
+        network.values[network.input].is_data = True
+
+
+def _weight(network: Network, context: ReadContext, header: TensorHeader) -> Value:
+    name, shape = header.name, header.shape
+    assert shape is not None, "checked by ReadContext"
+    if header.data_type not in FLOAT_TYPES or math.prod(shape) <= 0:
+        return Value([Dim(size, "pinned") for size in shape], constant(network.file, name, shape))
+    kind = context.kind_of(name, shape)
+    is_vector = sum(size > 1 for size in shape) == 1 and name in network.file.initializers
+    is_weight = kind in ("", "PARAMETER") or (kind == "CONSTANT" and is_vector)  # folded from a reshaped parameter
+    tensor = Tensor(name, shape, [Dim(size) for size in shape], "parameter" if is_weight else "constant")
+    network.tensors[name] = tensor
+    return Value(tensor.axes, tensor=tensor, axis_of=list(range(len(shape))))
+
+
+def _main_input(network: Network, inputs: list[str]) -> str:
+    """The input that most values depend on, the first among equals."""
+    inputs = inputs[:_MAX_INPUTS]
+    reached = {name: 1 << i for i, name in enumerate(inputs)}  # by value, one bit for each input behind it
+    for node in network.file.nodes:
+        bits = functools.reduce(operator.or_, (reached.get(name, 0) for name in node.inputs), 0)
+        if bits and node.op_type not in SHAPE_ONLY:
+            reached.update((name, bits) for name in node.outputs if name)
+    counts = [sum(bits >> i & 1 for bits in reached.values()) for i in range(len(inputs))]
+    return inputs[counts.index(max(counts))] if inputs else ""
+
+
+def _read_node(network: Network, node: OnnxNode) -> None:
+    operands = [network.values[name] for name in node.inputs]
+    handler = HANDLERS.get(node.op_type) if node.domain in ("", "com.microsoft") else None
+    results: list[Value] = []
+    try:
+        if handler is None:
+            raise NotUnderstood
+        results = handler(network, node, operands)
+    except _MALFORMED:
+        for value in operands:
+            for axis in value.axes or ():
+                axis.mark("pinned")
+    is_shape = node.op_type in SHAPE_ONLY
+    read = [value for name, value in zip(node.inputs, operands, strict=True) if name]
+    if node.op_type == "CastLike":
+        read = read[:1]
+    is_data = not is_shape and any(value.is_data for value in read)
+    if is_data:
+        _meet(network, node, operands)
+    origins = () if is_data or is_shape else tuple(dict.fromkeys(item for value in operands for item in value.origins))
+    known = fold(node, [value.known for value in read])
+    for position, name in enumerate(node.outputs):
+        if name:
+            value = results[position] if position < len(results) else Value(None)
+            if value.axes is None or len(value.axes) > MAX_RANK:
+                value.axes = _stated_axes(network, name)
+            if known is not None and not position:
+                value.known = known
+            value.is_data = is_data
+            value.made_from = origins[:_MAX_ORIGINS] if value.tensor is None else ()
+            network.values[name] = value
+
+
+def _stated_axes(network: Network, name: str) -> list[Dim] | None:
+    """Axes of the shape that the file states for a value."""
+    shape = network.file.value_shape(name)
+    if shape is None or len(shape) > MAX_RANK or min(shape, default=0) < 0:
+        return None
+    return [Dim(size, "pinned") for size in shape]
+
+
+def _meet(network: Network, node: OnnxNode, operands: list[Value]) -> None:
+    """Makes layers of tensors that meet data here and that no handler has given one."""
+    for tensor in (item for value in operands if not value.is_data for item in value.origins):
+        if tensor.layer is None and tensor.kind == "parameter":
+            is_table = bool(tensor.axes) and "rows" in tensor.axes[0].root().flags
+            kind = "token" if node.op_type == "Concat" else "table" if is_table else "other"
+            network.add_layer(node, kind, {"weight": tensor})
