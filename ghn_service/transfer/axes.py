@@ -20,7 +20,7 @@ Flag = Literal["position", "pinned", "even", "dotted", "rows"]
 
 ``position``: its entries are pixels, tokens or examples instead of channels; ``pinned``: only equal channels may be
 mapped; ``even``: a mean is taken over it, so that all channels need equally many copies; ``dotted``: two activations
-are multiplied and summed over it (queries and keys); ``rows``: it counts the rows of a table that is looked up by index.
+are multiplied and summed over it (queries and keys); ``rows``: it counts rows of a table that are looked up by index.
 """
 
 

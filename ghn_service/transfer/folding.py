@@ -57,10 +57,8 @@ def _cast(node: OnnxNode, x: Array) -> Array:
     return x.astype(numpy.float64 if node.integer("to", 1) in FLOAT_TYPES else numpy.int64)
 
 
-def _divide(a: Array, b: Array) -> Array:
-    if a.dtype == b.dtype == numpy.int64 and b.all():
-        return a // b
-    return a / b
+def _divide(a: Array, b: Array) -> object:
+    return a // b if a.dtype == b.dtype == numpy.int64 and b.all() else a / b
 
 
 def _slice(node: OnnxNode, data: Array, start: Array, end: Array, *axes_and_step: Array) -> Array:

@@ -14,7 +14,7 @@ Kind = str
 """conv, deconv, linear, norm (with statistics), layer_norm, scale, shift, table, token or other."""
 
 
-class NotUnderstood(Exception):
+class NotUnderstoodError(Exception):
     """What an operator does with channels is not known, so the groups that it touches may not change."""
 
 
@@ -74,10 +74,10 @@ class Value:
         """Its axes.
 
         Raises:
-            NotUnderstood: They are unknown.
+            NotUnderstoodError: They are unknown.
         """
         if self.axes is None:
-            raise NotUnderstood
+            raise NotUnderstoodError
         return self.axes
 
     @property
@@ -85,10 +85,10 @@ class Value:
         """Its numbers as integers.
 
         Raises:
-            NotUnderstood: They are unknown, or fractions.
+            NotUnderstoodError: They are unknown, or fractions.
         """
         if self.known is None or self.known.dtype != numpy.int64:
-            raise NotUnderstood
+            raise NotUnderstoodError
         return [int(item) for item in self.known.flatten()]
 
     @property

@@ -1,7 +1,7 @@
 """What ONNX operators do with axes: one function per kind of operator.
 
 A handler gets the network as far as it is read, the node and its operands, and returns its outputs. It makes axes that
-are the same channels one ``Dim`` (``unify``), notes layers, and raises ``NotUnderstood`` where it cannot tell.
+are the same channels one ``Dim`` (``unify``), notes layers, and raises ``NotUnderstoodError`` where it cannot tell.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy
 from ghn_service.graph.onnx.file import OnnxNode
 from ghn_service.transfer.axes import Dim, concatenation, reshaped, split_sum, unify
 from ghn_service.transfer.folding import MAX_RANK, constant
-from ghn_service.transfer.network import Network, NotUnderstood, Tensor, Value
+from ghn_service.transfer.network import Network, NotUnderstoodError, Tensor, Value
 
 SHAPE_ONLY = frozenset(
     {"Shape", "Size", "ConstantOfShape", "Range", "Constant", "RandomNormalLike", "RandomUniformLike"}
@@ -65,7 +65,7 @@ def _broadcast(operands: Sequence[Value]) -> list[Dim]:
                     dim.mark("pinned")
         for dim in wide[1:]:
             if dim.size != wide[0].size:
-                raise NotUnderstood
+                raise NotUnderstoodError
             unify(wide[0], dim)
         axes.append(wide[0] if wide else Dim(1))
     return axes
@@ -173,7 +173,7 @@ def _transposed_convolution(network: Network, node: OnnxNode, operands: list[Val
     weight, bias = _weight(operands, 1), _weight(operands, 2)
     data, kernel = operands[0].dims, operands[1].dims
     if node.integer("group", 1) != 1:
-        raise NotUnderstood
+        raise NotUnderstoodError
     unify(data[1], kernel[0])
     for axis in kernel[2:]:
         axis.flags.update(("position", "pinned"))
@@ -229,7 +229,7 @@ def _einsum(network: Network, node: OnnxNode, operands: list[Value]) -> list[Val
     left, arrow, right = node.text("equation").replace(" ", "").partition("->")
     terms = left.split(",")
     if not arrow or len(terms) != 2 or len(operands) != 2 or "." in left:
-        raise NotUnderstood
+        raise NotUnderstoodError
     found: dict[str, Dim] = {}
     for term, value in zip(terms, operands, strict=True):
         for letter, dim in zip(term, value.dims, strict=True):
@@ -314,7 +314,7 @@ def _reshape(network: Network, node: OnnxNode, operands: list[Value]) -> list[Va
     old = [dim.size for dim in value.dims]
     sizes = _new_sizes(network, node, operands, old)
     if math.prod(sizes) != math.prod(old) or len(sizes) > MAX_RANK or min(sizes, default=1) < 1:
-        raise NotUnderstood
+        raise NotUnderstoodError
     axes = reshaped(value.dims, sizes)
     origins: list[int | None] = [None] * len(sizes)
     wide = [axis for axis, size in zip(value.axis_of, old, strict=False) if size != 1]
@@ -355,7 +355,7 @@ def _transpose(network: Network, node: OnnxNode, operands: list[Value]) -> list[
     value = operands[0]
     order = node.integers("perm") or tuple(reversed(range(len(value.dims))))
     if sorted(order) != list(range(len(value.dims))):
-        raise NotUnderstood
+        raise NotUnderstoodError
     return [value.view([value.dims[i] for i in order], [value.axis_of[i] for i in order if value.tensor is not None])]
 
 
@@ -363,7 +363,7 @@ def _expand(network: Network, node: OnnxNode, operands: list[Value]) -> list[Val
     value, sizes = operands[0], operands[1].integers
     more = len(sizes) - len(value.dims)
     if len(sizes) > MAX_RANK:
-        raise NotUnderstood
+        raise NotUnderstoodError
     dims = [*[Dim(1)] * more, *value.dims]
     sizes = [*[1] * -more, *sizes]
     axes = [dim if size in (1, -1) or dim.size == size else Dim(size) for dim, size in zip(dims, sizes, strict=True)]
@@ -423,11 +423,11 @@ def _sequence_at(network: Network, node: OnnxNode, operands: list[Value]) -> lis
 
 def _slice(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
     value, dims = operands[0], list(operands[0].dims)
-    named = {name: list(node.integers(name)) for name in ("starts", "ends", "axes") if name in node.attributes}
+    named: dict[str, Sequence[int]] = {name: node.integers(name) for name in node.attributes}
     for name, operand, title in zip(node.inputs[1:], operands[1:], ("starts", "ends", "axes", "steps"), strict=False):
         if name:
             named[title] = operand.integers
-    axes = named.get("axes", list(range(len(named["starts"]))))
+    axes = named.get("axes", range(len(named["starts"])))
     steps = named.get("steps", [1] * len(axes))
     for axis, start, end, step in zip(axes, named["starts"], named["ends"], steps, strict=True):
         dim = dims[axis]
@@ -458,7 +458,7 @@ def _gather(network: Network, node: OnnxNode, operands: list[Value]) -> list[Val
 def _gather_nd(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
     value, places = operands[0], operands[1].dims
     if node.integer("batch_dims", 0) or not places or value.is_data:
-        raise NotUnderstood
+        raise NotUnderstoodError
     count = places[-1].size
     for dim in value.dims[:count]:
         dim.mark("rows")
@@ -468,7 +468,7 @@ def _gather_nd(network: Network, node: OnnxNode, operands: list[Value]) -> list[
 def _resize(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
     shape, dims = network.file.value_shape(node.outputs[0]), operands[0].dims
     if shape is None or tuple(dim.size for dim in dims[:2]) != shape[:2]:
-        raise NotUnderstood
+        raise NotUnderstoodError
     return [Value([*dims[:2], *(Dim(size, "position") for size in shape[2:])])]
 
 
@@ -494,7 +494,7 @@ def _shape(network: Network, node: OnnxNode, operands: list[Value]) -> list[Valu
 def _filled(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
     sizes = operands[0].integers
     if len(sizes) > MAX_RANK:
-        raise NotUnderstood
+        raise NotUnderstoodError
     return [Value([Dim(max(size, 0), "pinned") for size in sizes])]
 
 
@@ -508,8 +508,8 @@ HANDLERS: dict[str, _Handler] = {
     for handler, operators in {
         _view: "Identity Cast CastLike Dropout",
         _same: "Relu Sigmoid Tanh Erf Gelu FastGelu QuickGelu Elu Selu Celu LeakyRelu ThresholdedRelu HardSigmoid Mish"
-        " HardSwish Softplus Softsign Swish Silu Sqrt Reciprocal Exp Log Neg Abs Sin Cos Sign Floor Ceil Round Not IsNaN"
-        " IsInf Clip Trilu CumSum",
+        " HardSwish Softplus Softsign Swish Silu Sqrt Reciprocal Exp Log Neg Abs Sin Cos Sign Floor Ceil Round Not"
+        " IsNaN IsInf Clip Trilu CumSum",
         _elementwise: "Add Sub Mul Div Pow Sum Mean Max Min Mod Where Equal Less LessOrEqual Greater GreaterOrEqual And"
         " Or Xor PRelu BiasGelu",
         _convolution: "Conv",

@@ -16,12 +16,12 @@ from ghn_service.graph.onnx.values import ReadContext
 from ghn_service.graph.raw_graph import GraphLimits
 from ghn_service.transfer.axes import Dim
 from ghn_service.transfer.folding import MAX_RANK, constant, fold
-from ghn_service.transfer.network import Network, NotUnderstood, Tensor, Value
+from ghn_service.transfer.network import Network, NotUnderstoodError, Tensor, Value
 from ghn_service.transfer.operators import HANDLERS, SHAPE_ONLY
 
 _MAX_INPUTS = 64
 _MAX_ORIGINS = 64
-_MALFORMED = (NotUnderstood, ValueError, IndexError, TypeError, AttributeError, KeyError, ArithmeticError)
+_MALFORMED = (NotUnderstoodError, ValueError, IndexError, TypeError, AttributeError, KeyError, ArithmeticError)
 
 
 def read_network(data: bytes, limits: GraphLimits, field_name: str) -> Network:
@@ -95,7 +95,7 @@ def _read_node(network: Network, node: OnnxNode) -> None:
     results: list[Value] = []
     try:
         if handler is None:
-            raise NotUnderstood
+            raise NotUnderstoodError
         results = handler(network, node, operands)
     except _MALFORMED:
         for value in operands:

@@ -36,19 +36,15 @@ class Scale:
 def attention_scales(network: Network) -> list[Scale]:
     """The scales of all products of two activations over channels."""
     found = []
-    outputs = {layer.output for layer in network.layers}
     for node in network.file.nodes:
-        if node.op_type != "MatMul" or not all(network.values[name].is_data for name in node.inputs):
-            continue
-        axes = network.values[node.inputs[0]].axes
+        axes = network.values[node.inputs[0]].axes if node.op_type == "MatMul" else None
         leaves = axes[-1].leaves() if axes else []
-        if len(leaves) != 1 or "position" in leaves[0].flags:
-            continue
-        scale = Scale(leaves[0], 1.0, set())
-        for name in node.inputs:
-            _walk_back(network, name, outputs, scale)
-        _walk_on(network, node.outputs[0], scale)
-        found.append(scale)
+        if len(leaves) == 1 and "position" not in leaves[0].flags and len(network.data_inputs(node)) == 2:
+            scale = Scale(leaves[0], 1.0, set())
+            for name in node.inputs:
+                _walk_back(network, name, scale)
+            _walk_on(network, node.outputs[0], scale)
+            found.append(scale)
     return found
 
 
@@ -70,44 +66,38 @@ def gains(target: list[Scale], source: list[Scale], of: dict[Dim, Dim]) -> dict[
     return result
 
 
-def _apply(network: Network, name: str, scale: Scale) -> str | None:
+def _walk_back(network: Network, name: str, scale: Scale) -> None:
+    """From a query or key to the layer that makes it."""
+    while name not in network.makers:
+        node = network.file.producers.get(name)
+        before = _multiply(network, name, scale)
+        if before is None and node is not None and node.op_type in VIEWS:
+            before = node.inputs[0]
+        if before is None:
+            scale.factor = None
+            return
+        name = before
+
+
+def _walk_on(network: Network, name: str, scale: Scale) -> None:
+    """From the product on."""
+    while len(readers := network.consumers.get(name, [])) == 1:
+        node = network.file.nodes[readers[0]]
+        name = node.outputs[0]
+        if node.op_type not in VIEWS and _multiply(network, name, scale) is None:
+            return
+
+
+def _multiply(network: Network, name: str, scale: Scale) -> str | None:
     """Takes a multiplication with a number into account; the value that was multiplied, or None if it was none."""
-    node = network.file.producers[name]
-    numbers = [(item, network.values[item].number) for item in node.inputs]
-    data = [item for item, number in numbers if number is None]
-    if node.op_type not in ("Mul", "Div") or len(numbers) != 2 or len(data) != 1:
+    node = network.file.producers.get(name)
+    if node is None or node.op_type not in ("Mul", "Div") or len(node.inputs) != 2:
         return None
-    constant, number = next((item, number) for item, number in numbers if number is not None)
-    if number is None or number == 0 or (node.op_type == "Div" and data[0] != node.inputs[0]):
+    data, constant = sorted(node.inputs, key=lambda item: network.values[item].number is not None)
+    number, other = network.values[constant].number, network.values[data].number
+    if not number or other is not None or (node.op_type == "Div" and data != node.inputs[0]):
         return None
     if scale.factor is not None:
         scale.factor = scale.factor * number if node.op_type == "Mul" else scale.factor / number
     scale.constants.add(constant)
-    return data[0]
-
-
-def _walk_back(network: Network, name: str, outputs: set[str], scale: Scale) -> None:
-    while name not in outputs:
-        node = network.file.producers.get(name)
-        if node is None:
-            scale.factor = None
-            return
-        before = _apply(network, name, scale)
-        if before is not None:
-            name = before
-        elif node.op_type in VIEWS:
-            name = node.inputs[0]
-        else:
-            scale.factor = None
-            return
-
-
-def _walk_on(network: Network, name: str, scale: Scale) -> None:
-    while len(readers := network.consumers.get(name, [])) == 1:
-        node = network.file.nodes[readers[0]]
-        if node.op_type in ("Mul", "Div"):
-            if _apply(network, node.outputs[0], scale) is None:
-                return
-        elif node.op_type not in VIEWS:
-            return
-        name = node.outputs[0]
+    return data

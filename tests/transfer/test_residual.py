@@ -38,16 +38,16 @@ def difference(source, target):
 def test_a_target_that_contains_the_source_computes_what_it_computes(options):
     source, target = trained(), trained(seed=1, **options)
     result = transfer_between(source, target, EXAMPLE)
-    assert result.is_exact
+    assert result.plan.is_exact
     assert difference(source, target) <= 1e-4
 
 
 def test_the_same_network_is_the_same_bit_for_bit():
     source, target = trained(), trained(seed=1)
     result = transfer_between(source, target, EXAMPLE)
-    assert result.is_exact
-    assert result.similarity == 1
-    assert set(result.origins.values()) == {"exact"}
+    assert result.plan.is_exact
+    assert result.plan.similarity == 1
+    assert set(result.plan.origins.values()) == {"exact"}
     for name, value in source.state_dict().items():
         if "num_batches" not in name:
             assert torch.equal(value, target.state_dict()[name])
@@ -60,8 +60,8 @@ def test_a_cut_stream_keeps_the_same_channels_everywhere():
             if name in ("stem.1.weight", "blocks.0.last_norm.weight", "blocks.0.last_norm.bias", "stem.1.bias"):
                 value.copy_(torch.arange(16) + 100.0 * position)
     result = transfer_between(source, target, EXAMPLE)
-    assert not result.is_exact
-    assert any("16 to 12" in group for group in result.cut_groups)
+    assert not result.plan.is_exact
+    assert any("16 to 12" in group for group in result.plan.cut_groups)
     kept = [result.tensors[name] % 100 for name in ("stem.1.weight", "blocks.0.last_norm.weight", "stem.1.bias")]
     assert torch.equal(kept[0], kept[1])
     assert torch.equal(kept[0], kept[2])

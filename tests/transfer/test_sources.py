@@ -43,7 +43,7 @@ def test_the_reference_networks_compute_what_the_small_ones_in_them_do(name):
     source = randomise(SOURCES[CONTAINERS[name]].build(Interface()), EXAMPLE, seed=0)
     target = build_network(name)
     result = transfer_between(source, target, EXAMPLE)
-    assert result.is_exact
+    assert result.plan.is_exact
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         assert largest_relative_difference(source(images), target(images)) < 1e-4

@@ -166,7 +166,7 @@ def test_a_network_inside_another_keeps_its_function(name):
         expected, actual = source(images), target(images)
     assert largest_relative_difference(expected[:2], expected[2:]) > 1e-3  # the source does tell images apart
     assert largest_relative_difference(expected, actual) <= 1e-4
-    assert result.is_exact, result.warnings
+    assert result.plan.is_exact, result.plan.warnings
 
 
 def gpt2(**options):
@@ -215,5 +215,5 @@ def test_a_language_model_inside_another_keeps_its_function(name):
     target.tie_weights()
     with torch.no_grad():
         assert largest_relative_difference(source(tokens).logits, target(tokens).logits) <= 1e-4
-    assert result.is_exact, result.warnings
-    assert not Counter(result.origins.values())["cut"]
+    assert result.plan.is_exact, result.plan.warnings
+    assert not Counter(result.plan.origins.values())["cut"]

@@ -1,0 +1,205 @@
+"""How each tensor of the target is made, which channel groups that relates, and what speaks against it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from ghn_service.transfer.alignment import Alignment, Mode
+from ghn_service.transfer.axes import Dim
+from ghn_service.transfer.network import Layer, Network, Tensor
+from ghn_service.transfer.relations import Relations
+from ghn_service.transfer.scales import VIEWS
+
+Origin = Literal["exact", "grown", "cut", "none"]
+"""How a tensor comes from the source: unchanged; larger, with the same function; smaller or otherwise changed; not."""
+
+
+@dataclass(eq=False, slots=True)
+class Step:
+    """How one target tensor is made.
+
+    Attributes:
+        target: The tensor.
+        source: The source's tensor, None where values follow from the architecture.
+        mode: As in ``alignment``.
+        role: Of the tensor in its layer.
+        layer: The target's layer.
+        source_layer: The source's.
+    """
+
+    target: Tensor
+    source: Tensor | None
+    mode: Mode
+    role: str
+    layer: Layer
+    source_layer: Layer | None
+
+    @property
+    def passes_on(self) -> bool:
+        """Whether it is the matrix or kernel of a layer that passes its input on."""
+        return self.mode == "pass" and self.role == "weight" and self.layer.kind != "norm"
+
+
+def make_steps(alignment: Alignment) -> list[Step]:
+    """One step per target tensor; a tensor that several layers share gets its first."""
+    steps: dict[str, Step] = {}
+    for layer, other, mode in alignment.pairs:
+        for role, tensor in layer.tensors.items():
+            partner = other.tensors.get(role) if other is not None else None
+            if partner is not None or mode == "pass" or (mode == "zero" and role not in ("mean", "var")):
+                steps.setdefault(tensor.name, Step(tensor, partner, mode, role, layer, other))
+    return list(steps.values())
+
+
+def relate_groups(steps: list[Step]) -> Relations:
+    """What the groups of the target stand for, if all steps are taken."""
+    relations = Relations()
+    for late in (False, True):
+        for step in steps:
+            if step.source is not None and len(step.target.shape) == len(step.source.shape):
+                for mine, theirs in zip(step.target.axes, step.source.axes, strict=True):
+                    relations.relate(mine, theirs, late=late)
+        for step in steps:
+            if step.passes_on:
+                _relate_passing(step, relations)
+    return relations
+
+
+def _relate_passing(step: Step, relations: Relations) -> None:
+    """What passes its input on has the same channels on both sides."""
+    columns, rows = (step.target.axes[axis].factors() for axis in step.layer.columns_and_rows)
+    for row, column in zip(rows, columns, strict=True) if len(rows) == len(columns) else ():
+        if row.kind == column.kind == "leaf":
+            if column in relations.of:
+                relations.bind(row, relations.of[column])
+            elif row in relations.of:
+                relations.bind(column, relations.of[row])
+
+
+def class_groups(network: Network) -> list[Dim]:
+    """Groups of the output that no layer reads: classes; pinned, since each has a meaning."""
+    axes = network.values[network.output].axes or []
+    leaves = [leaf for axis in axes for leaf in axis.leaves() if "position" not in leaf.flags]
+    read = {leaf for tensor in network.tensors.values() for i in tensor.contracted for leaf in tensor.axes[i].leaves()}
+    if not read.isdisjoint(leaves):
+        return []
+    for leaf in leaves:
+        leaf.flags.add("pinned")
+    return leaves
+
+
+def class_layer_input(network: Network, classes: list[Dim]) -> str:
+    """What the layer that makes the classes reads; "" if there is none."""
+    for layer in network.layers:
+        if any(leaf in classes for tensor in layer.tensors.values() for leaf in tensor.leaves()):
+            return network.file.nodes[layer.index].inputs[0]
+    return ""
+
+
+def find_refusal(step: Step, relations: Relations, classes: list[Dim], stem: list[Dim]) -> str:
+    """Why a tensor cannot be mapped; "" if it can.
+
+    Args:
+        step: How it would be made.
+        relations: Of all steps.
+        classes: Groups of the target that are reset.
+        stem: Groups of the input's channels, whose number may differ.
+    """
+    mine, source = step.target, step.source
+    if any(leaf in classes for leaf in mine.leaves()):
+        return "the class layer is not kept"
+    if step.mode == "zero":
+        return ""
+    if step.passes_on:
+        columns, rows = (
+            [relations.of.get(leaf) for leaf in mine.axes[i].leaves()] for i in step.layer.columns_and_rows
+        )
+        is_known = mine.contracted and rows == columns and None not in rows
+        return "" if is_known else "the layer's channels could not be told from the layers around it"
+    if source is None:
+        return ""
+    if len(mine.axes) != len(source.axes):
+        return f"the tensor has {len(mine.axes)} axes, the source's {len(source.axes)}"
+    for position, (a, b) in enumerate(zip(mine.axes, source.axes, strict=True)):
+        if a.is_positions and b.is_positions:
+            continue
+        if not relations.relate(a, b, late=True):
+            return f"the channels of axis {position} are arranged differently from the source's"
+        for leaf in a.leaves():
+            is_stem = step.layer.kind == "conv" and position == 1 and leaf in stem and a.root() is leaf
+            is_free = "position" in leaf.flags or a.has("rows") or is_stem
+            if relations.kind(leaf) == "blocked" and not is_free:
+                size = relations.of[leaf].size
+                return f"{size} channels of axis {position} became {leaf.size} where they must not change"
+    return ""
+
+
+def find_origin(step: Step, relations: Relations) -> Origin:
+    """How a tensor that is mapped comes from the source."""
+    if step.source is None or step.mode != "copy":
+        return "grown"
+    kinds = {relations.kind(leaf) for leaf in step.target.leaves() if "position" not in leaf.flags} - {""}
+    is_lost = any(leaf in relations.lost for leaf in step.source.leaves())
+    if is_lost or kinds & {"cut", "blocked"}:
+        return "cut"
+    is_same_shape = step.target.shape == step.source.shape
+    if step.layer.kind == "conv" and step.role == "weight" and step.source_layer is not None:
+        room = kernel_room(step.layer, step.source_layer)
+        if room is None or any(amount < 0 for amounts in room for amount in amounts):
+            return "cut"
+    elif any(a.is_positions and a.size != b.size for a, b in zip(step.target.axes, step.source.axes, strict=True)):
+        return "grown" if any("rows" in leaf.flags for leaf in step.target.leaves()) else "cut"
+    return "exact" if is_same_shape and kinds <= {"equal"} else "grown"
+
+
+def kernel_room(target: Layer, source: Layer) -> list[tuple[int, int]] | None:
+    """Per spatial axis, the columns to add before and after the source's kernel; None where pixels do not meet."""
+    result = []
+    for (mine, _, dilation, before), (theirs, _, other, pads) in zip(target.placement, source.placement, strict=True):
+        if (dilation != other and theirs > 1 and mine > 1) or (before - pads) % dilation:
+            return None
+        shift = (before - pads) // dilation
+        result.append((shift, mine - theirs - shift))
+    return result
+
+
+def describe_cuts(steps: list[Step], relations: Relations) -> tuple[str, ...]:
+    """Narrower groups, by the layers that write them."""
+    names: dict[Dim, list[str]] = {}
+    for step in steps:
+        for position, axis in enumerate(step.target.axes):
+            for leaf in axis.leaves() if position not in step.target.contracted else ():
+                if leaf in relations.of and relations.of[leaf].size > leaf.size > 0:
+                    names.setdefault(leaf, []).append(step.layer.label)
+    return tuple(
+        f"{', '.join(dict.fromkeys(labels))} ({relations.of[leaf].size} to {leaf.size})"
+        for leaf, labels in names.items()
+    )
+
+
+def feed_tables(target: Network, steps: list[Step], relations: Relations) -> list[str]:
+    """Tables that are looked up and multiplied with too (tied embeddings): their copies are made good before them.
+
+    Returns:
+        Why that could not be done, in sentences.
+    """
+    problems = []
+    for step in steps:
+        tensor = step.target
+        leaves = [leaf for axis in tensor.contracted for leaf in tensor.axes[axis].leaves()]
+        copies = math.prod(leaf.size / max(relations.of.get(leaf, leaf).size, 1) for leaf in leaves)
+        if not tensor.is_looked_up or step.source is None or copies <= 1:
+            continue
+        for name in tensor.fed_by:
+            is_alone = len(target.consumers[name]) == 1
+            while name not in target.makers and (node := target.file.producers.get(name)) and node.op_type in VIEWS:
+                name = node.inputs[0]
+                is_alone &= len(target.consumers[name]) == 1
+            layer = target.makers.get(name)
+            if layer is None or layer.kind not in ("layer_norm", "scale", "linear") or not is_alone:
+                problems.append(f"the table {tensor.name!r} is read and multiplied with, which wider channels change")
+            else:
+                relations.factors.update((item.name, 1 / copies) for item in layer.tensors.values())
+    return problems
