@@ -447,11 +447,14 @@ def _gather(network: Network, node: OnnxNode, operands: list[Value]) -> list[Val
     value, index = operands[0], operands[1]
     dims, places = value.dims, index.dims
     axis = node.integer("axis", 0) % len(dims)
-    is_lookup = value.tensor is not None and bool(places)
-    dims[axis].mark("rows" if is_lookup else "pinned")
-    if value.tensor is not None and is_lookup and index.is_data:
-        value.tensor.is_looked_up = True
-        network.add_layer(node, "table", {"weight": value.tensor})
+    if value.tensor is None or not places:
+        dims[axis].mark("pinned")
+    else:
+        dims[axis].mark("rows")
+        value.tensor.is_grid |= not index.is_data and math.prod(dim.size for dim in places) > dims[axis].size
+        if index.is_data:
+            value.tensor.is_looked_up = True
+            network.add_layer(node, "table", {"weight": value.tensor})
     return [Value([*dims[:axis], *(Dim(dim.size, "position") for dim in places), *dims[axis + 1 :]])]
 
 
@@ -462,6 +465,8 @@ def _gather_nd(network: Network, node: OnnxNode, operands: list[Value]) -> list[
     count = places[-1].size
     for dim in value.dims[:count]:
         dim.mark("rows")
+    if value.tensor is not None and count == 1:
+        value.tensor.is_grid |= math.prod(dim.size for dim in places) > value.dims[0].size
     return [Value([*(Dim(dim.size, "position") for dim in places[:-1]), *value.dims[count:]])]
 
 

@@ -144,14 +144,15 @@ def find_origin(step: Step, relations: Relations) -> Origin:
     is_lost = any(leaf in relations.lost for leaf in step.source.leaves())
     if is_lost or kinds & {"cut", "blocked"}:
         return "cut"
-    is_same_shape = step.target.shape == step.source.shape
     if step.layer.kind == "conv" and step.role == "weight" and step.source_layer is not None:
         room = kernel_room(step.layer, step.source_layer)
         if room is None or any(amount < 0 for amounts in room for amount in amounts):
             return "cut"
-    elif any(a.is_positions and a.size != b.size for a, b in zip(step.target.axes, step.source.axes, strict=True)):
-        return "grown" if any("rows" in leaf.flags for leaf in step.target.leaves()) else "cut"
-    return "exact" if is_same_shape and kinds <= {"equal"} else "grown"
+    else:
+        resized = [a for a, b in zip(step.target.axes, step.source.axes, strict=True) if a.size != b.size]
+        if any(axis.is_positions or (axis.has("rows") and step.target.is_grid) for axis in resized):
+            return "cut"  # a grid of positions that is interpolated
+    return "exact" if step.target.shape == step.source.shape and kinds <= {"equal"} else "grown"
 
 
 def kernel_room(target: Layer, source: Layer) -> list[tuple[int, int]] | None:

@@ -38,7 +38,7 @@ def _map_channels(value: torch.Tensor, step: Step, maps: ChannelMaps) -> torch.T
     assert step.source is not None
     target = step.target
     for position, (mine, theirs) in enumerate(zip(target.axes, step.source.axes, strict=True)):
-        if mine.is_positions:
+        if mine.is_positions or mine.has("rows"):
             continue
         leaves = mine.leaves()
         if len(leaves) == 1 and "pinned" in leaves[0].flags and mine.size != theirs.size:
@@ -137,7 +137,7 @@ def _place_kernel(value: torch.Tensor, target: Layer, source: Layer) -> torch.Te
 
 
 def _resize_positions(value: torch.Tensor, target: Tensor) -> torch.Tensor:
-    """A table of positions for another number of them: first rows kept, or a square grid interpolated."""
+    """A table of positions for another number of them: a square grid is interpolated, of others the first rows kept."""
     axis = next(i for i, (a, b) in enumerate(zip(value.shape, target.shape, strict=True)) if a != b)
     moved = value.movedim(axis, 0)
     given, wanted = moved.shape[0], target.shape[axis]
@@ -145,9 +145,8 @@ def _resize_positions(value: torch.Tensor, target: Tensor) -> torch.Tensor:
     dim = target.axes[axis].root()
     prefix = sum(part.size for part in dim.parts if part.size == 1) if dim.kind == "concat" else 0
     sides = math.isqrt(given - prefix), math.isqrt(wanted - prefix)
-    is_grid = sides[0] ** 2 == given - prefix and sides[1] ** 2 == wanted - prefix
-    is_learned_order = target.axes[axis].has("rows") and value.ndim == 2
-    if is_grid and not (is_learned_order and (sides[0] % 2 == 0 or sides[1] % 2 == 0)):
+    is_square = sides[0] ** 2 == given - prefix and sides[1] ** 2 == wanted - prefix
+    if is_square and (target.is_grid or not dim.has("rows")):
         grid = flat[prefix:].T.reshape(1, -1, sides[0], sides[0]).float()
         grid = functional.interpolate(grid, (sides[1], sides[1]), mode="bicubic", antialias=True)
         flat = torch.cat([flat[:prefix], grid.reshape(-1, wanted - prefix).T.to(flat.dtype)])
