@@ -155,7 +155,8 @@ class _Numbering:
         value = self.network.values[name]
         if value.known is None:
             return ("constant", tuple(axis.size for axis in value.axes or ()), self.network.file.small_constant(name))
-        return ("numbers", value.known.shape, tuple(f"{number:.6g}" for number in value.known.flat))
+        content = f"{value.number:.6g}" if value.known.size == 1 else value.known.tobytes()
+        return ("numbers", value.known.shape, content)
 
     def _visit(self, index: int, node: OnnxNode, skipped: Mapping[str, str]) -> None:
         name = node.outputs[0]
@@ -166,7 +167,7 @@ class _Numbering:
             number = self._number(self._constant_key(name))
         elif node.op_type in _REPEATS or name in self.network.merged_pads:
             number = self.of[node.inputs[0]]
-        elif node.op_type in _RESHAPES and value.is_data:
+        elif value.is_data and (node.op_type in _RESHAPES or name in self.network.reshaped):
             number = self._visit_reshape(node, value)
         else:
             number = self._number(self._key(index, node, value))

@@ -12,12 +12,18 @@ from ghn_service.graph.onnx.file import FLOAT_TYPES, OnnxFile, OnnxNode, constan
 
 Array = numpy.ndarray
 MAX_RANK = 16
+_MAX_BYTES = 2**20
 _MAX_ELEMENTS = 1024
 """Of an array that is computed with, so that two of them broadcast to no more than its square."""
 
 
 def constant(file: OnnxFile, name: str, shape: tuple[int, ...]) -> Array | None:
-    """The numbers of an initializer or Constant node, if they are few integers or one float."""
+    """The numbers of an initializer or Constant node, if they are integers in the file or one float."""
+    attributes = file.producers[name].attributes if name in file.producers else {}
+    tensor = attributes["value"].t if "value" in attributes else file.tensors.get(name)
+    dtype = {7: "<i8", 6: "<i4"}.get(tensor.data_type) if tensor is not None else None  # INT64, INT32
+    if tensor is not None and dtype and len(tensor.raw_data) == math.prod(shape) * int(dtype[-1]) <= _MAX_BYTES:
+        return numpy.frombuffer(tensor.raw_data, dtype).astype(numpy.int64).reshape(shape)
     integers = file.integers(name)
     if integers is not None and len(integers) == math.prod(shape):
         return numpy.array(integers, dtype=numpy.int64).reshape(shape)

@@ -162,6 +162,7 @@ class Network:
         makers: The layer that makes a value, by its name.
         even_axes: Axes over which means are taken.
         merged_pads: Values that are padded for a convolution, which counts the pads as its own.
+        reshaped: Values that a Gather takes from another one whole and in order.
     """
 
     file: OnnxFile
@@ -174,6 +175,7 @@ class Network:
     makers: dict[str, Layer] = field(default_factory=dict)
     even_axes: list[Dim] = field(default_factory=list)
     merged_pads: set[str] = field(default_factory=set)
+    reshaped: set[str] = field(default_factory=set)
 
     @property
     def input_axes(self) -> list[Dim]:

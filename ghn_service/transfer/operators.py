@@ -447,6 +447,10 @@ def _gather(network: Network, node: OnnxNode, operands: list[Value]) -> list[Val
     value, index = operands[0], operands[1]
     dims, places = value.dims, index.dims
     axis = node.integer("axis", 0) % len(dims)
+    if len(places) > 1 and index.known is not None and index.integers == list(range(dims[axis].size)):
+        network.reshaped.add(node.outputs[0])  # as torch exports what AdaptiveAvgPool2d(1) makes
+        sizes = [dim.size for dim in (*dims[:axis], *places, *dims[axis + 1 :])]
+        return [Value(reshaped(dims, sizes))]
     if value.tensor is None or not places:
         dims[axis].mark("pinned")
     else:
