@@ -65,7 +65,7 @@ def torchvision_vit(**options):
 
 
 def timm_vit(**options):
-    return of("timm", "VisionTransformer", img_size=16, patch_size=4, **{"depth": 2, "num_heads": 2, **options})
+    return of("timm", "VisionTransformer", patch_size=4, **{"img_size": 16, "depth": 2, "num_heads": 2, **options})
 
 
 def swin(width, depths, heads):
