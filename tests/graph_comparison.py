@@ -6,9 +6,17 @@ from collections import defaultdict
 from collections.abc import Hashable, Mapping
 from typing import Any
 
+import networkx
 import numpy as np
 
 from ghn_service.graph.architecture import ArchitectureGraph, Node, shortest_distances
+
+
+def as_networkx(graph: ArchitectureGraph) -> networkx.DiGraph:
+    """The graph for networkx's algorithms: node indices and edges."""
+    result = networkx.DiGraph(graph.edges)
+    result.add_nodes_from(range(graph.num_nodes))
+    return result
 
 
 def torch_names(graph: ArchitectureGraph) -> set[str]:

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import networkx
 import numpy
 import numpy.typing
 
@@ -218,16 +217,6 @@ class ArchitectureGraph:
         for node in self.nodes:
             yield from node.parameters
         yield from self.other_parameters
-
-    def to_networkx(self) -> networkx.DiGraph[int]:
-        """The graph for networkx's algorithms: node indices as keys, the fields of ``Node`` as attributes."""
-        graph: networkx.DiGraph[int] = networkx.DiGraph()
-        graph.add_nodes_from(
-            (index, {item.name: getattr(node, item.name) for item in dataclasses.fields(node)})
-            for index, node in enumerate(self.nodes)
-        )
-        graph.add_edges_from(self.edges)
-        return graph
 
     def digest(self) -> str:
         """A sha256 that two graphs share exactly if they are the same architecture.

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ghn_service.graph.architecture import ArchitectureGraph, Node, shortest_distances
+from tests.graph_comparison import as_networkx
 
 
 def chain(length: int) -> ArchitectureGraph:
@@ -28,8 +29,7 @@ def random_graphs(draw: st.DrawFn) -> ArchitectureGraph:
 @given(random_graphs(), st.integers(1, 50))
 def test_distances_are_those_of_breadth_first_search(graph: ArchitectureGraph, cutoff: int) -> None:
     expected = np.zeros((graph.num_nodes, graph.num_nodes), dtype=np.uint8)
-    reference = graph.to_networkx()
-    for source, lengths in networkx.all_pairs_shortest_path_length(reference, cutoff=cutoff):
+    for source, lengths in networkx.all_pairs_shortest_path_length(as_networkx(graph), cutoff=cutoff):
         for target, length in lengths.items():
             expected[source, target] = length
     assert np.array_equal(shortest_distances(graph, cutoff=cutoff), expected)

@@ -5,6 +5,7 @@ import pytest
 
 from ghn_service.graph.op_types import OP_TYPE_NAMES
 from ghn_service.graph.passes import restrict_vocabulary
+from tests.graph_comparison import as_networkx
 from tests.hypernetwork.small_graphs import random_network, small_network
 
 
@@ -19,8 +20,8 @@ def test_contraction_keeps_who_reaches_whom(seed):
     restricted = restrict_vocabulary(graph, ("input", "conv"))
     kept = [index for index, node in enumerate(graph.nodes) if node.op_type in ("input", "conv")]
     assert [graph.nodes[index] for index in kept] == list(restricted.nodes)
-    before = networkx.transitive_closure(graph.to_networkx()).subgraph(kept)
-    after = networkx.transitive_closure(restricted.to_networkx())
+    before = networkx.transitive_closure(as_networkx(graph)).subgraph(kept)
+    after = networkx.transitive_closure(as_networkx(restricted))
     place = {old: new for new, old in enumerate(kept)}
     assert {(place[source], place[target]) for source, target in before.edges} == set(after.edges)
 
