@@ -7,9 +7,8 @@ trained: Frankle, Schwab and Morcos, arXiv:2003.00152, who report that it switch
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -124,10 +123,6 @@ class GammaReport:
     def share(self) -> float:
         """Disabled channels over all channels of the network."""
         return sum(layer.disabled for layer in self.layers) / sum(layer.channels for layer in self.layers)
-
-    def to_json(self) -> str:
-        """All fields, the share, and the upper end of the histograms."""
-        return json.dumps({**asdict(self), "histogram_limit": HISTOGRAM_LIMIT, "share": self.share})
 
     def __str__(self) -> str:
         rows = [f"{'layer':<40}{'channels':>10}{'off':>8}{'share':>9}{'mean':>9}"]

@@ -11,9 +11,8 @@ ReLU and pooling do not enlarge it. The rounding term is a worst case and far ab
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -34,7 +33,6 @@ class LayerFeasibility:
     channels: int  # channels per group that the block has
     # of the system that would be solved; infinity without full rank, ``None`` where it was not computed
     condition: float | None
-    system_bytes: int  # memory for the system in float64
     short_of: str  # what is missing, in words; empty if nothing is
 
     @property
@@ -103,10 +101,6 @@ class ExpressCertificate:
     def exact(self) -> bool:
         """Full rank everywhere and at most 1e-5 relative difference in float64."""
         return all(layer.full_rank for layer in self.layers) and self.error_float64 <= 1e-5
-
-    def to_json(self) -> str:
-        """All fields and ``exact``."""
-        return json.dumps({**asdict(self), "exact": self.exact})
 
     def __str__(self) -> str:
         rows = [

@@ -46,6 +46,9 @@ from ghn_client.finetune.express.pairing import (
     pair_blocks,
 )
 
+LARGEST_CONDITIONED = 4096
+"""Weights per group of the largest layer whose condition is computed."""
+
 
 @dataclass(frozen=True, eq=False)
 class Expression:
@@ -121,17 +124,17 @@ def express(
     return Expression(single, values, certificate, domains, exact_target, pairs)
 
 
-def feasibility(target: nn.Module, frozen: nn.Module, *, largest_system: int = 4096) -> Feasibility:
+def feasibility(target: nn.Module, frozen: nn.Module) -> Feasibility:
     """Says before solving what each block has, needs and is short of.
 
-    Conditions are computed for layers with up to ``largest_system`` weights per group.
+    Conditions are computed for layers with up to 4,096 weights per group.
     """
     check_target(target)
     found = []
     for pair in pair_blocks(target, frozen)[0]:
         groups, outputs, fan_in, channels = pair.sizes
         needed, condition = outputs * fan_in, None
-        if channels >= needed and needed <= largest_system:
+        if channels >= needed and needed <= LARGEST_CONDITIONED:
             inner, outer = pair.matrices()
             condition = max(condition_of(outer[group], inner[group]) for group in range(groups))
         found.append(
@@ -141,7 +144,6 @@ def feasibility(target: nn.Module, frozen: nn.Module, *, largest_system: int = 4
                 recommended=express_width(fan_in, outputs),
                 channels=channels,
                 condition=condition,
-                system_bytes=8 * channels * needed,
                 short_of=shortage(pair, full_rank=condition != float("inf")),
             )
         )

@@ -8,8 +8,8 @@ A patch memorises; it does not generalise. ``touched`` in its certificate says h
 from __future__ import annotations
 
 import copy
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import nn
@@ -50,10 +50,6 @@ class PatchCertificate:
         """All N changed, all others kept, within the bound."""
         right = self.changed_right == self.num_changed and self.kept_same == self.num_kept
         return right and self.neurons <= self.neuron_bound
-
-    def to_json(self) -> str:
-        """All fields and ``holds``."""
-        return json.dumps({**asdict(self), "holds": self.holds})
 
     def __str__(self) -> str:
         lines = [
@@ -136,36 +132,22 @@ def patch(
     _check_options(module, depth, margin, at, directions, precision, reach)
     path = base_head(module, head) if at == FEATURES else None
     problem = _prepare(module, wrong_inputs, wanted, keep_inputs, path, margin, batch_size)
-    center = problem.features.double().mean(0)
-    centred = problem.features.double() - center
-    active = (problem.values != 0).any(dim=1).nonzero()[:, 0]
-    changed = active if len(active) else active.new_zeros(1)
-    values = problem.values[changed]
-    sides: list[tuple[str, ClosedFormSideNetwork]] = []  # from the most to the least robust
-    if depth == 2 and directions in (AUTO, OWN):
-        side = own_directions(center, centred, changed, values, reach=reach)
-        if side.neurons <= two_layer_neurons(len(problem.wanted), len(centred)) or directions == OWN:
-            sides.append((OWN, side))
-    if directions in (AUTO, SHARED):
-        generator = generator or torch.Generator().manual_seed(0)
-        line = best_line(center, centred, changed, draws=draws, generator=generator)
-        construct = three_layers if depth == 3 and len(active) else shared_line
-        sides.append((SHARED, construct(line, changed, values, reach=reach)))
+    generator = generator or torch.Generator().manual_seed(0)
+    sides = _construct(problem, depth, directions, reach, draws, generator)
     failures = []
-    for name in PRECISIONS if precision == AUTO else (precision,):
-        for construction, exact in sides:
-            side = copy.deepcopy(exact).to(PRECISIONS[name])
-            added = run_in_batches(side, problem.features, batch_size)
-            certificate = certify(problem.logits, added, problem.wanted, side, construction)
-            patched = AdditiveModule(module, side, head=path).eval()
-            moved = certificate.kept_largest_change
-            precise = certificate.smallest_margin > 0.5 * margin and moved < KEPT_TOLERANCE * margin
-            if certificate.holds and precise and _holds_inside(patched, problem, batch_size):
-                if held_out_inputs is not None and len(held_out_inputs):
-                    touched, relabelled = _effect_on(module, patched, held_out_inputs, batch_size)
-                    certificate = replace(certificate, touched=touched, relabelled=relabelled)
-                return Patch(patched, side, certificate)
-            failures.append(f"{construction}/{name}: {str(certificate).replace(chr(10), '; ')}")
+    for name, (construction, exact) in product(PRECISIONS if precision == AUTO else (precision,), sides.items()):
+        side = copy.deepcopy(exact).to(PRECISIONS[name])
+        added = run_in_batches(side, problem.features, batch_size)
+        certificate = certify(problem.logits, added, problem.wanted, side, construction)
+        patched = AdditiveModule(module, side, head=path).eval()
+        moved = certificate.kept_largest_change
+        precise = certificate.smallest_margin > 0.5 * margin and moved < KEPT_TOLERANCE * margin
+        if certificate.holds and precise and _holds_inside(patched, problem, batch_size):
+            if held_out_inputs is not None and len(held_out_inputs):
+                touched, relabelled = _effect_on(module, patched, held_out_inputs, batch_size)
+                certificate = replace(certificate, touched=touched, relabelled=relabelled)
+            return Patch(patched, side, certificate)
+        failures.append(f"{construction}/{name}: {str(certificate).replace(chr(10), '; ')}")
     raise InfeasibleError(
         f"no {depth}-layer patch of {len(problem.wanted)} labels holds in {precision}; tried {' | '.join(failures)}."
         " Use precision='float64', depth=2 with directions='own', or at='features'"
@@ -239,6 +221,27 @@ def _distinct(features: torch.Tensor, wanted: torch.Tensor, num_wrong: int) -> t
                 f" {int(wanted[known])} and {int(wanted[index])}"
             )
     return torch.tensor(sorted(first.values()), device=features.device)
+
+
+def _construct(
+    problem: _Problem, depth: int, directions: str, reach: float, draws: int, generator: torch.Generator
+) -> dict[str, ClosedFormSideNetwork]:
+    """The exact side networks to try, by construction, from the most to the least robust."""
+    center = problem.features.double().mean(0)
+    centred = problem.features.double() - center
+    active = (problem.values != 0).any(dim=1).nonzero()[:, 0]
+    changed = active if len(active) else active.new_zeros(1)
+    values = problem.values[changed]
+    sides = {}
+    if depth == 2 and directions in (AUTO, OWN):
+        side = own_directions(center, centred, changed, values, reach=reach)
+        if side.neurons <= two_layer_neurons(len(problem.wanted), len(centred)) or directions == OWN:
+            sides[OWN] = side
+    if directions in (AUTO, SHARED):
+        line = best_line(center, centred, changed, draws=draws, generator=generator)
+        construct = three_layers if depth == 3 and len(active) else shared_line
+        sides[SHARED] = construct(line, changed, values, reach=reach)
+    return sides
 
 
 def _holds_inside(patched: nn.Module, problem: _Problem, batch_size: int) -> bool:
