@@ -114,6 +114,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in TEXTS_OF_FAILED_ALLOCATIONS)
 
 
+def reason_of(error: Exception) -> str:
+    """Why a file could not be read or written, without its folder."""
+    return error.strerror or type(error).__name__ if isinstance(error, OSError) else str(error)
+
+
 @contextmanager
 def memory_errors(message: str) -> Iterator[None]:
     """Turns every failed allocation of the body into an ``OutOfMemoryError``, and lets go of what the body held.

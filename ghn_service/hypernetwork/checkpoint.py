@@ -7,7 +7,6 @@ and ``card``. It is one entry because safetensors writes several in random order
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ghn_client.atomic_file import replaced_file
-from ghn_service.errors import CheckpointError
+from ghn_client.atomic_file import file_digest, replaced_file
+from ghn_service.errors import CheckpointError, reason_of
 from ghn_service.hypernetwork.config import GHNConfig, decode_config, encode_config
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
 
@@ -90,8 +89,8 @@ def save_checkpoint(ghn: GraphHyperNetwork, path: Path, *, card: ModelCard | Non
         with replaced_file(path) as part:
             save_file(tensors, part, metadata={METADATA_KEY: json.dumps(description)})
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write the checkpoint {path.name!r}: {_reason(error)}") from error
-    return CheckpointSummary(ghn.config, card, _digest(path), ghn.num_parameters, path.stat().st_size)
+        raise CheckpointError(f"cannot write the checkpoint {path.name!r}: {reason_of(error)}") from error
+    return CheckpointSummary(ghn.config, card, file_digest(path), ghn.num_parameters, path.stat().st_size)
 
 
 def load_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> tuple[GraphHyperNetwork, CheckpointSummary]:
@@ -110,9 +109,9 @@ def load_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> tuple[
         with safe_open(path, framework="pt", device=str(device)) as file:
             config, card = _decode_metadata(file.metadata(), path.name)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        digest, num_bytes = _digest(path), path.stat().st_size
+        digest, num_bytes = file_digest(path), path.stat().st_size
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read the checkpoint {path.name!r}: {_reason(error)}") from error
+        raise CheckpointError(f"cannot read the checkpoint {path.name!r}: {reason_of(error)}") from error
     ghn = build_ghn(config, tensors, source=path.name)
     return ghn, CheckpointSummary(config, card, digest, ghn.num_parameters, num_bytes)
 
@@ -161,13 +160,3 @@ def _decode_metadata(metadata: Mapping[str, str] | None, source: str) -> tuple[G
         return decode_config(description["config"]), card
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"the metadata of {source!r} is damaged: {error}") from error
-
-
-def _reason(error: Exception) -> str:
-    """Why a file could not be read or written, without its folder."""
-    return error.strerror or type(error).__name__ if isinstance(error, OSError) else str(error)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

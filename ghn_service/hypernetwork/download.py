@@ -18,7 +18,7 @@ from urllib.error import URLError
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ghn_client.atomic_file import replaced_file
+from ghn_client.atomic_file import file_digest, replaced_file
 from ghn_service.errors import CheckpointError
 from ghn_service.hypernetwork.checkpoint import METADATA_KEY
 from ghn_service.hypernetwork.import_checkpoint import import_checkpoint
@@ -167,8 +167,7 @@ def _check_digest(path: Path) -> None:
     blob = path.resolve()
     if not SHA256.fullmatch(blob.name):
         return
-    with blob.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_digest(blob)
     if found != blob.name:
         blob.unlink()
         path.unlink(missing_ok=True)

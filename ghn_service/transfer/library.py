@@ -27,8 +27,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ghn_client.atomic_file import replaced_file
-from ghn_service.errors import SourceError, UnknownModelError
+from ghn_client.atomic_file import file_digest, replaced_file
+from ghn_service.errors import SourceError, UnknownModelError, reason_of
 from ghn_service.transfer import BUNDLED_SOURCES
 from ghn_service.transfer.source import Source, SourceCard
 
@@ -97,7 +97,7 @@ def save_source(
         with replaced_file(path) as part:
             save_file(values, part, metadata={METADATA_KEY: json.dumps(description)})
     except (OSError, SafetensorError) as error:
-        raise SourceError(f"cannot write the source {path.name!r}: {_reason(error)}") from error
+        raise SourceError(f"cannot write the source {path.name!r}: {reason_of(error)}") from error
     return read_summary(path)
 
 
@@ -113,7 +113,7 @@ def load_source(path: Path) -> Source:
     with _opened(path) as (file, card, structure):
         # Copies: tensors of a file are views of it, which change with it.
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    return Source(path.stem, structure, tensors, card, digest=_digest(path))
+    return Source(path.stem, structure, tensors, card, digest=file_digest(path))
 
 
 def read_summary(path: Path) -> SourceSummary:
@@ -122,7 +122,7 @@ def read_summary(path: Path) -> SourceSummary:
         slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
         sizes = [(math.prod(item.get_shape()), BYTES[item.get_dtype()]) for item in slices]
     num_bytes = sum(count * num_bytes for count, num_bytes in sizes)
-    return SourceSummary(path.stem, card, _digest(path), sum(count for count, _ in sizes), num_bytes)
+    return SourceSummary(path.stem, card, file_digest(path), sum(count for count, _ in sizes), num_bytes)
 
 
 class Library:
@@ -242,7 +242,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, SourceCard, bytes]]:
                     raise SourceError(f"{path.name!r}: expected tensors of {', '.join(BYTES)}, {name!r} is {dtype}")
             yield file, *_decode_metadata(file.metadata(), path.name)
     except (OSError, SafetensorError) as error:
-        raise SourceError(f"cannot read the source {path.name!r}: {_reason(error)}") from error
+        raise SourceError(f"cannot read the source {path.name!r}: {reason_of(error)}") from error
 
 
 def _decode_metadata(metadata: Mapping[str, str] | None, name: str) -> tuple[SourceCard, bytes]:
@@ -279,13 +279,3 @@ def _narrowed(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """The tensor in ``dtype`` where its values fit, in memory of its own."""
     narrow = tensor if dtype is None else tensor.to(dtype)
     return (narrow if torch.isfinite(narrow).all() else tensor).contiguous().clone()
-
-
-def _reason(error: Exception) -> str:
-    """Why a file could not be read or written, without its folder."""
-    return error.strerror or type(error).__name__ if isinstance(error, OSError) else str(error)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
