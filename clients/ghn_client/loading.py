@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ghn_client.errors import LoadError, listed
 from ghn_client.info import Trust
+
+_Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+"""Expected and given shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class LoadReport:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     fallback: tuple[str, ...] = ()
-    mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    mismatched: Mapping[str, _Shapes] = field(default_factory=dict)
     reset_buffers: tuple[str, ...] = ()
     statistics: tuple[str, ...] = ()
     trust: Trust | None = None
@@ -91,16 +94,7 @@ def load_parameters(
     ties: dict[int, list[str]] = {}
     for name, parameter in owned.items():
         ties.setdefault(id(parameter), []).append(name)
-    sources: dict[str, str] = {}  # the name in ``parameters`` that each name of the module gets its value from
-    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-    for names in ties.values():
-        given = [name for name in names if name in parameters]
-        fitting = [name for name in given if _fits(parameters[name].shape, owned[name].shape)]
-        if fitting:
-            sources |= dict.fromkeys(names, fitting[0])
-        for name in given:
-            if name not in fitting:
-                mismatched[name] = (tuple(owned[name].shape), tuple(parameters[name].shape))
+    sources, mismatched = _match(owned, ties.values(), parameters)
     on_meta, unknown = _meta_buffers(module)
     buffers = dict(module.named_buffers(remove_duplicate=False))
     measured = {name: value for name, value in (statistics or {}).items() if name in buffers}
@@ -133,15 +127,28 @@ def load_parameters(
         if names[0] in sources:
             _put(module, names, owned[names[0]], parameters[sources[names[0]]], assign=assign)
     for layer in dict.fromkeys(on_meta.values()):
-        devices = (item.device for item in layer.parameters(recurse=False) if not item.is_meta)
-        device = next(devices, torch.device("cpu"))
-        for name, buffer in list(layer.named_buffers(recurse=False)):
-            layer.register_buffer(name, torch.empty_like(buffer, device=device))
-        layer.reset_running_stats()
+        _give_memory(layer)
     buffers = dict(module.named_buffers(remove_duplicate=False))
     for name in report.statistics:
         buffers[name].copy_(measured[name])
     return dataclasses.replace(report, trust=trust)
+
+
+def _match(
+    owned: Mapping[str, torch.nn.Parameter], ties: Iterable[list[str]], parameters: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, str], dict[str, _Shapes]]:
+    """The name in ``parameters`` that each name of the module gets its value from, and what has another shape."""
+    sources: dict[str, str] = {}
+    mismatched: dict[str, _Shapes] = {}
+    for names in ties:
+        given = [name for name in names if name in parameters]
+        fitting = [name for name in given if _fits(parameters[name].shape, owned[name].shape)]
+        if fitting:
+            sources |= dict.fromkeys(names, fitting[0])
+        for name in given:
+            if name not in fitting:
+                mismatched[name] = (tuple(owned[name].shape), tuple(parameters[name].shape))
+    return sources, mismatched
 
 
 def _fits(given: torch.Size, expected: torch.Size) -> bool:
@@ -165,6 +172,15 @@ def _put(
     for name in names:
         path, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(path), leaf, parameter)
+
+
+def _give_memory(layer: _NormBase) -> None:
+    """Running statistics of the meta device get memory beside the layer's parameters, and their initial values."""
+    devices = (item.device for item in layer.parameters(recurse=False) if not item.is_meta)
+    device = next(devices, torch.device("cpu"))
+    for name, buffer in list(layer.named_buffers(recurse=False)):
+        layer.register_buffer(name, torch.empty_like(buffer, device=device))
+    layer.reset_running_stats()
 
 
 def _meta_buffers(module: torch.nn.Module) -> tuple[dict[str, _NormBase], list[str]]:
