@@ -24,32 +24,28 @@ def timed(call: Callable[[], T]) -> tuple[float, T]:
     return time.perf_counter() - start, value
 
 
-def median_seconds(
-    call: Callable[[], object], repeats: int, *, warm_up: int = 1, prepare: Callable[[], object] = lambda: None
-) -> float:
-    """Median wall seconds of ``repeats`` calls, after ``warm_up`` uncounted ones; ``prepare`` comes before each."""
+def median_seconds(call: Callable[[], object], repeats: int, *, prepare: Callable[[], object]) -> float:
+    """Median wall seconds of ``repeats`` calls, after an uncounted one; ``prepare`` comes before each."""
     seconds = []
-    for _ in range(warm_up + repeats):
+    for _ in range(1 + repeats):
         prepare()
         seconds.append(timed(call)[0])
-    return statistics.median(seconds[warm_up:])
+    return statistics.median(seconds[1:])
 
 
-def paired_cpu_seconds(
-    one: Callable[[], object], other: Callable[[], object], repeats: int, *, warm_up: int = 1
-) -> tuple[float, float]:
-    """Median CPU seconds of this process in ``repeats`` calls of each, in turns; other processes change it little.
+def paired_cpu_seconds(one: Callable[[], object], other: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Median CPU seconds of this process in ``repeats`` calls of each, in turns, after an uncounted one.
 
     Garbage is collected before each call: one collection of a large heap takes about as long as what is measured.
     """
     seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(warm_up + repeats):
+    for _ in range(1 + repeats):
         for call, measured in zip((one, other), seconds, strict=True):
             gc.collect()
             start = time.process_time()
             call()
             measured.append(time.process_time() - start)
-    return statistics.median(seconds[0][warm_up:]), statistics.median(seconds[1][warm_up:])
+    return statistics.median(seconds[0][1:]), statistics.median(seconds[1][1:])
 
 
 def warm_memory(num_bytes: int) -> None:

@@ -87,21 +87,12 @@ Result = TypeVar("Result")
 class Connection:
     """Dials on first use, again in every process that forks off, and retries what may be retried.
 
-    Args:
-        address: ``host:port``, or any gRPC target.
-        token: Bearer token; sent over TLS or to this machine only.
-        tls: PEM files of the authorities to trust (None: gRPC's own), of the client's certificate and of its key;
-            None for plain text.
-        server_name: Name in the server's certificate; "" for that of the address.
-        max_attempts: Attempts per call.
+    Args and errors as for ``GHNClient``, but for ``tls``: PEM files of the authorities to trust (None: gRPC's own), of
+    the client's certificate and of its key; None for plain text.
 
     Attributes:
         metadata: What goes with every call.
         is_over: Whether the server was in this process and has stopped, so that no call makes sense any more.
-
-    Raises:
-        InvalidOptionError: The address is empty.
-        AuthenticationError: The token is none, or would travel in plain text.
     """
 
     def __init__(

@@ -41,10 +41,10 @@ _COMPUTED = re.compile(
 )
 
 
-def string_list(text: str, *, max_text: int = _MAX_TEXT) -> list[str]:
+def string_list(text: str) -> list[str]:
     """The strings of a Python list literal, as exporters write them into metadata; empty if it is none."""
     try:
-        value = ast.literal_eval(text) if text.startswith("[") and len(text) < max_text else []
+        value = ast.literal_eval(text) if text.startswith("[") and len(text) < _MAX_TEXT else []
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return []
     return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
