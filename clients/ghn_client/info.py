@@ -136,6 +136,16 @@ class Trust:
     def __str__(self) -> str:
         return "; ".join((f"{self.verdict}: {self.advice}", *self.reasons))
 
+    def describe_shares(self) -> str:
+        """Where the weights of the whole network come from; "" if unknown. Copies are a part of what is predicted."""
+        copies = f" ({self.shares['copied']:.1%} of all are copies)" if self.shares.get("copied") else ""
+        words = {
+            "source": "from a trained network",
+            "predicted": f"predicted{copies}",
+            "fallback": "by a fallback rule",
+        }
+        return ", ".join(f"{self.shares[kind]:.1%} {text}" for kind, text in words.items() if self.shares.get(kind))
+
 
 @dataclass(frozen=True, slots=True)
 class Analysis:

@@ -47,14 +47,10 @@ class InitializeReport:
         return self.prediction.trust
 
     def __str__(self) -> str:
-        shares = self.trust.shares
-        words = {"source": "from a trained network", "predicted": "predicted", "fallback": "by a fallback rule"}
-        told = [f"{shares[kind]:.1%} {text}" for kind, text in words.items() if shares.get(kind)]
-        if shares.get("copied"):
-            told.append(f"{shares['copied']:.1%} of all are copies of predicted values")
+        shares = self.trust.describe_shares()
         metadata, transfer = self.prediction.metadata, self.prediction.transfer
         lines = [
-            f"{self.prediction.num_parameters:,} parameters in {len(self.loaded.loaded)} tensors: {', '.join(told)}",
+            f"{self.prediction.num_parameters:,} parameters in {len(self.loaded.loaded)} tensors: {shares}",
             f"source: {_describe(transfer) if transfer else 'none'}",
             f"hypernetwork {metadata.model}, seed {metadata.seed}, {self.address or 'inside this process'}",
             f"BatchNorm: {self.batchnorm}",

@@ -125,17 +125,10 @@ def _print_layers(console: Console, rows: Sequence[_Row], trust: Trust, *, show_
 def _print_totals(console: Console, rows: Sequence[_Row], trust: Trust) -> None:
     """How many weights there are, and where they come from."""
     total = sum(math.prod(row.shape) for row in rows)
-    console.print(f"{_count_text(total)} parameters in {len(rows)} tensors{_shares_text(trust.shares)}")
+    told = f": {shares}" if (shares := trust.describe_shares()) else ""
+    console.print(f"{_count_text(total)} parameters in {len(rows)} tensors{told}")
     if any(row.origin == "tiled" for row in rows):
         console.print("tiled: the layer is wider than what is predicted, so the predicted block is repeated in it")
-
-
-def _shares_text(shares: Mapping[str, float]) -> str:
-    """Where the weights of a whole network come from; copies are a part of what is predicted."""
-    copies = f" ({shares['copied']:.1%} of all are copies)" if shares.get("copied") else ""
-    words = {"source": "from a source", "predicted": f"predicted{copies}", "fallback": "fallback"}
-    told = [f"{shares[kind]:.1%} {text}" for kind, text in words.items() if shares.get(kind)]
-    return f": {', '.join(told)}" if told else ""
 
 
 def _print_transfer(console: Console, transfer: Transfer) -> None:
