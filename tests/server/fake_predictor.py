@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -122,6 +123,17 @@ def connect(server: RunningServer, **options: int) -> Iterator[ghn_pb2_grpc.GhnS
 def predict_request(onnx_model: bytes, /, **fields: Any) -> ghn_pb2.PredictWeightsRequest:
     """A request for the weights of ``onnx_model``."""
     return ghn_pb2.PredictWeightsRequest(architecture=ghn_pb2.Architecture(onnx_model=onnx_model), **fields)
+
+
+def code_of(call: Any) -> grpc.StatusCode:
+    """How a call ends, or one that a function makes; a stream is read to its end."""
+    try:
+        answer = call() if callable(call) else call
+        if isinstance(answer, Iterator):
+            deque(answer, maxlen=0)
+    except grpc.RpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
 
 
 def receive_file(events: Any) -> bytes:

@@ -25,7 +25,7 @@ from ghn_service.server.access import Tokens, exposure_warning, make_token, pars
 from ghn_service.server.app import RunningServer
 from ghn_service.server.settings import Settings
 from tests.server.certificates import Certificates
-from tests.server.fake_predictor import fake_server, predict_request, receive_file
+from tests.server.fake_predictor import code_of, fake_server, predict_request, receive_file
 from tests.server.patience import PATIENCE_S, wait_until
 from tests.server.small_models import TINY
 
@@ -53,15 +53,6 @@ def make_token_line(token: str, salt: str = "00ff") -> str:
 def models(channel: grpc.Channel, metadata: Metadata = ()) -> Any:
     stub = ghn_pb2_grpc.GhnServiceStub(channel)
     return stub.ListModels(ghn_pb2.ListModelsRequest(), metadata=metadata, timeout=PATIENCE_S).models
-
-
-def code_of(call: Any) -> grpc.StatusCode:
-    """Status of a call that may fail."""
-    try:
-        call()
-    except grpc.RpcError as error:
-        return error.code()
-    return CODE.OK
 
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------

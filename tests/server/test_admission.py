@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from tests.server.fake_predictor import (
     SUMMARY,
     FakePredictor,
     Gate,
+    code_of,
     connect,
     fake_server,
     predict_request,
@@ -38,12 +39,6 @@ from tests.server.small_models import LARGE, TINY
 
 Code = grpc.StatusCode
 GIBIBYTE = 2**30
-
-
-def failure_code(stream: Iterable[ghn_pb2.PredictWeightsResponse]) -> grpc.StatusCode:
-    with pytest.raises(grpc.RpcError) as caught:
-        receive_file(stream)
-    return caught.value.code()
 
 
 # ---- threads --------------------------------------------------------------------------------------------------------
@@ -91,7 +86,7 @@ def test_a_request_that_never_comes_gives_its_place_back(tmp_path: Path) -> None
     with fake_server(tmp_path, max_calls=1, send_idle_seconds=3.0) as server, connect(server) as stub:
         with held(server, "predict", 1) as (call,):
             wait_until(lambda: server.gate.places["prediction"].used == 1)
-            assert failure_code(stub.PredictWeights(predict_request(TINY))) is Code.RESOURCE_EXHAUSTED
+            assert code_of(stub.PredictWeights(predict_request(TINY))) is Code.RESOURCE_EXHAUSTED
             wait_until(lambda: not call.is_active())
         assert receive_file(stub.PredictWeights(predict_request(TINY), timeout=PATIENCE_S))
 
@@ -126,18 +121,14 @@ def test_analysis_takes_a_place(tmp_path: Path) -> None:
     with fake_server(tmp_path, FakePredictor(gate), max_calls=1) as server, connect(server) as stub:
         running = stub.PredictWeights(predict_request(TINY))
         assert gate.entered.wait(PATIENCE_S)
-        with pytest.raises(grpc.RpcError) as caught:
-            stub.AnalyzeArchitecture(_analysis(TINY))
-        assert caught.value.code() is Code.RESOURCE_EXHAUSTED
+        assert code_of(lambda: stub.AnalyzeArchitecture(_analysis(TINY))) is Code.RESOURCE_EXHAUSTED
         gate.opened.set()
         assert receive_file(running)
 
 
 def test_reading_counts_as_memory(tmp_path: Path) -> None:
     with fake_server(tmp_path, memory_bytes=len(TINY) * 20) as server, connect(server) as stub:
-        with pytest.raises(grpc.RpcError) as caught:
-            stub.AnalyzeArchitecture(_analysis(TINY))
-        assert caught.value.code() is Code.RESOURCE_EXHAUSTED
+        assert code_of(lambda: stub.AnalyzeArchitecture(_analysis(TINY))) is Code.RESOURCE_EXHAUSTED
 
 
 def test_a_message_counts_as_memory_for_as_long_as_its_request_waits(tmp_path: Path) -> None:
@@ -299,7 +290,7 @@ def test_a_drip_reader_is_cut_off(tmp_path: Path) -> None:
                 time.sleep(0.1)
                 yield event
 
-        assert failure_code(drip()) is Code.CANCELLED
+        assert code_of(drip()) is Code.CANCELLED
 
 
 def test_a_hung_worker_turns_readiness_off_until_it_comes_back(tmp_path: Path) -> None:

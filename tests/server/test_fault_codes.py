@@ -19,6 +19,7 @@ from ghn_service.errors import CheckpointError, PredictionError
 from ghn_service.server.app import RunningServer, start_server
 from tests.server.fake_predictor import (
     FakePredictor,
+    code_of,
     connect,
     fake_server,
     fake_settings,
@@ -152,9 +153,7 @@ def test_an_unknown_hypernetwork(stub: ghn_pb2_grpc.GhnServiceStub) -> None:
 
 def test_an_unknown_method(server: RunningServer) -> None:
     with grpc.insecure_channel(server.address) as channel:
-        with pytest.raises(grpc.RpcError) as caught:
-            channel.unary_unary("/ghn.v1.GhnService/Nothing")(b"")
-        assert caught.value.code() is Code.UNIMPLEMENTED
+        assert code_of(lambda: channel.unary_unary("/ghn.v1.GhnService/Nothing")(b"")) is Code.UNIMPLEMENTED
 
 
 @pytest.mark.parametrize("method", ["PredictWeights", "AnalyzeArchitecture"])

@@ -25,6 +25,7 @@ from tests.server.fake_predictor import (
     SUMMARY,
     FakePredictor,
     Gate,
+    code_of,
     connect,
     fake_server,
     fake_settings,
@@ -51,11 +52,7 @@ def health(server: RunningServer, service: str) -> int:
 
 def code_of_a_call(stub: ghn_pb2_grpc.GhnServiceStub) -> grpc.StatusCode:
     """Status of a small call; one that meets the very moment of the stop waits for the end of the grace."""
-    try:
-        stub.ListModels(ghn_pb2.ListModelsRequest(), timeout=0.5)
-    except grpc.RpcError as error:
-        return error.code()
-    return grpc.StatusCode.OK
+    return code_of(lambda: stub.ListModels(ghn_pb2.ListModelsRequest(), timeout=0.5))
 
 
 def test_alive_before_ready(tmp_path: Path) -> None:
@@ -67,9 +64,7 @@ def test_alive_before_ready(tmp_path: Path) -> None:
 
     with start_server(fake_settings(tmp_path), load=load) as server, connect(server) as stub:
         assert (health(server, ""), health(server, SERVICE)) == (SERVING, NOT_SERVING)
-        with pytest.raises(grpc.RpcError) as caught:
-            list(stub.PredictWeights(predict_request(TINY)))
-        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert code_of(stub.PredictWeights(predict_request(TINY))) is grpc.StatusCode.UNAVAILABLE
         with pytest.raises(UnavailableError):
             server.wait_ready(0.01)
         may_load.set()
@@ -117,9 +112,7 @@ def test_reflection_is_a_choice(tmp_path: Path, is_on: bool) -> None:
             names = {service.name for service in next(answers).list_services_response.service}
             assert SERVICE in names
         else:
-            with pytest.raises(grpc.RpcError) as caught:
-                next(answers)
-            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+            assert code_of(lambda: next(answers)) is grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_a_taken_port_is_an_error(tmp_path: Path) -> None:
@@ -204,9 +197,7 @@ def test_a_lost_device_ends_readiness(tmp_path: Path) -> None:
     predictor = FakePredictor(before_decoding=raises(DeviceLostError("cuda:0 failed for good")))
     with fake_server(tmp_path, predictor) as server, connect(server) as stub:
         for code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE):
-            with pytest.raises(grpc.RpcError) as caught:
-                list(stub.PredictWeights(predict_request(TINY), timeout=PATIENCE_S))
-            assert caught.value.code() is code
+            assert code_of(stub.PredictWeights(predict_request(TINY), timeout=PATIENCE_S)) is code
         wait_until(lambda: health(server, SERVICE) == NOT_SERVING)
 
 
