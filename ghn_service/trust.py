@@ -200,12 +200,12 @@ def _verdict(graph: ArchitectureGraph, shares: Mapping[str, float], percentile: 
         return FAR
     if percentile is None:
         return UNKNOWN
-    if has_batchnorm(graph):
+    if _has_batchnorm(graph):
         return TYPICAL if percentile < TYPICAL_PERCENTILE else UNUSUAL
     return UNUSUAL if percentile < 100 else FAR
 
 
-def has_batchnorm(graph: ArchitectureGraph) -> bool:
+def _has_batchnorm(graph: ArchitectureGraph) -> bool:
     """Whether there is a batch normalisation."""
     return any(node.op_type == "bn" for node in graph.nodes)
 
@@ -242,7 +242,7 @@ def _reasons_of_distance(percentile: float | None, deviations: Sequence[tuple[st
 def _reasons_of_task(graph: ArchitectureGraph, known: KnownData) -> list[str]:
     """What of the task differs from the hypernetwork's data, and whether there is no BatchNorm."""
     reasons = []
-    if not has_batchnorm(graph):
+    if not _has_batchnorm(graph):
         reasons.append("there is no BatchNorm, with which predicted weights gain most")
     layers = [node for node in graph.nodes if node.layer is not None and node.weight is not None]
     classes = next((node.weight.torch_shape[0] for node in reversed(layers) if node.is_head and node.weight), 0)

@@ -215,13 +215,13 @@ def sample_architecture(
     scale = population.scale or chosen.scale
     for _ in range(_MAX_TRIES):
         plan = population.families[name].plan(draw, scale)
-        configuration = fit_width(plan, draw, chosen, population)
+        configuration = _fit_width(plan, draw, chosen, population)
         if configuration is not None:
             return Architecture(name, configuration, interface, f"{split}/{index}")
     raise InvalidOptionError(f"none of {_MAX_TRIES} networks of family {name!r} fits {limit}; widen it", field="budget")
 
 
-def fit_width(plan: Plan, draw: Draw, budget: Budget, population: Split) -> Configuration | None:
+def _fit_width(plan: Plan, draw: Draw, budget: Budget, population: Split) -> Configuration | None:
     """A configuration of ``plan`` that fits ``budget``: a random usual width if it does, else one scaled to fit.
 
     Cost grows about with the square of the width, so one correction is enough; None if that fails.

@@ -25,14 +25,14 @@ from ghn_architectures.layers import (
 )
 
 
-def split_windows(x: Tensor, window: int) -> Tensor:
+def _split_windows(x: Tensor, window: int) -> Tensor:
     """(B, H, W, C) -> (B * N, T, C)."""
     # (B, H, W, C) -> (B, H / S, S, W / S, S, C) -> (B, H / S, W / S, S, S, C)
     x = torch.unflatten(torch.unflatten(x, 2, (-1, window)), 1, (-1, window)).transpose(2, 3)
     return x.flatten(0, 2).flatten(1, 2)
 
 
-def join_windows(x: Tensor, window: int, size: int) -> Tensor:
+def _join_windows(x: Tensor, window: int, size: int) -> Tensor:
     """(B * N, T, C) -> (B, H, W, C) with H = W = ``size``."""
     per_side = size // window
     # (B * N, T, C) -> (B, H / S, W / S, S, S, C) -> (B, H / S, S, W / S, S, C)
@@ -40,7 +40,7 @@ def join_windows(x: Tensor, window: int, size: int) -> Tensor:
     return x.flatten(3, 4).flatten(1, 2)
 
 
-def relative_positions(window: int) -> Tensor:
+def _relative_positions(window: int) -> Tensor:
     """Row of the bias table for each pair of tokens of a window, (T, T)."""
     rows, columns = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
     rows, columns = rows.flatten(), columns.flatten()
@@ -49,13 +49,13 @@ def relative_positions(window: int) -> Tensor:
     return row_offset * (2 * window - 1) + column_offset
 
 
-def shifted_mask(size: int, window: int, shift: int) -> Tensor:
+def _shifted_mask(size: int, window: int, shift: int) -> Tensor:
     """0 where two tokens of a shifted window were neighbours before the shift, -100 elsewhere, (N, 1, T, T)."""
     region = torch.zeros(size)
     region[size - window : size - shift] = 1
     region[size - shift :] = 2
     regions = (3 * region[:, None] + region[None, :])[None, :, :, None]
-    windows = split_windows(regions, window).squeeze(2)
+    windows = _split_windows(regions, window).squeeze(2)
     return (windows[:, None, :] != windows[:, :, None]).float().mul(-100.0).unsqueeze(1)
 
 
@@ -74,8 +74,8 @@ class SwinBlock(nn.Module):
         self.norm1 = nn.LayerNorm(channels)
         self.attention = SelfAttention(channels, num_heads)
         self.position_bias = embedding_parameter((2 * self.window - 1) ** 2, num_heads)
-        self.register_buffer("position_index", relative_positions(self.window), persistent=False)
-        mask = shifted_mask(size, self.window, self.shift) if self.shift else None
+        self.register_buffer("position_index", _relative_positions(self.window), persistent=False)
+        mask = _shifted_mask(size, self.window, self.shift) if self.shift else None
         self.register_buffer("mask", mask, persistent=False)
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = TokenMlp(channels, configuration.mlp_ratio * channels)
@@ -91,8 +91,8 @@ class SwinBlock(nn.Module):
         branch = self.norm1(x)
         if self.shift:
             branch = torch.roll(branch, (-self.shift, -self.shift), (1, 2))
-        branch = self.attention(split_windows(branch, self.window), logit_bias=self.logit_bias(x.shape[0]))
-        branch = join_windows(branch, self.window, self.size)
+        branch = self.attention(_split_windows(branch, self.window), logit_bias=self.logit_bias(x.shape[0]))
+        branch = _join_windows(branch, self.window, self.size)
         if self.shift:
             branch = torch.roll(branch, (self.shift, self.shift), (1, 2))
         x = x + branch

@@ -241,7 +241,7 @@ def decode_analysis(reply: ghn_pb2.AnalyzeArchitectureResponse) -> Analysis:
         op_type_counts=counts,
         low_rank=tuple(layers),
         transfer=transfer,
-        trust=decode_trust(reply),
+        trust=_decode_trust(reply),
     )
 
 
@@ -256,7 +256,7 @@ def decode_source(source: ghn_pb2.SourceInfo) -> SourceInfo:
     return _decode(SourceInfo, source, accuracy=accuracy, card=json.loads(source.card_json or "{}"))
 
 
-def decode_trust(reply: ghn_pb2.AnalyzeArchitectureResponse | ghn_pb2.StreamTrailer) -> Trust:
+def _decode_trust(reply: ghn_pb2.AnalyzeArchitectureResponse | ghn_pb2.StreamTrailer) -> Trust:
     """The verdict in a reply; unknown where an older server sent none."""
     if not reply.HasField("trust"):
         return Trust()

@@ -46,17 +46,17 @@ def simplify(graph: RawGraph, limits: GraphLimits) -> Skeleton:
     Raises:
         LimitExceededError: The result has too many nodes or edges.
     """
-    merge_tied(graph)
-    readers = find_live(graph)
-    classify_average_pools(graph, readers)
-    skeleton = contract(graph, readers, find_dropped(graph, readers), limits)
+    _merge_tied(graph)
+    readers = _find_live(graph)
+    _classify_average_pools(graph, readers)
+    skeleton = contract(graph, readers, _find_dropped(graph, readers), limits)
     if skeleton.outputs and len(skeleton.outputs[0]) == 1:
-        move_final_pool(graph, skeleton)
-        place_head(graph, skeleton)
+        _move_final_pool(graph, skeleton)
+        _place_head(graph, skeleton)
     return skeleton
 
 
-def merge_tied(graph: RawGraph) -> None:
+def _merge_tied(graph: RawGraph) -> None:
     """Unites raw nodes that stand for the same weight, without making a cycle.
 
     The node stands at the first use (the lowest level). What reads a later use reads this node instead. What a later
@@ -98,7 +98,7 @@ def merge_tied(graph: RawGraph) -> None:
     graph.outputs = [frozenset(resolved(flow)) for flow in graph.outputs]
 
 
-def find_live(graph: RawGraph) -> Readers:
+def _find_live(graph: RawGraph) -> Readers:
     """The raw nodes that an output depends on, each with those of them that read it."""
     live = set().union(*graph.outputs) | {0}
     waiting = list(live)
@@ -113,7 +113,7 @@ def find_live(graph: RawGraph) -> Readers:
     return readers
 
 
-def find_dropped(graph: RawGraph, readers: Readers) -> set[int]:
+def _find_dropped(graph: RawGraph, readers: Readers) -> set[int]:
     """A softmax at the end of a classifier and the pools before gates have no node.
 
     The softmax weighs nothing, and nothing reads it. The pools only feed the gate of a squeeze-and-excitation block:
@@ -140,7 +140,7 @@ def find_dropped(graph: RawGraph, readers: Readers) -> set[int]:
     return dropped
 
 
-def classify_average_pools(graph: RawGraph, readers: Readers) -> None:
+def _classify_average_pools(graph: RawGraph, readers: Readers) -> None:
     """Average pools that came from adaptive pooling are ``glob_avg``.
 
     The exporter's module class tells, where the file has it. Otherwise a 1x1 window tells, or windows that tile the
@@ -197,7 +197,7 @@ def contract(graph: RawGraph, readers: Readers, dropped: set[int], limits: Graph
     return Skeleton(list(kept), predecessors, [behind(flow) for flow in graph.outputs])
 
 
-def move_final_pool(graph: RawGraph, skeleton: Skeleton) -> None:
+def _move_final_pool(graph: RawGraph, skeleton: Skeleton) -> None:
     """A global pool that ends the network moves in front of the 1x1 convolution that is its classifier.
 
     ``... -> weight -> bias -> pool`` becomes ``... -> pool -> weight -> bias``.
@@ -219,7 +219,7 @@ def move_final_pool(graph: RawGraph, skeleton: Skeleton) -> None:
     skeleton.outputs[0] = {last}
 
 
-def place_head(graph: RawGraph, skeleton: Skeleton) -> None:
+def _place_head(graph: RawGraph, skeleton: Skeleton) -> None:
     """Finds the classifier and puts its weight and bias last.
 
     The classifier is the fully connected layer, or 1x1 convolution, whose result is the network's first output; nothing

@@ -110,7 +110,7 @@ class TiledDecoder(nn.Module):
     def scale_first_predictions(self) -> None:
         """Brings the first predictions of an untrained decoder close to their mean."""
         for layer in (self.output, self.class_output, self.vectors.output):
-            shrink_layer(layer)
+            _shrink_layer(layer)
 
     def forward(
         self, embeddings: Tensor, targets: Sequence[Target], *, seed: int = 0, max_elements: int | None = None
@@ -128,7 +128,7 @@ class TiledDecoder(nn.Module):
         matrices = [target for target in targets if target.role not in VECTOR_ROLES]
         by_kernel = grouped(matrices, attrgetter("kernel"))
         kernels, limits = sorted(by_kernel), self.max_shape[2:]
-        crops = [(slice(None), *kernel_slices(kernel, limits, is_centered=self.is_centered)) for kernel in kernels]
+        crops = [(slice(None), *_kernel_slices(kernel, limits, is_centered=self.is_centered)) for kernel in kernels]
         grids = dict(zip(kernels, layer_slices(self.grid, (-1, *limits), crops), strict=True))  # (4C, h, w, C)
         sizes = sorted({self._block_sizes(target) for target in matrices})
         corners = [(slice(0, out_channels), slice(0, in_channels)) for out_channels, in_channels in sizes]
@@ -162,7 +162,7 @@ class TiledDecoder(nn.Module):
             if role is Role.CLASS_MATRIX:  # (P, Mo, i, 1, 1) -> (P, K, i, 1, 1)
                 classes = self.class_output(self.activation(some[..., 0, 0]).transpose(1, 2))
                 some = classes.transpose(1, 2)[..., None, None]
-            values = as_tensors(some[:, :out_channels], members, seed=seed)
+            values = _as_tensors(some[:, :out_channels], members, seed=seed)
             yield members, values * weight_scale(shape) if self.weight_norm else values
 
 
@@ -205,10 +205,10 @@ class LowRankDecoder(nn.Module):
         factors (He et al. 2015), and only the product is small.
         """
         for layer in (self.expand, self.hidden, self.factors):
-            shrink_layer(layer, DEFAULT_TO_HE)
+            _shrink_layer(layer, DEFAULT_TO_HE)
         for layer in (self.out_output, self.in_output, self.class_output):
-            shrink_layer(layer, 1 / math.sqrt(3 * FIRST_PRODUCT_STD))
-        shrink_layer(self.vectors.output)
+            _shrink_layer(layer, 1 / math.sqrt(3 * FIRST_PRODUCT_STD))
+        _shrink_layer(self.vectors.output)
 
     def forward(
         self, embeddings: Tensor, targets: Sequence[Target], *, seed: int = 0, max_elements: int | None = None
@@ -232,11 +232,11 @@ class LowRankDecoder(nn.Module):
             for part in parts(members, math.prod(shape), max_elements):
                 some = [target for _, target in part]
                 blocks = self._product(features[[place for place, _ in part]], some[0], layers, scale)
-                yield some, as_tensors(blocks, some, seed=seed)
+                yield some, _as_tensors(blocks, some, seed=seed)
 
     def _corners(self, target: Target) -> tuple[Corner, Corner]:
         """What a target needs of each of the two last layers."""
-        height, width = kernel_slices(target.kernel, self.max_shape[2:], is_centered=self.is_centered)
+        height, width = _kernel_slices(target.kernel, self.max_shape[2:], is_centered=self.is_centered)
         out_channels, in_channels = map(min, zip(target.channels, self.max_shape[:2], strict=True))
         return (0, out_channels, height.start, height.stop), (1, in_channels, width.start, width.stop)
 
@@ -261,7 +261,7 @@ DECODERS: dict[str, Callable[[GHNConfig], TiledDecoder | LowRankDecoder]] = {
 
 
 @torch.no_grad()
-def shrink_layer(layer: nn.Linear, shrinkage: float = LAST_LAYER_SHRINKAGE) -> None:
+def _shrink_layer(layer: nn.Linear, shrinkage: float = LAST_LAYER_SHRINKAGE) -> None:
     """Divides a layer's weight and clears its bias."""
     layer.weight.div_(shrinkage)
     layer.bias.zero_()
@@ -282,7 +282,7 @@ def parts(members: list[Item], elements: int, max_elements: int | None) -> Itera
         yield members[start : start + size]
 
 
-def kernel_slices(kernel: tuple[int, int], limits: tuple[int, int], *, is_centered: bool) -> tuple[slice, slice]:
+def _kernel_slices(kernel: tuple[int, int], limits: tuple[int, int], *, is_centered: bool) -> tuple[slice, slice]:
     """The part of a grid of ``limits`` positions that a kernel takes; all of an axis where the kernel is larger."""
     if not is_centered:
         return slice(0, min(kernel[0], limits[0])), slice(0, min(kernel[1], limits[1]))
@@ -316,7 +316,7 @@ def weight_scale(shape: tuple[int, ...]) -> float:
     return math.sqrt(beta / math.prod(shape[1:]))
 
 
-def as_tensors(blocks: Tensor, targets: Sequence[Target], *, seed: int) -> Tensor:
+def _as_tensors(blocks: Tensor, targets: Sequence[Target], *, seed: int) -> Tensor:
     """Blocks (P, o, i, h, w), already of the right sizes, with the axes of their tensors: (P, *shape).
 
     A position embedding (1, tokens, i) has drawn rows for class and other prefix tokens, then the grid in row-major

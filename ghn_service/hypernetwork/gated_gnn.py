@@ -19,7 +19,7 @@ from ghn_service.hypernetwork.config import GHNConfig
 from ghn_service.hypernetwork.features import GraphBatch
 
 
-def message_function(channels: int, hidden_channels: int) -> nn.Sequential:
+def _message_function(channels: int, hidden_channels: int) -> nn.Sequential:
     """What a neighbour says: two linear layers, each followed by a ReLU."""
     return nn.Sequential(
         nn.Linear(channels, hidden_channels), nn.ReLU(), nn.Linear(hidden_channels, channels), nn.ReLU()
@@ -40,8 +40,8 @@ class GatedGNN(nn.Module):
         super().__init__()
         channels = config.hidden_channels
         has_virtual_edges = config.distance_cutoff > 1
-        self.direct_message = message_function(channels, channels // 2 if has_virtual_edges else channels)
-        self.virtual_message = message_function(channels, channels // 2) if has_virtual_edges else None
+        self.direct_message = _message_function(channels, channels // 2 if has_virtual_edges else channels)
+        self.virtual_message = _message_function(channels, channels // 2) if has_virtual_edges else None
         self.update = nn.GRUCell(channels, channels)
 
     def forward(self, features: Tensor, batch: GraphBatch) -> Tensor:

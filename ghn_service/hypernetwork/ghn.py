@@ -68,7 +68,7 @@ class GraphHyperNetwork(nn.Module):
         self.encoder = ENCODERS[config.encoder](config)
         self.output_norm = nn.LayerNorm(config.hidden_channels) if config.layer_norm else nn.Identity()
         self.decoder = DECODERS[config.decoder](config)
-        initialize_parameters(self, generator)
+        _initialize_parameters(self, generator)
         self.decoder.scale_first_predictions()
 
     @property
@@ -139,7 +139,7 @@ class GraphHyperNetwork(nn.Module):
 
 
 @torch.no_grad()
-def initialize_parameters(module: nn.Module, generator: torch.Generator | None) -> None:
+def _initialize_parameters(module: nn.Module, generator: torch.Generator | None) -> None:
     """Draws every linear, recurrent and embedding layer of ``module`` anew; None is torch's global generator.
 
     Embeddings are normal with standard deviation ``C ** -0.5``, distances sinusoidal as in the original transformer.

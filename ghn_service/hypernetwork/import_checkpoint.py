@@ -103,7 +103,7 @@ def import_checkpoint(source: Path, destination: Path, *, dataset: str = "") -> 
         raise CheckpointError(f"there is no file {source.name!r} to import")
     tensors, declared = _read_safetensors(source) if source.suffix == ".safetensors" else _read_pickled(source)
     tensors = _normalized(tensors)
-    config = infer_config(tensors, declared, source=source.name)
+    config = _infer_config(tensors, declared, source=source.name)
     renamed = {_our_name(name, source.name): tensor for name, tensor in tensors.items()}
     ghn = build_ghn(config, renamed, source=source.name)
     for name, tensor in ghn.state_dict().items():
@@ -112,7 +112,7 @@ def import_checkpoint(source: Path, destination: Path, *, dataset: str = "") -> 
     return save_checkpoint(ghn, destination, card=ModelCard(dataset, trained_on=f"imported from {source.name}"))
 
 
-def infer_config(tensors: Mapping[str, Tensor], declared: Mapping[str, Any], *, source: str) -> GHNConfig:
+def _infer_config(tensors: Mapping[str, Tensor], declared: Mapping[str, Any], *, source: str) -> GHNConfig:
     """The configuration of a published state dict, from the shapes of its tensors.
 
     Args:

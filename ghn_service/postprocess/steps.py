@@ -82,7 +82,7 @@ def apply_steps(
     device = next((tensor.device for tensor in parameters.values()), torch.device("cpu"))
     records = []
     parsed = parse_steps(steps)
-    in_need = layers_in_need(parameters, graph) if any(step.layer == 0 for step in parsed) else frozenset()
+    in_need = _layers_in_need(parameters, graph) if any(step.layer == 0 for step in parsed) else frozenset()
     for index, step in enumerate(parsed):
         # A 63-bit seed: splitmix64 of the request's seed and the step's index.
         state = (seed + (index + 1) * 0x9E3779B97F4A7C15) % 2**64
@@ -94,7 +94,7 @@ def apply_steps(
     return parameters, tuple(records)
 
 
-def layers_in_need(parameters: ParameterSet, graph: ArchitectureGraph) -> frozenset[int]:
+def _layers_in_need(parameters: ParameterSet, graph: ArchitectureGraph) -> frozenset[int]:
     """Numbers of the layers that steps change unless told otherwise: from the first tiled one on, and those of copies.
 
     What is diverse already loses by being bent. The published recipes begin at a late layer, too.

@@ -183,7 +183,7 @@ def encode_transfer(
     plan = transfer.plan
     is_changed = options is not None and (options.low_rank is not None or bool(options.steps and transfer.post_process))
     return ghn_pb2.TransferSummary(
-        source=encode_source(transfer.source),
+        source=_encode_source(transfer.source),
         is_exact=plan.is_exact and not is_changed,
         cut_groups=plan.cut_groups,
         left_out=plan.left_out,
@@ -193,7 +193,7 @@ def encode_transfer(
     )
 
 
-def encode_source(source: Source | SourceSummary) -> ghn_pb2.SourceInfo:
+def _encode_source(source: Source | SourceSummary) -> ghn_pb2.SourceInfo:
     """What people should know of a source."""
     card = source.card
     return ghn_pb2.SourceInfo(
@@ -241,7 +241,7 @@ def encode_models(
         )
         for model in models
     ]
-    return ghn_pb2.ListModelsResponse(models=entries, steps=list(POSTPROCESSORS), sources=map(encode_source, sources))
+    return ghn_pb2.ListModelsResponse(models=entries, steps=list(POSTPROCESSORS), sources=map(_encode_source, sources))
 
 
 def encode_server_info(

@@ -93,7 +93,7 @@ class Reply:
 
 def encode_reply(result: PredictionResult, options: PredictionOptions, model: LoadedModel) -> Reply:
     """The reply with a prediction, without the source that it came from; raises as ``encode_result_header`` does."""
-    report_json = encode_report(result, options, model) if result.report is not None else ""
+    report_json = _encode_report(result, options, model) if result.report is not None else ""
     return Reply(encode_result_header(result, options, model), dataclasses.replace(result, transfer=None), report_json)
 
 
@@ -131,7 +131,7 @@ def encode_values(
         yield tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
-def encode_report(result: PredictionResult, options: PredictionOptions, model: LoadedModel) -> str:
+def _encode_report(result: PredictionResult, options: PredictionOptions, model: LoadedModel) -> str:
     """The diversity report as JSON, with the prediction that it is about."""
     prediction = {
         "model": model.name,

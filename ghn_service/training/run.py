@@ -68,7 +68,7 @@ def fit(
         _begin(trainer, out, resume, start_from)
         progress = trainer.run()
         if workers.is_main:
-            export_checkpoint(trainer, out / "ghn.safetensors", data_folder.name)
+            _export_checkpoint(trainer, out / "ghn.safetensors", data_folder.name)
         return progress
 
 
@@ -106,7 +106,7 @@ def _begin(trainer: Trainer, out: Path, resume: str, start_from: Path | None) ->
         trainer.start_from(tensors)
 
 
-def export_checkpoint(trainer: Trainer, path: Path, dataset: str) -> CheckpointSummary:
+def _export_checkpoint(trainer: Trainer, path: Path, dataset: str) -> CheckpointSummary:
     """Writes the averaged hypernetwork in half precision, with a card that says how it was made."""
     images, normalization = trainer.batches.images, trainer.batches.normalization
     card = ModelCard(

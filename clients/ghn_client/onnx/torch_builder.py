@@ -174,7 +174,7 @@ class Builder:
         if value.single.numel() == value.several.numel():
             return self.call(torch.reshape, value, tuple(shape))
         resolved = list(value.single.reshape(tuple(shape)).shape)
-        resolved[batch_axis(resolved, batch_position(value))] = -1
+        resolved[_batch_axis(resolved, batch_position(value))] = -1
         return self.call(torch.reshape, value, tuple(resolved))
 
     def expand(self, value: Traced, shape: Sequence[int]) -> Any:
@@ -204,7 +204,7 @@ def batch_position(value: Traced) -> int:
     )
 
 
-def batch_axis(shape: Sequence[int], before: int) -> int:
+def _batch_axis(shape: Sequence[int], before: int) -> int:
     """In which axis of ``shape`` the batch is that has ``before`` elements before it.
 
     Where the batch is between two axes, it belongs to an axis of size 1 there, else to the second of them (heads of

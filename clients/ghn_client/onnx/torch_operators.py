@@ -66,7 +66,7 @@ def _binary(function: Callable[..., Any], b: Builder, inputs: Inputs, _: Attribu
     return result
 
 
-def repeat_like(part: torch.Tensor, whole: torch.Tensor, axis: int) -> torch.Tensor:
+def _repeat_like(part: torch.Tensor, whole: torch.Tensor, axis: int) -> torch.Tensor:
     """Repeats a tensor along an axis until it is as long there as another one."""
     counts = [1] * part.dim()
     counts[axis] = whole.shape[axis] // part.shape[axis]
@@ -84,7 +84,7 @@ def _with_equal_batches(b: Builder, pair: list[Value]) -> list[Value]:
         whole = pair[larger]
         before = math.prod(_sizes(whole)[:axis])
         if b.batch_size == 1 and isinstance(whole, Traced) and batch_position(whole) == before:
-            pair[1 - larger] = b.call(repeat_like, pair[1 - larger], whole, axis)
+            pair[1 - larger] = b.call(_repeat_like, pair[1 - larger], whole, axis)
     return pair
 
 

@@ -20,19 +20,19 @@ Handler = Callable[[ReadContext, OnnxNode, list[Value]], Value]
 """The value of a node's outputs, from the values of its inputs."""
 
 
-def read_bias_gelu(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
+def _read_bias_gelu(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """BiasGelu of ONNX Runtime: a bias, then an activation."""
     value = elementwise.read_add(context, node, data)
     context.graph.note_activation(value.flow, context.level, "gelu")
     return value
 
 
-def read_scatter(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
+def _read_scatter(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """Scatter operators: data of the first and last operand."""
     return elementwise.combine(context, node, [data[0], *data[2:3]], "zeros")
 
 
-def read_control_flow(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
+def _read_control_flow(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """If, Loop and Scan: data passes; weights inside are refused.
 
     Raises:
@@ -54,13 +54,13 @@ def read_control_flow(context: ReadContext, node: OnnxNode, data: list[Value]) -
     return elementwise.combine(context, node, data, "zeros")
 
 
-def read_dequantized(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
+def _read_dequantized(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """DequantizeLinear: passes what QuantizeLinear took; a weight stored as integers is refused."""
     is_stored = node.inputs[0] in context.file.initializers
-    return refuse_quantised(context, node, data) if is_stored else plain.read_view(context, node, data)
+    return _refuse_quantised(context, node, data) if is_stored else plain.read_view(context, node, data)
 
 
-def refuse_quantised(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
+def _refuse_quantised(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """Operators on integer weights.
 
     Raises:
@@ -107,7 +107,7 @@ OPERATORS: dict[tuple[str, str], Handler] = {
     **_rows(elementwise.read_divide, "Div Pow"),
     **_rows(elementwise.read_where, "Where"),
     **_rows(elementwise.read_arithmetic, "Sub Max Min Mod BitwiseAnd BitwiseOr BitwiseXor BitShift SequenceInsert"),
-    **_rows(read_scatter, "ScatterND ScatterElements Scatter TensorScatter"),
+    **_rows(_read_scatter, "ScatterND ScatterElements Scatter TensorScatter"),
     **_rows(
         plain.read_view,
         "Identity Cast CastLike Reshape Transpose Squeeze Unsqueeze Flatten Dropout Expand QuantizeLinear",
@@ -137,18 +137,18 @@ OPERATORS: dict[tuple[str, str], Handler] = {
     ),
     **_rows(plain.read_window_pool, "MaxPool AveragePool"),
     **_rows(plain.read_global_pool, "GlobalAveragePool ReduceMean"),
-    **_rows(read_control_flow, "If Loop Scan SequenceMap"),
-    **_rows(read_dequantized, "DequantizeLinear"),
-    **_rows(refuse_quantised, "QLinearConv QLinearMatMul ConvInteger MatMulInteger"),
+    **_rows(_read_control_flow, "If Loop Scan SequenceMap"),
+    **_rows(_read_dequantized, "DequantizeLinear"),
+    **_rows(_refuse_quantised, "QLinearConv QLinearMatMul ConvInteger MatMulInteger"),
     **_rows(layers.read_convolution, "FusedConv", "com.microsoft"),
     **_rows(layers.read_gemm, "FusedGemm", "com.microsoft"),
     **_rows(layers.read_matmul, "FusedMatMul", "com.microsoft"),
     **_rows(layers.read_fused_attention, "MultiHeadAttention", "com.microsoft"),
     **_rows(plain.read_activation, "Gelu FastGelu QuickGelu", "com.microsoft"),
-    **_rows(read_bias_gelu, "BiasGelu", "com.microsoft"),
+    **_rows(_read_bias_gelu, "BiasGelu", "com.microsoft"),
     **_rows(layers.read_skip_norm, "SkipLayerNormalization SkipSimplifiedLayerNormalization", "com.microsoft"),
     **_rows(layers.read_other_norm, "GroupNorm SimplifiedLayerNormalization", "com.microsoft"),
-    **_rows(refuse_quantised, "QGemm QAttention MatMulNBits DynamicQuantizeMatMul", "com.microsoft"),
+    **_rows(_refuse_quantised, "QGemm QAttention MatMulNBits DynamicQuantizeMatMul", "com.microsoft"),
 }
 
 

@@ -24,7 +24,7 @@ class Domain:
     covariance: torch.Tensor  # (groups, p, p) of the measured inputs round the center
 
 
-def layer_rows(layer: Matrix, inputs: torch.Tensor) -> torch.Tensor:
+def _layer_rows(layer: Matrix, inputs: torch.Tensor) -> torch.Tensor:
     """What each output of ``layer`` is a linear function of, as float64 rows (groups, S, p)."""
     double = inputs.double()
     if isinstance(layer, nn.Linear):
@@ -45,7 +45,7 @@ def watch_inputs(
     """Runs ``module`` on ``inputs``, 32 at a time, and hands every layer's rows (groups, S, p) to ``see``."""
 
     def hook_of(pair: BlockPair) -> Callable[..., None]:
-        return lambda _module, given: see(pair.name, layer_rows(pair.layer, given[0]))
+        return lambda _module, given: see(pair.name, _layer_rows(pair.layer, given[0]))
 
     hooks = [pair.layer.register_forward_pre_hook(hook_of(pair)) for pair in pairs]
     try:

@@ -149,7 +149,7 @@ def solve_gains(outer: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor) 
     condition = triangular_condition(triangle)
     if not condition < 1.0 / RANK_TOLERANCE:
         gains = torch.linalg.lstsq(system.T, wanted, driver="gelsd").solution[:, 0] / lengths
-        return GainSolution(gains, float("inf"), relative_residual(outer, gains, inner, weight), False)
+        return GainSolution(gains, float("inf"), _relative_residual(outer, gains, inner, weight), False)
 
     def smallest(right: torch.Tensor) -> torch.Tensor:
         half: torch.Tensor = torch.linalg.solve_triangular(triangle.T, right, upper=False)
@@ -158,10 +158,10 @@ def solve_gains(outer: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor) 
     gains = smallest(wanted)
     missing = weight - (outer * gains) @ inner
     gains = gains + smallest(missing.flatten()[:, None])  # one step of iterative refinement
-    return GainSolution(gains, condition, relative_residual(outer, gains, inner, weight), True)
+    return GainSolution(gains, condition, _relative_residual(outer, gains, inner, weight), True)
 
 
-def relative_residual(outer: torch.Tensor, gains: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor) -> float:
+def _relative_residual(outer: torch.Tensor, gains: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor) -> float:
     """Largest entry of ``A diag(g) B - W`` over the largest of W."""
     return float(((outer * gains) @ inner - weight).abs().max() / weight.abs().max().clamp_min(1e-300))
 

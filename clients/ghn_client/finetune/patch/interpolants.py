@@ -81,7 +81,7 @@ def own_directions(
     A sample that is extreme along its direction takes one neuron, ``relu(t - b)``; any other takes a bump of three,
     which goes to ``reach`` of the way to the nearest other sample; smaller touches fewer unseen inputs.
     """
-    directions = outstanding_directions(centred, changed)
+    directions = _outstanding_directions(centred, changed)
     select, knots, weights = [], [], []
     for index, (position, direction) in enumerate(zip(changed.tolist(), directions, strict=True)):
         projections = centred @ direction
@@ -107,7 +107,7 @@ def own_directions(
     )
 
 
-def outstanding_directions(centred: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
+def _outstanding_directions(centred: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
     """For every changed sample the direction in which it stands out most from the cloud, ``Sigma^-1 z``, (N, D).
 
     In many dimensions a sample is nearly always the extreme one along its own whitened direction, so that a single

@@ -138,7 +138,7 @@ def patch(
     for name, (construction, exact) in product(PRECISIONS if precision == AUTO else (precision,), sides.items()):
         side = copy.deepcopy(exact).to(PRECISIONS[name])
         added = run_in_batches(side, problem.features, batch_size)
-        certificate = certify(problem.logits, added, problem.wanted, side, construction)
+        certificate = _certify(problem.logits, added, problem.wanted, side, construction)
         patched = AdditiveModule(module, side, head=path).eval()
         moved = certificate.kept_largest_change
         precise = certificate.smallest_margin > 0.5 * margin and moved < KEPT_TOLERANCE * margin
@@ -200,7 +200,7 @@ def _prepare(
     if logits.dim() != 2 or not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
         raise InvalidOptionError(f"expected logits (B, C) and labels below C, got {tuple(logits.shape)} and {labels}")
     values = torch.zeros(len(labels), logits.shape[1], dtype=torch.float64, device=logits.device)
-    missing = margin - label_margins(logits[: len(labels)].double(), labels)
+    missing = margin - _label_margins(logits[: len(labels)].double(), labels)
     values.scatter_(1, labels[:, None], missing.clamp_min(0.0)[:, None])
     return _Problem(inputs, features, logits, labels, values)
 
@@ -260,7 +260,7 @@ def _effect_on(module: nn.Module, patched: nn.Module, inputs: torch.Tensor, batc
     return float(touched.float().mean()), float(relabelled.float().mean())
 
 
-def certify(
+def _certify(
     logits: torch.Tensor, added: torch.Tensor, wanted: torch.Tensor, side: ClosedFormSideNetwork, construction: str
 ) -> PatchCertificate:
     """Counts what ``logits + added`` gets right; the samples to change come first."""
@@ -273,9 +273,9 @@ def certify(
     return PatchCertificate(
         num_changed=count,
         num_kept=len(kept),
-        changed_right=int((label_margins(total[:count], wanted) > 0).sum()),
+        changed_right=int((_label_margins(total[:count], wanted) > 0).sum()),
         kept_same=int((kept.argmax(1) == before.argmax(1)).sum()),
-        smallest_margin=float(label_margins(total[:count], wanted).min()),
+        smallest_margin=float(_label_margins(total[:count], wanted).min()),
         kept_largest_change=float((kept - before).abs().max()) if len(kept) else 0.0,
         neurons=side.neurons,
         neuron_bound=bound,
@@ -285,7 +285,7 @@ def certify(
     )
 
 
-def label_margins(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _label_margins(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Logit of the label minus the largest other logit, (B,), of logits (B, C) with at least two classes."""
     others = logits.scatter(1, labels[:, None], -torch.inf)
     return logits.gather(1, labels[:, None])[:, 0] - others.max(dim=1).values
