@@ -12,17 +12,8 @@ import torch
 
 from ghn_client import GHNClient
 from ghn_client.errors import EmbeddedServerError
-from ghn_service.hypernetwork.checkpoint import save_checkpoint
 from ghn_service.server import settings
 from tests.clients.small_modules import IMAGE, ConvNet
-from tests.hypernetwork.small_graphs import small_ghn
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("embedded") / "small.safetensors"
-    save_checkpoint(small_ghn(), path)
-    return path
 
 
 @pytest.fixture

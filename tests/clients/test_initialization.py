@@ -15,9 +15,7 @@ from ghn_architectures.registry import build_network
 from ghn_client import GHNClient
 from ghn_client.batchnorm import recalibrate_batchnorm
 from ghn_client.errors import InvalidOptionError
-from ghn_service.hypernetwork.checkpoint import save_checkpoint
 from ghn_service.server.app import RunningServer
-from tests.hypernetwork.small_graphs import small_ghn
 
 IMAGE = torch.zeros(1, 3, 16, 16)
 BATCHES = [(torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(i)), torch.zeros(8)) for i in range(3)]
@@ -27,13 +25,6 @@ def network(num_classes: int = 10) -> nn.Module:
     torch.manual_seed(0)
     head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), *head)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("initialize") / "small.safetensors"
-    save_checkpoint(small_ghn(), path)
-    return path
 
 
 @pytest.fixture(autouse=True)

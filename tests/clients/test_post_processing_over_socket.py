@@ -21,8 +21,6 @@ from ghn_client.errors import InvalidOptionError
 from ghn_client.factors import factor_pairs
 from ghn_client.finetune import defactorize_module, factorize_module
 from ghn_client.options import LOW_RANK_METHODS
-from ghn_service.hypernetwork.checkpoint import save_checkpoint
-from tests.hypernetwork.small_graphs import small_ghn
 
 SHAPES = {"0.weight": (16, 3, 3, 3), "2.weight": (48, 16, 3, 3), "6.weight": (40, 48), "8.weight": (10, 40)}
 
@@ -58,13 +56,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     path = tmp_path_factory.mktemp("model") / "network.onnx"
     onnx.save(onnx.shape_inference.infer_shapes(built), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("checkpoint") / "small.safetensors"
-    save_checkpoint(small_ghn(), path)
     return path
 
 
