@@ -406,8 +406,7 @@ class Predictor:
     def _prepare(self, graph: ArchitectureGraph, head: str) -> ArchitectureGraph:
         """The graph in the hypernetwork's vocabulary, with a classifier that a rule draws where that is asked for."""
         known = restrict_vocabulary(graph, self.ghn.config.op_types)
-        classes = next((node.weight.torch_shape[0] for node in known.nodes if node.is_head and node.weight), 0)
-        if head == "predicted" or (head == "auto" and classes == self.ghn.config.num_classes):
+        if head == "predicted" or (head == "auto" and known.num_classes == self.ghn.config.num_classes):
             return known
         return reset_head(known)
 

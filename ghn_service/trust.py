@@ -244,11 +244,9 @@ def _reasons_of_task(graph: ArchitectureGraph, known: KnownData) -> list[str]:
     reasons = []
     if not _has_batchnorm(graph):
         reasons.append("there is no BatchNorm, with which predicted weights gain most")
-    layers = [node for node in graph.nodes if node.layer is not None and node.weight is not None]
-    classes = next((node.weight.torch_shape[0] for node in reversed(layers) if node.is_head and node.weight), 0)
-    if known.num_classes and classes and classes != known.num_classes:
-        reasons.append(f"{classes} classes, the hypernetwork's data have {known.num_classes}")
-    first = layers[0] if layers else None
+    if known.num_classes and graph.num_classes not in (0, known.num_classes):
+        reasons.append(f"{graph.num_classes} classes, the hypernetwork's data have {known.num_classes}")
+    first = next((node for node in graph.nodes if node.layer is not None and node.weight is not None), None)
     if first is not None and first.weight is not None and first.layer is not None and first.layer.stride:
         channels = first.weight.torch_shape[1] * first.layer.groups
         if known.channels and channels != known.channels:

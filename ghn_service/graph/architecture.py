@@ -212,6 +212,11 @@ class ArchitectureGraph:
         """Number of trainable scalars, over all tensors."""
         return sum(spec.num_elements for spec in self.parameters())
 
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the classifier; 0 without one."""
+        return next((node.weight.torch_shape[0] for node in self.nodes if node.is_head and node.weight), 0)
+
     def parameters(self) -> Iterator[ParameterSpec]:
         """Every trainable tensor: those of the nodes in order, then the others."""
         for node in self.nodes:
