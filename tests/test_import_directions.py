@@ -10,71 +10,25 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# What all that deals with named tensors may import, and all that predicts.
+TENSORS = {"ghn_service.parameters", "ghn_service.graph", "ghn_service.errors"}
+PREDICTOR = TENSORS | {f"ghn_service.{name}" for name in ("trust", "hypernetwork", "transfer", "postprocess")}
 # A package may import the listed parts of ours, and itself.
 ALLOWED = {
     "ghn_service.errors": set(),
     "ghn_service.published": {"ghn_service.errors"},
     "ghn_service.graph": {"ghn_service.errors"},
     "ghn_service.parameters": {"ghn_client.huge_pages", "ghn_service.graph", "ghn_service.errors"},
-    "ghn_service.hypernetwork": {
-        "ghn_client.atomic_file",
-        "ghn_service.published",
-        "ghn_service.parameters",
-        "ghn_service.graph",
-        "ghn_service.errors",
-    },
-    "ghn_service.postprocess": {"ghn_service.parameters", "ghn_service.graph", "ghn_service.errors"},
-    "ghn_service.transfer": {
-        "ghn_client.atomic_file",
-        "ghn_service.parameters",
-        "ghn_service.graph",
-        "ghn_service.errors",
-    },
-    "ghn_service.trust": {
-        "ghn_service.postprocess.weighted_layers",
-        "ghn_service.parameters",
-        "ghn_service.graph",
-        "ghn_service.errors",
-    },
-    "ghn_service.predictor": {
-        "ghn_service.trust",
-        "ghn_service.hypernetwork",
-        "ghn_service.transfer",
-        "ghn_service.postprocess",
-        "ghn_service.parameters",
-        "ghn_service.graph",
-        "ghn_service.errors",
-    },
-    "ghn_service.training": {
-        "ghn_client.atomic_file",
-        "ghn_service.trust",
-        "ghn_service.predictor",
-        "ghn_service.hypernetwork",
-        "ghn_service.transfer",
-        "ghn_service.postprocess",
-        "ghn_service.parameters",
-        "ghn_service.graph",
-        "ghn_service.errors",
-        "ghn_architectures",
-        "ghn_client.batchnorm",
-        "ghn_client.errors",
-        "ghn_client.finetune.images",
-        "ghn_client.onnx.export",
-    },
-    "ghn_service.server": {
-        "ghn_service",
-        "ghn_service.trust",
-        "ghn_service.published",
-        "ghn_service.predictor",
-        "ghn_service.hypernetwork",
-        "ghn_service.transfer",
-        "ghn_service.postprocess",
-        "ghn_service.parameters",
-        "ghn_service.graph",
-        "ghn_service.errors",
-        "ghn_client.atomic_file",
-        "ghn_client.wire",
-    },
+    "ghn_service.hypernetwork": TENSORS | {"ghn_client.atomic_file", "ghn_service.published"},
+    "ghn_service.postprocess": TENSORS,
+    "ghn_service.transfer": TENSORS | {"ghn_client.atomic_file"},
+    "ghn_service.trust": TENSORS | {"ghn_service.postprocess.weighted_layers"},
+    "ghn_service.predictor": PREDICTOR,
+    "ghn_service.training": PREDICTOR
+    | {"ghn_service.predictor", "ghn_architectures", "ghn_client.atomic_file", "ghn_client.batchnorm"}
+    | {"ghn_client.errors", "ghn_client.finetune.images", "ghn_client.onnx.export"},
+    "ghn_service.server": PREDICTOR
+    | {"ghn_service", "ghn_service.predictor", "ghn_service.published", "ghn_client.atomic_file", "ghn_client.wire"},
     "ghn_architectures": {"ghn_service.graph", "ghn_service.errors"},
     "ghn_architectures.examples": {"ghn_architectures", "ghn_client"},
     # The embedded server is reached lazily (see embedded.py).
