@@ -170,17 +170,12 @@ def show_checkpoint(
 
     with _one_line_errors():
         _, summary = load_checkpoint(find_checkpoint(source))
-    card = summary.card
     document = {
         "kind": summary.kind,
         "digest": summary.digest,
         "num_parameters": summary.num_parameters,
         "num_bytes": summary.num_bytes,
-        "dataset": card.dataset,
-        "class_names": list(card.class_names),
-        "trained_on": card.trained_on,
-        "protocol": card.protocol,
-        "details": dict(card.details),
+        **dataclasses.asdict(summary.card),
         "config": encode_config(summary.config),
     }
     typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
