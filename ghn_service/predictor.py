@@ -50,6 +50,7 @@ from ghn_service.parameters import (
 from ghn_service.postprocess.diversity import build_report, encode_picture, measure_network
 from ghn_service.postprocess.low_rank.output import LowRankRecord, apply_low_rank
 from ghn_service.postprocess.low_rank.ranks import LowRank
+from ghn_service.postprocess.options import require_known
 from ghn_service.postprocess.steps import Step, apply_steps, parse_steps
 from ghn_service.postprocess.weighted_layers import StepRecord
 from ghn_service.transfer.auto import MINIMUM_SIMILARITY, choose_source
@@ -95,10 +96,8 @@ class PredictionOptions:
     head: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.head not in HEADS:
-            raise InvalidOptionError(f"head must be one of {', '.join(HEADS)}; got {self.head!r}", field="head")
-        if self.dtype not in DTYPES:
-            raise InvalidOptionError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}", field="dtype")
+        require_known(self.head, HEADS, field="head")
+        require_known(self.dtype, DTYPES, field="dtype")
         if not 0 <= self.seed <= MAX_SEED:
             raise InvalidOptionError(f"seed must be from 0 to 2**64 - 1; got {self.seed}", field="seed")
         if self.steps:

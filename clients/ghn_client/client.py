@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ghn_client.connection import MAX_ATTEMPTS, Connection
 from ghn_client.embedded import lent_source, start_embedded_server
-from ghn_client.errors import GhnClientError, InvalidOptionError, ServerUnavailableError
+from ghn_client.errors import GhnClientError, InvalidOptionError, ServerUnavailableError, require_known
 from ghn_client.info import (
     Analysis,
     Health,
@@ -318,10 +318,8 @@ def _encode_choice(kind: Any, name: str) -> Any:
 def _common_fields(model: str, dtype: str | torch.dtype, low_rank: LowRankLike | None, head: str) -> dict[str, Any]:
     """What requests for a prediction and for an analysis have in common, but for the architecture."""
     dtype = str(dtype).removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise InvalidOptionError(f"expected a dtype of {', '.join(DTYPES)}, got {dtype!r}", field="dtype")
-    if head not in HEADS:
-        raise InvalidOptionError(f"expected a head of {', '.join(HEADS)}, got {head!r}", field="head")
+    require_known(dtype, DTYPES, field="dtype")
+    require_known(head, HEADS, field="head")
     return {
         "model": model,
         "dtype": encode_enum(ghn_pb2.DataType, dtype),

@@ -6,7 +6,7 @@ server's own sentence. A class of its own has what a caller may want to handle i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 
@@ -37,6 +37,12 @@ class InvalidOptionError(GhnClientError):
     """An option has an impossible value, or names something unknown; the message lists what is known."""
 
     exit_code = 2
+
+
+def require_known(value: object, known: Iterable[object], *, field: str) -> None:
+    """Raises ``InvalidOptionError`` unless ``value`` is one of ``known``."""
+    if value not in (names := tuple(known)):
+        raise InvalidOptionError(f"{field} must be one of {', '.join(map(str, names))}, got {value!r}", field=field)
 
 
 class UnknownModelError(GhnClientError):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ghn_client.errors import InvalidOptionError
+from ghn_client.errors import InvalidOptionError, require_known
 from ghn_client.wire import ghn_pb2
 from ghn_client.wire.codec import encode_enum, enum_names
 
@@ -61,9 +61,8 @@ class LowRankOptions:
             raise InvalidOptionError(
                 f"expected exactly one of {', '.join(RANK_RULES)}, got {', '.join(given) or 'none'}", field="low_rank"
             )
-        if self.method not in ("", *LOW_RANK_METHODS):
-            known = ", ".join(LOW_RANK_METHODS)
-            raise InvalidOptionError(f"expected a method of {known}, got {self.method!r}", field="low_rank.method")
+        if self.method:
+            require_known(self.method, LOW_RANK_METHODS, field="low_rank.method")
 
 
 LowRankLike = LowRankOptions | Mapping[str, Any] | str

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from ghn_client.errors import FileError, GhnClientError, InvalidOptionError, SourceError, listed
+from ghn_client.errors import FileError, GhnClientError, InvalidOptionError, SourceError, listed, require_known
 from ghn_client.networks import file_stem, find_network
 from ghn_client.onnx.edit import parse_onnx, read_model, tensors_of
 from ghn_client.onnx.export import Architecture, ModelSource, declared_inputs, read_source
@@ -55,11 +55,7 @@ class Source:
     post_process: bool = False
 
     def __post_init__(self) -> None:
-        if self.class_layer not in CLASS_LAYERS:
-            raise InvalidOptionError(
-                f"expected a class_layer of {', '.join(CLASS_LAYERS)}, got {self.class_layer!r}",
-                field="source.class_layer",
-            )
+        require_known(self.class_layer, CLASS_LAYERS, field="source.class_layer")
 
 
 SourceLike = Source | nn.Module | str | Path | bytes | tuple[Any, Any]

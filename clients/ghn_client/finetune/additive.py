@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ghn_client.batchnorm import FREEZE, evaluation_mode, travelling_statistics
-from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
+from ghn_client.errors import InvalidOptionError, UnsupportedModuleError, require_known
 from ghn_client.finetune.handle import FineTuneHandle, Lifecycle, Part
 from ghn_client.finetune.matrix_layers import find_head
 from ghn_client.finetune.patch.capacity import hidden_widths
@@ -128,8 +128,7 @@ def additive(
     Raises:
         InvalidOptionError: An option is impossible, or the sizes cannot be known without ``example_inputs``.
     """
-    if at not in (LOGITS, FEATURES):
-        raise InvalidOptionError(f"at must be {LOGITS!r} or {FEATURES!r}, got {at!r}")
+    require_known(at, (LOGITS, FEATURES), field="at")
     path = base_head(module, head) if at == FEATURES else None
     if in_features is None or outputs is None:
         in_features, outputs = _sizes(module, path, example_inputs)
@@ -171,8 +170,7 @@ def _hidden(
         return hidden_widths(depth, changed=samples if changed is None else changed, samples=samples, outputs=outputs)
     if isinstance(width, str):
         raise InvalidOptionError(f"width must be 'auto', a number or one number per hidden layer, got {width!r}")
-    if depth not in (2, 3):
-        raise InvalidOptionError(f"depth must be 2 or 3, got {depth}")
+    require_known(depth, (2, 3), field="depth")
     widths = (width,) * (depth - 1) if isinstance(width, int) else tuple(width)
     if len(widths) != depth - 1 or min(widths) < 1:
         raise InvalidOptionError(f"depth {depth} has {depth - 1} hidden layers of at least one neuron, got {widths}")

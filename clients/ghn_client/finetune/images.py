@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ghn_client.errors import FileError, InvalidOptionError, MissingExtraError
+from ghn_client.errors import FileError, InvalidOptionError, MissingExtraError, require_known
 
 SPLITS = {
     "train": ("train", "training"),
@@ -182,8 +182,7 @@ def read_images(
         MissingExtraError: A library that the layout needs is not installed.
     """
     root = Path(folder)
-    if split not in SPLITS:
-        raise InvalidOptionError(f"unknown split {split!r}; known are {', '.join(SPLITS)}")
+    require_known(split, SPLITS, field="split")
     if not root.is_dir():
         raise InvalidOptionError(f"expected a folder of images, {root.name!r} is none")
     stored = next((found for reader in READERS if (found := reader(root, split)) is not None), None)

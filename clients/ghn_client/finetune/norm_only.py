@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ghn_client.batchnorm import UPDATE, check_statistics, travelling_statistics
-from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
+from ghn_client.errors import InvalidOptionError, UnsupportedModuleError, require_known
 from ghn_client.finetune.handle import FineTuneHandle, Lifecycle, Part, nothing
 from ghn_client.finetune.inserted_norms import (
     add_affine,
@@ -64,8 +64,7 @@ def norm_only(
         UnsupportedModuleError: There is no norm layer, and none was asked to be inserted.
         InvalidOptionError: An option has an unknown value.
     """
-    if missing not in MISSING:
-        raise InvalidOptionError(f"missing must be one of {', '.join(MISSING)}, got {missing!r}")
+    require_known(missing, MISSING, field="missing")
     check_statistics(statistics)
     head_names = resolve_head(module, head)
     inserted: tuple[str, ...] = ()

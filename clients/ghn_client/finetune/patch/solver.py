@@ -14,7 +14,7 @@ from itertools import product
 import torch
 from torch import nn
 
-from ghn_client.errors import InfeasibleError, InvalidOptionError, UnsupportedModuleError
+from ghn_client.errors import InfeasibleError, InvalidOptionError, UnsupportedModuleError, require_known
 from ghn_client.finetune.additive import FEATURES, LOGITS, AdditiveModule, base_head, head_features, run_in_batches
 from ghn_client.finetune.patch.capacity import three_layer_neurons, two_layer_neurons
 from ghn_client.finetune.patch.interpolants import best_line, own_directions, shared_line, three_layers
@@ -158,15 +158,10 @@ def _check_options(
     module: nn.Module, depth: int, margin: float, at: str, directions: str, precision: str, reach: float
 ) -> None:
     """Refuses unknown options, and modules in train mode."""
-    allowed = {
-        "depth": (depth, (2, 3)),
-        "at": (at, (LOGITS, FEATURES)),
-        "directions": (directions, (AUTO, SHARED, OWN) if depth == 2 else (AUTO, SHARED)),
-        "precision": (precision, (AUTO, *PRECISIONS)),
-    }
-    for name, (value, known) in allowed.items():
-        if value not in known:
-            raise InvalidOptionError(f"{name} must be one of {known} here, got {value!r}")
+    require_known(depth, (2, 3), field="depth")
+    require_known(at, (LOGITS, FEATURES), field="at")
+    require_known(directions, (AUTO, SHARED, OWN) if depth == 2 else (AUTO, SHARED), field="directions")
+    require_known(precision, (AUTO, *PRECISIONS), field="precision")
     if not 0.0 < reach <= 1.0 or margin <= 0.0:
         raise InvalidOptionError(f"expected margin > 0 and reach in (0, 1], got {margin=} and {reach=}")
     if any(child.training for child in module.modules()):
