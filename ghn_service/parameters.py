@@ -93,4 +93,4 @@ class ParameterSet(Mapping[str, torch.Tensor]):
     @property
     def num_bytes(self) -> int:
         """Bytes of all values together."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+        return sum(tensor.nbytes for tensor in self.tensors.values())

@@ -218,9 +218,7 @@ class PredictionResult:
     @property
     def num_bytes(self) -> int:
         """Bytes of all values together."""
-        return self.parameters.num_bytes + sum(
-            value.numel() * value.element_size() for value in self.statistics.values()
-        )
+        return self.parameters.num_bytes + sum(value.nbytes for value in self.statistics.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,7 +112,7 @@ def prediction_memory(
     pair_bytes = 8 * config.num_heads + 12 if config.encoder == "graphormer" else 16
     decoded_bytes = 2 * 4 * max(MAX_ELEMENTS_HELD, *(min(size, math.prod(config.max_shape)) for size in sizes.values()))
     given = transfer.source.tensors.values() if transfer is not None else ()
-    source_bytes = all_bytes + sum(tensor.numel() * tensor.element_size() for tensor in given) if given else 0
+    source_bytes = all_bytes + sum(tensor.nbytes for tensor in given) if given else 0
     return (
         reply_bytes
         + source_bytes
