@@ -154,6 +154,8 @@ def test_a_file_without_norms_gets_them_and_keeps_its_function(tmp_path, images)
     common = (tmp_path / "bare.onnx", "--data", images, "--own-start", "--epochs", 1, "-o", tmp_path / "d.safetensors")
     refused = run("finetune", *common)
     assert refused.exit_code == 4
+    nobody = ("--address", "localhost:1")  # so that a prediction would be another failure
+    assert run("finetune", *(item for item in common if item != "--own-start"), *nobody).exit_code == 4
     assert "--option missing=insert" in refused.stderr
     options = ("--option", "missing=insert", "--model-out", tmp_path / "tuned.onnx", "--json")
     result = run("finetune", *common, *options)

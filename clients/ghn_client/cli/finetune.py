@@ -15,14 +15,14 @@ from torch.utils._pytree import tree_leaves
 
 from ghn_client.atomic_file import write_file
 from ghn_client.batchnorm import UPDATE, evaluation_mode, travelling_statistics
-from ghn_client.cli.options import Server, Sources, Tuning, messages
+from ghn_client.cli.options import Server, Sources, Tuning, messages, warn
 from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.delta import save_delta
 from ghn_client.finetune.fit import EpochReport, FitSettings, fit
 from ghn_client.finetune.handle import FineTuneHandle
 from ghn_client.finetune.images import ImageBatches, load_images
-from ghn_client.finetune.matrix_layers import norm_layers
-from ghn_client.finetune.planner import Plan, facts_of_module
+from ghn_client.finetune.norm_only import norm_only
+from ghn_client.finetune.planner import NetworkFacts, Plan, facts_of_module
 from ghn_client.finetune.planner import plan as make_plan
 from ghn_client.finetune.strategies import prepare, strategy_of
 from ghn_client.initialization import measure_batchnorm
@@ -44,9 +44,12 @@ def plan_network(model: str, memory: str, **settings: Any) -> Plan:
     number = memory[:-1] if unit > 1 else memory
     if memory and not number.replace(".", "", 1).isdigit():
         raise InvalidOptionError(f"expected a size such as 500M or 2G, got {memory!r}")
-    network = find_network(model)
-    facts = facts_of_onnx(network) if isinstance(network, Path) else facts_of_module(network)
+    facts = _facts(find_network(model))
     return make_plan(facts, memory_bytes=int(float(number) * unit) if memory else None, **settings)
+
+
+def _facts(network: nn.Module | Path) -> NetworkFacts:
+    return facts_of_onnx(network) if isinstance(network, Path) else facts_of_module(network)
 
 
 def tune(model: str, server: Server, tuning: Tuning, sources: Sources) -> tuple[dict[str, Any], str]:
@@ -58,7 +61,7 @@ def tune(model: str, server: Server, tuning: Tuning, sources: Sources) -> tuple[
     network = find_network(model)
     if tuning.model_out is not None and tuning.model_out.suffix == ".onnx" and not isinstance(network, Path):
         raise InvalidOptionError("--model-out can be an ONNX file only where the network was given as one")
-    strategy_of(tuning.strategy, _strategy_options(tuning, samples=1))
+    strategy = strategy_of(tuning.strategy, options := _strategy_options(tuning, samples=1))
     size, outputs = _size_and_outputs(network, tuning)
     training, held_out = load_images(tuning.data, image_size=size, limit=tuning.limit)
     if outputs and training.num_classes > outputs:
@@ -66,7 +69,11 @@ def tune(model: str, server: Server, tuning: Tuning, sources: Sources) -> tuple[
             f"expected a network with at least {training.num_classes} outputs, one for each class of {tuning.data}, "
             f"got one with {outputs}"
         )
+    if strategy is norm_only and "missing" not in options:
+        _require_norm_layers(network)
     start = _start(network, server, tuning, sources)
+    for sentence in start.prediction.warnings if start.prediction is not None else ():
+        warn(sentence)
 
     def show(epoch: EpochReport) -> None:
         accuracy = "" if epoch.accuracy is None else f", accuracy {epoch.accuracy:.2%}"
@@ -75,17 +82,7 @@ def tune(model: str, server: Server, tuning: Tuning, sources: Sources) -> tuple[
     batches = ImageBatches(training, batch_size=tuning.batch_size, augment=True, seed=tuning.seed)
     if start.prediction is not None:
         messages().print(f"BatchNorm: {measure_batchnorm(start.network, batches, start.prediction)}")
-    try:
-        handle = prepare(start.network, tuning.strategy, **_strategy_options(tuning, len(training.labels)))
-    except UnsupportedModuleError as error:
-        if tuning.strategy.replace("_", "-") != "norm-only" or norm_layers(start.network):
-            raise
-        raise UnsupportedModuleError(
-            "this network has no norm layer to tune. A file that torch.onnx.export writes by default has lost its "
-            "BatchNorm: export without optimisation (torch.onnx.export(model.train(), args, optimize=False), "
-            "or training=TrainingMode.TRAINING and do_constant_folding=False for the older exporter), or use "
-            "ghn_client.export_architecture; to tune this one, insert norm layers: --option missing=insert"
-        ) from error
+    handle = prepare(start.network, tuning.strategy, **_strategy_options(tuning, len(training.labels)))
     messages().print(repr(handle))
     try:
         report = fit(
@@ -126,6 +123,17 @@ def tune(model: str, server: Server, tuning: Tuning, sources: Sources) -> tuple[
     accuracy = "" if report.accuracy is None else f", accuracy {report.accuracy:.2%} (epoch {report.best_epoch})"
     tuned = f"{trainable:,} of {total:,} parameters tuned{accuracy}"
     return document, f"{tuned}; {tuning.output} has {size:,} bytes"
+
+
+def _require_norm_layers(network: nn.Module | Path) -> None:
+    """Refuses a network whose norm layers are to be tuned and that has none; says why a file may have lost them."""
+    if not _facts(network).norm_parameters:
+        raise UnsupportedModuleError(
+            "this network has no norm layer to tune. A file that torch.onnx.export writes by default has lost its "
+            "BatchNorm: export without optimisation (torch.onnx.export(model.train(), args, optimize=False), "
+            "or training=TrainingMode.TRAINING and do_constant_folding=False for the older exporter), or use "
+            "ghn_client.export_architecture; to tune this one, insert norm layers: --option missing=insert"
+        )
 
 
 def _strategy_options(tuning: Tuning, samples: int) -> dict[str, Any]:
@@ -204,7 +212,7 @@ def _start(path: nn.Module | Path, server: Server, tuning: Tuning, sources: Sour
     else:
         filled = fill_model(prediction, prediction.source or read_source(path))
         parameters = {*prediction, *(note.initializer for note in prediction.notes.values() if note.initializer)}
-        messages().print(f"{len(prediction)} tensors filled")
+        messages().print(f"{len(prediction)} tensors filled; trust: {prediction.trust}")
     shape = _image_shape(filled, tuning.image_size)
     example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     network = module_from_onnx(filled, example, parameters=parameters)

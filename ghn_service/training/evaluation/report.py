@@ -17,12 +17,12 @@ from ghn_service.training.evaluation.run import Evaluation
 def markdown_report(evaluation: Evaluation) -> str:
     """Everything as one Markdown page."""
     zero_shot = evaluation.zero_shot
+    if not evaluation.jobs and not zero_shot:
+        return "Stopped before a network was chosen: nothing is measured. --out keeps what was read for next time.\n"
     parts = []
     if evaluation.finished < evaluation.jobs:
         parts.append(f"Stopped early: {evaluation.finished} of {evaluation.jobs} measurements are done.")
         parts.append(f"Not measured: {', '.join(f'{count} {what}' for what, count in evaluation.missing.items())}.")
-    if not evaluation.jobs:
-        parts.append("Stopped before a network was chosen: nothing is measured.")
     if zero_shot:
         parts += _zero_shot_parts(evaluation)
     if references := [item for item in zero_shot if item.split == "reference"]:
