@@ -39,7 +39,9 @@ from ghn_service.training.precision import choose_precision, keep_freed_memory
 PREDICTED, HE = "predicted", "He"
 VERDICTS = ("typical", "unusual", "far")
 STEPS = (100, 500)
-SETTINGS = FineTuneSettings((0.01, 0.03, 0.1), choose_at=50, budgets=STEPS, longest=500, every=100, batch_size=16)
+SETTINGS = FineTuneSettings(
+    (0.001, 0.003, 0.01, 0.03, 0.1, 0.3), choose_at=50, budgets=STEPS, longest=500, every=100, batch_size=16
+)
 SIZE = 32
 #: Numbers of random networks: the first ones of at most 12 million multiply-adds.
 RANDOM: Mapping[str, tuple[int, ...]] = {
