@@ -37,6 +37,7 @@ from ghn_architectures.architecture import Architecture, Interface
 from ghn_architectures.layers import round_channels
 from ghn_architectures.registry import ARCHITECTURES, SOURCES
 from ghn_client.finetune.images import Normalization, measure_normalization
+from ghn_client.least_squares import refit
 from ghn_client.onnx.export import export_architecture
 from ghn_service.predictor import PlannedTransfer, PredictionOptions, Predictor
 from ghn_service.published import BUNDLED_CHECKPOINTS
@@ -53,6 +54,7 @@ from ghn_service.transfer.source import Source
 from ghn_service.transfer.transfer import Head, plan_transfer
 
 HE, HYPERNETWORK, SOURCE, SELECTION, BY_NAME = "He", "hypernetwork", "source", "selection", "same name and shape"
+REFITTED, REFIT_IMAGES = "source, refitted", 512
 AUTO, DEFAULT = "auto", "the framework's"
 CLASSICAL = {"resnet32", "resnet56", "resnet110", "wide_resnet16_4", "resnet18", "resnet50"} | {
     *("vgg11_bn", "vgg16_bn", "mobilenet_v2")
@@ -154,7 +156,12 @@ class Bench:
         if source is not None and cell["weights"] == SELECTION:
             module.load_state_dict(select_evenly(module, source.tensors), strict=False)
             return module
-        return self.filled(module, source, seed)
+        module = self.filled(module, source, seed)
+        if source is not None and cell["weights"] == REFITTED:
+            whole = self.filled(self.architecture(f"cut/{cell['source']}/1").build(initialize=False), source, seed)
+            pixels = self.images.training.first(REFIT_IMAGES).images
+            refit(module, whole, torch.split(self.images.normalization.apply(pixels), 64), num_images=REFIT_IMAGES)
+        return module
 
     def filled(self, module: nn.Module, source: Source | None, seed: int) -> nn.Module:
         """Weights of a source wherever they fit, with their running statistics, and predicted ones elsewhere."""
@@ -299,7 +306,7 @@ def zero_shot(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]
 
 
 def cutting(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]:
-    """Sources at three quarters and half of their width: recalibrated, and after 100 steps."""
+    """Sources at three quarters and half of their width: recalibrated, and after 100 steps if there are seeds."""
     run, rows = partial(run_cells, options.cells, measure=partial(measure_zero_shot, bench)), []
     steps = 2 if options.quick else 100
     for source in options.cut:
@@ -309,12 +316,13 @@ def cutting(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]:
         for factor in ("0.75", "0.5"):
             name = f"cut/{source}/{factor}"
             starts = [bench.start(name, HYPERNETWORK)]
-            starts += [bench.start(name, weights, source) for weights in (SELECTION, SOURCE)]
-            sized = [{**cell, "images": 0, "steps": steps, "every": steps} for cell in starts]
+            starts += [bench.start(name, weights, source) for weights in (SELECTION, SOURCE, REFITTED)]
+            found = run(cells=[{**cell, "images": "test"} for cell in starts])
+            sized = [{**cell, "images": 0, "steps": steps, "every": steps} for cell in starts] if options.seeds else []
             tuned = grouped(tune_with_seeds(sized, partial(measure_fine_tuning, bench), options), "weights")
-            for cell in run(cells=[{**cell, "images": "test"} for cell in starts]):
-                score, after = cell["accuracy"], [found["at"][str(steps)] for found in tuned[(cell["weights"],)]]
-                shown = [f"{100 * score:.1f}", f"{100 * score / whole:.0f}%", percent(after)]
+            for cell in found:
+                score, after = cell["accuracy"], [item["at"][str(steps)] for item in tuned.get((cell["weights"],), ())]
+                shown = [f"{100 * score:.1f}", f"{100 * score / whole:.0f}%", percent(after) if after else ""]
                 rows.append([source, factor, cell["weights"], *shown])
     return {"cutting": table(["source", "width x", "start", "recalibrated", "kept", "after 100 steps"], rows)}
 
@@ -435,10 +443,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sources", type=Path, default=BUNDLED_SOURCES)
     parser.add_argument("--networks", type=int, default=50, help="random networks (threshold, zero-shot)")
     parser.add_argument("--references", nargs="*", default=list(ARCHITECTURES), help="reference networks (zero-shot)")
-    parser.add_argument("--cut", nargs="+", default=["small_resnet"], help="sources (cutting)")
+    parser.add_argument(
+        "--cut", nargs="+", default=["small_resnet", "small_resnet18", "small_vgg11_bn"], help="(cutting)"
+    )
     parser.add_argument("--variants", type=int, default=30, help="odd variants (fine-tuning)")
     parser.add_argument("--images", type=int, nargs="+", default=[1000, 0], help="training images; 0: all")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="0: nothing is trained (cutting)")
     parser.add_argument("--test-images", type=int, default=2000)
     parser.add_argument("--workers", type=int, default=1, help="processes, each with one thread")
     parser.add_argument("--quick", action="store_true", help="two steps and one network, for a test")

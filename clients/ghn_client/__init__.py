@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ghn_client.client import GHNClient
     from ghn_client.info import Trust
     from ghn_client.initialization import InitializeReport, initialize
+    from ghn_client.least_squares import refit
     from ghn_client.loading import LoadReport, load_parameters
     from ghn_client.onnx.export import export_architecture
     from ghn_client.onnx.strip import strip_weights
@@ -38,6 +39,7 @@ _HOMES = {
     "load_parameters": "loading",
     "merge_onnx": "onnx.torch_module",
     "recalibrate_batchnorm": "batchnorm",
+    "refit": "least_squares",
     "strip_weights": "onnx.strip",
 }
 
@@ -56,6 +58,7 @@ __all__ = [
     "load_parameters",
     "merge_onnx",
     "recalibrate_batchnorm",
+    "refit",
     "strip_weights",
 ]
 

@@ -61,8 +61,6 @@ def recalibrate_batchnorm(
     first = next(batches, None)
     if first is None:
         raise InvalidOptionError("expected at least one batch, got an empty loader", field="loader")
-    if device is None:
-        device = next((item.device for item in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     momenta = [layer.momentum for layer in layers]
     used = 0
     try:
@@ -73,14 +71,20 @@ def recalibrate_batchnorm(
                 layer.train()
             for batch in itertools.chain([first], batches):
                 used += 1
-                if isinstance(batch, dict):
-                    module(**{key: _moved(value, device) for key, value in batch.items()})
-                else:
-                    module(_moved(batch[0] if isinstance(batch, list | tuple) else batch, device))
+                run_batch(module, batch, device)
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
     return used
+
+
+def run_batch(module: nn.Module, batch: Any, device: torch.device | str | None = None) -> Any:
+    """What ``module`` makes of a batch: a tensor, (inputs, ...), or keyword arguments; ``device`` None for its own."""
+    if device is None:
+        device = next((item.device for item in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    if isinstance(batch, dict):
+        return module(**{key: _moved(value, device) for key, value in batch.items()})
+    return module(_moved(batch[0] if isinstance(batch, list | tuple) else batch, device))
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:

@@ -50,7 +50,7 @@ def test_every_part_runs_and_resumes(tmp_path, capsys):
     page.write_text("".join(f"<!-- {block} -->\n<!-- end -->\n" for block in blocks))
     folders = [f"--{name}={tmp_path / name}" for name in ("data", "sources", "cache")]
     sizes = ["--networks=2", "--variants=1", "--seeds=1", "--images=64", "--test-images=60", "--quick"]
-    sizes.append("--references=resnet20")
+    sizes += ["--references=resnet20", "--cut", "small_resnet"]
     for part in ("threshold", "zero-shot", "cutting", "fine-tuning", "to-the-end"):
         command = [part, *folders, f"--cells={tmp_path / 'cells.jsonl'}", f"--output={tmp_path}", *sizes]
         experiments.main(command)
