@@ -68,7 +68,8 @@ def refit(module: nn.Module, source: nn.Module, loader: Iterable[Any], *, num_im
     batches, count = [], 0
     for batch in loader:
         batches.append(batch)
-        count += len(next(iter(batch.values())) if isinstance(batch, dict) else _inputs(batch))
+        inputs = next(iter(batch.values())) if isinstance(batch, dict) else batch
+        count += len(inputs[0] if isinstance(inputs, list | tuple) else inputs)
         if count >= num_images:
             break
     if not batches:
@@ -82,14 +83,9 @@ def refit(module: nn.Module, source: nn.Module, loader: Iterable[Any], *, num_im
                 field="source",
             )
         for pair in pairs:
-            _fit(pair, module, source, batches)
+            _fit(pair, module, source, batches, count)
     recalibrate_batchnorm(module, batches)
     return tuple(pair.name for pair in pairs)
-
-
-def _inputs(batch: Any) -> torch.Tensor:
-    inputs: torch.Tensor = batch[0] if isinstance(batch, list | tuple) else batch
-    return inputs
 
 
 def _layers(network: nn.Module, batch: Any) -> dict[str, tuple[nn.Conv2d | nn.Linear, _BatchNorm | None]]:
@@ -133,17 +129,11 @@ def _pair_layers(module: nn.Module, source: nn.Module, batch: Any) -> list[_Pair
                 continue
             counts = Counter(known)  # channels that are alike, such as dead ones, could be any of them
             found = [(row, known.index(key)) for row, key in enumerate(wanted) if counts[key] == 1]
-            if found and _can_be_refitted(layer):
+            if found and (isinstance(layer, nn.Linear) or (layer.groups, layer.padding_mode) == (1, "zeros")):
                 rows, given = (torch.tensor(side) for side in zip(*found, strict=True))
                 pairs.append(_Pair(name, layer, norm, other, rows, given))
             break
     return pairs
-
-
-def _can_be_refitted(layer: nn.Conv2d | nn.Linear) -> bool:
-    if isinstance(layer, nn.Linear):
-        return True
-    return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
 def _reach(network: nn.Module, layer: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,23 +157,25 @@ def _rows(layer: nn.Conv2d | nn.Linear, inputs: torch.Tensor, outputs: torch.Ten
     """(R, K) and (R, C) of a few images at a time."""
     for x, y in zip(torch.split(inputs, _IMAGES_AT_ONCE), torch.split(outputs, _IMAGES_AT_ONCE), strict=True):
         if isinstance(layer, nn.Conv2d):
-            shape: Any = (layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+            x = functional.pad(x, layer._reversed_padding_repeated_twice)  # torch's own, also where padding is "same"
+            shape: Any = (layer.kernel_size, layer.dilation, 0, layer.stride)
             x = functional.unfold(x, *shape).mT  # (I, positions, K)
             y = y.flatten(2).mT  # (I, positions, C)
         yield x.flatten(0, -2), y.flatten(0, -2)
 
 
-def _fit(pair: _Pair, module: nn.Module, source: nn.Module, batches: list[Any]) -> None:
+def _fit(pair: _Pair, module: nn.Module, source: nn.Module, batches: list[Any], count: int) -> None:
     """The weights W and shift b of least |W x + b - y|^2, near the present ones where that leaves a choice."""
     layer, rows = pair.layer, pair.rows.to(pair.layer.weight.device)
     present = layer.weight[rows].flatten(1).double()  # (C, K)
     size, generator = present.shape[1], torch.Generator().manual_seed(0)
+    limit = -(-_ROWS_PER_INPUT * size * _IMAGES_AT_ONCE // count)
     moments = torch.zeros(size + 1 + len(rows), size + 1, dtype=torch.float64, device=present.device)
     for batch in batches:
         x, y = _reach(module, layer, batch)[0], _reach(source, pair.source, batch)[1]
-        parts = list(_rows(layer, x, y[:, pair.given] if isinstance(layer, nn.Conv2d) else y[..., pair.given]))
-        limit = -(-_ROWS_PER_INPUT * size // (len(batches) * len(parts)))
-        for inputs, outputs in parts:
+        for inputs, outputs in _rows(
+            layer, x, y[:, pair.given] if isinstance(layer, nn.Conv2d) else y[..., pair.given]
+        ):
             chosen = torch.randperm(len(inputs), generator=generator)[:limit].to(inputs.device)
             inputs = functional.pad(inputs[chosen], (0, 1), value=1.0)  # the last one is for the shift
             both = torch.cat([inputs, outputs.to(inputs)[chosen]], 1)
@@ -192,7 +184,9 @@ def _fit(pair: _Pair, module: nn.Module, source: nn.Module, batches: list[Any]) 
     mean, wanted = squares[-1] / squares[-1, -1], products[:, -1] / squares[-1, -1]
     centred = (squares / squares[-1, -1] - torch.outer(mean, mean))[:-1, :-1]  # covariance of the inputs, (K, K)
     crossed = (products / squares[-1, -1] - torch.outer(wanted, mean))[:, :-1]  # with the outputs, (C, K)
-    ridge = _RIDGE * centred.diagonal().mean() * torch.eye(size, dtype=torch.float64, device=present.device)
+    ridge = (
+        _RIDGE * centred.diagonal().mean().clamp_min(1e-9) * torch.eye(size, dtype=torch.float64, device=present.device)
+    )
     fitted = torch.linalg.solve(centred + ridge, (crossed + present @ ridge).mT).mT
     shift = wanted - fitted @ mean[:-1]
     layer.weight[rows] = fitted.to(layer.weight.dtype).reshape(-1, *layer.weight.shape[1:])
