@@ -10,6 +10,7 @@
 | ``fine-tuning`` | odd variants on data that no source saw | ``--data`` of that set, once per set |
 | ``to-the-end`` | does the start still show after 30 epochs? | as ``fine-tuning`` |
 | ``imagenet`` | EfficientNet-Lite0 as source for near shapes | any images, 64 pixels |
+| ``speed`` | what a transfer costs | none |
 
 A run can be stopped and goes on where it was: finished cells are kept by their settings and by the digests of the files
 that weights come from. *Selection* is that of Xu et al. (arXiv:2311.18823): evenly spaced channels, tensor by tensor.
@@ -23,6 +24,8 @@ import importlib
 import itertools
 import random
 import statistics
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -30,15 +33,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.experiment import Cell, file_digest, fill_page, grouped, percent, run_cells, table
+from benchmarks.measure import MIB, PeakMemory
 from ghn_architectures.architecture import Architecture, Interface
 from ghn_architectures.layers import round_channels
 from ghn_architectures.registry import ARCHITECTURES, SOURCES
+from ghn_architectures.vit import VisionTransformerConfiguration
+from ghn_client.client import GHNClient
 from ghn_client.finetune.images import Normalization, measure_normalization
 from ghn_client.least_squares import refit
 from ghn_client.onnx.export import export_architecture
+from ghn_client.sources import as_source, read_local
 from ghn_service.predictor import PlannedTransfer, PredictionOptions, Predictor
 from ghn_service.published import BUNDLED_CHECKPOINTS
 from ghn_service.training.evaluation.fine_tune import FineTuneData, FineTuneSettings, fine_tune, small_training_set
@@ -49,9 +57,9 @@ from ghn_service.training.precision import choose_precision, keep_freed_memory, 
 from ghn_service.training.settings import DataSettings
 from ghn_service.transfer import BUNDLED_SOURCES
 from ghn_service.transfer.auto import MINIMUM_SIMILARITY, choose_source
-from ghn_service.transfer.library import Library
+from ghn_service.transfer.library import Library, digest_of
 from ghn_service.transfer.source import Source
-from ghn_service.transfer.transfer import Head, plan_transfer
+from ghn_service.transfer.transfer import Head, plan_transfer, transfer_weights
 
 HE, HYPERNETWORK, SOURCE, SELECTION, BY_NAME = "He", "hypernetwork", "source", "selection", "same name and shape"
 REFITTED, REFIT_IMAGES = "source, refitted", 512
@@ -206,11 +214,11 @@ def odd_configuration(number: int) -> Any:
 
 
 def measure_zero_shot(bench: Bench, cell: Cell) -> Cell:
-    """Accuracy without training; BatchNorm is measured anew unless a source's function was kept whole."""
+    """Accuracy without training; BatchNorm is measured anew unless a source's function was kept whole, or refitted."""
     data, module = bench.images, bench.module(cell)
     images = data.validation.first(bench.test_images) if cell["images"] == "validation" else data.test
     with target_passes(CPU, choose_precision("auto", CPU)):
-        if cell.get("contained"):
+        if cell.get("contained") or cell["weights"] == REFITTED:
             return {"accuracy": accuracy(module, images, data.normalization, batch_size=250)}
         return {"accuracy": recalibrated_accuracy(module, data.training.first(1280), images, data.normalization)}
 
@@ -324,7 +332,7 @@ def cutting(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]:
                 score, after = cell["accuracy"], [item["at"][str(steps)] for item in tuned.get((cell["weights"],), ())]
                 shown = [f"{100 * score:.1f}", f"{100 * score / whole:.0f}%", percent(after) if after else ""]
                 rows.append([source, factor, cell["weights"], *shown])
-    return {"cutting": table(["source", "width x", "start", "recalibrated", "kept", "after 100 steps"], rows)}
+    return {"cutting": table(["source", "width x", "start", "accuracy", "kept", "after 100 steps"], rows)}
 
 
 def tune_odd(bench: Bench, options: argparse.Namespace, numbers: Iterable[int], sizes: Iterable[Cell]) -> list[Cell]:
@@ -426,16 +434,48 @@ def imagenet(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]:
     return {f"ImageNet weights on {bench.data.name}": table(["target", *starts], rows)}
 
 
+def speed(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]:
+    """Processor seconds and memory of a transfer between vision transformers of 86 M parameters, in one process."""
+    shape = VisionTransformerConfiguration(192 if options.quick else 768, 12, 12, class_token=True)
+    example, memory, rows = torch.zeros(1, 3, bench.image_size, bench.image_size), PeakMemory(), list[list[Any]]()
+    source = shape.build(Interface(image_size=bench.image_size)).eval()
+    local = read_local(as_source(source), example)
+    whole = Source("source", local.structure, local.tensors)
+
+    def note(title: str, call: Callable[[], Any]) -> None:
+        call()
+        memory.reset()
+        start = time.process_time()
+        call()
+        seconds = time.process_time() - start
+        rows.append([title, f"{seconds:.2f}", f"{memory.grown_bytes() / MIB:.0f}"])
+
+    with tempfile.TemporaryDirectory() as folder, GHNClient.embedded(bench.checkpoint) as client:
+        path = Path(folder) / "weights.safetensors"
+        note("its weights, written and read once", lambda: (save_file(dict(local.tensors), path), load_file(path)))
+        note("export of the source", lambda: read_local(as_source(source), example))
+        note("sha256 of the source", lambda: digest_of(local.structure, local.tensors))
+        for ratio in (4, 5):
+            target = dataclasses.replace(shape, mlp_ratio=ratio).build(Interface(image_size=bench.image_size)).eval()
+            structure = export_architecture(target, example)
+            size = sum(4 * value.numel() for value in target.parameters()) / MIB
+            name = f"{'the same network' if ratio == 4 else 'wider perceptrons'}, {size:.0f} MiB"
+            note(f"{name}: plan and transfer", partial(transfer_weights, whole, structure))
+            note(f"{name}: export", partial(export_architecture, target, example))
+            note(f"{name}: the whole call", partial(client.predict, target, example, source=source))
+    return {"speed": table(["step", "processor seconds", "MiB taken at most"], rows)}
+
+
 PARTS: dict[str, Callable[[Bench, argparse.Namespace], dict[str, list[str]]]] = {
     function.__name__.replace("_", "-"): function
-    for function in (threshold, zero_shot, cutting, fine_tuning, to_the_end, imagenet)
+    for function in (threshold, zero_shot, cutting, fine_tuning, to_the_end, imagenet, speed)
 }
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--data", type=Path, required=True, help="folder of images")
+    parser.add_argument("--data", type=Path, default=Path(), help="folder of images")
     parser.add_argument("--output", type=Path, default=Path("docs"))
     parser.add_argument("--cells", type=Path, default=Path("runs/transfer.jsonl"))
     parser.add_argument("--cache", type=Path, default=Path("runs/cache"))

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ghn_client.batchnorm import evaluation_mode, recalibrate_batchnorm, run_batch
+from ghn_client.batchnorm import evaluation_mode, run_batch
 from ghn_client.errors import InvalidOptionError
 
 _IMAGES_AT_ONCE, _ROWS_PER_INPUT, _RIDGE = 16, 32, 1e-3
@@ -50,8 +50,8 @@ def refit(module: nn.Module, source: nn.Module, loader: Iterable[Any], *, num_im
 
     To be called with the weights as they were loaded: a layer and its source are told by the values of their BatchNorm,
     or of their biases, which a transfer does not change. Convolutions and linear layers are refitted; grouped ones and
-    what has neither BatchNorm nor bias stay. BatchNorm is measured on the same images in the end. A network that was
-    not cut stays as it is, but for rounding.
+    what has neither BatchNorm nor bias stay. Running statistics stay the source's, shifted to fit, and need not be
+    measured anew. A network that was not cut stays as it is, but for rounding.
 
     Args:
         module: The network; changed in place.
@@ -84,7 +84,6 @@ def refit(module: nn.Module, source: nn.Module, loader: Iterable[Any], *, num_im
             )
         for pair in pairs:
             _fit(pair, module, source, batches, count)
-    recalibrate_batchnorm(module, batches)
     return tuple(pair.name for pair in pairs)
 
 
@@ -192,7 +191,5 @@ def _fit(pair: _Pair, module: nn.Module, source: nn.Module, batches: list[Any], 
     layer.weight[rows] = fitted.to(layer.weight.dtype).reshape(-1, *layer.weight.shape[1:])
     if layer.bias is not None:
         layer.bias[rows] = shift.to(layer.bias.dtype)
-    norm = pair.norm
-    if norm is not None and norm.running_mean is not None and norm.running_var is not None:  # as the batch would have
-        norm.running_mean[rows] = (wanted if layer.bias is not None else wanted - shift).to(norm.running_mean.dtype)
-        norm.running_var[rows] = ((fitted @ centred) * fitted).sum(1).to(norm.running_var.dtype)
+    elif pair.norm is not None and pair.norm.running_mean is not None:
+        pair.norm.running_mean[rows] -= shift.to(pair.norm.running_mean.dtype)
