@@ -133,7 +133,7 @@ class _Numbering:
         self.of: dict[str, int] = {"": -1}
         self.made: list[tuple[OnnxNode, int]] = []
         self.reshaped_from: dict[str, str] = {}
-        self.layers: dict[int, Layer] = {layer.index: layer for layer in network.layers}
+        self.layers: dict[int, Layer] = {id(layer.node): layer for layer in network.layers}
         self.examples = {leaf for axis in network.input_axes[:1] for leaf in axis.leaves()}
         for position, header in enumerate(network.file.inputs):
             self.of[header.name] = self._number(("input", header.name == network.input or position))
@@ -145,8 +145,8 @@ class _Numbering:
                 self.of[name] = self._number(("own", id(self), name))
             else:
                 self.of[name] = self._number(self._constant_key(name))
-        for index, node in enumerate(network.file.nodes):
-            self._visit(index, node, skipped)
+        for node in network.file.nodes:
+            self._visit(node, skipped)
 
     def _number(self, key: object) -> int:
         return self.numbers.setdefault(key, len(self.numbers))
@@ -158,7 +158,7 @@ class _Numbering:
         content = f"{value.number:.6g}" if value.known.size == 1 else value.known.tobytes()
         return ("numbers", value.known.shape, content)
 
-    def _visit(self, index: int, node: OnnxNode, skipped: Mapping[str, str]) -> None:
+    def _visit(self, node: OnnxNode, skipped: Mapping[str, str]) -> None:
         name = node.outputs[0]
         value = self.network.values[name]
         if name in self.neutral and value.known is not None:
@@ -170,7 +170,7 @@ class _Numbering:
         elif value.is_data and (node.op_type in _RESHAPES or name in self.network.reshaped):
             number = self._visit_reshape(node, value)
         else:
-            number = self._number(self._key(index, node, value))
+            number = self._number(self._key(node, value))
         for position, output in enumerate(node.outputs):
             if output:
                 self.of[output] = self._number(("output", number, position)) if position else number
@@ -189,7 +189,7 @@ class _Numbering:
             return self.of[base]
         return self._number(("reshape", self.of[base], axes))
 
-    def _key(self, index: int, node: OnnxNode, value: Value) -> tuple[object, ...]:
+    def _key(self, node: OnnxNode, value: Value) -> tuple[object, ...]:
         operands = []
         for name in node.inputs:
             held = self.network.values[name]
@@ -199,7 +199,7 @@ class _Numbering:
                 operands.append(self.of[name])
         if node.op_type in _COMMUTATIVE:
             operands.sort()
-        return (node.domain, node.op_type, tuple(operands), self._attributes(index, node), self._axes(value))
+        return (node.domain, node.op_type, tuple(operands), self._attributes(node), self._axes(value))
 
     def _is_free(self, value: Value) -> bool:
         return any(self.name_of(leaf) is None for axis in value.axes or () for leaf in axis.leaves())
@@ -211,9 +211,9 @@ class _Numbering:
             return False
         return all(a.is_positions for a, b in zip(axes, out, strict=False) if a.root() is not b.root())
 
-    def _attributes(self, index: int, node: OnnxNode) -> tuple[object, ...]:
+    def _attributes(self, node: OnnxNode) -> tuple[object, ...]:
         found: list[object] = []
-        layer = self.layers.get(index)
+        layer = self.layers.get(id(node))
         if layer is not None and layer.kind == "conv":
             windows = ((stride, dilation if kernel > 1 else 1) for kernel, stride, dilation, _ in layer.placement)
             found.append(tuple(windows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,7 +114,7 @@ class Layer:
     """A place where weights meet data.
 
     Attributes:
-        index: Position of the node in the file.
+        node: Where they meet.
         tensors: By role: ``weight``, ``bias``, ``mean``, ``var``.
         output: Name of the value that it makes.
         groups: Of a convolution.
@@ -121,7 +122,6 @@ class Layer:
     """
 
     kind: Kind
-    index: int
     node: OnnxNode
     tensors: dict[str, Tensor]
     output: str
@@ -158,7 +158,6 @@ class Network:
     Attributes:
         consumers: Positions of the nodes that read a value, by its name.
         input: Name of the input that most of the network depends on.
-        position: Of the node that is being read.
         makers: The layer that makes a value, by its name.
         even_axes: Axes over which means are taken.
         merged_pads: Values that are padded for a convolution, which counts the pads as its own.
@@ -168,7 +167,6 @@ class Network:
     file: OnnxFile
     consumers: dict[str, list[int]] = field(default_factory=dict)
     input: str = ""
-    position: int = 0
     values: dict[str, Value] = field(default_factory=lambda: {"": Value(None)})
     tensors: dict[str, Tensor] = field(default_factory=dict)
     layers: list[Layer] = field(default_factory=list)
@@ -196,9 +194,30 @@ class Network:
         present = {role: tensor for role, tensor in tensors.items() if tensor is not None}
         if not present:
             return
-        layer = Layer(kind, self.position, node, present, node.outputs[0], **facts)
+        layer = Layer(kind, node, present, node.outputs[0], **facts)
         for role, tensor in present.items():
             tensor.kind = "statistic" if role in ("mean", "var") else "parameter"
             tensor.layer = tensor.layer or layer
         self.layers.append(layer)
         self.makers[node.outputs[0]] = layer
+
+
+def weight_operand(operands: list[Value], index: int) -> Tensor | None:
+    """The tensor of a weight operand; a weight that is computed from others pins what it touches."""
+    value = operands[index] if index < len(operands) else None
+    if value is None or value.is_data:
+        return None
+    for tensor in value.made_from:
+        for axis in tensor.axes:
+            axis.mark("pinned")
+    return value.tensor
+
+
+def listed_axes(node: OnnxNode, operands: list[Value], rank: int, position: int = 1) -> list[int]:
+    """The axes that an operator names, as attribute or operand; all if it names none."""
+    axes: Sequence[int] = range(rank)
+    if "axes" in node.attributes:
+        axes = node.integers("axes")
+    elif len(operands) > position and node.inputs[position]:
+        axes = operands[position].integers
+    return [axis % rank for axis in axes]

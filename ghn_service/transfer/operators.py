@@ -13,8 +13,9 @@ import numpy
 
 from ghn_service.graph.onnx.file import OnnxNode
 from ghn_service.transfer.axes import Dim, concatenation, reshaped, split_sum, unify
+from ghn_service.transfer.convolutions import convolve, convolve_transposed, pad, pool
 from ghn_service.transfer.folding import MAX_RANK, constant
-from ghn_service.transfer.network import Network, NotUnderstoodError, Tensor, Value
+from ghn_service.transfer.network import Network, NotUnderstoodError, Tensor, Value, listed_axes, weight_operand
 
 SHAPE_ONLY = frozenset(
     {"Shape", "Size", "ConstantOfShape", "Range", "Constant", "RandomNormalLike", "RandomUniformLike"}
@@ -71,120 +72,7 @@ def _broadcast(operands: Sequence[Value]) -> list[Dim]:
     return axes
 
 
-def _weight(operands: list[Value], index: int) -> Tensor | None:
-    """The tensor of a weight operand; a weight that is computed from others pins what it touches."""
-    value = operands[index] if index < len(operands) else None
-    if value is None or value.is_data:
-        return None
-    for tensor in value.made_from:
-        for axis in tensor.axes:
-            axis.mark("pinned")
-    return value.tensor
-
-
 # ---- products -------------------------------------------------------------------------------------------------------
-
-
-def _convolution(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
-    weight, bias = _weight(operands, 1), _weight(operands, 2)
-    data, kernel, groups = operands[0].dims, operands[1].dims, node.integer("group", 1)
-    if weight is None or operands[1].axis_of != list(range(len(kernel))):
-        for axis in kernel:
-            axis.mark("pinned")
-    channels = reshaped([data[1]], [groups, kernel[1].size])
-    rows = reshaped([kernel[0]], [groups, kernel[0].size // groups])
-    unify(channels[0], rows[0])
-    unify(channels[1], kernel[1])
-    if len(operands) > 2 and operands[2].axes:
-        unify(operands[2].axes[0], kernel[0])
-    for axis in kernel[2:]:
-        axis.flags.add("position")
-    windows = _windows(node, data[2:], [axis.size for axis in kernel[2:]])
-    padding = [0] * len(windows)
-    if operands[0].padding and len(network.consumers[node.inputs[0]]) == 1:
-        padding = operands[0].padding
-        network.merged_pads.add(node.inputs[0])
-    placement = tuple((*window[:3], window[3] + more) for window, more in zip(windows, padding, strict=True))
-    if weight is not None:
-        weight.contracted.add(1)
-        network.add_layer(node, "conv", {"weight": weight, "bias": bias}, groups=groups, placement=placement)
-    return [Value([data[0], kernel[0], *_slid(node, data[2:], windows)])]
-
-
-def _windows(node: OnnxNode, axes: Sequence[Dim], kernel: Sequence[int]) -> list[tuple[int, int, int, int, int]]:
-    """Per spatial axis: kernel, stride, dilation, padding before and after."""
-    count = len(kernel)
-    strides = node.integers("strides") or (1,) * count
-    dilations = node.integers("dilations") or (1,) * count
-    pads = node.integers("pads") or (0,) * (2 * count)
-    mode = node.text("auto_pad")
-    result = []
-    for i, size in enumerate(axis.size for axis in axes):
-        before, after = pads[i], pads[i + count]
-        if mode in ("SAME_UPPER", "SAME_LOWER"):
-            reach = dilations[i] * (kernel[i] - 1) + 1
-            total = max((math.ceil(size / strides[i]) - 1) * strides[i] + reach - size, 0)
-            before = total // 2 if mode == "SAME_UPPER" else total - total // 2
-            after = total - before
-        elif mode == "VALID":
-            before = after = 0
-        result.append((kernel[i], strides[i], dilations[i], before, after))
-    return result
-
-
-def _slid(node: OnnxNode, axes: Sequence[Dim], windows: Sequence[tuple[int, int, int, int, int]]) -> list[Dim]:
-    """Spatial axes after a window slid over them."""
-    is_up = node.integer("ceil_mode", 0)
-    result = []
-    for axis, (kernel, stride, dilation, before, after) in zip(axes, windows, strict=True):
-        room = axis.size + before + after - dilation * (kernel - 1) - 1
-        result.append(Dim(max((room + (stride - 1 if is_up else 0)) // stride + 1, 1), "position"))
-    return result
-
-
-def _pool(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
-    axes = operands[0].dims
-    if node.op_type.startswith("Global"):
-        return [Value([*axes[:2], *(Dim(1) for _ in axes[2:])])]
-    return [Value([*axes[:2], *_slid(node, axes[2:], _windows(node, axes[2:], node.integers("kernel_shape")))])]
-
-
-def _pad(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
-    axes = list(operands[0].dims)
-    pads = list(node.integers("pads")) or operands[1].integers
-    chosen = _listed_axes(node, operands, len(axes), position=3)
-    padding = [0] * len(axes)
-    for i, position in enumerate(chosen):
-        axis, before, after = axes[position], pads[i], pads[i + len(chosen)]
-        padding[position] = before
-        if not before and not after:
-            continue
-        if min(before, after) < 0 or axis.is_positions:
-            axes[position] = Dim(axis.size + before + after, "position")
-        else:
-            parts = [Dim(before), axis, Dim(after)]
-            axes[position] = concatenation([part for part in parts if part.size])
-    with_zeros = node.text("mode") in ("", "constant") and all(value.number in (None, 0) for value in operands[2:3])
-    is_image = operands[0].is_data and axes[:2] == operands[0].dims[:2]
-    return [Value(axes, padding=padding[2:] if with_zeros and is_image else [])]
-
-
-def _transposed_convolution(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
-    weight, bias = _weight(operands, 1), _weight(operands, 2)
-    data, kernel = operands[0].dims, operands[1].dims
-    if node.integer("group", 1) != 1:
-        raise NotUnderstoodError
-    unify(data[1], kernel[0])
-    for axis in kernel[2:]:
-        axis.flags.update(("position", "pinned"))
-    if len(operands) > 2 and operands[2].axes:
-        unify(operands[2].axes[0], kernel[1])
-    if weight is not None:
-        weight.contracted.add(0)
-        network.add_layer(node, "deconv", {"weight": weight, "bias": bias})
-    shape = network.file.value_shape(node.outputs[0])
-    spatial = shape[2:] if shape is not None else [1] * len(kernel[2:])
-    return [Value([data[0], kernel[1], *(Dim(max(size, 1), "position") for size in spatial)])]
 
 
 def _contract(
@@ -197,7 +85,7 @@ def _contract(
         for operand, axis, other in ((operands[0], first, node.inputs[1]), (operands[1], second, node.inputs[0])):
             if operand.is_data:
                 continue
-            tensor = _weight([operand], 0)
+            tensor = weight_operand([operand], 0)
             if tensor is not None and (origin := operand.axis_of[axis]) is not None:
                 tensor.contracted.add(origin)
                 tensor.fed_by.append(other)
@@ -218,7 +106,7 @@ def _matmul(network: Network, node: OnnxNode, operands: list[Value]) -> list[Val
 
 def _gemm(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
     first, second = (0 if node.integer("transA", 0) else 1), (1 if node.integer("transB", 0) else 0)
-    _contract(network, node, operands, [(first, second)], bias=_weight(operands, 2))
+    _contract(network, node, operands, [(first, second)], bias=weight_operand(operands, 2))
     out = [operands[0].dims[1 - first], operands[1].dims[1 - second]]
     if len(operands) > 2 and operands[2].axes is not None:
         _broadcast([Value(out), operands[2]])
@@ -274,7 +162,7 @@ def _norm(network: Network, node: OnnxNode, operands: list[Value], kind: str, me
         axis.mark("even")
     network.even_axes.extend(means)
     roles = ("weight", "bias", "mean", "var") if kind == "norm" else ("weight", "bias")
-    tensors = {role: _weight(operands, i) for i, role in enumerate(roles, start=1)}
+    tensors = {role: weight_operand(operands, i) for i, role in enumerate(roles, start=1)}
     if kind == "layer_norm":  # constant ones and zeros where it has none
         tensors = {role: tensor for role, tensor in tensors.items() if tensor and tensor.kind == "parameter"}
     epsilon = node.attributes["epsilon"].f if "epsilon" in node.attributes else 1e-5
@@ -284,21 +172,11 @@ def _norm(network: Network, node: OnnxNode, operands: list[Value], kind: str, me
 
 def _reduce(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
     dims = operands[0].dims
-    axes, keep = _listed_axes(node, operands, len(dims)), node.integer("keepdims", 1)
+    axes, keep = listed_axes(node, operands, len(dims)), node.integer("keepdims", 1)
     for axis in axes:
         dims[axis].mark("even" if node.op_type in ("ReduceMean", "ReduceMax", "ReduceMin") else "pinned")
         network.even_axes.append(dims[axis])
     return [Value([Dim(1) if i in axes else dim for i, dim in enumerate(dims) if keep or i not in axes])]
-
-
-def _listed_axes(node: OnnxNode, operands: list[Value], rank: int, position: int = 1) -> list[int]:
-    """The axes that an operator names, as attribute or operand; all if it names none."""
-    axes: Sequence[int] = range(rank)
-    if "axes" in node.attributes:
-        axes = node.integers("axes")
-    elif len(operands) > position and node.inputs[position]:
-        axes = operands[position].integers
-    return [axis % rank for axis in axes]
 
 
 def _softmax(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
@@ -335,7 +213,7 @@ def _new_sizes(network: Network, node: OnnxNode, operands: list[Value], old: lis
         return [math.prod(old[:axis]), math.prod(old[axis:])]
     if node.op_type == "Squeeze":
         is_named = "axes" in node.attributes or len(operands) > 1
-        axes = _listed_axes(node, operands, len(old)) if is_named else [i for i, size in enumerate(old) if size == 1]
+        axes = listed_axes(node, operands, len(old)) if is_named else [i for i, size in enumerate(old) if size == 1]
         return [size for i, size in enumerate(old) if i not in axes]
     if node.op_type == "Unsqueeze":
         given = node.integers("axes") or operands[1].integers
@@ -521,8 +399,8 @@ HANDLERS: dict[str, _Handler] = {
         " IsNaN IsInf Clip Trilu CumSum",
         _elementwise: "Add Sub Mul Div Pow Sum Mean Max Min Mod Where Equal Less LessOrEqual Greater GreaterOrEqual And"
         " Or Xor PRelu BiasGelu",
-        _convolution: "Conv",
-        _transposed_convolution: "ConvTranspose",
+        convolve: "Conv",
+        convolve_transposed: "ConvTranspose",
         _matmul: "MatMul",
         _gemm: "Gemm",
         _einsum: "Einsum",
@@ -530,7 +408,7 @@ HANDLERS: dict[str, _Handler] = {
         _layer_norm: "LayerNormalization RMSNormalization SimplifiedLayerNormalization",
         _instance_norm: "InstanceNormalization",
         _group_norm: "GroupNormalization",
-        _pool: "MaxPool AveragePool LpPool GlobalAveragePool GlobalMaxPool",
+        pool: "MaxPool AveragePool LpPool GlobalAveragePool GlobalMaxPool",
         _reduce: "ReduceMean ReduceMax ReduceMin ReduceSum ReduceProd ReduceL1 ReduceL2 ReduceSumSquare"
         " ReduceLogSumExp",
         _softmax: "Softmax LogSoftmax",
@@ -543,7 +421,7 @@ HANDLERS: dict[str, _Handler] = {
         _slice: "Slice",
         _gather: "Gather",
         _gather_nd: "GatherND",
-        _pad: "Pad",
+        pad: "Pad",
         _resize: "Resize Upsample",
         _constant: "Constant",
         _shape: "Shape",

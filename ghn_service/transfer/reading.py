@@ -40,7 +40,7 @@ def read_network(data: bytes, limits: GraphLimits, field_name: str) -> Network:
         for name in node.inputs:
             network.consumers.setdefault(name, []).append(index)
     _read_inputs(network, context)
-    for network.position, node in enumerate(context.file.nodes):
+    for node in context.file.nodes:
         _read_node(network, node)
     return network
 

@@ -94,7 +94,7 @@ def class_layer_input(network: Network, classes: list[Dim]) -> str:
     """What the layer that makes the classes reads; "" if there is none."""
     for layer in network.layers:
         if any(leaf in classes for tensor in layer.tensors.values() for leaf in tensor.leaves()):
-            return network.file.nodes[layer.index].inputs[0]
+            return layer.node.inputs[0]
     return ""
 
 

@@ -47,8 +47,6 @@ class TransferPlan:
 
     Attributes:
         origins: By target tensor (parameters and BatchNorm statistics, named as in the target's structure).
-        sources: The source's tensor for each target tensor that has one; "" where values follow from the architecture
-            (an inserted layer that passes its input on).
         similarity: Share of the layers of both networks that the alignment explains, weighted by sizes; 0 to 1.
         is_exact: Whether the target will compute what the source computes; then it must not be recalibrated.
         contains_source: Whether it will up to the class layer, should that be reset.
@@ -59,7 +57,6 @@ class TransferPlan:
     """
 
     origins: Mapping[str, Origin]
-    sources: Mapping[str, str]
     similarity: float
     is_exact: bool
     contains_source: bool = False
@@ -164,32 +161,25 @@ def _check_source(source: Source, network: Network) -> None:
     """Every parameter of the source has values of the right shape, in floating point."""
     wanted = {tensor.name: tensor for layer in network.layers for tensor in layer.tensors.values()}
     missing = [name for name in wanted if name not in source.tensors]
-    if not wanted or len(missing) == len(wanted):
-        raise SourceError(
-            f"the source {source.name!r} has no weights for its {len(wanted)} tensors; give a trained network,"
-            " an ONNX file with its weights, or a structure with a .safetensors file",
-            field=SOURCE_FIELD,
+    problem = ""
+    if len(missing) == len(wanted):
+        problem = (
+            f"has no weights for its {len(wanted)} tensors; give a trained network, an ONNX file with its weights,"
+            " or a structure with a .safetensors file"
         )
-    if missing:
-        raise SourceError(
-            f"the source {source.name!r} has no values for {len(missing)} of its {len(wanted)} tensors,"
-            f" such as {missing[0]!r}; give the complete weights",
-            field=SOURCE_FIELD,
-        )
-    for name, tensor in wanted.items():
+    elif missing:
+        problem = f"has no values for {len(missing)} of its {len(wanted)} tensors, such as {missing[0]!r}; give all"
+    for name, tensor in wanted.items() if not missing else ():
         value = source.tensors[name]
         if tuple(value.shape) != tensor.shape:
-            raise SourceError(
-                f"the tensor {name!r} of the source {source.name!r} has shape {tuple(value.shape)}, its structure says"
-                f" {tensor.shape}; give structure and weights of one network",
-                field=SOURCE_FIELD,
+            problem = (
+                f"has the tensor {name!r} of shape {tuple(value.shape)}, its structure says {tensor.shape};"
+                " give structure and weights of one network"
             )
-        if not value.is_floating_point():
-            raise SourceError(
-                f"the tensor {name!r} of the source {source.name!r} is {value.dtype}; weights must be floating point:"
-                " give the network before it was quantised",
-                field=SOURCE_FIELD,
-            )
+        elif not value.is_floating_point():
+            problem = f"has the tensor {name!r} as {value.dtype}; give the network before it was quantised"
+    if problem:
+        raise SourceError(f"the source {source.name!r} {problem}", field=SOURCE_FIELD)
 
 
 def _plan(target: Network, given: Network, head: Head) -> TransferPlan:
@@ -232,7 +222,6 @@ def _plan(target: Network, given: Network, head: Head) -> TransferPlan:
     differences = find_differences(target, given, relations, copied, inserted, scales, ends) + differences
     return TransferPlan(
         origins={**origins, **dict.fromkeys(reasons, "none")},
-        sources={step.target.name: step.source.name if step.source else "" for step in kept},
         similarity=alignment.score,
         is_exact=not differences and not is_reset,
         contains_source=not differences,

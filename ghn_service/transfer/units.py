@@ -78,18 +78,19 @@ def find_units(network: Network) -> list[Unit]:
     last_use = {name: index for index in path for name in nodes[index].inputs} | {output: len(nodes)}
     layers_at: dict[int, list[Layer]] = {}
     for layer in network.layers:
-        layers_at.setdefault(layer.index, []).append(layer)
+        layers_at.setdefault(id(layer.node), []).append(layer)
     live, entry = {network.input}, network.input
     units: list[Unit] = []
-    current: list[int] = []
+    current: list[OnnxNode] = []
     for index in path:
-        current.append(index)
-        live.update(name for name in nodes[index].outputs if last_use.get(name, -1) > index)
-        live -= {name for name in nodes[index].inputs if last_use[name] == index}
+        node = nodes[index]
+        current.append(node)
+        live.update(name for name in node.outputs if last_use.get(name, -1) > index)
+        live -= {name for name in node.inputs if last_use[name] == index}
         if len(live) == 1:
             (exit_name,) = live
-            layers = [layer for position in current for layer in layers_at.get(position, ())]
-            _append(units, _make_unit(network, [nodes[position] for position in current], layers, entry, exit_name))
+            layers = [layer for item in current for layer in layers_at.get(id(item), ())]
+            _append(units, _make_unit(network, current, layers, entry, exit_name))
             entry, current = exit_name, []
     return units
 

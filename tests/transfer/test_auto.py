@@ -25,7 +25,7 @@ def choose(tmp_path, monkeypatch):
             similarity = similarities.get(source.name)
             if similarity is None:
                 raise SourceError("nothing in common")
-            return TransferPlan({}, {}, similarity, False, contains_source=similarity == 1.0)
+            return TransferPlan({}, similarity, False, contains_source=similarity == 1.0)
 
         monkeypatch.setattr(auto, "plan_transfer", plan)
         choice = choose_source(Library((tmp_path,)), b"target", minimum_similarity=0.5)
