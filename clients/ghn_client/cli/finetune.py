@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,7 @@ def tune(model: str, server: Server, tuning: Tuning, sources: Sources) -> tuple[
         "delta": str(tuning.output),
         "delta_bytes": size,
         "request": start.request,
+        "trust": dataclasses.asdict(start.prediction.trust) if start.prediction is not None else None,
     }
     accuracy = "" if report.accuracy is None else f", accuracy {report.accuracy:.2%} (epoch {report.best_epoch})"
     tuned = f"{trainable:,} of {total:,} parameters tuned{accuracy}"
