@@ -83,7 +83,7 @@ def run_seeds(
     def score(exponent: int, count: int = len(CHOOSING_SEEDS)) -> float:
         rate = float(f"{10 ** (exponent / 2):.0e}")
         tried = run_cells(path, [{**cell, "rate": rate, "seed": seed} for seed in CHOOSING_SEEDS[:count]], measure)
-        return sum(item["accuracy"] for item in tried) / count
+        return float(sum(item["accuracy"] for item in tried)) / count
 
     if rate is None:
         best = max(_COARSE, key=lambda exponent: score(exponent, 1))

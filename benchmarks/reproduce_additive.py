@@ -13,9 +13,10 @@ import copy
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,7 +52,7 @@ def real_features(data: str, count: int) -> torch.Tensor:
 def principal_components(data: str, dimensions: int) -> torch.Tensor:
     """(512, dimensions) leading principal components of thumbnails, each of variance 1."""
     features = real_features(data, TRAINED_SAMPLES)
-    left, _, _ = torch.linalg.svd(features - features.mean(dim=0), full_matrices=False)
+    left: torch.Tensor = torch.linalg.svd(features - features.mean(dim=0), full_matrices=False)[0]
     return left[:, :dimensions] * math.sqrt(TRAINED_SAMPLES)
 
 
@@ -123,7 +124,7 @@ def _reaches_zero(
         if step % 50 == 0 and bool((logits.argmax(1) == labels).all()):
             return True
         optimizer.zero_grad()
-        nn.functional.cross_entropy(logits, labels).backward()
+        torch.autograd.backward(nn.functional.cross_entropy(logits, labels))
         optimizer.step()
     return bool((handle.module(inputs).argmax(1) == labels).all())
 
@@ -133,7 +134,7 @@ def slope(points: list[tuple[float, float]]) -> float:
     return statistics.linear_regression(*zip(*((math.log(x), math.log(y)) for x, y in points), strict=True)).slope
 
 
-def cells_of(settings: dict) -> Iterator[Cell]:
+def cells_of(settings: Mapping[str, Any]) -> Iterator[Cell]:
     for samples in settings["samples"]:
         for changed in settings["changed"]:
             for depth, directions in ((2, "shared"), (2, "own"), (3, "shared")):
@@ -190,7 +191,8 @@ def _row(cells: list[Cell], kinds: Sequence[tuple[int, str]], samples: int, chan
 def _trained_table(cells: list[Cell]) -> list[str]:
     """Median neurons and their range over seeds by dimensions and depth, and the slopes of the medians."""
     kinds = grouped(cells, "dimensions", "depth")
-    rows, medians = [], {kind: [] for kind in kinds}
+    rows: list[list[str]] = []
+    medians: dict[tuple[Any, ...], list[tuple[float, float]]] = {kind: [] for kind in kinds}
     for changed in dict.fromkeys(cell["changed"] for cell in cells):
         row = [str(changed)]
         for kind, group in kinds.items():

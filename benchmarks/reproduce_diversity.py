@@ -107,8 +107,8 @@ def options_of(start: str, graph: ArchitectureGraph, seed: int) -> PredictionOpt
     """Options with the steps of a start, on its layers."""
     texts, scope = STARTS[start] or ((), ALL)
     first = {ALL: 1, IN_NEED: 0, LAST_THIRD: 2 * len(list(weighted_layers(graph))) // 3 + 1}[scope]
-    steps = [parse_step(text) for text in texts]
-    steps = [Step(step.name, {**step.options, "layer": str(first)}) for step in steps]
+    parsed = (parse_step(text) for text in texts)
+    steps = (Step(step.name, {**step.options, "layer": str(first)}) for step in parsed)
     return PredictionOptions(seed=seed, steps=tuple(steps))
 
 
