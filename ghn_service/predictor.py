@@ -168,7 +168,7 @@ def plan_source(
         SourceError: It has no weights, cannot be read, or has nothing in common with the architecture.
     """
     if name == AUTO:
-        choice = choose_source(library, structure, head=head)
+        choice = choose_source(library, structure, head=head, limits=limits)
         if choice.source is None or choice.plan is None:
             return None, (
                 f"The hypernetwork alone serves this architecture better than any source. {choice.reasons[0]}",

@@ -8,11 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ghn_service.errors import SourceError
+from ghn_service.errors import (
+    InvalidArchitectureError,
+    LimitExceededError,
+    SourceError,
+    UnsupportedArchitectureError,
+)
+from ghn_service.graph.raw_graph import GraphLimits
 from ghn_service.transfer.library import Library
 from ghn_service.transfer.source import Source
 from ghn_service.transfer.transfer import Head, TransferPlan, plan_transfer
 
+UNREADABLE = (InvalidArchitectureError, LimitExceededError, UnsupportedArchitectureError)
 MINIMUM_SIMILARITY = 0.8
 """From this similarity on a source that is not contained is taken (TransferPlan.similarity).
 
@@ -37,7 +44,12 @@ class Choice:
 
 
 def choose_source(
-    library: Library, structure: bytes, *, head: Head = "auto", minimum_similarity: float = MINIMUM_SIMILARITY
+    library: Library,
+    structure: bytes,
+    *,
+    head: Head = "auto",
+    minimum_similarity: float = MINIMUM_SIMILARITY,
+    limits: GraphLimits | None = None,
 ) -> Choice:
     """The network of ``library`` from which an architecture should take its weights.
 
@@ -46,9 +58,9 @@ def choose_source(
         structure: The architecture, as serialised ONNX, with or without weights.
         head: What becomes of the class layer; a layer that is reset does not count.
         minimum_similarity: Similarity, 0 to 1, below which a source that is not contained is left alone.
+        limits: The largest network that is read; one that cannot be read has no source.
 
     Raises:
-        InvalidArchitectureError, UnsupportedArchitectureError, LimitExceededError: As ``read_onnx``.
         SourceError: A file of the library is damaged.
     """
     found: list[tuple[tuple[bool, float], Source, TransferPlan]] = []
@@ -56,8 +68,8 @@ def choose_source(
     for summary in library.summaries():
         source = library.outline(summary.name)
         try:
-            plan = plan_transfer(source, structure, head=head)
-        except SourceError as error:
+            plan = plan_transfer(source, structure, head=head, limits=limits)
+        except (SourceError, *UNREADABLE) as error:
             refused.append(f"{summary.name}: {error}.")
             continue
         rank = (True, float(summary.num_parameters)) if plan.contains_source else (False, plan.similarity)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ghn_client import export_architecture
 from ghn_service.errors import SourceError
+from ghn_service.graph.raw_graph import GraphLimits
 from ghn_service.transfer import auto
 from ghn_service.transfer.auto import choose_source
 from ghn_service.transfer.library import Library, save_source
@@ -21,7 +23,7 @@ def choose(tmp_path, monkeypatch):
         save_source(tmp_path / f"{name}.safetensors", b"structure", {"weight": torch.ones(size)})
 
     def choose(**similarities):
-        def plan(source, structure, *, head):
+        def plan(source, structure, *, head, limits):
             similarity = similarities.get(source.name)
             if similarity is None:
                 raise SourceError("nothing in common")
@@ -46,6 +48,14 @@ def test_without_one_the_most_similar_that_pays_is_taken(choose):
 def test_without_one_that_pays_it_is_the_hypernetwork(choose):
     assert choose(large=0.3, medium=0.49) is None
     assert choose() is None
+
+
+def test_a_network_that_cannot_be_read_has_no_source():
+    structure = export_architecture(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)), (1, 4))
+    for unreadable, limits in ((structure, GraphLimits(max_nodes=1)), (b"no model", None)):
+        choice = choose_source(Library(), unreadable, limits=limits)
+        assert choice.source is None
+        assert len(choice.reasons) == len(Library().summaries())
 
 
 def test_an_empty_library_leaves_it_to_the_hypernetwork(tmp_path):
