@@ -168,7 +168,8 @@ def measure(cell: Cell, arguments: argparse.Namespace, client: GHNClient) -> Cel
         he_initialize(module, seed=0)
     else:
         client.predict(module, torch.zeros(2, 3, SIZE, SIZE), head="predicted").load_into(module)
-        change_head(module, cell.get("head", "copies"))
+        if "head" in cell:
+            change_head(module, cell["head"])
     precision = choose_precision("auto", torch.device("cpu"))
     try:
         curve = fine_tune(module, data, SETTINGS, steps=max(STEPS), seed=0, precision=precision)
