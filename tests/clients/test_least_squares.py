@@ -10,7 +10,7 @@ from torch import nn
 
 from ghn_client import GHNClient, recalibrate_batchnorm, refit
 from ghn_client.errors import InvalidOptionError
-from tests.transfer_product.networks import EXAMPLE, Residual, trained
+from tests.transfer.networks import EXAMPLE, Residual, trained
 
 
 def images(count: int, seed: int) -> torch.Tensor:

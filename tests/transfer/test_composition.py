@@ -17,7 +17,7 @@ from ghn_service.server.app import RunningServer, start_server
 from ghn_service.server.settings import Settings
 from ghn_service.transfer.library import save_source
 from tests.finetune.networks import train_a_little
-from tests.transfer_product.networks import EXAMPLE, Residual, images, trained
+from tests.transfer.networks import EXAMPLE, Residual, images, trained
 
 SOURCE = trained()
 SIZES = {"exact": {}, "grown": {"width": 20, "depth": 4}, "cut": {"width": 6}, "other classes": {"classes": 7}}

@@ -21,8 +21,8 @@ from ghn_service.server.settings import Settings
 from ghn_service.transfer.library import save_source
 from ghn_service.transfer.source import SourceCard
 from tests.hypernetwork.small_graphs import small_ghn
-from tests.transfer_product.networks import EXAMPLE, Residual, images, trained
-from tests.transfer_product.test_sources import save_onnx
+from tests.transfer.networks import EXAMPLE, Residual, images, trained
+from tests.transfer.test_sources import save_onnx
 
 CARD = SourceCard(dataset="noise", class_names=tuple("abcdefghij"), accuracy=0.125, licence="MIT")
 
