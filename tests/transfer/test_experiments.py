@@ -40,6 +40,7 @@ def test_odd_variants_are_buildable_and_different():
 @pytest.mark.slow
 def test_every_part_runs_and_resumes(tmp_path, capsys):
     write_image_folder(tmp_path / "data", classes=3, size=32, count=120)
+    (tmp_path / "sources").mkdir()
     for name in ("small_resnet", "small_vgg11_bn"):
         module = SOURCES[name].build(Interface(3)).eval()
         card = SourceCard(class_names=("class0", "class1", "class2"))
