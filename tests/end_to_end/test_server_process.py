@@ -124,7 +124,15 @@ def test_our_client_finds_it_healthy(server: ServerProcess) -> None:
     assert subprocess.run(command, env=server_environment(), timeout=60, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.fixture
+def number(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
+    """A signal that processes started now do not inherit as ignored, as they would of a shell's background job."""
+    before = signal.signal(request.param, signal.SIG_DFL)
+    yield request.param
+    signal.signal(request.param, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], indirect=True)
 def test_a_signal_lets_the_stream_finish(checkpoint: Path, number: signal.Signals) -> None:
     with running_server(checkpoint) as server, grpc.insecure_channel(server.address) as channel:
         stream = open_prediction_stream(channel)(predict_request(LARGE), timeout=60)
