@@ -76,8 +76,8 @@ class LocalSource:
 
     name: str
     path: Path | None = None
-    structure: bytes = b""
-    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    structure: bytes = field(default=b"", repr=False)
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
     card: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -51,9 +51,9 @@ _TURN = threading.Lock()  # torch traces with global state: exports of several t
 class ModelSource:
     """An architecture as it is sent, and where the model to fill is."""
 
-    structure: bytes  # ONNX without weights
+    structure: bytes = field(repr=False)  # ONNX without weights
     path: Path | None = None  # the user's file, whose other tensors are read again when it is filled
-    original: bytes | None = None  # the user's bytes
+    original: bytes | None = field(default=None, repr=False)  # the user's bytes
     values: Mapping[str, torch.Tensor] = field(default_factory=dict)  # buffers and constants of an exported module
 
 
