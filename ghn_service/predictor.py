@@ -10,7 +10,7 @@ import fnmatch
 import functools
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -149,6 +149,7 @@ def plan_source(
     head: Head = "auto",
     post_process: bool = False,
     limits: GraphLimits | None = None,
+    parameters: Sequence[ParameterSpec] = (),
 ) -> tuple[PlannedTransfer | None, tuple[str, ...]]:
     """What a source of a library gives an architecture; other arguments as in ``PlannedTransfer``.
 
@@ -159,6 +160,7 @@ def plan_source(
         head: What becomes of the class layer.
         post_process: Whether post-processing changes what the source gives.
         limits: The largest network that is read.
+        parameters: Those of the architecture, as they are predicted.
 
     Returns:
         The plan; or None where ``auto`` finds no source that pays, and why, in sentences.
@@ -168,7 +170,7 @@ def plan_source(
         SourceError: It has no weights, cannot be read, or has nothing in common with the architecture.
     """
     if name == AUTO:
-        choice = choose_source(library, structure, head=head, limits=limits)
+        choice = choose_source(library, structure, head=head, limits=limits, parameters=parameters)
         if choice.source is None or choice.plan is None:
             return None, (
                 f"The hypernetwork alone serves this architecture better than any source. {choice.reasons[0]}",
@@ -176,7 +178,7 @@ def plan_source(
         return PlannedTransfer(choice.source, structure, choice.plan, head, post_process), ()
     source = library.load(name)
     try:
-        plan = plan_transfer(source, structure, head=head, limits=limits)
+        plan = plan_transfer(source, structure, head=head, limits=limits, parameters=parameters)
     except (InvalidArchitectureError, UnsupportedArchitectureError, LimitExceededError) as error:
         raise SourceError(f"the source {source.name!r} cannot be read: {error}", field="source") from error
     return PlannedTransfer(source, structure, plan, head, post_process), ()
@@ -349,14 +351,13 @@ class Predictor:
         try:
             with memory_errors(f"{self.device} has too little memory for this network; ask for a part, or float16"):
                 graph = _read(architecture, clock)
-                known = self._prepare(graph, options.head)
+                known = self._prepare(graph, options.head, transfer)
                 given: Mapping[str, Tensor] = {}
                 statistics: Mapping[str, Tensor] = {}
                 if transfer is not None:
                     with clock.stage(TRANSFERRING):
                         found = transfer.carry_out(options.seed)
                         given, statistics = found.tensors, _converted(found.statistics, torch.float32)
-                        known = replace(known, warnings=(*known.warnings, *found.warnings))
                 origins, copied = self._origins(known, transfer)
                 trust = judge(known, origins, copied, self.known_data, is_near=_is_near(transfer))
                 parameters = self._make_parameters(known, given, transfer.origins if transfer else {}, options, clock)
@@ -386,7 +387,7 @@ class Predictor:
     ) -> ArchitectureAnalysis:
         """Says what a prediction would do with each tensor, without predicting; raises as ``run`` does."""
         graph = _read(architecture, _StageClock(None))
-        known = self._prepare(graph, head)
+        known = self._prepare(graph, head, transfer)
         specs = {spec.name: spec for spec in known.parameters()}
         origins, copied = self._origins(known, transfer)
         return ArchitectureAnalysis(
@@ -395,14 +396,16 @@ class Predictor:
             origins=origins,
             op_types=dict.fromkeys(specs, "")
             | {spec.name: node.op_type for node in known.nodes for spec in node.parameters},
-            warnings=(*known.warnings, *(transfer.plan.warnings if transfer else ())),
+            warnings=known.warnings,
             transfer=transfer,
             trust=judge(known, origins, copied, self.known_data, is_near=_is_near(transfer)),
         )
 
-    def _prepare(self, graph: ArchitectureGraph, head: str) -> ArchitectureGraph:
+    def _prepare(self, graph: ArchitectureGraph, head: str, transfer: PlannedTransfer | None) -> ArchitectureGraph:
         """The graph in the hypernetwork's vocabulary, with a classifier that a rule draws where that is asked for."""
         known = restrict_vocabulary(graph, self.ghn.config.op_types)
+        if transfer is not None:
+            known = replace(known, warnings=(*known.warnings, *transfer.plan.warnings))
         if head == "predicted" or (head == "auto" and known.num_classes == self.ghn.config.num_classes):
             return known
         return reset_head(known)

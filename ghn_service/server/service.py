@@ -225,7 +225,13 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
         names = [summary.name for summary in self.sources.summaries()] if name == AUTO else [name]
         with admitted.hold(sum(map(self.sources.size, names))):
             transfer, reasons = plan_source(
-                self.sources, name, data, head=head, post_process=post_process, limits=self.limits
+                self.sources,
+                name,
+                data,
+                head=head,
+                post_process=post_process,
+                limits=self.limits,
+                parameters=tuple(graph.parameters()),
             )
         return replace(graph, warnings=(*graph.warnings, *reasons)), transfer
 

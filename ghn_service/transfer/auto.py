@@ -6,6 +6,7 @@ similarity was seen to pay; else none, which means the hypernetwork.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ghn_service.errors import (
@@ -14,6 +15,7 @@ from ghn_service.errors import (
     SourceError,
     UnsupportedArchitectureError,
 )
+from ghn_service.graph.architecture import ParameterSpec
 from ghn_service.graph.raw_graph import GraphLimits
 from ghn_service.transfer.library import Library
 from ghn_service.transfer.source import Source
@@ -50,6 +52,7 @@ def choose_source(
     head: Head = "auto",
     minimum_similarity: float = MINIMUM_SIMILARITY,
     limits: GraphLimits | None = None,
+    parameters: Sequence[ParameterSpec] = (),
 ) -> Choice:
     """The network of ``library`` from which an architecture should take its weights.
 
@@ -59,6 +62,7 @@ def choose_source(
         head: What becomes of the class layer; a layer that is reset does not count.
         minimum_similarity: Similarity, 0 to 1, below which a source that is not contained is left alone.
         limits: The largest network that is read; one that cannot be read has no source.
+        parameters: As in ``plan_transfer``.
 
     Raises:
         SourceError: A file of the library is damaged.
@@ -68,7 +72,7 @@ def choose_source(
     for summary in library.summaries():
         source = library.outline(summary.name)
         try:
-            plan = plan_transfer(source, structure, head=head, limits=limits)
+            plan = plan_transfer(source, structure, head=head, limits=limits, parameters=parameters)
         except (SourceError, *UNREADABLE) as error:
             refused.append(f"{summary.name}: {error}.")
             continue

@@ -44,7 +44,8 @@ def find_differences(
         target: Read structure of the target.
         source: Read structure of the source.
         relations: Which group of the source each group of the target stands for.
-        copied: Source tensor by target tensor, for tensors that were mapped without loss.
+        copied: Source tensor by target tensor, for tensors that were mapped without loss; "" for zeros that count as
+            absent.
         inserted: Units of the target that pass their input on.
         scales: Of the attention of target and source.
         ends: The values of target and source to compare.
@@ -140,7 +141,7 @@ class _Numbering:
         for name in (*network.tensors, *network.file.initializers):
             tensor = network.tensors.get(name)
             if name in copied:
-                self.of[name] = self._number(("tensor", copied[name]))
+                self.of[name] = self._number(("tensor", copied[name])) if copied[name] else self.of[""]
             elif tensor is not None and tensor.kind != "constant":
                 self.of[name] = self._number(("own", id(self), name))
             else:
@@ -197,8 +198,12 @@ class _Numbering:
             is_size = node.op_type in _SHAPED and held.known is not None and not self._cuts_positions(node)
             if not is_free and not is_size:
                 operands.append(self.of[name])
+        while operands and operands[-1] == self.of[""]:
+            operands.pop()
         if node.op_type in _COMMUTATIVE:
             operands.sort()
+        if node.outputs[0] in self.network.global_means:
+            return ("", "GlobalAveragePool", tuple(operands[:1]), (), self._axes(value))
         return (node.domain, node.op_type, tuple(operands), self._attributes(node), self._axes(value))
 
     def _is_free(self, value: Value) -> bool:

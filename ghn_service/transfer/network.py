@@ -162,6 +162,7 @@ class Network:
         even_axes: Axes over which means are taken.
         merged_pads: Values that are padded for a convolution, which counts the pads as its own.
         reshaped: Values that a Gather takes from another one whole and in order.
+        global_means: Values that a ReduceMean makes as GlobalAveragePool would.
     """
 
     file: OnnxFile
@@ -174,6 +175,7 @@ class Network:
     even_axes: list[Dim] = field(default_factory=list)
     merged_pads: set[str] = field(default_factory=set)
     reshaped: set[str] = field(default_factory=set)
+    global_means: set[str] = field(default_factory=set)
 
     @property
     def input_axes(self) -> list[Dim]:

@@ -176,6 +176,8 @@ def _reduce(network: Network, node: OnnxNode, operands: list[Value]) -> list[Val
     for axis in axes:
         dims[axis].mark("even" if node.op_type in ("ReduceMean", "ReduceMax", "ReduceMin") else "pinned")
         network.even_axes.append(dims[axis])
+    if node.op_type == "ReduceMean" and keep and sorted(axes) == list(range(2, len(dims))):
+        network.global_means.add(node.outputs[0])
     return [Value([Dim(1) if i in axes else dim for i, dim in enumerate(dims) if keep or i not in axes])]
 
 

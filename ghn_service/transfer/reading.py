@@ -9,9 +9,13 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Iterable
+
+import onnx
 
 from ghn_service.errors import GhnServiceError
-from ghn_service.graph.onnx.file import FLOAT_TYPES, OnnxNode, TensorHeader, load_file
+from ghn_service.graph.architecture import ParameterSpec, ParameterUse
+from ghn_service.graph.onnx.file import FLOAT_TYPES, OnnxFile, OnnxNode, TensorHeader, load_file
 from ghn_service.graph.onnx.values import ReadContext
 from ghn_service.graph.raw_graph import GraphLimits
 from ghn_service.transfer.axes import Dim
@@ -19,19 +23,25 @@ from ghn_service.transfer.folding import MAX_RANK, constant, fold
 from ghn_service.transfer.network import Network, NotUnderstoodError, Tensor, Value
 from ghn_service.transfer.operators import HANDLERS, SHAPE_ONLY
 
+_BIAS = 2
+"""Which input of Conv and Gemm the bias is."""
 _MAX_INPUTS = 64
 _MAX_ORIGINS = 64
 _MALFORMED = (NotUnderstoodError, ValueError, IndexError, TypeError, AttributeError, KeyError, ArithmeticError)
 
 
-def read_network(data: bytes, limits: GraphLimits, field_name: str) -> Network:
-    """The channel groups of an ONNX model.
+def read_network(
+    data: bytes, limits: GraphLimits, field_name: str, parameters: Iterable[ParameterSpec] = ()
+) -> Network:
+    """The channel groups of an ONNX model, in which every one of its ``parameters`` is a tensor of its own.
 
     Raises:
         InvalidArchitectureError, UnsupportedArchitectureError, LimitExceededError: As ``read_onnx``.
     """
     try:
-        context = ReadContext(load_file(data, limits), limits)
+        file = load_file(data, limits)
+        _separate(file, parameters)
+        context = ReadContext(file, limits)
     except GhnServiceError as error:
         error.field = error.field or field_name
         raise
@@ -43,6 +53,29 @@ def read_network(data: bytes, limits: GraphLimits, field_name: str) -> Network:
     for node in context.file.nodes:
         _read_node(network, node)
     return network
+
+
+def _separate(file: OnnxFile, parameters: Iterable[ParameterSpec]) -> None:
+    """Gives parameters that the exporter merged as equal, or dropped as zero, back to the nodes that use them."""
+    renamed = {use: spec for spec in parameters if spec.name != spec.initializer for use in spec.uses}
+    for node in file.nodes if renamed else ():
+        for index in range(max(len(node.inputs), _BIAS + 1)):
+            spec = renamed.get(ParameterUse(node.label, index))
+            held = node.inputs[index] if index < len(node.inputs) else ""
+            maker = file.producers.get(held)
+            shared = maker.inputs[0] if maker is not None and maker.op_type == "Identity" else held
+            if spec is None or shared != spec.initializer:
+                continue
+            header = file.initializers.get(shared)
+            if held and (header is None or header.shape != spec.shape):
+                continue  # given in another shape than the file's
+            data_type = header.data_type if header is not None else onnx.TensorProto.FLOAT
+            file.initializers[spec.name] = TensorHeader(spec.name, data_type, spec.shape)
+            file.kinds[spec.name] = "PARAMETER"
+            file.producers.pop(spec.name, None)
+            node.inputs += [""] * (index + 1 - len(node.inputs))
+            node.inputs[index] = spec.name
+    file.nodes = [node for node in file.nodes if not file.producers.keys().isdisjoint(node.outputs)]  # no mere aliases
 
 
 def _read_inputs(network: Network, context: ReadContext) -> None:

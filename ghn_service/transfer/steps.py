@@ -37,6 +37,11 @@ class Step:
     source_layer: Layer | None
 
     @property
+    def adds_nothing(self) -> bool:
+        """Whether it is a bias of zeros, which a layer may as well be without."""
+        return self.mode == "zero" and self.role == "bias" and self.layer.kind in ("conv", "deconv", "linear")
+
+    @property
     def passes_on(self) -> bool:
         """Whether it is the matrix or kernel of a layer that passes its input on."""
         return self.mode == "pass" and self.role == "weight" and self.layer.kind != "norm"
@@ -48,8 +53,10 @@ def make_steps(alignment: Alignment) -> list[Step]:
     for layer, other, mode in alignment.pairs:
         for role, tensor in layer.tensors.items():
             partner = other.tensors.get(role) if other is not None else None
-            if partner is not None or mode == "pass" or (mode == "zero" and role not in ("mean", "var")):
-                steps.setdefault(tensor.name, Step(tensor, partner, mode, role, layer, other))
+            is_new_bias = mode == "copy" and role == "bias" and partner is None and other is not None
+            how: Mode = "zero" if is_new_bias else mode
+            if partner is not None or how == "pass" or (how == "zero" and role not in ("mean", "var")):
+                steps.setdefault(tensor.name, Step(tensor, partner, how, role, layer, other))
     return list(steps.values())
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
+from ghn_client.errors import listed
 from ghn_service.errors import SourceError
+from ghn_service.graph.architecture import ParameterSpec
 from ghn_service.graph.raw_graph import GraphLimits
 from ghn_service.transfer.alignment import align
 from ghn_service.transfer.certificate import find_differences
@@ -52,8 +54,7 @@ class TransferPlan:
         contains_source: Whether it will up to the class layer, should that be reset.
         cut_groups: Channel groups that are narrower than the source's, by the layers that produce them.
         left_out: Layers of the source that the target has no place for.
-        reasons: Why a target tensor is not mapped, for every ``none``.
-        warnings: Why the transfer is not exact, and what else belongs to the function (eps of norms); sentences.
+        warnings: Why the transfer is not exact, and why tensors are not mapped; sentences.
     """
 
     origins: Mapping[str, Origin]
@@ -62,7 +63,6 @@ class TransferPlan:
     contains_source: bool = False
     cut_groups: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
-    reasons: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     _work: _Work | None = field(default=None, repr=False, compare=False)
 
@@ -90,14 +90,14 @@ class Transfer:
     statistics: Mapping[str, torch.Tensor]
     plan: TransferPlan
 
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What the user should know; sentences."""
-        return self.plan.warnings
-
 
 def plan_transfer(
-    source: Source, target_structure: bytes, *, head: Head = "auto", limits: GraphLimits | None = None
+    source: Source,
+    target_structure: bytes,
+    *,
+    head: Head = "auto",
+    limits: GraphLimits | None = None,
+    parameters: Sequence[ParameterSpec] = (),
 ) -> TransferPlan:
     """What ``transfer_weights`` would do, without a weight being read.
 
@@ -106,6 +106,8 @@ def plan_transfer(
         target_structure: A serialised ``onnx.ModelProto``, with or without weights.
         head: What happens to the class layer.
         limits: The largest model that is read.
+        parameters: Those of the target as ``read_onnx`` finds them: ones that an exporter merged are then planned one
+            by one, under their own names.
 
     Raises:
         InvalidArchitectureError: A structure is no well-formed ONNX model.
@@ -115,9 +117,9 @@ def plan_transfer(
     """
     limits = limits or GraphLimits()
     given = read_network(source.structure, limits, SOURCE_FIELD)
-    target = read_network(target_structure, limits, TARGET_FIELD)
+    target = read_network(target_structure, limits, TARGET_FIELD, parameters)
     _check_source(source, given)
-    return _plan(target, given, head)
+    return _plan(target, given, head, parameters)
 
 
 def transfer_weights(
@@ -182,7 +184,7 @@ def _check_source(source: Source, network: Network) -> None:
         raise SourceError(f"the source {source.name!r} {problem}", field=SOURCE_FIELD)
 
 
-def _plan(target: Network, given: Network, head: Head) -> TransferPlan:
+def _plan(target: Network, given: Network, head: Head, parameters: Sequence[ParameterSpec]) -> TransferPlan:
     classes, known = class_groups(target), class_groups(given)
     sizes = [[dim.size for dim in dims] for dims in (classes, known)]
     is_reset = head == "reset" or sizes[0] != sizes[1]
@@ -206,28 +208,35 @@ def _plan(target: Network, given: Network, head: Head) -> TransferPlan:
         )
     origins = {step.target.name: find_origin(step, relations) for step in kept}
     names = dict.fromkeys(tensor.name for layer in target.layers for tensor in layer.tensors.values())
-    reasons = {
-        name: refusals.get(name, "the source has no layer in this place") for name in names if name not in origins
-    }
+    missing = [name for name in names if name not in origins]
+    reasons: dict[str, list[str]] = {}
+    for name in missing:
+        reasons.setdefault(refusals.get(name, "the source has no layer in this place"), []).append(name)
+    unmapped = [f"{reason}: {listed(found, most=4)}" for reason, found in reasons.items()]
     copied = {
         step.target.name: step.source.name
         for step in kept
         if step.source is not None and step.mode == "copy" and origins[step.target.name] != "cut"
     }
+    copied |= {step.target.name: "" for step in kept if step.adds_nothing}
     refused = {id(step.layer) for step in steps if step.mode != "copy" and refusals[step.target.name]}
     inserted = [unit for unit in alignment.inserted if refused.isdisjoint(map(id, unit.layers))]
     ends = (target.output, given.output)
     if is_reset:
         ends = (class_layer_input(target, classes), class_layer_input(given, known))
     differences = find_differences(target, given, relations, copied, inserted, scales, ends) + differences
+    hidden = [spec.name for spec in parameters if spec.uses and spec.name not in target.tensors]
+    if hidden:
+        differences.append(
+            f"the file has only what an exporter made of {listed(hidden)}, which get no values of their own"
+        )
     return TransferPlan(
-        origins={**origins, **dict.fromkeys(reasons, "none")},
+        origins={**origins, **dict.fromkeys(missing, "none")},
         similarity=alignment.score,
         is_exact=not differences and not is_reset,
         contains_source=not differences,
         cut_groups=describe_cuts(kept, relations),
         left_out=tuple(dict.fromkeys(layer.label for layer in alignment.left_out)),
-        reasons=reasons,
-        warnings=(*(["the class layer is not the source's"] if is_reset else []), *differences)[:_MAX_LISTED],
+        warnings=(*differences[:_MAX_LISTED], *unmapped),
         _work=_Work(kept, relations, given.layers),
     )

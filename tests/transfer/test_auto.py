@@ -23,7 +23,7 @@ def choose(tmp_path, monkeypatch):
         save_source(tmp_path / f"{name}.safetensors", b"structure", {"weight": torch.ones(size)})
 
     def choose(**similarities):
-        def plan(source, structure, *, head, limits):
+        def plan(source, structure, **_):
             similarity = similarities.get(source.name)
             if similarity is None:
                 raise SourceError("nothing in common")

@@ -7,11 +7,13 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from torch import nn
 
 from ghn_client.outputs import largest_relative_difference
+from ghn_service.graph.onnx.reader import read_onnx
 from ghn_service.transfer.source import Source
-from ghn_service.transfer.transfer import transfer_weights
-from tests.transfer.pairs import Residual, randomise
+from ghn_service.transfer.transfer import plan_transfer, transfer_weights
+from tests.transfer.pairs import Residual, make_source, randomise
 from tests.transfer.test_zoo_pairs import PAIRS
 
 
@@ -55,6 +57,57 @@ def test_files_of_another_exporter(export):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         check_files(export(source, example), export(target, example), (3, 16, 16))
+
+
+class Block(nn.Module):
+    def __init__(self, width, *, normalize):
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.norm = nn.GroupNorm(4, width) if normalize else nn.Identity()
+        self.pointwise = nn.Conv2d(width, width, 1)
+        self.gamma = nn.Parameter(torch.full((width, 1, 1), 0.1))
+        nn.init.zeros_(self.pointwise.bias)
+
+    def forward(self, images):
+        return images + self.gamma * self.pointwise(torch.relu(self.norm(self.depthwise(images))))
+
+
+def scaled(width, depth, *, normalize):
+    """Blocks whose norms and layer scales begin alike, and biases that begin at zero."""
+    head = nn.Linear(width, 10)
+    nn.init.zeros_(head.bias)
+    blocks = [Block(width, normalize=normalize) for _ in range(depth)]
+    return nn.Sequential(nn.Conv2d(3, width, 3, padding=1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+
+
+@pytest.mark.parametrize("size", [(16, 3), (32, 5)], ids=["same", "wider and deeper"])
+@pytest.mark.parametrize(
+    ("export", "is_file"),
+    [(by_script, False), (by_script, True), (by_plain_program, False), (by_plain_program, True), (by_program, True)],
+)
+def test_equal_tensors_that_an_exporter_merged_get_their_own_values(export, is_file, size):
+    example = torch.zeros(1, 3, 16, 16)
+    normalize = export is not by_script  # which leaves no trace of which layer's norm it merged
+    trained = randomise(scaled(16, 3, normalize=normalize), example, seed=0)
+    target = scaled(*size, normalize=normalize).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        source, file = make_source(trained, example), export(target, example).SerializeToString()
+        if is_file:
+            model = export(trained, example)
+            tensors = {item.name: torch.from_numpy(numpy_helper.to_array(item)) for item in model.graph.initializer}
+            source = Source("file", model.SerializeToString(), tensors)
+    specs = tuple(read_onnx(file).parameters())
+    plan = plan_transfer(source, file, parameters=specs)
+    assert plan.is_exact, plan.warnings
+    result = transfer_weights(source, file, plan)
+    with torch.no_grad():
+        for spec in specs:
+            axes = spec.permutation or range(len(spec.shape))
+            parameter = target.get_parameter(spec.torch_name or spec.name)
+            parameter.copy_(result.tensors[spec.name].permute(*axes).reshape(parameter.shape))
+        images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+        assert largest_relative_difference(trained(images), target(images)) <= 1e-4
 
 
 @pytest.mark.slow
