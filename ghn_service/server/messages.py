@@ -13,9 +13,9 @@ import torch
 from ghn_client.wire import ghn_pb2
 from ghn_client.wire.codec import decode_enum, encode_enum
 from ghn_service.errors import InvalidOptionError
-from ghn_service.postprocess.low_rank.factorize import FUNCTION
+from ghn_service.postprocess.low_rank.factorize import FUNCTION, SCALED
 from ghn_service.postprocess.low_rank.output import FactorRecord, RankCost
-from ghn_service.postprocess.low_rank.ranks import RANK_RULES, LowRank
+from ghn_service.postprocess.low_rank.ranks import FUNCTION_ERROR, RANK_RULES, LowRank
 from ghn_service.postprocess.steps import POSTPROCESSORS, Step
 from ghn_service.predictor import (
     DECODING,
@@ -91,11 +91,12 @@ def decode_low_rank(low_rank: ghn_pb2.LowRankOutput, *, with_curves: bool = Fals
     Raises:
         InvalidOptionError: No rule is given, or a value is impossible.
     """
-    method = _decode_choice(ghn_pb2.LowRankMethod, low_rank.method, field="low_rank.method") or FUNCTION
+    method = _decode_choice(ghn_pb2.LowRankMethod, low_rank.method, field="low_rank.method")
     rule = low_rank.WhichOneof("rank_rule")
     if rule is None:
         raise InvalidOptionError(f"expected one of {', '.join(RANK_RULES)}, got none", field="low_rank.rank_rule")
-    return LowRank(rule, float(getattr(low_rank, rule)), method, with_curves, low_rank.force)
+    best = FUNCTION if rule == FUNCTION_ERROR else SCALED
+    return LowRank(rule, float(getattr(low_rank, rule)), method or best, with_curves, low_rank.force)
 
 
 def decode_dtype(dtype: int) -> str:

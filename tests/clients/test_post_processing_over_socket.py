@@ -126,6 +126,16 @@ def test_factors_load_into_a_factored_module_and_equal_the_filled_onnx(
     torch.testing.assert_close(by_module, dense, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("rule", "method"), [("fraction", "scaled"), ("energy", "scaled"), ("function_error", "function")]
+)
+def test_the_method_is_what_trains_best_unless_the_function_is_asked_for(
+    client: GHNClient, model: Path, rule: str, method: str
+) -> None:
+    layers = client.analyze(model, low_rank={rule: 0.5}).low_rank
+    assert method in {layer.method for layer in layers} <= {method, "spectral"}  # spectral where a norm follows
+
+
 def test_the_file_says_enough_to_use_its_factors_alone(client: GHNClient, model: Path) -> None:
     low_rank = client.predict(model, low_rank={"function_error": 0.5}).metadata.low_rank
     (entry,) = [layer for layer in low_rank["layers"] if layer["parameter"] == "2.weight"]

@@ -59,7 +59,7 @@ class _LowRankMethod:
 class _LowRankMethodEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_LowRankMethod.ValueType], builtins.type):
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     LOW_RANK_METHOD_UNSPECIFIED: _LowRankMethod.ValueType  # 0
-    """The server chooses: LOW_RANK_METHOD_FUNCTION."""
+    """The server chooses: FUNCTION with the rule `function_error`, else SCALED."""
     LOW_RANK_METHOD_SPECTRAL: _LowRankMethod.ValueType  # 1
     """Balanced truncated singular value decomposition: nearest in the weights."""
     LOW_RANK_METHOD_FUNCTION: _LowRankMethod.ValueType  # 2
@@ -73,7 +73,7 @@ class LowRankMethod(_LowRankMethod, metaclass=_LowRankMethodEnumTypeWrapper):
     """How factors of a low-rank layer are computed from its weight."""
 
 LOW_RANK_METHOD_UNSPECIFIED: LowRankMethod.ValueType  # 0
-"""The server chooses: LOW_RANK_METHOD_FUNCTION."""
+"""The server chooses: FUNCTION with the rule `function_error`, else SCALED."""
 LOW_RANK_METHOD_SPECTRAL: LowRankMethod.ValueType  # 1
 """Balanced truncated singular value decomposition: nearest in the weights."""
 LOW_RANK_METHOD_FUNCTION: LowRankMethod.ValueType  # 2

@@ -39,7 +39,7 @@ def factorize(
     weight: torch.Tensor,
     rank: int,
     *,
-    method: str = FUNCTION,
+    method: str = SCALED,
     activation: str = "relu",
     steps: int = OPTIMIZER_STEPS,
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from ghn_service.errors import InvalidOptionError
-from ghn_service.postprocess.low_rank.factorize import FUNCTION, METHODS, SCALED, SPECTRAL, Decomposition
+from ghn_service.postprocess.low_rank.factorize import METHODS, SCALED, SPECTRAL, Decomposition
 from ghn_service.postprocess.low_rank.kernels import ActivationKernel
 from ghn_service.postprocess.options import require_known, require_share
 
@@ -51,7 +51,7 @@ class LowRank:
 
     rule: str
     value: float
-    method: str = FUNCTION
+    method: str = SCALED
     with_curves: bool = False
     force: bool = False
 
