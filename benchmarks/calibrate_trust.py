@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.experiment import Cell, file_digest, fill_page, grouped, run_cells, table
+from benchmarks.experiment import Cell, file_digest, fill_page, grouped, run_cells
 from ghn_architectures.architecture import Interface
 from ghn_architectures.registry import build_network
 from ghn_client import GHNClient
 from ghn_client.finetune.images import ImageSet, measure_normalization
 from ghn_service.training.evaluation.fine_tune import FineTuneData, FineTuneSettings, fine_tune
+from ghn_service.training.evaluation.report import markdown_table
 from ghn_service.training.evaluation.results import read_lines
 from ghn_service.training.evaluation.zero_shot import he_initialize
 from ghn_service.training.images import require_split
@@ -235,7 +236,9 @@ def gain_table(measured: list[Cell], client: GHNClient) -> list[str]:
         columns = [[gain[index] for gain in found] for index in range(len(STEPS))]
         texts = [f"{median(column):+.1f} ({sum(value > 0 for value in column)})" for column in columns if column]
         rows.append([("thresholds", "others")[half], verdict, len(found), *(texts or ["-"] * len(STEPS))])
-    return table(["networks", "verdict", "number", *(f"median gain after {step} (ahead)" for step in STEPS)], rows)
+    return markdown_table(
+        ["networks", "verdict", "number", *(f"median gain after {step} (ahead)" for step in STEPS)], rows
+    )
 
 
 def head_table(measured: list[Cell]) -> list[str]:
@@ -244,7 +247,7 @@ def head_table(measured: list[Cell]) -> list[str]:
     for (classes, network), cells in grouped(measured, "classes", "network").items():
         texts = {cell["head"]: " / ".join(f"{100 * cell[str(step)]:.1f}" for step in STEPS) for cell in cells}
         rows.append([classes, network, *(texts.get(head, "-") for head in HEADS[20])])
-    return table(["classes", "network", *HEADS[20]], sorted(rows))
+    return markdown_table(["classes", "network", *HEADS[20]], sorted(rows))
 
 
 if __name__ == "__main__":

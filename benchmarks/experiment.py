@@ -15,8 +15,9 @@ from ghn_client.atomic_file import write_file
 from ghn_client.finetune.images import measure_normalization
 from ghn_service.training.evaluation.fine_tune import FineTuneData, mean_and_error
 from ghn_service.training.evaluation.results import append_line, read_lines
-from ghn_service.training.images import load_split, require_split, split_validation
+from ghn_service.training.images import load_training_data, require_split
 from ghn_service.training.processes import work_through
+from ghn_service.training.settings import DataSettings
 
 Cell = dict[str, Any]
 CHOOSING_SEEDS = (1000, 1001, 1002)
@@ -62,12 +63,9 @@ def _measured(measure: Callable[[Cell], Cell], cell: Cell) -> Cell:
 @functools.cache
 def image_data(folder: Path, cache: Path | None, *, image_size: int, held_out: int) -> FineTuneData:
     """Training images in colour without the held-out ones, those (or the folder's own), and test images; read once."""
-    training, test = (
-        require_split(folder, split, image_size=image_size, channels=3, cache=cache) for split in ("train", "test")
-    )
-    validation = load_split(folder, "validation", image_size=image_size, channels=3, cache=cache)
-    if validation is None:
-        training, validation = split_validation(training, held_out)
+    settings = DataSettings(image_size=image_size, channels=3, validation_images=held_out)
+    training, validation = load_training_data(folder, settings, cache)
+    test = require_split(folder, "test", image_size=image_size, channels=3, cache=cache)
     return FineTuneData(training, validation, test, measure_normalization(training))
 
 
@@ -118,12 +116,6 @@ def percent(values: Sequence[float], digits: int = 1, sign: str = "") -> str:
     """Mean and standard error of shares, in percent."""
     mean, error = mean_and_error(values)
     return f"{100 * mean:{sign}.{digits}f} ± {100 * error:.{digits}f}"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    """Lines of a Markdown table."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (header, *rows)]
-    return [lines[0], "|---" * len(header) + "|", *lines[1:]]
 
 
 def fill_page(

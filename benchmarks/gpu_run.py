@@ -31,12 +31,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.experiment import table
 from benchmarks.measure import timed
 from benchmarks.serving import MODELS, PUBLISHED, save_untrained
 from ghn_client import export_architecture
 from ghn_client.atomic_file import write_file
 from ghn_service.predictor import Predictor
+from ghn_service.training.evaluation.report import markdown_table
 from ghn_service.training.run_log import read_log
 from tests.zoo_support import build_torchvision
 
@@ -139,7 +139,7 @@ def measure_serving(device: str, models: Sequence[str], repeats: int) -> list[st
             times = [whole, *stages, statistics.median(copies)]
             rows.append([size, model, f"{num_bytes / 2**20:.0f}", *(f"{1000 * value:.1f}" for value in times)])
     header = ["size", "network", "MiB", "bytes to weights, ms", *runs[0][1].seconds, "copy to the host"]
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def summarize(options: argparse.Namespace, choice: dict[str, Any], notes: Sequence[str]) -> None:
@@ -152,8 +152,13 @@ def summarize(options: argparse.Namespace, choice: dict[str, Any], notes: Sequen
     ]
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "processor"
     lines = [f"# Training on {name}", "", *notes, "", "## Ways", ""]
-    lines += [*table(["processes", "recorded", "networks/s"], choice.get("rates", [])), "", "## Validation", ""]
-    lines += table(["step", "mean", "best", "worst"], curve)
+    lines += [
+        *markdown_table(["processes", "recorded", "networks/s"], choice.get("rates", [])),
+        "",
+        "## Validation",
+        "",
+    ]
+    lines += markdown_table(["step", "mean", "best", "worst"], curve)
     write_file(options.out / "summary.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 

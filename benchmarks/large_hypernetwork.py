@@ -14,11 +14,12 @@ import time
 
 import torch
 
-from benchmarks.measure import MIB, print_table, status_bytes
+from benchmarks.measure import MIB, status_bytes
 from benchmarks.serving import PUBLISHED, save_untrained
 from ghn_service.graph.onnx.reader import read_onnx
 from ghn_service.graph.op_types import OP_TYPE_NAMES
 from ghn_service.predictor import Predictor
+from ghn_service.training.evaluation.report import markdown_table
 from tests.zoo_support import build_torchvision, export
 
 PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm")
@@ -57,7 +58,7 @@ def main() -> None:
             times = [f"{memory:,.0f}", f"{statistics.median(seconds[1:]):.2f}", f"{products:.0%}"]
             rows.append([dtype, *times, f"{statistics.median(off):.1e}", f"{max(off):.1e}"])
             del predictor, found
-    print_table(HEADER, rows)
+    print("\n".join(markdown_table(HEADER, rows)))
 
 
 if __name__ == "__main__":

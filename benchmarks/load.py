@@ -23,10 +23,10 @@ from typing import Any
 import torch
 import trustme
 
-from benchmarks.measure import print_table
 from benchmarks.processes import running, serve_hypernetwork
 from benchmarks.serving import save_untrained
 from ghn_client import GHNClient
+from ghn_service.training.evaluation.report import markdown_table
 from tests.data.regenerate import stored_model
 
 NETWORKS = {"squeezenet1_1": "small, 5 MB", "resnet50": "large, 102 MB"}
@@ -119,7 +119,7 @@ def report(rows: Sequence[Row]) -> None:
             rate, shares[0] = f"1 ({row['requests_per_s']:.1f})", f"1 ({row['p50_s']:.3f} s)"
         cells.append([row["network"], row["variant"], str(row["clients"]), rate, *shares])
     print("\nServing under load, ratios to one client alone:\n")
-    print_table(header, cells)
+    print("\n".join(markdown_table(header, cells)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -86,11 +86,3 @@ def status_bytes(field: str, pid: int | None = None) -> int:
 
 def _process_file(name: str, pid: int | None) -> Path:
     return Path("/proc") / (str(pid) if pid else "self") / name
-
-
-def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """Prints a Markdown table."""
-    print("| " + " | ".join(header) + " |")
-    print("|" + "|".join(" --- " if index == 0 else " ---: " for index in range(len(header))) + "|")
-    for row in rows:
-        print("| " + " | ".join(row) + " |")

@@ -22,10 +22,11 @@ import torch
 from torch import nn
 
 from benchmarks.charts import line_chart
-from benchmarks.experiment import Cell, fill_page, grouped, run_cells, table
+from benchmarks.experiment import Cell, fill_page, grouped, run_cells
 from ghn_client.finetune.additive import additive
 from ghn_client.finetune.images import ImageBatches, load_images
 from ghn_client.finetune.patch.solver import patch
+from ghn_service.training.evaluation.report import markdown_table
 
 FULL = {
     "samples": (1000, 5000, 20000),
@@ -164,7 +165,7 @@ def report(results: list[Cell]) -> tuple[dict[str, list[str]], str]:
     slopes = ", ".join(f"{slope(points):.2f} ({name})" for name, points in lines.items() if len(points) > 1)
     blocks = {
         "additive: certificates": [certificates],
-        "additive: closed form": table(
+        "additive: closed form": markdown_table(
             ["samples K", "labels N", *names],
             (_row(closed, kinds, *size) for size in grouped(closed, "samples", "changed")),
         ),
@@ -203,7 +204,7 @@ def _trained_table(cells: list[Cell]) -> list[str]:
             row.append(f"{statistics.median(neurons):.0f} ({min(neurons)} to {max(neurons)}{open_end})")
         rows.append(row)
     rows.append(["slope", *(f"{slope(points):.2f}" for points in medians.values())])
-    return table(["labels N", *(f"{dimensions} inputs, {depth} layers" for dimensions, depth in kinds)], rows)
+    return markdown_table(["labels N", *(f"{dimensions} inputs, {depth} layers" for dimensions, depth in kinds)], rows)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -34,7 +34,6 @@ from benchmarks.experiment import (
     image_data,
     percent,
     run_seeds,
-    table,
     verdict,
 )
 from ghn_architectures.architecture import Architecture, Configuration, Interface
@@ -55,6 +54,7 @@ from ghn_service.training.evaluation.fine_tune import (
     mean_and_error,
     small_training_set,
 )
+from ghn_service.training.evaluation.report import markdown_table
 from ghn_service.training.evaluation.zero_shot import he_module, initial_module, load_tensors
 from ghn_service.training.precision import choose_precision
 
@@ -184,7 +184,7 @@ def accuracy_table(results: Sequence[Cell]) -> list[str]:
                 text += f" ({percent([a['accuracy'] - b['accuracy'] for a, b in both], 1, '+')})"
             row.append(f"{text}, {cells[0]['rate']:g}")
         rows.append(row)
-    return table(["start", *(f"{network}, {data}" for network, data in columns)], rows)
+    return markdown_table(["start", *(f"{network}, {data}" for network, data in columns)], rows)
 
 
 def verdicts(results: Sequence[Cell]) -> Iterator[str]:
@@ -219,7 +219,7 @@ def diversity_table(arguments: argparse.Namespace) -> list[str]:
             )
             row.append(f"{tiled:.0%}, {rank / full:.0%}, {effective / full:.0%}, {cosine:.3f}")
         rows.append(row)
-    return table(["start", *arguments.networks], rows)
+    return markdown_table(["start", *arguments.networks], rows)
 
 
 def setting(arguments: argparse.Namespace) -> str:

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.experiment import fill_page, table
+from benchmarks.experiment import fill_page
 from ghn_client.finetune import express, random_norm_network
 from ghn_client.finetune.express.pairing import express_width
+from ghn_service.training.evaluation.report import markdown_table
 
 INPUTS, OUTPUTS = 16, (1, 2, 4, 10, 16)
 SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
@@ -48,7 +49,7 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     torch.set_num_threads(1)
     header = ["outputs", *(f"sparsity {sparsity:g}" for sparsity in SPARSITIES)]
-    fill_page(arguments.output, {"express: width": table(header, rows(arguments.seeds))}, {})
+    fill_page(arguments.output, {"express: width": markdown_table(header, rows(arguments.seeds))}, {})
 
 
 if __name__ == "__main__":

@@ -46,7 +46,6 @@ from benchmarks.experiment import (
     image_data,
     percent,
     run_seeds,
-    table,
     verdict,
 )
 from ghn_client import GHNClient
@@ -57,6 +56,7 @@ from ghn_client.finetune.images import ImageSet, Normalization
 from ghn_service.postprocess.low_rank.factorize import factorize, relative_function_error
 from ghn_service.published import BUNDLED_CHECKPOINTS
 from ghn_service.training.evaluation.fine_tune import mean_and_error
+from ghn_service.training.evaluation.report import markdown_table
 from ghn_service.training.evaluation.zero_shot import accuracy
 from ghn_service.training.images import Augmentation, Batches
 from ghn_service.training.networks import to_channels_last
@@ -91,7 +91,7 @@ def layer_errors() -> list[str]:
                 u, v = factors(weight, rank, way)
                 errors[way] += relative_function_error(weight, u, v, activation="relu") / 3
         rows.append([f"{inputs} x {width}", rank, *(f"{error:.4f}" for error in errors.values())])
-    return table(["inputs x width", "rank", *WAYS], rows)
+    return markdown_table(["inputs x width", "rank", *WAYS], rows)
 
 
 def factors(weight: torch.Tensor, rank: int, way: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,7 +226,7 @@ def predicted_table(results: Sequence[Cell], arguments: argparse.Namespace) -> l
     few = f"{FEW['images']:,} images of {arguments.other_data.name} and {FEW['steps']} steps, otherwise as above"
     digest = f"hypernetwork: SHA-256 `{file_digest(arguments.checkpoint)}...`"
     header = f"{few}; {digest}. A dense network has one figure."
-    return [header, "", *table(["rank", "start", *PRODUCT_WAYS], rows)]
+    return [header, "", *markdown_table(["rank", "start", *PRODUCT_WAYS], rows)]
 
 
 def accuracy_table(results: Sequence[Cell]) -> list[str]:
@@ -240,7 +240,7 @@ def accuracy_table(results: Sequence[Cell]) -> list[str]:
             accuracy = f"**{accuracy}**" if means[way] == max(means.values()) and DENSE not in ways else accuracy
             row.append(f"{accuracy}, {ways[way][0]['rate']:g}{_at_chance(ways[way])}")
         rows.append([*row, *["-"] * (len(WAYS) + 3 - len(row))])
-    return table(["BatchNorm", "rank", "parameters", *WAYS], rows)
+    return markdown_table(["BatchNorm", "rank", "parameters", *WAYS], rows)
 
 
 def verdicts(results: Sequence[Cell]) -> Iterator[str]:
@@ -353,7 +353,7 @@ def print_costs() -> None:
     rows = [
         cost_row(network, size) for network in ("resnet50", "vit_b_16", "convnext_tiny") for size in (1 / 16, 1 / 4)
     ]
-    print("\n".join(table(["network", "rank / full", "layers", "activation", *ways], rows)))
+    print("\n".join(markdown_table(["network", "rank / full", "layers", "activation", *ways], rows)))
 
 
 def main(words: Sequence[str] | None = None) -> None:

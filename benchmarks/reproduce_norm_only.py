@@ -40,7 +40,6 @@ from benchmarks.experiment import (
     image_data,
     percent,
     run_seeds,
-    table,
 )
 from ghn_architectures.architecture import Interface
 from ghn_architectures.convnet import ConvNetConfiguration
@@ -56,6 +55,7 @@ from ghn_client.finetune.norm_only import gamma_report
 from ghn_client.finetune.strategies import prepare
 from ghn_service.published import BUNDLED_CHECKPOINTS
 from ghn_service.training.evaluation.fine_tune import small_training_set
+from ghn_service.training.evaluation.report import markdown_table
 from ghn_service.training.networks import to_channels_last
 from ghn_service.training.precision import avoid_slow_layers, choose_precision, target_passes
 
@@ -237,7 +237,7 @@ def _control_table(cells: list[Cell]) -> list[str]:
         "disabled channels",
         "with those at zero",
     ]
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _verdicts(cells: list[Cell]) -> list[str]:
@@ -276,7 +276,7 @@ def _story_table(story: list[Cell]) -> list[str]:
             }
             sizes = [f"{group[0]['trainable']:,}", f"{group[0]['delta_bytes'] / 1024:.1f} KiB"]
             rows.append([network, strategy, *sizes, *(found[start] for start in starts)])
-    return table(["network", "tuned", "numbers", "delta", *(f"from {start}" for start in starts)], rows)
+    return markdown_table(["network", "tuned", "numbers", "delta", *(f"from {start}" for start in starts)], rows)
 
 
 def _mean(group: list[Cell], key: str) -> float:

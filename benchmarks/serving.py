@@ -31,7 +31,7 @@ from typing import Any
 import grpc
 import torch
 
-from benchmarks.measure import MIB, PeakMemory, median_seconds, paired_cpu_seconds, print_table, timed, warm_memory
+from benchmarks.measure import MIB, PeakMemory, median_seconds, paired_cpu_seconds, timed, warm_memory
 from benchmarks.processes import receive_raw_bytes, running, serve_hypernetwork, serve_raw_bytes
 from ghn_client import GHNClient, export_architecture
 from ghn_client.huge_pages import allocate_buffer
@@ -39,6 +39,7 @@ from ghn_service.hypernetwork.checkpoint import save_checkpoint
 from ghn_service.hypernetwork.config import GHNConfig
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
 from ghn_service.predictor import Predictor
+from ghn_service.training.evaluation.report import markdown_table
 from tests.zoo_support import build_torchvision
 
 MODELS = ("resnet50", "vit_b_16", "convnext_tiny", "efficientnet_b0", "swin_t")
@@ -187,7 +188,11 @@ def report(rows: Sequence[Row]) -> None:
     """Prints the tables."""
     for title, columns in TABLES.items():
         print(f"\n{title}:\n")
-        print_table(list(columns), [[text.format(**row) for text in columns.values()] for row in rows])
+        print(
+            "\n".join(
+                markdown_table(list(columns), [[text.format(**row) for text in columns.values()] for row in rows])
+            )
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -36,25 +36,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks.experiment import Cell, file_digest, fill_page, grouped, percent, run_cells, table
+from benchmarks.experiment import Cell, file_digest, fill_page, grouped, image_data, percent, run_cells
 from benchmarks.measure import MIB, PeakMemory
 from ghn_architectures.architecture import Architecture, Interface
 from ghn_architectures.layers import round_channels
 from ghn_architectures.registry import ARCHITECTURES, SOURCES
 from ghn_architectures.vit import VisionTransformerConfiguration
 from ghn_client.client import GHNClient
-from ghn_client.finetune.images import Normalization, measure_normalization
+from ghn_client.finetune.images import Normalization
 from ghn_client.least_squares import refit
 from ghn_client.onnx.export import export_architecture
 from ghn_client.sources import as_source, read_local
 from ghn_service.predictor import PlannedTransfer, PredictionOptions, Predictor
 from ghn_service.published import BUNDLED_CHECKPOINTS
 from ghn_service.training.evaluation.fine_tune import FineTuneData, FineTuneSettings, fine_tune, small_training_set
+from ghn_service.training.evaluation.report import markdown_table
 from ghn_service.training.evaluation.zero_shot import accuracy, he_module, initial_module, recalibrated_accuracy
-from ghn_service.training.images import load_training_data, require_split
 from ghn_service.training.networks import find_network, multiply_adds
 from ghn_service.training.precision import choose_precision, keep_freed_memory, target_passes
-from ghn_service.training.settings import DataSettings
 from ghn_service.transfer import BUNDLED_SOURCES
 from ghn_service.transfer.auto import MINIMUM_SIMILARITY, choose_source
 from ghn_service.transfer.library import Library, digest_of
@@ -107,10 +106,8 @@ class Bench:
         """Training images without the held-out ones, those, and test images, in colour."""
         torch.set_num_threads(1)
         keep_freed_memory()
-        settings = DataSettings(image_size=self.image_size, channels=3)
-        training, validation = load_training_data(self.data, settings, self.cache)
-        test = require_split(self.data, "test", image_size=self.image_size, channels=3, cache=self.cache)
-        return FineTuneData(training, validation, test.first(self.test_images), measure_normalization(training))
+        data = image_data(self.data, self.cache, image_size=self.image_size, held_out=5000)
+        return dataclasses.replace(data, test=data.test.first(self.test_images))
 
     def architecture(self, name: str) -> Architecture:
         """``split/number``, ``reference/name``, ``cut/source/factor`` or ``odd/number``."""
@@ -287,7 +284,9 @@ def threshold(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]
             rows.append([f"{low / 10:.1f} to {(low + 1) / 10:.1f}", len(part), *means, wins])
     header = ["similarity", "networks", "most similar source", HYPERNETWORK, "source ahead"]
     limit, mean = best_threshold(pairs)
-    return {"threshold": [*table(header, rows), "", f"Best from {limit:.3f} on, with a mean of {100 * mean:.1f}%."]}
+    return {
+        "threshold": [*markdown_table(header, rows), "", f"Best from {limit:.3f} on, with a mean of {100 * mean:.1f}%."]
+    }
 
 
 def zero_shot(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]:
@@ -310,7 +309,7 @@ def zero_shot(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]
     for title, members in groups.items():
         sides = [percent(side) for side in zip(*members, strict=True)]
         rows.append([f"mean of {len(members)}: {title}", *sides, ""])
-    return {"zero-shot": table(["network", HYPERNETWORK, AUTO, "what auto took"], rows)}
+    return {"zero-shot": markdown_table(["network", HYPERNETWORK, AUTO, "what auto took"], rows)}
 
 
 def cutting(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]:
@@ -332,7 +331,7 @@ def cutting(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]:
                 score, after = cell["accuracy"], [item["at"][str(steps)] for item in tuned.get((cell["weights"],), ())]
                 shown = [f"{100 * score:.1f}", f"{100 * score / whole:.0f}%", percent(after) if after else ""]
                 rows.append([source, factor, cell["weights"], *shown])
-    return {"cutting": table(["source", "width x", "start", "accuracy", "kept", "after 100 steps"], rows)}
+    return {"cutting": markdown_table(["source", "width x", "start", "accuracy", "kept", "after 100 steps"], rows)}
 
 
 def tune_odd(bench: Bench, options: argparse.Namespace, numbers: Iterable[int], sizes: Iterable[Cell]) -> list[Cell]:
@@ -359,7 +358,7 @@ def fine_tuning(bench: Bench, options: argparse.Namespace) -> dict[str, list[str
         rows.append([f"{images:,}" if images else "all", step, *values])
     header = ["images", "steps", HE, HYPERNETWORK, AUTO, "auto - He", "ahead", "auto - hypernetwork", "ahead"]
     note = f"{options.variants} variants, {options.seeds} seeds, rates from {', '.join(map(str, RATES))}."
-    return {f"fine-tuning on {bench.data.name}": [*table(header, rows), "", note]}
+    return {f"fine-tuning on {bench.data.name}": [*markdown_table(header, rows), "", note]}
 
 
 def to_the_end(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]:
@@ -371,7 +370,9 @@ def to_the_end(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]
         [kind, *(percent([cell["at"][str(epoch * every)] for cell in side]) for epoch in epochs)]
         for (kind,), side in grouped(found, "start").items()
     ]
-    return {f"to the end on {bench.data.name}": table(["start", *(f"epoch {epoch}" for epoch in epochs)], rows)}
+    return {
+        f"to the end on {bench.data.name}": markdown_table(["start", *(f"epoch {epoch}" for epoch in epochs)], rows)
+    }
 
 
 def lite_network(changes: Mapping[str, Any], num_classes: int) -> nn.Module:
@@ -431,7 +432,7 @@ def imagenet(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]:
         [name, *(percent([cell["at"][str(steps)] for cell in side]) for side in grouped(group, "weights").values())]
         for (name,), group in grouped(found, "network").items()
     ]
-    return {f"ImageNet weights on {bench.data.name}": table(["target", *starts], rows)}
+    return {f"ImageNet weights on {bench.data.name}": markdown_table(["target", *starts], rows)}
 
 
 def speed(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]:
@@ -463,7 +464,7 @@ def speed(bench: Bench, options: argparse.Namespace) -> dict[str, list[str]]:
             note(f"{name}: plan and transfer", partial(transfer_weights, whole, structure))
             note(f"{name}: export", partial(export_architecture, target, example))
             note(f"{name}: the whole call", partial(client.predict, target, example, source=source))
-    return {"speed": table(["step", "processor seconds", "MiB taken at most"], rows)}
+    return {"speed": markdown_table(["step", "processor seconds", "MiB taken at most"], rows)}
 
 
 PARTS: dict[str, Callable[[Bench, argparse.Namespace], dict[str, list[str]]]] = {

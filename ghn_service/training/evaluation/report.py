@@ -209,9 +209,13 @@ def _by(items: Iterable[Any], attribute: str) -> list[tuple[Any, list[Any]]]:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table; empty without rows."""
+    return "\n".join(markdown_table(header, rows))
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Lines of a Markdown table; none without rows."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    return "\n".join([f"| {' | '.join(header)} |", "|---" * len(header) + "|", *lines]) if lines else ""
+    return ["| " + " | ".join(header) + " |", "|---" * len(header) + "|", *lines] if lines else []
 
 
 def _percent(values: Iterable[float]) -> str:
