@@ -173,7 +173,7 @@ def plan_source(
         choice = choose_source(library, structure, head=head, limits=limits, parameters=parameters)
         if choice.source is None or choice.plan is None:
             return None, (
-                f"The hypernetwork alone serves this architecture better than any source. {choice.reasons[0]}",
+                f"The hypernetwork alone serves this architecture better than any source: {choice.reasons[0]}",
             )
         return PlannedTransfer(choice.source, structure, choice.plan, head, post_process), ()
     source = library.load(name)

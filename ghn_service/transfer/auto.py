@@ -37,7 +37,7 @@ class Choice:
     Attributes:
         source: The trained network; None where the hypernetwork alone serves the architecture better.
         plan: What fits, with a source.
-        reasons: A sentence on every network of the library, the chosen one first.
+        reasons: A sentence on every network of the library, the chosen one first; where none is, first why.
     """
 
     source: Source | None
@@ -84,8 +84,8 @@ def choose_source(
         (contained, score), source, plan = found[0]
         if contained or score >= minimum_similarity:
             return Choice(library.load(source.name), plan, (*reasons, *refused))
-        reasons.insert(0, f"None is contained or has a similarity of at least {minimum_similarity:g}.")
-    return Choice(None, None, (*reasons, *refused) or ("The library has no source.",))
+    none = f"none is contained or has a similarity of at least {minimum_similarity:g}."
+    return Choice(None, None, (none, *reasons, *refused))
 
 
 def _describe(source: Source, plan: TransferPlan) -> str:
