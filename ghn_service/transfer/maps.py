@@ -74,6 +74,10 @@ class ChannelMaps:
             index, shares = combined.flatten(), (shares[:, None] * part.shares[None, :]).flatten()
         return ChannelMap(index, shares)
 
+    def is_cut(self, axis: Dim) -> bool:
+        """Whether an axis is one group of channels, of which the source has more."""
+        return axis.factors() == [axis.root()] and self.relations.kind(axis.root()) == "cut"
+
     def _factor(self, factor: Dim, source: Dim) -> ChannelMap:
         if factor.kind == "leaf":
             return self._of.get(factor) or ChannelMap.identity(factor.size)

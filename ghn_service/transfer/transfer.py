@@ -16,7 +16,7 @@ from ghn_service.transfer.alignment import align
 from ghn_service.transfer.certificate import find_differences
 from ghn_service.transfer.importance import rank_channels
 from ghn_service.transfer.maps import ChannelMaps
-from ghn_service.transfer.network import Layer, Network
+from ghn_service.transfer.network import Network
 from ghn_service.transfer.reading import read_network
 from ghn_service.transfer.relations import Relations
 from ghn_service.transfer.scales import attention_scales, gains
@@ -69,11 +69,11 @@ class TransferPlan:
 
 @dataclass(eq=False, slots=True)
 class _Work:
-    """What carrying out a plan needs: how each tensor is made, and the source's layers."""
+    """What carrying out a plan needs: how each tensor is made, and the source as it was read."""
 
     steps: list[Step]
     relations: Relations
-    layers: list[Layer]
+    given: Network
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,15 +147,15 @@ def transfer_weights(
     if plan is None or plan._work is None:
         plan = plan_transfer(source, target_structure, head=head, limits=limits)
     assert plan._work is not None
-    relations = plan._work.relations
+    relations, given = plan._work.relations, plan._work.given
     changed = {theirs for mine, theirs in relations.of.items() if mine.size != theirs.size and theirs.size > 1}
-    importance = rank_channels(plan._work.layers, source.tensors, changed) if changed else {}
+    importance = rank_channels(given.layers, source.tensors, changed) if changed else {}
     maps = ChannelMaps(relations, importance, torch.Generator().manual_seed(seed))
     tensors: dict[str, torch.Tensor] = {}
     statistics: dict[str, torch.Tensor] = {}
     for step in plan._work.steps:
         found = statistics if step.target.kind == "statistic" else tensors
-        found[step.target.name] = make_tensor(step, source.tensors, maps)
+        found[step.target.name] = make_tensor(step, source.tensors, maps, given)
     return Transfer(tensors, statistics, plan)
 
 
@@ -238,5 +238,5 @@ def _plan(target: Network, given: Network, head: Head, parameters: Sequence[Para
         cut_groups=describe_cuts(kept, relations),
         left_out=tuple(dict.fromkeys(layer.label for layer in alignment.left_out)),
         warnings=(*differences[:_MAX_LISTED], *unmapped),
-        _work=_Work(kept, relations, given.layers),
+        _work=_Work(kept, relations, given),
     )

@@ -9,20 +9,21 @@ import torch
 from torch.nn import functional
 
 from ghn_service.transfer.axes import Dim, product
+from ghn_service.transfer.compensation import compensate
 from ghn_service.transfer.maps import ChannelMap, ChannelMaps
-from ghn_service.transfer.network import Layer, Tensor
+from ghn_service.transfer.network import Layer, Network, Tensor
 from ghn_service.transfer.relations import Relations
 from ghn_service.transfer.steps import Step, kernel_room
 
 
-def make_tensor(step: Step, values: Mapping[str, torch.Tensor], maps: ChannelMaps) -> torch.Tensor:
-    """The values of one target tensor; the source's own tensor where nothing changes."""
+def make_tensor(step: Step, values: Mapping[str, torch.Tensor], maps: ChannelMaps, given: Network) -> torch.Tensor:
+    """The values of one target tensor, from those of the network ``given``; its own tensor where nothing changes."""
     if step.mode == "zero":  # statistics of another stage's block need not fit
         return torch.full(step.target.shape, 1.0 if step.role == "var" else 0.0)
     if step.source is None:
         return _passing_values(step, maps)
     original = values[step.source.name]
-    value = _apply_gains(_map_channels(original, step, maps), step, maps.relations)
+    value = _apply_gains(_map_channels(step, values, maps, given), step, maps.relations)
     if step.layer.kind == "conv" and step.role == "weight" and step.source_layer is not None:
         value = _place_kernel(value, step.layer, step.source_layer)
     elif tuple(value.shape) != step.target.shape:
@@ -34,9 +35,9 @@ def make_tensor(step: Step, values: Mapping[str, torch.Tensor], maps: ChannelMap
     return value if value is original else value.contiguous()
 
 
-def _map_channels(value: torch.Tensor, step: Step, maps: ChannelMaps) -> torch.Tensor:
+def _map_channels(step: Step, values: Mapping[str, torch.Tensor], maps: ChannelMaps, given: Network) -> torch.Tensor:
     assert step.source is not None
-    target = step.target
+    value, target = values[step.source.name], step.target
     for position, (mine, theirs) in enumerate(zip(target.axes, step.source.axes, strict=True)):
         if mine.is_positions or mine.has("rows"):
             continue
@@ -47,8 +48,14 @@ def _map_channels(value: torch.Tensor, step: Step, maps: ChannelMaps) -> torch.T
         found = maps.axis(mine, theirs)
         if found is None:
             continue
-        value = value.index_select(position, found.index.clamp_min(0).to(value.device))
         is_read = position in target.contracted
+        if is_read and step.source_layer is not None and maps.is_cut(mine):
+            blend = compensate(given, values, step.source_layer, found.index, theirs.size)
+            if blend is not None:
+                moved = value.float().movedim(position, -1) @ blend.T.to(value.device, torch.float32)
+                value = moved.movedim(-1, position)
+                continue
+        value = value.index_select(position, found.index.clamp_min(0).to(value.device))
         shares = found.shares if is_read and not target.is_looked_up else (found.index >= 0).double()
         if not bool((shares == 1).all()):
             value = value.float() if value.element_size() < 4 else value  # shares rounded to half no longer add to one

@@ -124,7 +124,7 @@ class Quadrature:
 
     def _coefficients(self, length: torch.Tensor) -> torch.Tensor:
         """c_k (M, n) for lengths (M,)."""
-        points, transform = (value.to(length) for value in _gauss_hermite(self.nodes))
+        points, transform = (value.to(length) for value in gauss_hermite(self.nodes))
         return self.function(length[:, None] * points) @ transform
 
     def _powers(self, cosine: torch.Tensor) -> torch.Tensor:
@@ -133,7 +133,7 @@ class Quadrature:
 
 
 @lru_cache(maxsize=8)
-def _gauss_hermite(nodes: int) -> tuple[torch.Tensor, torch.Tensor]:
+def gauss_hermite(nodes: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Points t_j (n,) and the matrix w_j h_k(t_j) (n, n) that turns values on them into Hermite coefficients.
 
     Both come from the eigenvectors of the Jacobi matrix of the Hermite polynomials (Golub and Welsch 1969), which are
