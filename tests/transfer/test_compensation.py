@@ -44,7 +44,7 @@ def repeat_channels(*layers, copies=4, scale=0.1):
                     values[-copies:] = values[:copies] * (scale if is_scaled else 1.0)
 
 
-def difference(source, target):
+def difference(source, target, *, in_training=False):
     """Relative difference of the outputs of a source and of what it gives a narrower network."""
     result = transfer_weights(make_source(source, EXAMPLE), export_architecture(target, EXAMPLE))
     assert not result.plan.is_exact
@@ -53,7 +53,7 @@ def difference(source, target):
     assert all(name.endswith("num_batches_tracked") for name in missing)
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        return largest_relative_difference(source.eval()(images), target.eval()(images))
+        return largest_relative_difference(source.train(in_training)(images), target.train(in_training)(images))
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -76,7 +76,7 @@ def test_channels_that_are_alike_are_compensated_in_part(monkeypatch):
     with torch.no_grad():
         noise = torch.randn(4, 8, 3, 3, generator=torch.Generator().manual_seed(1))
         source.first.weight[-4:] += 0.1 * source.first.weight.std() * noise
-    for limit in (MAX_CHANNELS, 0):
+    for limit in (MAX_CHANNELS, 0):  # with and without
         monkeypatch.setattr("ghn_service.transfer.compensation.MAX_CHANNELS", limit)
-        differences.append(difference(source, Net(8, 8)))
-    assert differences[0] < 0.7 * differences[1]
+        differences.append(difference(source, Net(8, 8), in_training=True))
+    assert differences[0] < 0.9 * differences[1]
