@@ -21,7 +21,8 @@ ALLOWED = {
     "ghn_service.parameters": {"ghn_client.huge_pages", "ghn_service.graph", "ghn_service.errors"},
     "ghn_service.hypernetwork": TENSORS | {"ghn_client.atomic_file", "ghn_service.published"},
     "ghn_service.postprocess": TENSORS,
-    "ghn_service.transfer": TENSORS | {"ghn_client.atomic_file"},
+    "ghn_service.transfer": TENSORS
+    | {"ghn_client.atomic_file", "ghn_client.errors", "ghn_service.postprocess.low_rank.kernels"},
     "ghn_service.trust": TENSORS | {"ghn_service.postprocess.weighted_layers"},
     "ghn_service.predictor": PREDICTOR,
     "ghn_service.training": PREDICTOR

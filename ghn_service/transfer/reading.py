@@ -11,11 +11,9 @@ import math
 import operator
 from collections.abc import Iterable
 
-import onnx
-
 from ghn_service.errors import GhnServiceError
 from ghn_service.graph.architecture import ParameterSpec, ParameterUse
-from ghn_service.graph.onnx.file import FLOAT_TYPES, OnnxFile, OnnxNode, TensorHeader, load_file
+from ghn_service.graph.onnx.file import FLOAT, FLOAT_TYPES, OnnxFile, OnnxNode, TensorHeader, load_file
 from ghn_service.graph.onnx.values import ReadContext
 from ghn_service.graph.raw_graph import GraphLimits
 from ghn_service.transfer.axes import Dim
@@ -69,7 +67,7 @@ def _separate(file: OnnxFile, parameters: Iterable[ParameterSpec]) -> None:
             header = file.initializers.get(shared)
             if held and (header is None or header.shape != spec.shape):
                 continue  # given in another shape than the file's
-            data_type = header.data_type if header is not None else onnx.TensorProto.FLOAT
+            data_type = header.data_type if header is not None else FLOAT
             file.initializers[spec.name] = TensorHeader(spec.name, data_type, spec.shape)
             file.kinds[spec.name] = "PARAMETER"
             file.producers.pop(spec.name, None)

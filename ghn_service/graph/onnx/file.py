@@ -24,6 +24,7 @@ from ghn_service.graph.raw_graph import CHECK_EVERY, GraphLimits, exceeded, neve
 
 PARAMETERS_KEY = "ghn.parameters"
 BUFFERS_KEY = "ghn.buffers"
+FLOAT = onnx.TensorProto.FLOAT
 FLOAT_TYPES = frozenset(
     {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16}
 )
