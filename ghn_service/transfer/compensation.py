@@ -49,7 +49,7 @@ def compensate(
     covariance = moments[1]
     inner = covariance[kept][:, kept]
     inner.diagonal().add_(_RIDGE * covariance.diagonal().mean().clamp_min(1e-12))
-    result = torch.linalg.solve(inner, covariance[kept])
+    result = torch.linalg.solve_ex(inner, covariance[kept]).result
     result[:, kept] = torch.eye(len(kept), dtype=result.dtype)
     return result if bool(torch.isfinite(result).all()) else None
 
@@ -87,7 +87,8 @@ def _layer_moments(
 ) -> Moments | None:
     """Moments of what one layer writes, for white inputs; of a norm, through what it normalises."""
     weight, bias = (
-        tensors[layer.tensors[role].name].double() if role in layer.tensors else None for role in ("weight", "bias")
+        tensors[layer.tensors[role].name].to("cpu", torch.float64) if role in layer.tensors else None
+        for role in ("weight", "bias")
     )
     mean = torch.zeros(size, dtype=torch.float64) if bias is None else bias.flatten()
     if mean.shape != (size,) or layer.kind not in ("norm", "conv", "linear"):

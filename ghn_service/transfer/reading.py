@@ -56,12 +56,14 @@ def read_network(
 def _separate(file: OnnxFile, parameters: Iterable[ParameterSpec]) -> None:
     """Gives parameters that the exporter merged as equal, or dropped as zero, back to the nodes that use them."""
     renamed = {use: spec for spec in parameters if spec.name != spec.initializer for use in spec.uses}
-    for node in file.nodes if renamed else ():
+    if not renamed:
+        return
+    for node in file.nodes:
         for index in range(max(len(node.inputs), _BIAS + 1)):
             spec = renamed.get(ParameterUse(node.label, index))
             held = node.inputs[index] if index < len(node.inputs) else ""
             maker = file.producers.get(held)
-            shared = maker.inputs[0] if maker is not None and maker.op_type == "Identity" else held
+            shared = maker.inputs[0] if maker is not None and maker.op_type == "Identity" and maker.inputs else held
             if spec is None or shared != spec.initializer:
                 continue
             header = file.initializers.get(shared)
