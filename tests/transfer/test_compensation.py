@@ -13,6 +13,11 @@ from tests.transfer.pairs import make_source, randomise
 EXAMPLE = torch.zeros(1, 3, 16, 16)
 
 
+@pytest.fixture(autouse=True)
+def same_weights():
+    torch.manual_seed(0)
+
+
 class Net(nn.Module):
     """A residual network of one block; ``width`` channels in its stream, ``inner`` in its branch."""
 
@@ -71,12 +76,16 @@ def test_channels_of_a_residual_stream_live_on_as_well():
 
 
 def test_channels_that_are_alike_are_compensated_in_part(monkeypatch):
-    source, differences = randomise(Net(8, 12), EXAMPLE, seed=0), []
-    repeat_channels(source.first, source.first_norm, scale=0.8)
-    with torch.no_grad():
-        noise = torch.randn(4, 8, 3, 3, generator=torch.Generator().manual_seed(1))
-        source.first.weight[-4:] += 0.1 * source.first.weight.std() * noise
+    totals = []
     for limit in (MAX_CHANNELS, 0):  # with and without
         monkeypatch.setattr("ghn_service.transfer.compensation.MAX_CHANNELS", limit)
-        differences.append(difference(source, Net(8, 8), in_training=True))
-    assert differences[0] < 0.9 * differences[1]
+        differences = []
+        for seed in range(6):
+            torch.manual_seed(seed)
+            source = randomise(Net(8, 12), EXAMPLE, seed=seed)
+            repeat_channels(source.first, source.first_norm)
+            with torch.no_grad():
+                source.first.weight[-4:] += 0.1 * source.first.weight.std() * torch.randn(4, 8, 3, 3)
+            differences.append(difference(source, Net(8, 8), in_training=True))
+        totals.append(sum(differences))
+    assert totals[0] < 0.5 * totals[1]
