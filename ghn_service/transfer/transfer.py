@@ -14,7 +14,7 @@ from ghn_service.graph.architecture import ParameterSpec
 from ghn_service.graph.raw_graph import GraphLimits
 from ghn_service.transfer.alignment import align
 from ghn_service.transfer.certificate import find_differences
-from ghn_service.transfer.importance import rank_channels
+from ghn_service.transfer.cutting import rank_channels
 from ghn_service.transfer.maps import ChannelMaps
 from ghn_service.transfer.network import Network
 from ghn_service.transfer.reading import read_network

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from ghn_service.transfer.axes import Dim, product
-from ghn_service.transfer.compensation import compensate
+from ghn_service.transfer.cutting import compensate
 from ghn_service.transfer.maps import ChannelMap, ChannelMaps
 from ghn_service.transfer.network import Layer, Network, Tensor
 from ghn_service.transfer.relations import Relations

@@ -54,7 +54,7 @@ def test_the_same_network_is_the_same_bit_for_bit():
 
 
 def test_a_cut_stream_keeps_the_same_channels_everywhere(monkeypatch):
-    monkeypatch.setattr("ghn_service.transfer.compensation.MAX_CHANNELS", 0)
+    monkeypatch.setattr("ghn_service.transfer.cutting.MAX_CHANNELS", 0)
     source, target = trained(widths=(16, 20)), trained(widths=(12, 20), seed=1)
     with torch.no_grad():
         for position, (name, value) in enumerate(source.state_dict().items()):

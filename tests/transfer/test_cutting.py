@@ -6,7 +6,7 @@ from torch import nn
 
 from ghn_client import export_architecture
 from ghn_client.outputs import largest_relative_difference
-from ghn_service.transfer.compensation import MAX_CHANNELS
+from ghn_service.transfer.cutting import MAX_CHANNELS
 from ghn_service.transfer.transfer import transfer_weights
 from tests.transfer.pairs import make_source, randomise
 
@@ -78,7 +78,7 @@ def test_channels_of_a_residual_stream_live_on_as_well():
 def test_channels_that_are_alike_are_compensated_in_part(monkeypatch):
     totals = []
     for limit in (MAX_CHANNELS, 0):  # with and without
-        monkeypatch.setattr("ghn_service.transfer.compensation.MAX_CHANNELS", limit)
+        monkeypatch.setattr("ghn_service.transfer.cutting.MAX_CHANNELS", limit)
         differences = []
         for seed in range(6):
             torch.manual_seed(seed)
