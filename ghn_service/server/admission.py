@@ -258,6 +258,11 @@ class Gate:
         """Places of all kinds together."""
         return sum(budget.total for budget in self.places.values())
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no call holds a place."""
+        return not any(budget.used for budget in self.places.values())
+
     def kind_of(self, method: str) -> Kind:
         """The kind of a method by its full name."""
         service, _, name = method.removeprefix("/").rpartition("/")

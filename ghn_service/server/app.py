@@ -36,6 +36,8 @@ SPARE_THREADS = 32
 MESSAGE_OVERHEAD_BYTES = 64 * 1024
 WORKER_JOIN_S = 10.0
 READY_POLL_S = 0.2
+QUIET_S = 3.0
+"""A stop that waits this long for calls that nobody serves waits for some that gRPC took and never handed over."""
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -137,7 +139,12 @@ class RunningServer:
         time.sleep(drain_s)
         stopped = self._server.stop(self.settings.grace_seconds if grace_s is None else grace_s)
         self.gate.close()
-        stopped.wait()
+        quiet_since = time.monotonic()
+        while not stopped.wait(READY_POLL_S):
+            if not self.gate.is_empty:
+                quiet_since = time.monotonic()
+            elif time.monotonic() - quiet_since > QUIET_S:
+                self.hurry()
         if self._health_server is not None:
             self._health_server.stop(None)
         self._watchdog.close()

@@ -98,6 +98,25 @@ def test_held_watches_do_not_delay_a_stop(tmp_path: Path) -> None:
         assert time.monotonic() - start < PATIENCE_S / 2
 
 
+def test_a_stop_does_not_wait_for_calls_that_are_never_handed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fake_server(tmp_path) as server:
+        stop, ended, graces = server._server.stop, threading.Event(), []
+
+        def stop_late(grace: float | None) -> threading.Event:
+            graces.append(grace)
+            if grace == 0.0:
+                stop(grace).wait()
+                ended.set()
+            return ended
+
+        monkeypatch.setattr(server._server, "stop", stop_late)
+        server.stop(grace_s=PATIENCE_S)
+        assert graces[0] == PATIENCE_S
+        assert graces[-1] == 0.0
+
+
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
