@@ -34,6 +34,8 @@ class DiversityNoise:
         scale: ``correlation``: beta times the standard deviation of the row-correlation matrix, as published (a
             number between 0 and 1 that does not know the size of the weights). ``relative``: beta times the standard
             deviation of the layer's weights.
+        keep_rms: Whether each matrix keeps its root mean square: with relative noise of ``beta=1`` half of its variance
+            is then predicted and half random, as in warm starts that are shrunk and perturbed (arXiv:1910.08475).
         layer: First layer that is changed, counted from 1 in the order of the graph; 0 changes those in need: from the
             first tiled layer on, and earlier ones with copies or of lacking rank.
     """
@@ -41,6 +43,7 @@ class DiversityNoise:
     name: ClassVar[str] = "noise"
     beta: float = 3e-5
     scale: str = "correlation"
+    keep_rms: bool = False
     layer: int = 0
 
     def __post_init__(self) -> None:
@@ -57,6 +60,8 @@ class DiversityNoise:
             self.beta * (float(part.std(correction=0)) if is_relative else row_correlation_std(part)) for part in parts
         ]
         noisy = parts + parts.new_tensor(stds)[:, None, None] * noise.to(parts.device).reshape(parts.shape)
+        if self.keep_rms:
+            noisy = with_rms_of(parts, noisy)
         std = sum(stds) / len(stds)
         reason = f"noise of standard deviation {std:.3g} on weights of {float(parts.std(correction=0)):.3g}"
         return from_matrices(noisy, tensor, layer), reason, {"noise_std": std}
@@ -196,10 +201,14 @@ def orthogonalize(matrices: torch.Tensor, *, method: str, keep_rms: bool) -> tor
     else:
         q, r = torch.linalg.qr(tall)
         factor = q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype).unsqueeze(-2)
-    if keep_rms:
-        before = matrices.square().mean(dim=(-2, -1), keepdim=True).sqrt()
-        factor = factor * before / factor.square().mean(dim=(-2, -1), keepdim=True).sqrt()
-    return factor.mT if is_wide else factor
+    factor = factor.mT if is_wide else factor
+    return with_rms_of(matrices, factor) if keep_rms else factor
+
+
+def with_rms_of(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Matrices ``after`` (B, R, C), each scaled to the root mean square of its counterpart ``before``."""
+    sizes, wanted = (matrices.square().mean(dim=(-2, -1), keepdim=True).sqrt() for matrices in (after, before))
+    return after * (wanted / sizes.clamp_min(torch.finfo(after.dtype).tiny))
 
 
 def overlap_with(before: torch.Tensor, after: torch.Tensor) -> float:

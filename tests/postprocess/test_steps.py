@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from ghn_service.errors import InvalidOptionError
 from ghn_service.parameters import TILED, ParameterSet
+from ghn_service.postprocess.remedies import overlap_with
 from ghn_service.postprocess.steps import POSTPROCESSORS, Step, apply_steps, parse_steps
 from tests.postprocess.layer_examples import (
     PLAIN,
@@ -83,6 +86,19 @@ def test_relative_noise_has_the_asked_share_of_the_layers_deviation() -> None:
     )
     weight = parameters["wide.weight"]
     assert float((noisy["wide.weight"] - weight).std() / weight.std()) == pytest.approx(0.1, rel=0.1)
+
+
+def test_noise_that_keeps_the_rms_makes_a_weight_half_predicted_and_half_random() -> None:
+    graph = chain_graph(PLAIN)
+    parameters = with_tensor(
+        random_parameters(graph), "hidden.weight", torch.zeros_like(random_parameters(graph)["hidden.weight"])
+    )
+    step = Step("noise", {"beta": "1", "scale": "relative", "keep_rms": "true", "layer": "1"})
+    noisy, _ = apply_steps(parameters, graph, [step], seed=0)
+    weight = parameters["wide.weight"]
+    assert float(noisy["wide.weight"].norm() / weight.norm()) == pytest.approx(1.0, rel=1e-5)
+    assert overlap_with(weight, noisy["wide.weight"]) == pytest.approx(math.sqrt(0.5), abs=0.1)
+    assert not noisy["hidden.weight"].any()
 
 
 @pytest.mark.parametrize("name", POSTPROCESSORS)
