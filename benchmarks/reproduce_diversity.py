@@ -2,9 +2,10 @@
 
 Fine-tunes each network on 1,000 images of data that the hypernetwork has not seen, from He initialisation and from
 predictions with no step, noise, half of the variance random, QR, polar and auto; steps act on all layers, on those in
-need, and on the last third, where the published recipes (arXiv:2207.10049) act. Same number of steps, cosine to zero, same batches per seed, weight
-decay of the published recipe of each kind; the learning rate of each row is chosen on validation images by one rule
-(``experiment.run_seeds``) with seeds that are not among those reported. Fills its part of ``docs/results.md``.
+need, and on the last third, where the published recipes (arXiv:2207.10049) act. Same number of steps, cosine to zero,
+same batches per seed, weight decay of the published recipe of each kind; the learning rate of each row is chosen on
+validation images by one rule (``experiment.run_seeds``) with seeds that are not among those reported. Fills its part of
+``docs/results.md``.
 
 A run can be stopped and goes on where it was: finished trainings are kept as lines of ``--cells``, those from
 predictions with the digest of the hypernetwork's file, so that another hypernetwork does not reuse them.
