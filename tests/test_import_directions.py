@@ -17,7 +17,7 @@ PREDICTOR = TENSORS | {f"ghn_service.{name}" for name in ("trust", "hypernetwork
 ALLOWED = {
     "ghn_service.errors": set(),
     "ghn_service.published": {"ghn_service.errors"},
-    "ghn_service.graph": {"ghn_service.errors"},
+    "ghn_service.graph": {"ghn_service.errors", "ghn_client.errors"},
     "ghn_service.parameters": {"ghn_client.huge_pages", "ghn_service.graph", "ghn_service.errors"},
     "ghn_service.hypernetwork": TENSORS | {"ghn_client.atomic_file", "ghn_service.published"},
     "ghn_service.postprocess": TENSORS,

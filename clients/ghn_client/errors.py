@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 
-def listed(texts: Sequence[str], *, most: int = 8, separator: str = ", ") -> str:
+def listed(texts: Sequence[str], *, most: int = 10, separator: str = ", ") -> str:
     """The first of many names or sentences of a message, and how many more there are."""
     rest = len(texts) - most
     return separator.join(texts[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -38,15 +38,15 @@ class Net(nn.Module):
         return self.head(torch.relu(stem + self.second_norm(self.second(branch))).mean((2, 3)))
 
 
-def repeat_channels(*layers, copies=4, scale=0.1):
-    """The last channels of layers become the first ones; the last layer's are ``scale`` times as large, so that the
-    copies are what is left out."""
+def repeat_channels(*layers):
+    """The last four channels of layers become the first ones; the last layer's are a tenth as large, so that the copies
+    are what is left out."""
     with torch.no_grad():
         for layer in layers:
             for name, values in layer.state_dict().items():
                 if values.ndim:
                     is_scaled = layer is layers[-1] and name in ("weight", "bias")
-                    values[-copies:] = values[:copies] * (scale if is_scaled else 1.0)
+                    values[-4:] = values[:4] * (0.1 if is_scaled else 1.0)
 
 
 def difference(source, target, *, in_training=False):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ghn_client.errors import listed
 from ghn_service.graph.architecture import BufferSpec, ParameterSpec, ParameterUse
 from ghn_service.graph.onnx.values import ReadContext
 from ghn_service.graph.passes import Skeleton
@@ -16,7 +17,6 @@ from ghn_service.graph.raw_graph import Source, TensorUse
 
 _STATISTICS = {3: "running_mean", 4: "running_var"}
 _WEIGHT_OF_BIAS = {"bias": "weight", "in_proj_bias": "in_proj_weight"}
-_MAX_LISTED = 10
 _ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Sum", "Concat", "Where", "MatMul", "Einsum"})
 _EXPORT_INSTEAD = (
     "export without optimisation (torch.onnx.export(model.train(), args, dynamo=True, optimize=False), or"
@@ -118,7 +118,7 @@ def reading_warnings(context: ReadContext) -> Iterator[str]:
     if context.folded:
         yield (
             f"{len(context.folded)} convolutions have a batch normalization folded into them"
-            f" ({_listed(context.folded)}): its weights are not in this file, so the network is served without them,"
+            f" ({listed(context.folded)}): its weights are not in this file, so the network is served without them,"
             f" as convolutions with a bias. To get all weights, {_EXPORT_INSTEAD}"
         )
     uses = [use for source in context.sources for use in source.uses]
@@ -127,7 +127,7 @@ def reading_warnings(context: ReadContext) -> Iterator[str]:
         names = list(dict.fromkeys(recovered))
         yield (
             f"{len(names)} parameters are in this file only as what the exporter computed from them"
-            f" ({_listed(names)}); they are given under their own names and in their own shapes, which were told from"
+            f" ({listed(names)}); they are given under their own names and in their own shapes, which were told from"
             " how they are used"
         )
     origins = {source.name: source.folded for source in context.sources if source.folded}
@@ -138,7 +138,7 @@ def reading_warnings(context: ReadContext) -> Iterator[str]:
         if lost:
             yield (
                 f"{len(lost)} parameters are not in this file, because the exporter computed other tensors from them,"
-                f" and get no values: {_listed(lost)}. What was computed ({_listed(computed)}) is initialised by a"
+                f" and get no values: {listed(lost)}. What was computed ({listed(computed)}) is initialised by a"
                 f" rule where it acts as a weight. To get all weights, {_EXPORT_INSTEAD}"
             )
     # Tensors that an exporter computed without saying from what.
@@ -147,7 +147,7 @@ def reading_warnings(context: ReadContext) -> Iterator[str]:
         names = [source.name for source in undeclared if any(not use.torch_name for use in source.uses)]
         if names:
             yield (
-                f"{len(names)} tensors were computed from parameters by the exporter ({_listed(names)}); they are"
+                f"{len(names)} tensors were computed from parameters by the exporter ({listed(names)}); they are"
                 " initialised by a rule under their own names, and the parameters themselves are not in this file:"
                 f" {_EXPORT_INSTEAD}"
             )
@@ -165,19 +165,14 @@ def reading_warnings(context: ReadContext) -> Iterator[str]:
             met.update((view.source.name, None) for view in views if view.source.name in hiding)
     if met:
         yield (
-            f"{len(met)} constants were computed by the exporter, which does not say from what ({_listed(list(met))});"
+            f"{len(met)} constants were computed by the exporter, which does not say from what ({listed(list(met))});"
             f" they keep their values. If parameters went into them, these get none: {_EXPORT_INSTEAD}"
         )
     if context.unknown_operators:
         names = [f"{name} ({count})" for name, count in sorted(context.unknown_operators.items())]
-        yield f"not understood, so data passes through as if element-wise: {_listed(names)}"
+        yield f"not understood, so data passes through as if element-wise: {listed(names)}"
     if context.restored:
         yield (
             f"{len(context.restored)} biases were dropped by the exporter because they were zero, and are predicted"
-            f" all the same under their torch names: {_listed(context.restored)}"
+            f" all the same under their torch names: {listed(context.restored)}"
         )
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return ", ".join(names[:_MAX_LISTED]) + more
