@@ -87,6 +87,22 @@ def leaky_relu_name(slope: float) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionRole:
+    """What a linear layer does in an attention.
+
+    Attributes:
+        number: Which attention of the network, from 1 in the order of the graph.
+        heads: Heads of it.
+        role: ``query``, ``key``, ``value``, ``query_key_value`` (packed in this order) or ``output``. Queries and keys
+            that are layers of their own are told apart by their order alone.
+    """
+
+    number: int
+    heads: int
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
 class LayerAttributes:
     """What a weighted layer does, beyond its weight's shape; read by post-processing and planning.
 
@@ -101,6 +117,7 @@ class LayerAttributes:
         normalized: Whether a normalisation sits between the layer and its activation.
         packed: How many projections are stacked along the output axis (3 for a packed query-key-value weight).
         positions: Spatial positions or tokens at which the weight is applied per example; 0 where unknown.
+        attention: The layer's part in an attention whose number of heads is known; else None.
     """
 
     groups: int = 1
@@ -111,6 +128,7 @@ class LayerAttributes:
     normalized: bool = False
     packed: int = 1
     positions: int = 0
+    attention: AttentionRole | None = field(default=None, repr=False)  # no part of a graph's digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,6 +364,8 @@ def _node_from_json(item: Mapping[str, Any]) -> Node:
         layer: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values["layer"].items()
         }
+        if layer.get("attention"):
+            layer["attention"] = AttentionRole(**layer["attention"])
         values["layer"] = LayerAttributes(**layer)
     return Node(**values)
 

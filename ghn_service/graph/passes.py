@@ -13,7 +13,14 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ghn_service.graph.architecture import ArchitectureGraph, BufferSpec, LayerAttributes, Node, ParameterSpec
+from ghn_service.graph.architecture import (
+    ArchitectureGraph,
+    AttentionRole,
+    BufferSpec,
+    LayerAttributes,
+    Node,
+    ParameterSpec,
+)
 from ghn_service.graph.raw_graph import GraphLimits, RawGraph, RawNode, exceeded
 
 _MEETINGS = ("sum", "concat")
@@ -265,6 +272,7 @@ def build_graph(
     for index in skeleton.order:
         for item in skeleton.predecessors[index]:
             readers[item].append(index)
+    roles = _attention_roles(graph, skeleton, place, readers)
     nodes = []
     for index in skeleton.order:
         raw = graph.nodes[index]
@@ -276,7 +284,7 @@ def build_graph(
                 norm_bias=raw.norm_bias.spec if raw.norm_bias is not None else None,
                 kernel_shape=raw.window,
                 is_head=index in skeleton.head,
-                layer=_layer_attributes(graph, index, readers) if raw.attributes else None,
+                layer=_layer_attributes(graph, index, readers, roles) if raw.attributes else None,
             )
         )
     return ArchitectureGraph(
@@ -289,18 +297,48 @@ def build_graph(
     )
 
 
-def _layer_attributes(graph: RawGraph, index: int, readers: Readers) -> LayerAttributes:
+def _layer_attributes(
+    graph: RawGraph, index: int, readers: Readers, roles: Mapping[int, AttentionRole]
+) -> LayerAttributes:
     raw = graph.nodes[index]
     activation, normalized = _what_follows(graph, index, readers)
-    packed = 1
-    end = raw.bias if raw.bias >= 0 else index
-    weight = raw.weight if raw.is_linear else None
-    for reader in readers.get(end, ()):
-        follower = graph.nodes[reader]
-        if weight and follower.op_type == "msa" and follower.predecessors == {end}:  # with queries, keys and values
+    role = roles.get(index)
+    packed = 3 if role is not None and role.role == "query_key_value" else 1
+    role = role if role is not None and role.heads else None
+    return LayerAttributes(
+        activation=activation, normalized=normalized, packed=packed, attention=role, **raw.attributes
+    )
+
+
+def _attention_roles(
+    graph: RawGraph, skeleton: Skeleton, place: Mapping[int, int], readers: Readers
+) -> dict[int, AttentionRole]:
+    """What each linear layer next to an attention does in it; of those next to several, the last counts."""
+    roles: dict[int, AttentionRole] = {}
+    layer_of = {graph.nodes[index].bias: index for index in skeleton.order if graph.nodes[index].bias >= 0}
+    attentions = (index for index in skeleton.order if graph.nodes[index].op_type == "msa")
+    for number, index in enumerate(attentions, start=1):
+        attention = graph.nodes[index]
+        before = sorted(skeleton.predecessors[index], key=place.__getitem__)
+        names = ["query", "key"]
+        for end in before:
+            layer = layer_of.get(end, end)
+            weight = graph.nodes[layer].weight if graph.nodes[layer].is_linear else None
+            if weight is None:
+                continue
             out_axis = weight.permutation[0] if weight.permutation else 0
-            packed = 3 if weight.source.shape[out_axis] % 3 == 0 else 1
-    return LayerAttributes(activation=activation, normalized=normalized, packed=packed, **raw.attributes)
+            if len(before) == 1:  # with queries, keys and values
+                role = "query_key_value" if weight.source.shape[out_axis] % 3 == 0 else ""
+            elif end in attention.values:
+                role = "value"
+            else:
+                role = names.pop(0) if names else ""
+            if role:
+                roles[layer] = AttentionRole(number, attention.heads, role)
+        for end in readers[index]:
+            if graph.nodes[end].is_linear:
+                roles[end] = AttentionRole(number, attention.heads, "output")
+    return roles
 
 
 def _what_follows(graph: RawGraph, index: int, readers: Readers) -> tuple[str, bool]:

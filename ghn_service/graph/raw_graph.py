@@ -149,6 +149,8 @@ class RawNode:
         from_adaptive: Whether an average pool is known to be adaptive (True), known not to be (False) or neither.
         covers_input: Whether an average pool can be global or adaptive by its geometry.
         is_attention: Whether a softmax weighs values.
+        heads: Heads of an attention; 0 where unknown.
+        values: Predecessors of an attention that make its values.
         gate: Predecessors of a cse node on the gate's side.
         feature: Predecessors of a cse node on the other side.
         activation: Name of the activation that the output passes next, with its level.
@@ -168,6 +170,8 @@ class RawNode:
     from_adaptive: bool | None = None
     covers_input: bool = False
     is_attention: bool = False
+    heads: int = 0
+    values: Flow = NOTHING
     gate: Flow = NOTHING
     feature: Flow = NOTHING
     activation: tuple[int, str] | None = None

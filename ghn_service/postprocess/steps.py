@@ -12,6 +12,7 @@ from ghn_service.errors import InvalidOptionError
 from ghn_service.graph.architecture import ArchitectureGraph
 from ghn_service.parameters import TILED, ParameterSet
 from ghn_service.postprocess.diversity import measure_diversity
+from ghn_service.postprocess.mimetic import Mimetic
 from ghn_service.postprocess.options import parse_options, unknown_name
 from ghn_service.postprocess.remedies import Auto, DiversityNoise, Orthogonal
 from ghn_service.postprocess.weighted_layers import (
@@ -26,10 +27,11 @@ MAX_STEPS = 16
 MAX_COPIES = 0.05
 
 
-PostProcessor = DiversityNoise | Orthogonal | Auto
+PostProcessor = DiversityNoise | Orthogonal | Auto | Mimetic
 """A step: a frozen dataclass of options with ``name``, ``layer`` (the first that it changes) and ``change``."""
 
-POSTPROCESSORS: dict[str, type[PostProcessor]] = {kind.name: kind for kind in (DiversityNoise, Orthogonal, Auto)}
+_KINDS: tuple[type[PostProcessor], ...] = (DiversityNoise, Orthogonal, Auto, Mimetic)
+POSTPROCESSORS = {kind.name: kind for kind in _KINDS}
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 from onnx import TensorProto, helper
 
-from ghn_service.graph.architecture import ArchitectureGraph, LayerAttributes
+from ghn_service.graph.architecture import (
+    ArchitectureGraph,
+    AttentionRole,
+    LayerAttributes,
+    decode_graph,
+    encode_graph,
+)
 from ghn_service.graph.onnx.reader import read_onnx
 from tests.data.regenerate import stored_model
 from tests.graph.onnx_models import Model
@@ -45,6 +51,15 @@ def test_transformer_layers() -> None:
     assert found[f"{block}.mlp.0.weight"].activation == "gelu"
     assert found[f"{block}.mlp.3.weight"].activation == ""
     assert {layer.positions for name, layer in found.items() if name.startswith("encoder.")} == {197}
+
+
+@pytest.mark.parametrize(("name", "heads", "count"), [("vit_b_16", 12, 24), ("swin_t", 3, 24)])
+def test_layers_of_attention_know_their_part(name: str, heads: int, count: int) -> None:
+    graph: ArchitectureGraph = read_onnx(stored_model(name, "dynamo-train"))
+    roles = [node.layer.attention for node in graph.nodes if node.layer and node.layer.attention]
+    assert len(roles) == count
+    assert roles[:2] == [AttentionRole(1, heads, "query_key_value"), AttentionRole(1, heads, "output")]
+    assert decode_graph(encode_graph(graph)) == graph
 
 
 def test_rows_of_all_windows_count() -> None:

@@ -150,6 +150,11 @@ def test_max_pool_has_its_window() -> None:
     assert model.read().nodes[2].kernel_shape == (3, 2)
 
 
+def attention_roles(graph: ArchitectureGraph) -> dict[str, AttentionRole]:
+    layers = ((node.weight.name, node.layer) for node in graph.nodes if node.weight and node.layer)
+    return {name: layer.attention for name, layer in layers if layer.attention}
+
+
 def test_attention_with_separate_projections() -> None:
     model = Model({"x": (1, 5, 8)})
     for name in "qkv":
@@ -159,7 +164,9 @@ def test_attention_with_separate_projections() -> None:
     logits = model.node("Mul", [model.node("MatMul", ["q", keys], "logits"), model.weight("scale")], "scaled")
     mixed = model.node("MatMul", [model.node("Softmax", [logits], "attention"), "v"], "mixed")
     model.linear(mixed, "proj", 8, 8)
-    edges = edges_by_name(model.read())
+    graph = model.read()
+    assert attention_roles(graph) == {}  # nothing states how many heads there are
+    edges = edges_by_name(graph)
     assert {source for source, target in edges if target == "msa"} == {"q.bias", "k.bias", "v.bias"}
     assert {source for source, target in edges if target == "proj.weight"} == {"msa"}
 
@@ -168,8 +175,12 @@ def test_fused_attention() -> None:
     model = Model({"x": (1, 5, 8)}, opset=23)
     for name in "qkv":
         model.node("MatMul", ["x", model.weight(f"{name}.weight", 8, 8)], name)
-    model.linear(model.node("Attention", ["q", "k", "v"], "mixed"), "proj", 8, 8)
-    assert sorted(op_types(model.read())) == ["bias", "conv", "conv", "conv", "conv", "msa"]
+    heads = {"q_num_heads": 2, "kv_num_heads": 2}
+    model.linear(model.node("Attention", ["q", "k", "v"], "mixed", **heads), "proj", 8, 8)
+    graph = model.read()
+    assert sorted(op_types(graph)) == ["bias", "conv", "conv", "conv", "conv", "msa"]
+    parts = {"q.weight": "query", "k.weight": "key", "v.weight": "value", "proj.weight": "output"}
+    assert attention_roles(graph) == {name: AttentionRole(1, 2, part) for name, part in parts.items()}
 
 
 def test_a_final_softmax_is_no_attention() -> None:

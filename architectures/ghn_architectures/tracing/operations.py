@@ -235,6 +235,7 @@ def matmul(x: Symbol, y: Symbol) -> Symbol:
     for index in x.attention:
         softmax_node = x.recorder.graph.nodes[index]
         softmax_node.is_attention = True
+        softmax_node.values = y.flow
         softmax_node.predecessors |= y.flow - x.flow
     return Symbol(x.recorder, shape, x.flow if x.attention else x.flow | y.flow, level)
 
@@ -243,7 +244,8 @@ def matmul(x: Symbol, y: Symbol) -> Symbol:
 def softmax(x: Symbol, dim: int, *_: Any, **__: Any) -> Symbol:
     """The weights of self-attention."""
     x.recorder.activation_elements += math.prod(x.shape)
-    flow = x.recorder.operation("msa", x.level + 1, x.flow)
+    heads = x.shape[-3] if len(x.shape) > 3 else 0
+    flow = x.recorder.operation("msa", x.level + 1, x.flow, heads=heads)
     return Symbol(x.recorder, x.shape, flow, x.level + 1, attention=flow)
 
 
@@ -252,7 +254,12 @@ def attention(query: Symbol, key: Symbol, value: Symbol, attn_mask: Any = None, 
     """softmax(Q K^T / sqrt(D)) V over (..., heads, T, D); its values reach the next layer through the softmax only."""
     recorder = query.recorder
     level = 1 + max(query.level, key.level, value.level)
-    flow = recorder.operation("msa", level, query.flow | key.flow | value.flow, is_attention=True)
+    flow = recorder.operation(
+        *("msa", level, query.flow | key.flow | value.flow),
+        is_attention=True,
+        heads=query.shape[-3] if len(query.shape) > 3 else 0,
+        values=value.flow,
+    )
     scores = math.prod(query.shape[:-1]) * key.shape[-2]
     recorder.multiply_adds += scores * (query.shape[-1] + value.shape[-1])
     recorder.activation_elements += 2 * scores + math.prod(query.shape)

@@ -76,7 +76,7 @@ def read_matmul(context: ReadContext, node: OnnxNode, data: list[Value]) -> Valu
     """MatMul: a linear layer if one factor is a weight; attention if one is a softmax; else a mere product."""
     left, right = data[0], data[1]
     if left.flow and right.flow:
-        return _attended(context, left, right)
+        return _attended(context, node, left, right)
     index, other = (1, left) if not right.flow else (0, right)
     if not other.flow:  # a layer that computes on a table of coordinates, say: a buffer
         for view in data[1 - index].views:
@@ -97,7 +97,7 @@ def read_einsum(context: ReadContext, node: OnnxNode, data: list[Value]) -> Valu
     """Einsum: a linear layer if one operand is a matrix; attention if one is a softmax."""
     flowing = [value for value in data if value.flow]
     if len(flowing) == 2:
-        return _attended(context, *flowing)
+        return _attended(context, node, *flowing)
     if len(flowing) == 1 and len(data) == 2:
         index = 1 if data[0].flow else 0
         view = context.weight(node, index)
@@ -295,7 +295,7 @@ def read_skip_norm(context: ReadContext, node: OnnxNode, data: list[Value]) -> V
     return Value(flow=frozenset({norm}))
 
 
-def _attended(context: ReadContext, left: Value, right: Value) -> Value:
+def _attended(context: ReadContext, node: OnnxNode, left: Value, right: Value) -> Value:
     """The product of two activations; where one is a softmax, the other is the values that it weighs.
 
     The values become a source of the softmax node instead of going past it, as queries and keys are already.
@@ -308,6 +308,8 @@ def _attended(context: ReadContext, left: Value, right: Value) -> Value:
     for softmax in left.attention:
         raw = context.graph.nodes[softmax]
         raw.is_attention = True
+        raw.values |= right.flow
+        raw.heads = raw.heads or _stated_heads(context, node.outputs[0], *node.inputs)
         context.graph.spend(len(right.flow))
         for index in right.flow - left.flow:
             earlier = context.graph.nodes[index].level < raw.level
@@ -319,15 +321,30 @@ def read_softmax(context: ReadContext, node: OnnxNode, data: list[Value]) -> Val
     """Softmax: an attention node; the passes drop it again where it ends the network."""
     if not data[0].flow:
         return context.joined(data[:1])
-    raw = RawNode("msa", context.level, name=node.label, predecessors=set(data[0].flow))
+    heads = _stated_heads(context, node.inputs[0], node.outputs[0])
+    raw = RawNode("msa", context.level, name=node.label, predecessors=set(data[0].flow), heads=heads)
     flow = frozenset({context.graph.add(raw)})
     return Value(flow=flow, attention=flow)
+
+
+def _stated_heads(context: ReadContext, *names: str) -> int:
+    """Heads by the first stated shape of values (..., heads, T, D) or (examples * heads, T, D); 0 where none is."""
+    for name in names:
+        shape = context.file.value_shape(name) or ()
+        if len(shape) > 3:
+            return shape[-3]
+        if len(shape) == 3 and context.num_examples and shape[0] % context.num_examples == 0:
+            return shape[0] // context.num_examples
+    return 0
 
 
 def read_fused_attention(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """Attention as one operator (opset 23): its queries, keys and values meet in an attention node."""
     flow = context.graph.union([value.flow for value in data[:3]])
-    raw = RawNode("msa", context.level, name=node.label, predecessors=set(flow), is_attention=True)
+    stated = _stated_heads(context, node.inputs[0])
+    heads = node.integer("q_num_heads", node.integer("num_heads", stated))
+    raw = RawNode("msa", context.level, name=node.label, predecessors=set(flow), is_attention=True, heads=heads)
+    raw.values = data[2].flow if len(data) > 2 else NOTHING
     index = context.graph.add(raw)
     for position in range(len(data)):
         context.fall_back(node, position, "truncated_normal")
