@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from onnx import helper
 
+from ghn_service.graph.architecture import ArchitectureGraph, AttentionRole
 from tests.graph.onnx_models import Model, edges_by_name, fallbacks, op_types
 
 
