@@ -92,6 +92,7 @@ SOURCES: dict[str, Configuration] = {
         head_width=256,
         activation="relu6",
     ),
+    "small_vit": VisionTransformerConfiguration(96, 5, 3, mlp_ratio=2, convolutional_stem=True),
 }
 """Small networks that larger ones contain, block for block: what a library of trained sources is made of."""
 

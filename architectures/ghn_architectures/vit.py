@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ghn_architectures.architecture import Configuration, Interface
-from ghn_architectures.layers import Conv2d, EncoderBlock, Linear, TokenMlp, embedding_parameter
+from ghn_architectures.layers import Conv2d, EncoderBlock, Linear, TokenMlp, conv_norm, embedding_parameter
+from ghn_service.errors import InvalidOptionError
 
 
 class VisionTransformer(nn.Module):
@@ -25,7 +26,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         channels, patch = configuration.channels, configuration.patch
         num_tokens = (interface.image_size // patch) ** 2
-        self.patches = Conv2d(interface.in_channels, channels, patch, stride=patch)
+        self.patches = _patches(configuration, interface.in_channels)
         self.class_token = None
         if configuration.class_token:
             self.class_token = embedding_parameter(1, 1, channels)
@@ -49,6 +50,19 @@ class VisionTransformer(nn.Module):
         return self.classifier(tokens.mean(1) if self.class_token is None else tokens[:, 0])  # type: ignore[no-any-return]
 
 
+def _patches(configuration: VisionTransformerConfiguration, in_channels: int) -> nn.Module:
+    """(B, 3, H, W) -> (B, C, H / patch, W / patch)."""
+    channels, patch = configuration.channels, configuration.patch
+    if not configuration.convolutional_stem:
+        return Conv2d(in_channels, channels, patch, stride=patch)
+    layers: list[nn.Module] = []
+    for halvings in reversed(range(patch.bit_length() - 1)):
+        width = max(channels >> halvings, 8)
+        layers.append(conv_norm(in_channels, width, 3, stride=2, activation="relu"))
+        in_channels = width
+    return nn.Sequential(*layers, Conv2d(in_channels, channels, 1))
+
+
 @dataclass(frozen=True, slots=True)
 class VisionTransformerConfiguration(Configuration):
     """A vision transformer.
@@ -56,6 +70,8 @@ class VisionTransformerConfiguration(Configuration):
     Attributes:
         num_heads: Attention heads.
         class_token: Whether a class token is read by the classifier; otherwise the mean of all tokens.
+        convolutional_stem: Whether 3x3 convolutions of stride 2, each with norm and ReLU, make the patches, whose side
+            is a power of two then (Xiao et al. 2021, arXiv:2106.14881); otherwise one convolution.
     """
 
     family: ClassVar[str] = "vit"
@@ -67,6 +83,13 @@ class VisionTransformerConfiguration(Configuration):
     patch: int = 4
     mlp_ratio: int = 4
     class_token: bool = False
+    convolutional_stem: bool = False
+
+    def __post_init__(self) -> None:
+        if self.convolutional_stem and self.patch & (self.patch - 1):
+            raise InvalidOptionError(
+                f"a convolutional stem halves the image; expected a power of two as patch, got {self.patch}"
+            )
 
 
 class MixerBlock(nn.Module):

@@ -9,6 +9,7 @@ import torch
 
 from ghn_architectures.architecture import Interface
 from ghn_architectures.registry import SOURCES, build_network
+from ghn_architectures.vit import VisionTransformerConfiguration
 from ghn_client.finetune.images import Normalization
 from ghn_client.onnx.export import export_architecture
 from ghn_client.outputs import largest_relative_difference
@@ -38,10 +39,13 @@ CONTAINERS = {
 }
 
 
-@pytest.mark.parametrize("name", CONTAINERS)
-def test_the_reference_networks_compute_what_the_small_ones_in_them_do(name):
-    source = randomise(SOURCES[CONTAINERS[name]].build(Interface()), EXAMPLE, seed=0)
-    target = build_network(name)
+LARGER_VIT = VisionTransformerConfiguration(192, 8, 6, convolutional_stem=True)
+
+
+@pytest.mark.parametrize("name", [*CONTAINERS, "a larger vit"])
+def test_larger_networks_compute_what_the_small_ones_in_them_do(name):
+    source = randomise(SOURCES[CONTAINERS.get(name, "small_vit")].build(Interface()), EXAMPLE, seed=0)
+    target = build_network(name) if name in CONTAINERS else LARGER_VIT.build(Interface())
     result = transfer_between(source, target, EXAMPLE)
     assert result.plan.is_exact
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(5))
