@@ -15,6 +15,7 @@ same weights; those of trained networks are nearly orthogonal (mean cosine about
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +34,10 @@ from ghn_service.hypernetwork.ghn import GraphHyperNetwork
 from ghn_service.hypernetwork.places import BLOCK, RESOLUTION, find_places
 from ghn_service.training.networks import ArchitectureSource, find_candidate, to_channels_last
 
+logger = logging.getLogger(__name__)
+
 PUBLISHED_BATCH = 64
+NOTHING_LEARNT = 0.02  # above the share of the largest class
 MIN_VALUES = 64  # smaller tensors (biases of classifiers, ...) say little about novelty
 Kind = tuple[Role, tuple[int, ...]]
 
@@ -126,7 +130,12 @@ def recalibrated_accuracy(
 def make_validation(
     source: ArchitectureSource, indices: Sequence[int], images: ImageSet, normalization: Normalization
 ) -> Callable[[GraphHyperNetwork], dict[str, float]]:
-    """A function that scores a hypernetwork under the protocol ``batch``, on networks and images unseen in training."""
+    """A function that scores a hypernetwork under the protocol ``batch``, on networks and images unseen in training.
+
+    It gives the networks' mean, best and worst accuracy, and the share of the largest class; it warns where the mean is
+    near that share, as weights that tell no class from another are a bad start for any network.
+    """
+    largest = float(images.labels.bincount().max()) / max(len(images), 1)
 
     def validate(hypernetwork: GraphHyperNetwork) -> dict[str, float]:
         scores = []
@@ -134,7 +143,15 @@ def make_validation(
             if architecture := find_candidate(source, index):
                 module = predict_module(hypernetwork, architecture, seed=index)
                 scores.append(batch_accuracy(to_channels_last(module), images, normalization))
-        return {"accuracy": fmean(scores), "best": max(scores), "worst": min(scores)} if scores else {}
+        if not scores:
+            return {}
+        if fmean(scores) < largest + NOTHING_LEARNT:
+            logger.warning(
+                "predicted networks reach %.1f%%, and naming the largest class alone %.1f%%: train longer, or begin"
+                " with --start-from",
+                *(100 * fmean(scores), 100 * largest),
+            )
+        return {"accuracy": fmean(scores), "best": max(scores), "worst": min(scores), "largest_class": largest}
 
     return validate
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ghn_service.hypernetwork.ghn import GHNConfig, GraphHyperNetwork
+from ghn_service.training.evaluation import zero_shot
 from ghn_service.training.evaluation.zero_shot import (
     batch_accuracy,
     he_module,
@@ -76,3 +77,15 @@ def test_validation_gives_mean_best_and_worst(hypernetwork):
     images = coloured_images(64)
     scores = make_validation(small_source, range(3), images, normalization_of(images))(hypernetwork)
     assert scores["worst"] <= scores["accuracy"] <= scores["best"]
+
+
+@pytest.mark.parametrize(("reached", "is_warned"), [(0.3, True), (0.9, False)])
+def test_validation_warns_where_little_but_the_largest_class_was_learnt(
+    hypernetwork, monkeypatch, caplog, reached, is_warned
+):
+    images = coloured_images(64)
+    largest = float(images.labels.bincount().max()) / 64
+    monkeypatch.setattr(zero_shot, "batch_accuracy", lambda *_: reached)
+    scores = make_validation(small_source, range(3), images, normalization_of(images))(hypernetwork)
+    assert (scores["accuracy"], scores["largest_class"]) == (pytest.approx(reached), largest)
+    assert bool(caplog.records) == is_warned == (reached < largest + zero_shot.NOTHING_LEARNT)
