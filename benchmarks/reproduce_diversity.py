@@ -59,7 +59,7 @@ from ghn_service.training.evaluation.report import markdown_table
 from ghn_service.training.evaluation.zero_shot import he_module, initial_module, load_tensors
 from ghn_service.training.precision import choose_precision
 
-HE, GHN = "He", "GHN"
+HE, GHN, MIMETIC = "He", "GHN", "mimetic"
 ALL, IN_NEED, LAST_THIRD = "all layers", "layers in need", "last third"
 NOISE = "noise:beta=3e-5"
 HALF_RANDOM = "noise:beta=1,scale=relative,keep_rms=true"
@@ -74,6 +74,7 @@ STARTS: Mapping[str, tuple[tuple[str, ...], str] | None] = {
     GHN: ((), ALL),
     "noise": ((NOISE,), ALL),
     "half random": ((HALF_RANDOM,), ALL),
+    MIMETIC: ((MIMETIC,), ALL),
     **{f"{name}, {scope}": (steps, scope) for name, steps in STEPS.items() for scope in (ALL, IN_NEED, LAST_THIRD)},
 }
 #: Small enough for one core, wide enough for layers beyond the 64 channels that the bundled hypernetwork predicts.
@@ -272,7 +273,8 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cells", type=Path, default=Path(".cache/diversity.jsonl"), help="finished trainings")
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of results.md")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=[*NETWORKS, *ARCHITECTURES])
-    parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=list(STARTS))
+    usual = [start for start in STARTS if start != MIMETIC]  # which changes transformers alone
+    parser.add_argument("--starts", nargs="+", default=usual, choices=list(STARTS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, nargs="+", default=[300, 1000], help="lengths of fine-tuning")
     parser.add_argument("--images", type=int, default=1000)
