@@ -83,11 +83,12 @@ def test_idle_calls_leave_health_and_predictions_alone(tmp_path: Path, what: str
 
 
 def test_a_request_that_never_comes_gives_its_place_back(tmp_path: Path) -> None:
-    with fake_server(tmp_path, max_calls=1, send_idle_seconds=3.0) as server, connect(server) as stub:
+    with fake_server(tmp_path, max_calls=1, send_idle_seconds=5.0) as server, connect(server) as stub:
         with held(server, "predict", 1) as (call,):
             wait_until(lambda: server.gate.places["prediction"].used == 1)
             assert code_of(stub.PredictWeights(predict_request(TINY))) is Code.RESOURCE_EXHAUSTED
             wait_until(lambda: not call.is_active())
+        wait_until(lambda: server.gate.places["prediction"].used == 0)
         assert receive_file(stub.PredictWeights(predict_request(TINY), timeout=PATIENCE_S))
 
 
