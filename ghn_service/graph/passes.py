@@ -304,7 +304,7 @@ def _layer_attributes(
     activation, normalized = _what_follows(graph, index, readers)
     role = roles.get(index)
     packed = 3 if role is not None and role.role == "query_key_value" else 1
-    role = role if role is not None and role.heads else None
+    role = role if role is not None and role.heads > 0 else None  # a file may state any number
     return LayerAttributes(
         activation=activation, normalized=normalized, packed=packed, attention=role, **raw.attributes
     )

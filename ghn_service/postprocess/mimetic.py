@@ -19,6 +19,7 @@ from ghn_service.graph.architecture import AttentionRole
 from ghn_service.postprocess.options import require_at_least
 from ghn_service.postprocess.weighted_layers import Change, WeightedLayer, as_matrices, from_matrices
 
+MAX_HEADS = 128
 _OVERSAMPLED, _ROUNDS = 8, 4
 _VALUES = 0
 """Stands for the product of values and output among the products of an attention; heads count from 1."""
@@ -28,8 +29,8 @@ _VALUES = 0
 class Mimetic:
     """Draws attention anew, so that W_Q^T W_K of each head is near a Z + b I, and W_O W_V near c Z - d I.
 
-    Z has entries of variance 1 / C. Only layers that keep the number of channels are drawn; queries and keys share the
-    best factors of rank D.
+    Z has entries of variance 1 / C. Only layers that keep the number of channels are drawn, in at most ``MAX_HEADS``
+    heads; queries and keys share the best factors of rank D.
 
     Attributes:
         query_key_noise: a.
@@ -60,8 +61,8 @@ class Mimetic:
             return None, "no part of an attention whose heads are known", {}
         rows, channels = layer.spec.torch_shape[0] // layer.num_packed, layer.spec.torch_shape[1]
         width, inner = (rows, channels) if role.role == "output" else (channels, rows)
-        if inner % role.heads or inner > width:
-            return None, f"{inner} channels in {role.heads} heads do not come from {width} channels", {}
+        if inner != width or inner % role.heads or role.heads > MAX_HEADS:  # drawing takes inner^2 values a head
+            return None, f"{inner} channels of {width} in {role.heads} heads are not drawn", {}
         parts = [
             self._part(part, role, width, inner, generator.initial_seed())
             for part in (("query", "key", "value") if role.role == "query_key_value" else (role.role,))

@@ -184,6 +184,14 @@ def test_fused_attention() -> None:
     assert attention_roles(graph) == {name: AttentionRole(1, 2, part) for name, part in parts.items()}
 
 
+@pytest.mark.parametrize("heads", [-2, 0])
+def test_impossible_numbers_of_heads_are_unknown(heads: int) -> None:
+    model = Model({"x": (1, 5, 9)}, opset=23)
+    model.node("MatMul", ["x", model.weight("qkv.weight", 9, 9)], "qkv")
+    model.linear(model.node("Attention", ["qkv", "qkv", "qkv"], "mixed", q_num_heads=heads), "proj", 9, 9)
+    assert attention_roles(model.read()) == {}
+
+
 def test_a_final_softmax_is_no_attention() -> None:
     model = Model({"x": (1, 6)})
     model.node("Softmax", [model.linear("x", "fc", 10, 6)], "probabilities")

@@ -82,11 +82,16 @@ def test_factors_are_the_best_of_their_rank(rank: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "attributes",
-    [LayerAttributes(), role("query", 1, heads=5), LayerAttributes(attention=AttentionRole(1, 3, "output"))],
+    ("shape", "attributes"),
+    [
+        ((48, 48), LayerAttributes()),
+        ((48, 48), role("query", 1, heads=5)),
+        ((24, 48), role("output", 1)),
+        ((6, 100_000), role("key", 1)),  # would take 40 GB
+        ((256, 256), role("value", 1, heads=256)),
+    ],
 )
-def test_other_layers_stay(attributes: LayerAttributes) -> None:
-    shape = (24, 48) if attributes.attention and attributes.attention.role == "output" else (48, 48)
+def test_other_layers_stay(shape: tuple[int, int], attributes: LayerAttributes) -> None:
     graph = chain_graph([ExampleLayer("layer.weight", shape, attributes=attributes)])
     parameters = random_parameters(graph)
     kept, (record,) = apply_steps(parameters, graph, [Step("mimetic")], seed=0)
