@@ -15,7 +15,7 @@ from torch import nn
 
 import ghn_client.onnx.export
 from ghn_client import export_architecture
-from ghn_client.errors import ExportError
+from ghn_client.errors import ExportError, InvalidArchitectureError
 from ghn_client.onnx.export import ModelSource, read_source
 from ghn_client.onnx.translate import NotTranslatableError, translate
 from ghn_service.graph.onnx.reader import read_onnx
@@ -272,3 +272,27 @@ def test_graphs_of_known_networks_equal_the_reference(name: str) -> None:
     with torch.device("meta"):
         module, example = build_torchvision(name)
     assert_equals_reference(read_onnx(export_architecture(module.eval(), example)), record)
+
+
+class DataDependent(nn.Module):
+    """Its path depends on values, so that only the older exporter reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        return y * 2 if y.sum() > 0 else y
+
+
+def test_what_torch_prints_about_a_failed_way_is_not_the_users_concern(capsys: pytest.CaptureFixture[str]) -> None:
+    assert export_architecture(DataDependent(), torch.zeros(1, 4))
+    assert "def forward" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [DataDependent, 3, None, [DataDependent()]])
+def test_what_is_no_network_is_refused_with_words(given: Any) -> None:
+    with pytest.raises(InvalidArchitectureError) as caught:
+        read_source(given)
+    assert caught.value.field == "architecture"

@@ -58,7 +58,10 @@ def parse_onnx(onnx_bytes: bytes) -> onnx.ModelProto:
     try:
         model = onnx.ModelProto.FromString(onnx_bytes)
     except DecodeError as error:
-        raise InvalidArchitectureError(f"the {len(onnx_bytes)} bytes are no ONNX model: {error}") from error
+        raise InvalidArchitectureError(
+            f"the {len(onnx_bytes)} bytes are no ONNX model ({error}); export_architecture(module, example_inputs) or"
+            " torch.onnx.export make one, and a checkpoint of weights alone has no architecture"
+        ) from error
     if not model.graph.node and not model.graph.output:
         raise InvalidArchitectureError("expected an ONNX model, got a message without a graph")
     return model

@@ -16,6 +16,7 @@ import contextlib
 import copy
 import io
 import logging
+import os
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -69,6 +70,13 @@ def read_source(architecture: Architecture, example_inputs: Any = None) -> Model
     if isinstance(architecture, bytes | bytearray | memoryview):
         original = bytes(architecture)
         return ModelSource(strip_weights(original), original=original)
+    given: object = architecture  # whatever its type was said to be
+    if not isinstance(given, str | os.PathLike):
+        name = given.__name__ if isinstance(given, type) else type(given).__name__
+        what = f"the class {name}: build it first, {name}(...)" if isinstance(given, type) else f"a {name}"
+        raise InvalidArchitectureError(
+            f"expected a torch module, the path of an ONNX file or its bytes, got {what}", field="architecture"
+        )
     path = Path(architecture)
     try:
         return ModelSource(strip_weights(path.read_bytes()), path=path)
@@ -145,15 +153,19 @@ def _root_cause(error: BaseException) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps torch's progress remarks and warnings from the user; what matters is in the error."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._dynamo", "onnxscript")]
+    names = ("torch.onnx", "torch.export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes", "onnxscript")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
+    printed = io.StringIO()
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(printed):  # torch prints half a graph there
             warnings.simplefilter("ignore")
             yield
     finally:
+        if printed.getvalue():
+            _LOGGER.debug("torch said: %s", printed.getvalue())
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
