@@ -58,10 +58,13 @@ def avoid_slow_layers(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def target_passes(device: torch.device, precision: torch.dtype) -> Iterator[None]:
-    """A context for the passes of a target network in a number format (autocast; float32 for none)."""
+    """A context for the passes of a target network in a number format (autocast; float32 for none).
+
+    Weights may change within it: autocast's cache would keep the first ones it cast until the context ends.
+    """
     is_half = precision != torch.float32
     attention = sdpa_kernel(SDPBackend.MATH) if is_half and device.type == "cpu" else nullcontext()
-    with torch.autocast(device.type, precision, enabled=is_half), attention:
+    with torch.autocast(device.type, precision, enabled=is_half, cache_enabled=False), attention:
         yield
 
 

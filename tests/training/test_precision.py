@@ -69,3 +69,14 @@ def test_attention_agrees_with_the_fused_one():
     with target_passes(CPU, torch.bfloat16):
         plain = nn.functional.scaled_dot_product_attention(heads, heads, heads)
     torch.testing.assert_close(plain.float(), exact, rtol=0.02, atol=0.02)
+
+
+def test_weights_may_change_within_the_context():
+    layer, images = nn.Linear(4, 4), torch.randn(2, 4)
+    with target_passes(CPU, torch.bfloat16):
+        layer(images)
+        with torch.no_grad():
+            layer.weight.add_(1.0)
+        changed = layer(images)
+    with target_passes(CPU, torch.bfloat16):
+        torch.testing.assert_close(changed, layer(images), rtol=0, atol=0)
