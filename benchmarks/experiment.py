@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ghn_service.training.settings import DataSettings
 Cell = dict[str, Any]
 CHOOSING_SEEDS = (1000, 1001, 1002)
 """The seeds with which learning rates are chosen on validation images; they are not among those reported."""
-RATES = "half a decade apart, hill-climbed from the best of 0.003 to 1 until it beats both its neighbours"
+RATES = "half a decade apart, hill-climbed until one beats both its neighbours"
 _COARSE = range(-5, 1)
 
 
@@ -70,25 +71,36 @@ def image_data(folder: Path, cache: Path | None, *, image_size: int, held_out: i
 
 
 def run_seeds(
-    path: Path, cell: Cell, measure: Callable[[Cell], Cell], *, seeds: int, rate: float | None = None
+    path: Path,
+    cell: Cell,
+    measure: Callable[[Cell], Cell],
+    *,
+    seeds: int,
+    rate: float | None = None,
+    near: float | None = None,
 ) -> list[Cell]:
     """Chooses the learning rate of a cell on validation images unless it is given, then measures every seed with it.
 
-    The best of a coarse grid with the first of ``CHOOSING_SEEDS`` is where a climb with all of them begins, which ends
-    where a rate is better than the next lower and the next higher one: a choice is never at an edge.
+    A climb with all of ``CHOOSING_SEEDS`` ends where a rate is better than the next lower and the next higher one: a
+    choice is never at an edge. It begins at ``near``, such as what was chosen for fewer steps, else at the best of a
+    coarse grid with the first seed.
     """
 
     def score(exponent: int, count: int = len(CHOOSING_SEEDS)) -> float:
-        rate = float(f"{10 ** (exponent / 2):.0e}")
-        tried = run_cells(path, [{**cell, "rate": rate, "seed": seed} for seed in CHOOSING_SEEDS[:count]], measure)
-        return float(sum(item["accuracy"] for item in tried)) / count
+        cells = [{**cell, "rate": _rate(exponent), "seed": seed} for seed in CHOOSING_SEEDS[:count]]
+        return float(sum(item["accuracy"] for item in run_cells(path, cells, measure))) / count
 
     if rate is None:
-        best = max(_COARSE, key=lambda exponent: score(exponent, 1))
+        best = round(2 * math.log10(near)) if near else max(_COARSE, key=lambda exponent: score(exponent, 1))
         while (better := max((best, best - 1, best + 1), key=score)) != best:
             best = better
-        rate = float(f"{10 ** (best / 2):.0e}")
+        rate = _rate(best)
     return run_cells(path, [{**cell, "rate": rate, "seed": seed} for seed in range(seeds)], measure)
+
+
+def _rate(exponent: int) -> float:
+    """One of the rates half a decade apart."""
+    return float(f"{10 ** (exponent / 2):.0e}")
 
 
 def grouped(cells: Iterable[Cell], *keys: str) -> dict[tuple[Any, ...], list[Cell]]:

@@ -144,15 +144,18 @@ def run_rows(arguments: argparse.Namespace) -> list[Cell]:
     predictor = Predictor.from_checkpoint(arguments.checkpoint, device="cpu")
     one = partial(measure, arguments=arguments, predictor=predictor)
     digest = file_digest(arguments.checkpoint)
-    finished = []
+    finished: list[Cell] = []
+    chosen: dict[tuple[str, ...], float] = {}  # rates of the shorter fine-tuning
     for steps, folder, network, start in itertools.product(
-        arguments.steps, arguments.data, arguments.networks, arguments.starts
+        sorted(arguments.steps), arguments.data, arguments.networks, arguments.starts
     ):
         optimizer, decay = RECIPES.get(network, OTHER_RECIPE)
         cell: Cell = {"data": folder.name, "network": network, "start": start, "images": arguments.images}
         cell |= {"steps": steps, "optimizer": optimizer, "weight_decay": decay, "test_images": arguments.test_images}
         cell |= {} if start == HE else {"checkpoint": digest}
-        finished += run_seeds(arguments.cells, cell, one, seeds=arguments.seeds)
+        row = folder.name, network, start
+        finished += run_seeds(arguments.cells, cell, one, seeds=arguments.seeds, near=chosen.get(row))
+        chosen[row] = finished[-1]["rate"]
     return finished
 
 

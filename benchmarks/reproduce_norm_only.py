@@ -304,8 +304,12 @@ def main(arguments: list[str] | None = None) -> None:
         found, settings = [], many if data == options.data else few
         for network, start, name in itertools.product(networks, starts, names):
             cell = {"data": data.name, "network": network, **start, "strategy": name, "weight_decay": WEIGHT_DECAY}
-            found += run_seeds(options.cells, {**cell, **settings}, one, seeds=seeds, rate=rate)
+            near = chosen.get((start["start"], name))
+            found += run_seeds(options.cells, {**cell, **settings}, one, seeds=seeds, rate=rate, near=near)
+            chosen.setdefault((start["start"], name), found[-1]["rate"])
         return found
+
+    chosen: dict[tuple[str, str], float] = {}  # the first rate of each start and strategy, where others begin to seek
 
     controls = rows(options.data, [CONTROLLED], [{"start": UNIFORM}], CONTROLS)
     blocks = {"norm only: protocol": [protocol(many, few, seeds)], "norm only: accuracy": _control_table(controls)}

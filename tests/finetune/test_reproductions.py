@@ -30,15 +30,16 @@ def test_cells_are_measured_once(tmp_path):
     assert results == [{"x": 2, "square": 4}, {"x": 3, "square": 9}]
 
 
+@pytest.mark.parametrize("near", [None, 0.1])
 @pytest.mark.parametrize("best", [0.0003, 0.03, 3.0])
-def test_a_learning_rate_is_never_at_the_edge_of_what_was_tried(tmp_path, best):
+def test_a_learning_rate_is_never_at_the_edge_of_what_was_tried(tmp_path, best, near):
     tried = set()
 
     def measure(cell):
         tried.add(cell["rate"])
         return {"accuracy": -abs(math.log(cell["rate"] / best)) + 0.01 * (cell["seed"] % 7)}
 
-    cells = run_seeds(tmp_path / "cells.jsonl", {"x": 1}, measure, seeds=2)
+    cells = run_seeds(tmp_path / "cells.jsonl", {"x": 1}, measure, seeds=2, near=near)
     assert [(cell["rate"], cell["seed"]) for cell in cells] == [(best, 0), (best, 1)]
     assert min(tried) < best < max(tried)
 
