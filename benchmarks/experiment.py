@@ -24,7 +24,9 @@ Cell = dict[str, Any]
 CHOOSING_SEEDS = (1000, 1001, 1002)
 """The seeds with which learning rates are chosen on validation images; they are not among those reported."""
 RATES = "half a decade apart, hill-climbed until one beats both its neighbours"
+HELPS, HURTS, NO_DIFFERENCE = "helps", "hurts", "makes no difference that can be seen"
 _COARSE = range(-5, 1)
+_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # 97.5% of Student's t, by degrees of freedom
 
 
 def run_cells(path: Path, cells: Iterable[Cell], measure: Callable[[Cell], Cell], *, workers: int = 1) -> list[Cell]:
@@ -117,11 +119,11 @@ def file_digest(path: Path) -> str:
 
 
 def verdict(differences: Sequence[float]) -> str:
-    """What paired differences say, by the same rule everywhere: one counts beyond two standard errors."""
+    """What paired differences say, by the same rule everywhere: a two-sided t test at 5%."""
     mean, error = mean_and_error(differences)
-    if abs(mean) > 2 * error > 0:
-        return "helps" if mean > 0 else "hurts"
-    return "makes no difference that can be seen"
+    if error > 0 and abs(mean) > _T[min(len(differences), len(_T) + 1) - 2] * error:
+        return HELPS if mean > 0 else HURTS
+    return NO_DIFFERENCE
 
 
 def percent(values: Sequence[float], digits: int = 1, sign: str = "") -> str:

@@ -278,7 +278,7 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=[*NETWORKS, *ARCHITECTURES])
     usual = [start for start in STARTS if start != MIMETIC]  # which changes transformers alone
     parser.add_argument("--starts", nargs="+", default=usual, choices=list(STARTS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, nargs="+", default=[300, 1000], help="lengths of fine-tuning")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--test-images", type=int, default=2000)

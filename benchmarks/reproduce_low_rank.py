@@ -38,6 +38,9 @@ from torch.nn import functional
 from benchmarks.charts import bar_chart
 from benchmarks.experiment import (
     CHOOSING_SEEDS,
+    HELPS,
+    HURTS,
+    NO_DIFFERENCE,
     RATES,
     Cell,
     file_digest,
@@ -244,10 +247,10 @@ def accuracy_table(results: Sequence[Cell]) -> list[str]:
 
 
 def verdicts(results: Sequence[Cell]) -> Iterator[str]:
-    """Each way against the one that decides, with the same rule for every row: beyond two standard errors."""
+    """Each way against the one that decides, with the same rule for every row."""
     for batchnorm, reference in itertools.product((False, True), (SPECTRAL, SCALED)):
         for way in WAYS:
-            outcomes: dict[str, list[str]] = {"helps": [], "hurts": [], "makes no difference that can be seen": []}
+            outcomes: dict[str, list[str]] = {HELPS: [], HURTS: [], NO_DIFFERENCE: []}
             for (norm, size), ways in _rows(results).items():
                 if norm == batchnorm and DENSE not in ways and way not in (SPECTRAL, reference):
                     outcomes[verdict(_differences(ways, way, reference))].append(_size_name(size))

@@ -32,6 +32,9 @@ from torch.nn.utils import parametrize
 from benchmarks.charts import line_chart
 from benchmarks.experiment import (
     CHOOSING_SEEDS,
+    HELPS,
+    HURTS,
+    NO_DIFFERENCE,
     RATES,
     Cell,
     file_digest,
@@ -40,6 +43,7 @@ from benchmarks.experiment import (
     image_data,
     percent,
     run_seeds,
+    verdict,
 )
 from ghn_architectures.architecture import Interface
 from ghn_architectures.convnet import ConvNetConfiguration
@@ -85,6 +89,8 @@ HE, UNIFORM, PREDICTED = "He", "He, scales in [0, 1]", "GHN"
 
 #: Upper end of each of the 20 bins of |gamma|; the last one also holds all larger scales.
 BIN_WIDTH = 0.1
+#: What ``experiment.verdict`` says of a step of the expected order.
+_OUTCOMES = {HELPS: "seen", HURTS: "reversed", NO_DIFFERENCE: "cannot be told"}
 
 
 def networks() -> dict[str, Any]:
@@ -182,18 +188,18 @@ class SparseUpdate(nn.Module):
         return weight.flatten(1).scatter(1, self.get_buffer("indices"), self.values).view_as(weight)
 
 
-def random_per_channel(module: nn.Module, *, count: int = 2, seed: int = 0) -> FineTuneHandle:
+def random_per_channel(module: nn.Module, *, count: int = 2) -> FineTuneHandle:
     """Tunes ``count`` random weights of every output channel of every matrix layer but the head.
 
-    The control of arXiv:2003.00152: two are as many as a norm layer has, and really so many numbers are trained.
+    The control of arXiv:2003.00152: two are as many as a norm layer has, and really so many numbers are trained. Which
+    ones is drawn from torch's own generator, which ``measure`` seeds.
     """
-    generator = torch.Generator().manual_seed(seed)
     names = []
     for name, layer in matrix_layers(module).items():
         if name == find_head(module):
             continue
         fan_in = layer.weight[0].numel()
-        indices = torch.rand(len(layer.weight), fan_in, generator=generator).topk(min(count, fan_in), dim=1).indices
+        indices = torch.rand(len(layer.weight), fan_in).topk(min(count, fan_in), dim=1).indices
         parametrize.register_parametrization(layer, "weight", SparseUpdate(layer.weight, indices), unsafe=True)
         names.append(f"{name}.parametrizations.weight.0.values")
     part = Part("random_per_channel", {}, module, {"random": names}, travelling_statistics(module, UPDATE))
@@ -241,14 +247,18 @@ def _control_table(cells: list[Cell]) -> list[str]:
 
 
 def _verdicts(cells: list[Cell]) -> list[str]:
-    """Whether the expected order holds for each start, also where it does not."""
+    """Which steps of the expected order are seen, are reversed, or cannot be told, for each network and start."""
     lines = []
     for (network, start), group in grouped(cells, "network", "start").items():
-        strategies = grouped(group, "strategy")
-        means = {name: _mean(strategies[name,], "accuracy") for name in ORDER if (name,) in strategies}
-        order = sorted(means, key=lambda name: -means[name])
-        found = "holds" if order == list(means) else "does not hold"
-        lines.append(f"- {network}, {start}: {' > '.join(order)}. The expected order {found}.")
+        accuracies = {
+            name: _accuracies(found) for (name,), found in grouped(group, "strategy").items() if name in ORDER
+        }
+        found: dict[str, list[str]] = {}
+        for (name, better), (other, worse) in itertools.pairwise(accuracies.items()):
+            outcome = verdict([a - b for a, b in zip(better, worse, strict=True)])
+            found.setdefault(_OUTCOMES[outcome], []).append(f"{name} > {other}")
+        steps = "; ".join(f"{outcome}: {', '.join(pairs)}" for outcome, pairs in found.items())
+        lines.append(f"- {network}, {start}: {steps}.")
     return lines
 
 

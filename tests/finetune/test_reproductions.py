@@ -7,9 +7,10 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import reproduce_additive, reproduce_norm_only
-from benchmarks.experiment import fill_page, run_cells, run_seeds
+from benchmarks.experiment import HELPS, NO_DIFFERENCE, fill_page, run_cells, run_seeds, verdict
 from tests.shared_data import shared_path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +43,13 @@ def test_a_learning_rate_is_never_at_the_edge_of_what_was_tried(tmp_path, best, 
     cells = run_seeds(tmp_path / "cells.jsonl", {"x": 1}, measure, seeds=2, near=near)
     assert [(cell["rate"], cell["seed"]) for cell in cells] == [(best, 0), (best, 1)]
     assert min(tried) < best < max(tried)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 20])
+def test_noise_alone_is_seldom_called_a_difference(seeds):
+    draws = torch.randn(4000, seeds, generator=torch.Generator().manual_seed(0)).tolist()
+    assert sum(verdict(draw) != NO_DIFFERENCE for draw in draws) / len(draws) == pytest.approx(0.05, abs=0.02)
+    assert verdict([1.0 + 0.01 * value for value in draws[0]]) == HELPS
 
 
 def square(cell):
