@@ -218,7 +218,8 @@ def main() -> None:
             fill_page(arguments.docs, {"trust: heads": head_table(measured)}, {})
         else:
             measured = run_cells(arguments.cells, known(pairs), one)
-            fill_page(arguments.docs, {"trust: gains": gain_table(measured, client)}, {})
+            table = [*gain_table(measured, client), "", edges(measured)]
+            fill_page(arguments.docs, {"trust: gains": table}, {})
 
 
 def gain_table(measured: list[Cell], client: GHNClient) -> list[str]:
@@ -239,6 +240,16 @@ def gain_table(measured: list[Cell], client: GHNClient) -> list[str]:
     return markdown_table(
         ["networks", "verdict", "number", *(f"median gain after {step} (ahead)" for step in STEPS)], rows
     )
+
+
+def edges(measured: list[Cell]) -> str:
+    """How often a side chose the lowest or highest rate: how often another grid might have served it better."""
+    low, *_, high = SETTINGS.learning_rates
+    counts = []
+    for (start,), cells in grouped(measured, "start").items():
+        rates = [cell["rate"] for cell in cells if "error" not in cell]
+        counts.append(f"{start} {rates.count(low)} and {rates.count(high)} times of {len(rates)}")
+    return f"The lowest and the highest rate were chosen: {', '.join(counts)}."
 
 
 def head_table(measured: list[Cell]) -> list[str]:

@@ -135,12 +135,15 @@ class Bench:
         return export_architecture(module.eval(), torch.zeros(1, 3, self.image_size, self.image_size))
 
     def start(self, network: str, weights: str, source: str = "") -> Cell:
-        """The part of a cell that says where a network starts."""
-        cell = {"network": network, "weights": weights, "data": self.data.name}
+        """The part of a cell that says where a network starts, and on how many test images it is scored."""
+        cell = {"network": network, "weights": weights, "data": self.data.name, "test_images": self.test_images}
         if weights == HE:
             return cell
-        path = self.sources / f"{source}.safetensors" if source else self.checkpoint
-        return {**cell, "source": source, "digest": file_digest(path)}
+        files = {
+            "checkpoint": self.checkpoint,
+            **({"digest": self.sources / f"{source}.safetensors"} if source else {}),
+        }
+        return {**cell, "source": source, **{key: file_digest(path) for key, path in files.items()}}
 
     def auto_start(self, network: str, minimum_similarity: float = MINIMUM_SIMILARITY) -> Cell:
         """What ``auto`` stands for with this network: a source of the library, or the hypernetwork."""
@@ -351,14 +354,19 @@ def fine_tuning(bench: Bench, options: argparse.Namespace) -> dict[str, list[str
     found = tune_odd(bench, options, range(options.variants), sizes)
     rows = []
     for ((images,), group), step in itertools.product(grouped(found, "images").items(), budgets):
-        sides = {kind: [cell["at"][str(step)] for cell in side] for (kind,), side in grouped(group, "start").items()}
+        sides = {
+            kind: [
+                statistics.fmean(cell["at"][str(step)] for cell in seeds) for seeds in grouped(side, "network").values()
+            ]
+            for (kind,), side in grouped(group, "start").items()
+        }
         values = [percent(side) for side in sides.values()]
         for other in (HE, HYPERNETWORK):
             gaps = [auto - them for auto, them in zip(sides[AUTO], sides[other], strict=True)]
             values += [percent(gaps, sign="+"), f"{sum(gap > 0 for gap in gaps)} of {len(gaps)}"]
         rows.append([f"{images:,}" if images else "all", step, *values])
     header = ["images", "steps", HE, HYPERNETWORK, AUTO, "auto - He", "ahead", "auto - hypernetwork", "ahead"]
-    note = f"{options.variants} variants, {options.seeds} seeds, rates from {', '.join(map(str, RATES))}."
+    note = f"{options.variants} variants, mean of {options.seeds} seeds each, rates from {', '.join(map(str, RATES))}."
     return {f"fine-tuning on {bench.data.name}": [*markdown_table(header, rows), "", note]}
 
 
