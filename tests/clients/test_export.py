@@ -58,6 +58,12 @@ def test_the_exported_model_computes_what_the_module_computes(name: str) -> None
     assert_computes_the_same(build(), example)
 
 
+@pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (3, 2), (4, 1), (4, 3), ((2, 3), (1, 2))])
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_padding_by_name_computes_the_same(padding: str, kernel: Any, dilation: Any) -> None:
+    assert_computes_the_same(nn.Conv2d(3, 4, kernel, padding=padding, dilation=dilation), IMAGE)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -244,6 +250,7 @@ CHANGES = {
     "constant_through_a_view": lambda y: y + filled_constant(y),
     "part": lambda y: (y[:, 1:3].zero_(), y)[1] * 1.0,
     "base_through_a_view": lambda y: (y.reshape(-1).add_(5), y)[1] * 2,
+    "returned_part": lambda y: (y[:, 1:3].zero_(), y)[1],
 }
 
 

@@ -83,6 +83,11 @@ def translate(program: torch.export.ExportedProgram) -> onnx_ir.Model:
         needs_promotion |= len({value.dtype for value in values if isinstance(value, torch.Tensor)}) > 1
     if needs_promotion:  # an operator mixes element types, which torch converts silently and ONNX does not
         _fx_passes.insert_type_promotion_nodes(module)
+    returned = graph.output_node().args[0]
+    assert isinstance(returned, tuple | list)
+    for spec, node in zip(program.graph_signature.output_specs, returned, strict=True):
+        if isinstance(node, Node):  # the exporter reads the outputs there, and what is returned may have been replaced
+            spec.arg.name = node.name
     return _core._exported_program_to_onnx_program(program, registry=registry).model
 
 
@@ -301,10 +306,11 @@ def _convolution(
         return list(values) * axes if len(values) == 1 else list(values)
 
     attributes: dict[str, Any] = {"strides": per_axis(stride), "dilations": per_axis(dilation), "group": groups}
-    if isinstance(padding, str):
-        attributes["auto_pad"] = "SAME_UPPER" if padding == "same" else "VALID"
+    if padding == "same":  # in numbers, since onnxruntime refuses auto_pad beside dilations; the odd one comes last
+        totals = [step * (int(size) - 1) for step, size in zip(attributes["dilations"], weight.shape[2:], strict=True)]
+        attributes["pads"] = [total // 2 for total in totals] + [total - total // 2 for total in totals]
     else:
-        attributes["pads"] = per_axis(padding) * 2
+        attributes["pads"] = [0] * (2 * axes) if padding == "valid" else per_axis(padding) * 2  # type: ignore[arg-type]
     return op.Conv(input, weight, bias, **attributes) if bias is not None else op.Conv(input, weight, **attributes)
 
 
