@@ -24,7 +24,7 @@ from ghn_service.errors import DataError
 from ghn_service.training.settings import DataSettings
 
 logger = logging.getLogger(__name__)
-_CACHE_FORMAT = "2"
+_CACHE_FORMAT = "3"
 
 
 def load_split(

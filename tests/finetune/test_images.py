@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import pickle
+import shutil
 import sys
 
 import numpy
@@ -30,12 +31,12 @@ def encode_png(image: numpy.ndarray) -> bytes:
     return file.getvalue()
 
 
-def write_parquet(folder, split="train", blobs=None, label_column="label"):
+def write_parquet(folder, split="train", blobs=None, label_column="label", names=NAMES):
     blobs = blobs or [encode_png(image) for image in IMAGES]
     table = pyarrow.table(
         {"image": [{"bytes": blob, "path": None} for blob in blobs], label_column: LABELS[: len(blobs)]}
     )
-    features = {"info": {"features": {"label": {"names": NAMES}}}}
+    features = {"info": {"features": {"label": {"names": names}}}}
     table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
     folder.mkdir(exist_ok=True)
     pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
@@ -64,9 +65,9 @@ def write_idx(folder, compress=True):
             (folder / name).write_bytes(content)
 
 
-def write_folder(folder):
+def write_folder(folder, split="train", names=NAMES):
     for image, label, number in zip(IMAGES, LABELS, range(6), strict=True):
-        home = folder / "train" / NAMES[label]
+        home = folder / split / names[label]
         home.mkdir(parents=True, exist_ok=True)
         (home / f"{number}.png").write_bytes(encode_png(image))
 
@@ -86,6 +87,28 @@ def test_image_folder_names_its_classes(tmp_path):
     assert read.class_names == tuple(NAMES)
     assert sorted(read.labels.tolist()) == sorted(LABELS)
     assert torch.equal(read.images[0], torch.from_numpy(IMAGES[0]))
+
+
+def test_held_out_images_have_the_labels_of_their_classes_in_training(tmp_path):
+    write_folder(tmp_path)
+    write_folder(tmp_path, "val")
+    shutil.rmtree(tmp_path / "val" / "bee")
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "val" / "cat" / "._2.png").write_bytes(b"what a Mac leaves behind")
+    training, held_out = load_images(tmp_path, image_size=8)
+    assert training.class_names == held_out.class_names == tuple(NAMES)
+    assert held_out.labels.tolist() == [0, 0, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("write", "names"),
+    [(write_folder, ["ant", "bee", "dog"]), (write_parquet, ["ant", "bee", "dog"]), (write_parquet, [*NAMES, "dog"])],
+)
+def test_held_out_images_of_other_classes_are_refused(tmp_path, write, names):
+    write(tmp_path)
+    write(tmp_path, "val", names=names)
+    with pytest.raises(FileError):
+        load_images(tmp_path, image_size=8)
 
 
 @pytest.mark.parametrize("compress", [True, False])

@@ -5,9 +5,10 @@
 | parquet (Hugging Face) | ``train.parquet`` or ``train-00000-of-00002.parquet``, ...; columns ``image`` and ``label`` |
 | CIFAR, python version | ``data_batch_1``, ... and ``test_batch``, or ``cifar-100-python/train`` and ``test`` |
 | IDX (MNIST and its relatives) | ``train-images-idx3-ubyte``, ``t10k-labels-idx1-ubyte``, ..., gzipped or not |
-| image folder | ``train/<class>/*.png``, classes in alphabetical order |
+| image folder | ``train/<class>/*.png``, classes in alphabetical order; those of ``train`` for the other splits, too |
 
-All but the last may lie in a subfolder; ``val`` and ``valid`` mean ``validation``. Needs Pillow, for parquet pyarrow.
+All but the last may lie in a subfolder; ``val`` and ``valid`` mean ``validation``. Names in image folders that start with
+a dot are left out. Needs Pillow, for parquet pyarrow.
 No code of a data file runs.
 
 Shapes: I images, B images of a batch, C channels (1 or 3), H = W rows and columns.
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ghn_client.errors import FileError, InvalidOptionError, MissingExtraError, require_known
+from ghn_client.errors import FileError, InvalidOptionError, MissingExtraError, listed, require_known
 
 SPLITS = {
     "train": ("train", "training"),
@@ -146,7 +147,9 @@ def load_images(folder: str | Path, *, image_size: int, limit: int | None = None
         limit: Use at most so many of each, a random choice.
 
     Raises:
-        InvalidOptionError: The folder is absent, or of no known layout; other errors as in :func:`read_images`.
+        InvalidOptionError: The folder is absent, or of no known layout.
+        FileError: A file is broken, or held-out images have other classes than the training images.
+        MissingExtraError: A library that the layout needs is not installed.
     """
     found = (read_images(folder, split, image_size=image_size, channels=3, limit=limit) for split in SPLITS)
     training = next(found)
@@ -155,6 +158,13 @@ def load_images(folder: str | Path, *, image_size: int, limit: int | None = None
         raise InvalidOptionError(
             f"{Path(folder).name!r} has no known layout; expected train.parquet and test.parquet, cifar-10-batches-py,"
             " IDX files, or folders train/<class> and val/<class>"
+        )
+    count = held_out.num_classes
+    same = held_out.class_names in (training.class_names[:count], tuple(map(str, range(count))))  # some have no names
+    if count > training.num_classes or not same:
+        raise FileError(
+            f"{Path(folder).name}: expected held-out images of the classes of the training images, "
+            f"{listed(training.class_names)}, got {listed(held_out.class_names)}"
         )
     return training, held_out
 
@@ -178,7 +188,7 @@ def read_images(
 
     Raises:
         InvalidOptionError: The folder is absent, or the split unknown.
-        FileError: A file is broken.
+        FileError: A file is broken, or an image folder has a class that the training images lack.
         MissingExtraError: A library that the layout needs is not installed.
     """
     root = Path(folder)
@@ -315,18 +325,26 @@ def _read_idx(path: Path, rank: int) -> NDArray[np.uint8]:
 
 
 def _image_folder(root: Path, split: str) -> Stored | None:
-    home = next((root / name for name in SPLITS[split] if (root / name).is_dir()), None)
+    homes = {key: next((root / name for name in SPLITS[key] if (root / name).is_dir()), None) for key in SPLITS}
+    home = homes[split]
     if home is None:
         return None
-    names = tuple(sorted(path.name for path in home.iterdir() if path.is_dir()))
+    names, own = (
+        tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
+        for folder in (homes["train"] or home, home)
+    )
+    if unknown := sorted(set(own) - set(names)):
+        raise FileError(
+            f"{home.name}: expected the classes of the training images, {listed(names)}, got {unknown[0]!r}"
+        )
     found = [
         (path, label)
         for label, name in enumerate(names)
         for path in sorted((home / name).rglob("*"))
-        if path.suffix.lower() in SUFFIXES
+        if path.suffix.lower() in SUFFIXES and not any(x.startswith(".") for x in path.relative_to(home).parts)
     ]
     if not found:
-        raise FileError(f"{home.name}: expected a folder of images per class, found {len(names)} folders, no image")
+        raise FileError(f"{home.name}: expected a folder of images per class, found {len(own)} folders, no image")
     return [path for path, _ in found], [label for _, label in found], names
 
 
