@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from ghn_client.errors import FileError, InvalidOptionError, MissingExtraError
-from ghn_client.finetune.images import ImageBatches, load_images, read_images
+from ghn_client.finetune.images import ImageBatches, ImageSet, load_images, read_images
 from tests.shared_data import shared_path
 
 IMAGES = numpy.random.default_rng(0).integers(0, 256, (6, 3, 32, 32), dtype=numpy.uint8)
@@ -51,12 +51,14 @@ def write_cifar(folder):
     (home / "batches.meta").write_bytes(pickle.dumps({b"label_names": [name.encode() for name in NAMES]}))
 
 
-def write_idx(folder, compress=True):
+def write_idx(folder, compress=True, prefix="train"):
     folder.mkdir(exist_ok=True)
     images = IMAGES[:, 0, :28, :28]
     files = {
-        "train-images-idx3-ubyte": bytes((0, 0, 8, 3)) + numpy.array(images.shape, ">u4").tobytes() + images.tobytes(),
-        "train-labels-idx1-ubyte": bytes((0, 0, 8, 1)) + numpy.array([6], ">u4").tobytes() + bytes(LABELS),
+        f"{prefix}-images-idx3-ubyte": bytes((0, 0, 8, 3))
+        + numpy.array(images.shape, ">u4").tobytes()
+        + images.tobytes(),
+        f"{prefix}-labels-idx1-ubyte": bytes((0, 0, 8, 1)) + numpy.array([6], ">u4").tobytes() + bytes(LABELS),
     }
     for name, content in files.items():
         if compress:
@@ -276,3 +278,33 @@ def test_batches_are_seeded_and_augmentation_keeps_shapes(tmp_path):
         assert torch.equal(a, b)
         assert torch.equal(labels_a, labels_b)
         assert a.shape[1:] == (3, 8, 8)
+
+
+def test_gray_images_stay_gray_and_are_normalised(tmp_path):
+    write_idx(tmp_path)
+    write_idx(tmp_path, prefix="t10k")
+    training, _ = load_images(tmp_path, image_size=28, channels=1)
+    ((images, _),) = ImageBatches(training, batch_size=6, augment=False)
+    assert torch.allclose(images[:, 0], (torch.from_numpy(IMAGES[:, 0, :28, :28]) / 255 - 0.449) / 0.226, atol=1e-5)
+    assert images.shape[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "augment", "sizes"),
+    [
+        (5, 4, True, [5]),
+        (9, 4, True, [4, 5]),
+        (6, 4, True, [4, 2]),
+        (8, 4, True, [4, 4]),
+        (9, 4, False, [4, 4, 1]),
+        (3, 1, True, [1, 1, 1]),
+        (1, 4, True, [1]),
+    ],
+)
+def test_no_training_batch_is_a_single_left_over_image(count, batch_size, augment, sizes):
+    data = ImageSet(torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1), torch.arange(count), ("any",))
+    batches = ImageBatches(data, batch_size=batch_size, augment=augment)
+    labels = [part for _, part in batches]
+    assert [len(part) for part in labels] == sizes
+    assert len(batches) == len(sizes)
+    assert sorted(torch.cat(labels).tolist()) == list(range(count))

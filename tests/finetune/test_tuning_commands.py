@@ -12,10 +12,12 @@ import safetensors.torch
 import torch
 from typer.testing import CliRunner
 
+import ghn_client.cli.finetune as tuning_commands
 from ghn_client.cli.app import app
 from ghn_client.errors import InvalidOptionError
 from ghn_client.finetune.delta import load_delta, read_delta
 from ghn_client.finetune.images import ImageBatches, load_images
+from ghn_client.networks import find_network
 from ghn_client.onnx.export import export_architecture
 from tests.finetune.networks import ResidualNetwork
 from tests.finetune.test_onnx_module import filled
@@ -170,6 +172,46 @@ def test_a_file_without_norms_gets_them_and_keeps_its_function(tmp_path, images)
         for image, label in pixels
     ]
     assert np.mean(right) == pytest.approx(json.loads(result.stdout)["accuracy"])
+
+
+@pytest.mark.parametrize("kind", ["script", "onnx"])
+def test_a_network_of_gray_images_is_given_gray_images(tmp_path, images, kind):
+    (tmp_path / "gray.py").write_text(
+        "import torch\nfrom torch import nn\ndef make():\n    torch.manual_seed(0)\n    return nn.Sequential("
+        "nn.Conv2d(1, 8, 8), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 4))\n"
+    )
+    network = f"{tmp_path / 'gray.py'}:make"
+    arguments = (network, "--image-size", 8)
+    if kind == "onnx":
+        model = filled(find_network(network).eval(), way="dynamo", example=torch.zeros(1, 1, 8, 8))
+        onnx.save(model, tmp_path / "gray.onnx")
+        arguments = (tmp_path / "gray.onnx",)
+    # 48 images in batches of 47: BatchNorm, here on one value per channel, cannot be trained on the one left over
+    common = ("--data", images, "--own-start", "--epochs", 1, "--batch-size", 47, "-o", tmp_path / "d")
+    result = run("finetune", *arguments, *common)
+    assert result.exit_code == 0, result.output
+    assert load_delta(find_network(network), tmp_path / "d").strategy == "norm_only"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--output", "nowhere/d"),
+        ("--output", "."),
+        ("--model-out", "nowhere/m.safetensors"),
+        ("--resume", "nowhere/state"),
+        ("--output", "m.safetensors", "--model-out", "m.safetensors"),
+        ("--weights", "w.safetensors", "--output", "w.safetensors"),
+        ("--device", "tape"),
+        ("--device", "meta"),
+        pytest.param(("--device", "cuda"), marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")),
+    ],
+)
+def test_places_that_are_not_there_are_refused_before_the_work(tmp_path, images, arguments, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w.safetensors").touch()
+    monkeypatch.setattr(tuning_commands, "load_images", None)
+    assert run("finetune", FACTORY, "--data", images, *arguments).exit_code == 2
 
 
 def test_what_cannot_be_tuned_is_refused_before_anything_is_predicted(tmp_path, images):

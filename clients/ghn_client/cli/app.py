@@ -29,6 +29,7 @@ from ghn_client.cli.options import (
     ShowAll,
     Sources,
     Tuning,
+    check_targets,
     command,
     print_json,
     warn,
@@ -79,16 +80,9 @@ class Targets:
     ] = None
 
     def check(self, model_file: Path, weights: Path) -> None:
-        """Refuses to overwrite the model, to write two things into one file, or to write where it cannot be."""
-        named = (weights if str(weights) != STREAM else None, self.onnx_out, self.report)
-        targets = [target for target in named if target is not None]
-        for target in targets:
-            if target.exists() and model_file.exists() and target.samefile(model_file):
-                raise InvalidOptionError(f"{str(target)!r} is the model itself; give another file to write to")
-            if not target.parent.is_dir():
-                raise InvalidOptionError(f"the folder {str(target.parent)!r} does not exist")
-        if len({target.absolute() for target in targets}) < len(targets):
-            raise InvalidOptionError("two of --output, --onnx-out and --report name the same file")
+        """Refuses what ``check_targets`` refuses, and reports of an unknown kind."""
+        output = weights if str(weights) != STREAM else None
+        check_targets({"--output": output, "--onnx-out": self.onnx_out, "--report": self.report}, [model_file])
         if self.report is not None and self.report.suffix.lower() not in (".json", ".html"):
             raise InvalidOptionError(f"expected --report FILE.json or FILE.html, got {str(self.report)!r}")
 

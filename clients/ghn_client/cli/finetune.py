@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from ghn_client.atomic_file import write_file
 from ghn_client.batchnorm import UPDATE, evaluation_mode, travelling_statistics
-from ghn_client.cli.options import Server, Sources, Tuning, messages, warn
+from ghn_client.cli.options import Server, Sources, Tuning, check_targets, messages, warn
 from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.delta import save_delta
 from ghn_client.finetune.fit import EpochReport, FitSettings, fit
@@ -58,13 +58,16 @@ def tune(model: str, server: Server, tuning: Tuning, sources: Sources) -> tuple[
     starts = {"--weights": tuning.weights, "--own-start": tuning.own_start, "--source": sources.source}
     if len(given := [flag for flag, value in starts.items() if value]) > 1:
         raise InvalidOptionError(f"{' and '.join(given)} ask for different starts; give one")
+    targets = {"--output": tuning.output, "--model-out": tuning.model_out, "--resume": tuning.resume}
+    check_targets(targets, [Path(model), tuning.weights, sources.source_weights, Path(sources.source)])
+    _require_device(tuning.device)
     torch.manual_seed(tuning.seed)
     network = find_network(model)
     if tuning.model_out is not None and tuning.model_out.suffix == ".onnx" and not isinstance(network, Path):
         raise InvalidOptionError("--model-out can be an ONNX file only where the network was given as one")
     strategy = strategy_of(tuning.strategy, options := _strategy_options(tuning, samples=1))
-    size, outputs = _size_and_outputs(network, tuning)
-    training, held_out = load_images(tuning.data, image_size=size, limit=tuning.limit)
+    (_, channels, _, size), outputs = _shape_and_outputs(network, tuning)
+    training, held_out = load_images(tuning.data, image_size=size, channels=channels, limit=tuning.limit)
     if outputs and training.num_classes > outputs:
         raise InvalidOptionError(
             f"expected a network with at least {training.num_classes} outputs, one for each class of {tuning.data}, "
@@ -127,6 +130,14 @@ def tune(model: str, server: Server, tuning: Tuning, sources: Sources) -> tuple[
     return document, f"{tuned}; {tuning.output} has {size:,} bytes"
 
 
+def _require_device(name: str) -> None:
+    """Refuses a device that this machine, or this build of torch, does not have."""
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception as error:  # torch raises many types, an AssertionError where it was built without CUDA
+        raise InvalidOptionError(f"cannot compute on the device {name!r}: {error}", field="device") from error
+
+
 def _require_norm_layers(network: nn.Module | Path) -> None:
     """Refuses a network whose norm layers are to be tuned and that has none; says why a file may have lost them."""
     if not _facts(network).norm_parameters:
@@ -171,13 +182,13 @@ class _Start(NamedTuple):
     to_onnx: Callable[[nn.Module], OnnxModel] | None = None
 
 
-def _size_and_outputs(network: nn.Module | Path, tuning: Tuning) -> tuple[int, int]:
-    """Pixels per side that the network takes, and the logits that it returns; 0 where a file does not say."""
+def _shape_and_outputs(network: nn.Module | Path, tuning: Tuning) -> tuple[tuple[int, ...], int]:
+    """Shape (B, C, S, S) of the images that the network takes, and the logits that it returns; 0 for unknown ones."""
     if isinstance(network, Path):
         model = parse_onnx(network.read_bytes())
         del model.graph.input[1:]  # where weights are missing, they are inputs
         sizes = [axis.dim_value for axis in model.graph.output[0].type.tensor_type.shape.dim]
-        return _image_shape(model, tuning.image_size)[-1], sizes[1] if len(sizes) == 2 else 0
+        return _image_shape(model, tuning.image_size), sizes[1] if len(sizes) == 2 else 0
     image = _image_of(network, tuning)
     place = next(network.parameters()).device
     try:
@@ -190,14 +201,18 @@ def _size_and_outputs(network: nn.Module | Path, tuning: Tuning) -> tuple[int, i
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
         found = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise InvalidOptionError(f"expected a network that returns logits (B, classes), got {found}")
-    return image.shape[-1], logits.shape[1]
+    return tuple(image.shape), logits.shape[1]
 
 
 def _image_of(network: nn.Module, tuning: Tuning) -> torch.Tensor:
     example = image_example(network, tuning.image_size)
     image = example if isinstance(example, torch.Tensor) else next(iter(tree_leaves(example)), None)
-    if not isinstance(image, torch.Tensor) or image.dim() != 4:
-        raise InvalidOptionError(f"expected a network of images (B, C, S, S), {type(network).__name__} declares others")
+    shape = tuple(image.shape) if isinstance(image, torch.Tensor) else ()
+    if not isinstance(image, torch.Tensor) or len(shape) != 4 or shape[1] not in (1, 3):
+        raise InvalidOptionError(
+            f"expected a network of images, gray (B, 1, S, S) or in colour (B, 3, S, S), {type(network).__name__} "
+            f"takes {shape or 'something else'}"
+        )
     return image
 
 
@@ -224,14 +239,15 @@ def _start(path: nn.Module | Path, server: Server, tuning: Tuning, sources: Sour
 def _image_shape(model: OnnxModel, wanted: int | None) -> tuple[int, ...]:
     """Shape of an example, with the sizes that the file leaves free filled in."""
     shape = input_shape(model)
-    fits = len(shape) == 4 and shape[1] in (0, 3) and shape[2] == shape[3]
+    fits = len(shape) == 4 and shape[1] in (0, 1, 3) and shape[2] == shape[3]
     if not fits or (wanted is not None and shape[3] not in (0, wanted)):
         size = wanted or "S"
         raise InvalidOptionError(
-            f"expected an input of square colour images (B, 3, {size}, {size}), the file has {shape}"
+            f"expected an input of square images, gray (B, 1, {size}, {size}) or in colour (B, 3, {size}, {size}), "
+            f"the file has {shape}"
         )
     size = shape[3] or wanted or DEFAULT_IMAGE_SIZE
-    return (shape[0] or 1, 3, size, size)
+    return (shape[0] or 1, shape[1] or 3, size, size)
 
 
 def _predict(

@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import json
 import os
 import signal
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -202,7 +203,7 @@ class Sources:
 class Tuning:
     """What a network starts from and how it is tuned."""
 
-    data: Annotated[Path, Option(metavar="DIR", help="Images: parquet, cifar-10-batches-py or class folders.")]
+    data: Annotated[Path, Option(metavar="DIR", help="Images: parquet, cifar-10-batches-py, IDX or class folders.")]
     strategy: Annotated[str, Option(help="norm-only, additive, low-rank-update, all, ...")] = "norm-only"
     option: Annotated[list[str] | None, Option(metavar="KEY=VALUE", help="Of the strategy; may be repeated.")] = None
     output: Annotated[Path, Option("--output", "-o", metavar="FILE", help="Where the delta goes.")] = DELTA
@@ -219,6 +220,26 @@ class Tuning:
     device: Annotated[str, Option(help="cpu or cuda.")] = "cpu"
     seed: Annotated[int, Option(min=0)] = 0
     model: Model = ""
+
+
+def check_targets(targets: Mapping[str, Path | None], inputs: Iterable[Path | None]) -> None:
+    """Refuses to overwrite an input, to write two things into one file, or to write where it cannot be.
+
+    Args:
+        targets: Files to write by option; None for those that were not asked for.
+        inputs: Files that are read; those that do not exist count for nothing.
+    """
+    named = {flag: target for flag, target in targets.items() if target is not None}
+    for target, read in itertools.product(named.values(), inputs):
+        if read is not None and target.exists() and read.exists() and target.samefile(read):
+            raise InvalidOptionError(f"{str(target)!r} is read by the same command; give another file to write to")
+    for flag, target in named.items():
+        if not target.parent.is_dir():
+            raise InvalidOptionError(f"the folder {str(target.parent)!r} does not exist")
+        if target.is_dir():
+            raise InvalidOptionError(f"expected a file for {flag}, {str(target)!r} is a folder")
+    if len({target.absolute() for target in named.values()}) < len(named):
+        raise InvalidOptionError(f"two of {', '.join(named)} name the same file")
 
 
 def command(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -7,9 +7,8 @@
 | IDX (MNIST and its relatives) | ``train-images-idx3-ubyte``, ``t10k-labels-idx1-ubyte``, ..., gzipped or not |
 | image folder | ``train/<class>/*.png``, classes in alphabetical order; those of ``train`` for the other splits, too |
 
-All but the last may lie in a subfolder; ``val`` and ``valid`` mean ``validation``. Names in image folders that start with
-a dot are left out. Needs Pillow, for parquet pyarrow.
-No code of a data file runs.
+All but the last may lie in a subfolder; ``val`` and ``valid`` mean ``validation``. Names in image folders that start
+with a dot are left out. Needs Pillow, for parquet pyarrow. No code of a data file runs.
 
 Shapes: I images, B images of a batch, C channels (1 or 3), H = W rows and columns.
 """
@@ -98,6 +97,8 @@ class Normalization:
 
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Statistics of ImageNet, on which published networks are trained."""
+IMAGENET_GRAY = Normalization((0.449,), (0.226,))
+"""Their means over the three colours, for gray images."""
 
 
 def measure_normalization(images: ImageSet, limit: int = 5000) -> Normalization:
@@ -110,21 +111,26 @@ def measure_normalization(images: ImageSet, limit: int = 5000) -> Normalization:
 class ImageBatches:
     """Batches of an image set, normalised as for ImageNet; iterable again and again.
 
-    With ``augment`` they are shuffled, flipped, and shifted by up to an eighth of the size; every pass draws anew.
+    With ``augment`` they are shuffled, flipped, and shifted by up to an eighth of the size; every pass draws anew. A
+    single image that is left over for the last batch joins the one before, since BatchNorm cannot be trained on it.
     """
 
     def __init__(self, data: ImageSet, *, batch_size: int, augment: bool, seed: int = 0) -> None:
         self.data, self.batch_size, self.augment = data, batch_size, augment
+        self.normalization = IMAGENET if data.channels == 3 else IMAGENET_GRAY
         self.generator = torch.Generator().manual_seed(seed)
+        self.sizes = [min(batch_size, len(data) - start) for start in range(0, len(data), batch_size)]  # of each batch
+        if augment and 1 < batch_size < len(data) and self.sizes[-1] == 1:
+            self.sizes[-2:] = [batch_size + 1]
 
     def __len__(self) -> int:
-        return -(-len(self.data) // self.batch_size)
+        return len(self.sizes)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         count = len(self.data)
         order = torch.randperm(count, generator=self.generator) if self.augment else torch.arange(count)
-        for chosen in torch.split(order, self.batch_size):
-            images = IMAGENET.apply(self.data.images[chosen])
+        for chosen in torch.split(order, self.sizes):
+            images = self.normalization.apply(self.data.images[chosen])
             yield (self._augmented(images) if self.augment else images), self.data.labels[chosen]
 
     def _augmented(self, images: torch.Tensor) -> torch.Tensor:
@@ -138,12 +144,15 @@ class ImageBatches:
         return padded[:, :, top : top + images.shape[2], left : left + images.shape[3]]
 
 
-def load_images(folder: str | Path, *, image_size: int, limit: int | None = None) -> tuple[ImageSet, ImageSet]:
-    """The training and the validation images of a folder, in colour; test images where there are none for validation.
+def load_images(
+    folder: str | Path, *, image_size: int, channels: int = 3, limit: int | None = None
+) -> tuple[ImageSet, ImageSet]:
+    """The training and the validation images of a folder; test images where there are none for validation.
 
     Args:
         folder: In one of the layouts above.
         image_size: Rows and columns; the centre square of images of another size is resized.
+        channels: 1 (gray) or 3 (colour); images of the other kind are converted.
         limit: Use at most so many of each, a random choice.
 
     Raises:
@@ -151,7 +160,7 @@ def load_images(folder: str | Path, *, image_size: int, limit: int | None = None
         FileError: A file is broken, or held-out images have other classes than the training images.
         MissingExtraError: A library that the layout needs is not installed.
     """
-    found = (read_images(folder, split, image_size=image_size, channels=3, limit=limit) for split in SPLITS)
+    found = (read_images(folder, split, image_size=image_size, channels=channels, limit=limit) for split in SPLITS)
     training = next(found)
     held_out = next((images for images in found if images is not None), None)
     if training is None or held_out is None:
