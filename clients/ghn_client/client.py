@@ -152,7 +152,7 @@ class GHNClient:
         steps: Sequence[StepLike] = (),
         low_rank: LowRankLike | None = None,
         model: str = "",
-        include: Sequence[str] = (),
+        include: str | Sequence[str] = (),
         report: bool = False,
         source: SourceLike | None = None,
         head: str = "auto",
@@ -170,7 +170,7 @@ class GHNClient:
             steps: Post-processing in order: names, ``(name, options)`` pairs, or ``Step`` values.
             low_rank: Ask for factors instead of dense weights: ``LowRankOptions``, its fields as a mapping, or text.
             model: Name of one of ``models()``; "" for the server's default.
-            include: Shell-style patterns on tensor names; empty for all.
+            include: Shell-style patterns on tensor names, or one such pattern; empty for all.
             source: A trained network to take weights from wherever they fit; the hypernetwork predicts the rest. A
                 module, an ONNX file, a pair of either and its weights, ``timm:NAME``, a name in the server's library
                 (see ``sources``), ``auto``, or a ``Source``. The weights of a network of this machine stay on it, so
@@ -193,7 +193,7 @@ class GHNClient:
             architecture=ghn_pb2.Architecture(onnx_model=target.structure),
             seed=seed,
             steps=[encode_step(step) for step in steps],
-            include=list(include),
+            include=[include] if isinstance(include, str) else list(include),
             report=report,
             **fields,
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import html
+import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,8 +105,10 @@ def initialize(
     """
     if sum(item is not None for item in (address, checkpoint, client)) > 1:
         raise InvalidOptionError("address, checkpoint and client each name a server; give one", field="address")
-    if example_inputs is None and loader is not None:
-        example_inputs, loader = _first_inputs(loader)
+    if loader is not None:
+        first, loader = _first_batch(loader)
+        if example_inputs is None:
+            example_inputs = first if isinstance(first, dict | torch.Tensor) else first[0]
     with ExitStack() as stack:
         asked = client or stack.enter_context(_connect(address, checkpoint))
         where = "" if client is None and asked.is_embedded else asked.address
@@ -119,16 +122,13 @@ def _connect(address: str | None, checkpoint: str | Path | None) -> GHNClient:
     return GHNClient(address) if address else GHNClient.embedded(checkpoint)
 
 
-def _first_inputs(loader: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
-    """The inputs of the first batch, and a loader that still gives it."""
-    batches: Iterator[Any] = iter(loader)
+def _first_batch(loader: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """The first batch, and a loader that still gives it, once."""
+    batches = iter(loader)
     first = next(batches, None)
     if first is None:
         raise InvalidOptionError("expected at least one batch, got an empty loader", field="loader")
-    inputs = first if isinstance(first, dict | torch.Tensor) else first[0]
-    if batches is loader:
-        loader = [first, *(batch for batch, _ in zip(batches, range(CALIBRATION_BATCHES - 1), strict=False))]
-    return inputs, loader
+    return first, itertools.chain([first], batches)
 
 
 def _describe(transfer: Transfer) -> str:

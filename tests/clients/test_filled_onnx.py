@@ -132,6 +132,21 @@ def test_large_tensors_lie_beside_the_file_that_a_link_leads_to(
     assert (tmp_path / "again.onnx.data").exists()
 
 
+def test_a_file_is_found_again_from_another_folder_and_missed_when_it_is_gone(
+    client: GHNClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "tiny.onnx").write_bytes(TINY)
+    monkeypatch.chdir(tmp_path)
+    prediction = client.predict("tiny.onnx")
+    monkeypatch.chdir(tmp_path / "folder")
+    prediction.to_onnx("filled.onnx")
+    assert (tmp_path / "folder" / "filled.onnx").exists()
+    (tmp_path / "tiny.onnx").unlink()
+    with pytest.raises(LoadError):
+        prediction.to_onnx("again.onnx")
+
+
 def test_a_loaded_prediction_needs_the_model_to_fill(client: GHNClient, tmp_path: Path) -> None:
     client.predict(TINY).save(tmp_path / "weights.safetensors")
     loaded = Prediction.load(tmp_path / "weights.safetensors")

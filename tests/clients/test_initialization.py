@@ -101,8 +101,13 @@ def test_a_client_may_be_given_and_stays_open(client: GHNClient) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"address": "a:1", "checkpoint": "b"}, {"loader": []}, {"loader": iter(())}],
-    ids=["two servers", "no batch", "no batch left"],
+    [
+        {"address": "a:1", "checkpoint": "b"},
+        {"loader": []},
+        {"loader": iter(())},
+        {"example_inputs": IMAGE, "loader": []},
+    ],
+    ids=["two servers", "no batch", "no batch left", "no batch beside an example"],
 )
 def test_bad_arguments_leave_the_module_alone(arguments: dict) -> None:
     module = network()

@@ -79,7 +79,7 @@ def read_source(architecture: Architecture, example_inputs: Any = None) -> Model
         )
     path = Path(architecture)
     try:
-        return ModelSource(strip_weights(path.read_bytes()), path=path)
+        return ModelSource(strip_weights(path.read_bytes()), path=path.absolute())
     except OSError as error:
         raise InvalidArchitectureError(f"cannot read the model {str(path)!r}: {error.strerror}") from error
 

@@ -55,7 +55,12 @@ def fill_model(prediction: Prediction, source: ModelSource | None) -> onnx.Model
         raise LoadError(
             "this prediction was loaded from a file: give the model that it is for, to_onnx(path, model=...)"
         )
-    model = parse_onnx(source.original or (source.path.read_bytes() if source.path else source.structure))
+    try:
+        model = parse_onnx(source.original or (source.path.read_bytes() if source.path else source.structure))
+    except OSError as error:
+        raise LoadError(
+            f"cannot read the model {str(source.path)!r} any more ({error.strerror}); give it, to_onnx(path, model=...)"
+        ) from error
     filler = _Filler(model, source.path)
     pairs = factor_pairs(dict(prediction))
     for name, tensor in prediction.items():
