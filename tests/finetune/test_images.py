@@ -87,8 +87,17 @@ def test_image_folder_names_its_classes(tmp_path):
     write_folder(tmp_path)
     read = read_images(tmp_path, "train")
     assert read.class_names == tuple(NAMES)
-    assert sorted(read.labels.tolist()) == sorted(LABELS)
-    assert torch.equal(read.images[0], torch.from_numpy(IMAGES[0]))
+    known = {image.tobytes(): label for image, label in zip(IMAGES, LABELS, strict=True)}
+    assert [known.pop(image.numpy().tobytes()) for image in read.images] == read.labels.tolist()
+    assert not known
+
+
+@pytest.mark.parametrize("write", [write_folder, write_parquet])
+def test_images_that_are_stored_class_by_class_are_mixed(tmp_path, monkeypatch, write):
+    """The first of them are taken as a part of the set, which would have the first classes alone."""
+    monkeypatch.setattr(sys.modules[__name__], "LABELS", sorted(LABELS))
+    write(tmp_path)
+    assert read_images(tmp_path, "train").labels.tolist() != sorted(LABELS)
 
 
 def test_held_out_images_have_the_labels_of_their_classes_in_training(tmp_path):
