@@ -14,7 +14,7 @@ import os
 import random
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -86,6 +86,17 @@ class Pool:
     def __call__(self, index: int) -> Architecture:
         """Network number ``index``, modulo the size of the pool."""
         return find_network(self.split, str(index % self.size), self.interface)
+
+
+def training_pools(settings: Mapping[str, Any], earlier: Mapping[str, int]) -> dict[str, int]:
+    """Size of the pool per split that a run and those whose weights it began with were trained on, its own first.
+
+    Pools of one split are its first networks, so the largest holds all. ``settings`` are those of a run, as in a card
+    or a state, and ``earlier`` the pools before it; the size is 0 where the settings do not say it.
+    """
+    sampling = settings.get("sampling", {})
+    split, size = str(sampling.get("split", "train")), int(sampling.get("pool", 0))
+    return {split: size} | dict(earlier) | {split: max(size, earlier.get(split, 0))}
 
 
 class DrawnPool:

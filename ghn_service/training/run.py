@@ -18,7 +18,7 @@ from ghn_service.hypernetwork.config import decode_config
 from ghn_service.training.distributed import Workers, join_workers
 from ghn_service.training.evaluation.zero_shot import make_validation
 from ghn_service.training.images import interface_of, load_training_data
-from ghn_service.training.networks import ArchitectureSource, DrawnPool, NetworkStream, Pool
+from ghn_service.training.networks import ArchitectureSource, DrawnPool, NetworkStream, Pool, training_pools
 from ghn_service.training.precision import keep_freed_memory
 from ghn_service.training.settings import SamplingSettings, TrainingSettings
 from ghn_service.training.state import Progress, find_state, load_state
@@ -95,15 +95,17 @@ def _begin(trainer: Trainer, out: Path, resume: str, start_from: Path | None) ->
         logger.info("resumed at step %d after %.0f s of training", state.progress.step, state.progress.elapsed_s)
     elif start_from is not None:
         if start_from.suffix == ".safetensors":
-            hypernetwork, _ = load_checkpoint(start_from)
-            config, tensors = hypernetwork.config, hypernetwork.state_dict()
+            hypernetwork, summary = load_checkpoint(start_from)
+            config, tensors, details = hypernetwork.config, hypernetwork.state_dict(), summary.card.details
+            trained_on = training_pools(details.get("settings", {}), details.get("earlier_pools", {}))
         else:
             other = load_state(start_from)
             config, tensors = decode_config(other.settings["hypernetwork"]), other.average
+            trained_on = training_pools(other.settings, other.earlier_pools)
         for name, before in dataclasses.asdict(config).items():
             if (now := getattr(trainer.config, name)) != before:
                 logger.warning("hypernetwork.%s is %s; it was %s in %s", name, now, before, start_from.name)
-        trainer.start_from(tensors)
+        trainer.start_from(tensors, trained_on)
 
 
 def _export_checkpoint(trainer: Trainer, path: Path, dataset: str) -> CheckpointSummary:
@@ -123,6 +125,7 @@ def _export_checkpoint(trainer: Trainer, path: Path, dataset: str) -> Checkpoint
             "hours": round(trainer.progress.elapsed_s / 3600, 3),
             "code_version": _code_version(),
             "settings": trainer.settings.model_dump(mode="json"),
+            "earlier_pools": trainer.earlier_pools,
             METADATA_KEY: graph_statistics(trainer.stream.source, trainer.settings.sampling),
         },
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import logging
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,8 @@ class Progress:
 class TrainingState:
     """Everything that a run needs to go on.
 
-    ``digest`` is that of ``settings``; ``average`` is the exponential moving average of the hypernetwork's state dict.
+    ``digest`` is that of ``settings``; ``average`` is the exponential moving average of the hypernetwork's state dict;
+    ``earlier_pools`` are the networks per split that the weights had seen when the run began (older states: none).
     """
 
     digest: str
@@ -64,6 +65,7 @@ class TrainingState:
     hypernetwork: dict[str, torch.Tensor]
     average: dict[str, torch.Tensor]
     optimizers: list[dict[str, Any]]
+    earlier_pools: dict[str, int] = field(default_factory=dict)
 
 
 def save_state(state: TrainingState, folder: Path, *, part_bytes: int | None = None) -> Path:

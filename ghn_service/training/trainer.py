@@ -14,7 +14,7 @@ import math
 import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +76,7 @@ class Trainer:
         self.optimizers = OptimizerGroup(self.hypernetwork, settings.optimizer)
         self.average = moving_average(self.hypernetwork, settings.optimizer)
         self.progress = Progress()
+        self.earlier_pools: dict[str, int] = {}
         self.stream = NetworkStream(source, settings.sampling, seed=settings.seed)
         self.precision = choose_precision(settings.precision, workers.device)
         self.recorder = make_recorder(workers.device) if settings.limits.cuda_graphs else None
@@ -92,6 +93,7 @@ class Trainer:
             copy.deepcopy(self.hypernetwork.state_dict()),
             copy.deepcopy(self.average.module.state_dict()),
             copy.deepcopy(self.optimizers.state_dicts()),
+            dict(self.earlier_pools),
         )
 
     def restore(self, state: TrainingState) -> None:
@@ -111,9 +113,10 @@ class Trainer:
         self.optimizers.load_state_dicts(copy.deepcopy(state.optimizers))
         self.progress = replace(state.progress)
         self.stream.next_index = state.progress.next_index
+        self.earlier_pools = dict(state.earlier_pools)
 
-    def start_from(self, tensors: dict[str, Tensor]) -> None:
-        """Begins with the given hypernetwork weights instead of random ones.
+    def start_from(self, tensors: dict[str, Tensor], trained_on: Mapping[str, int]) -> None:
+        """Begins with the given hypernetwork weights, trained on pools of these sizes, instead of random ones.
 
         Where they know no places and this run does, the layer of places begins with zeros, so that all is as before.
         """
@@ -122,6 +125,7 @@ class Trainer:
         tensors = added | tensors
         self.hypernetwork.load_state_dict(tensors)
         self.average.module.load_state_dict(tensors)
+        self.earlier_pools = dict(trained_on)
 
     def run(self) -> Progress:
         """Trains until the end of the schedule, or until a signal asks to stop; the state is saved in both cases.

@@ -15,6 +15,7 @@ from ghn_service.training.networks import (
     largest_macs,
     multiply_adds,
     prepare_network,
+    training_pools,
 )
 from ghn_service.training.settings import SamplingSettings
 from tests.training.small_networks import SmallArchitecture
@@ -25,6 +26,18 @@ CONFIG = GHNConfig(hidden_channels=8, num_heads=2, num_layers=1, max_shape=(8, 8
 
 def numbers(stream: NetworkStream, count: int) -> list[int]:
     return [index for index, _ in stream.take(count, progress=1.0)]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "earlier", "expected"),
+    [
+        ({"split": "broad", "pool": 3}, {}, {"broad": 3}),
+        ({"split": "broad", "pool": 3}, {"train": 9, "broad": 5}, {"broad": 5, "train": 9}),
+        ({"pool": 3}, {"broad": 5, "train": 2}, {"train": 3, "broad": 5}),  # of an older card
+    ],
+)
+def test_pools_of_a_run_and_those_before_are_joined_by_split(sampling, earlier, expected):
+    assert list(training_pools({"sampling": sampling}, earlier).items()) == list(expected.items())
 
 
 def test_without_limits_every_network_comes_once():

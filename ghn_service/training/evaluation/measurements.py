@@ -41,7 +41,7 @@ from ghn_service.training.evaluation.zero_shot import (
     recalibrated_accuracy,
 )
 from ghn_service.training.images import interface_of, require_split, split_validation
-from ghn_service.training.networks import REFERENCE, Pool, find_candidate, find_network, multiply_adds
+from ghn_service.training.networks import REFERENCE, Pool, find_candidate, find_network, multiply_adds, training_pools
 from ghn_service.training.precision import choose_precision, keep_freed_memory, target_passes
 
 logger = logging.getLogger(__name__)
@@ -110,15 +110,19 @@ class Context:
         """Predictions for training networks."""
         if not self.settings.novelty_networks:
             return None
-        split = self.trained_on.split
+        split = self.trained_on[0].split
         known = (self.network(split, str(index)) for index in range(self.settings.novelty_networks))
         return KnownPredictions(self.hypernetwork, known)
 
     @property
-    def trained_on(self) -> Pool:
-        """The networks that the checkpoint was trained on, as its card says; of size 0 where it does not."""
-        sampling = self.summary.card.details.get("settings", {}).get("sampling", {})
-        return Pool(str(sampling.get("split", "train")), interface_of(self.data.training), int(sampling.get("pool", 0)))
+    def trained_on(self) -> tuple[Pool, ...]:
+        """The networks that the checkpoint was trained on, as its card says; of size 0 where it does not.
+
+        First those of its own run, then those of the runs before, whose weights it began with.
+        """
+        details, interface = self.summary.card.details, interface_of(self.data.training)
+        pools = training_pools(details.get("settings", {}), details.get("earlier_pools", {}))
+        return tuple(Pool(split, interface, size) for split, size in pools.items())
 
     def network(self, split: str, name: str) -> Architecture:
         """The network ``name`` of a split."""

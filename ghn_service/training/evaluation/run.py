@@ -43,7 +43,8 @@ class Evaluation:
         skipped: Networks left out: too expensive, or not made for this size of image.
         seconds: Wall-clock time of this call.
         in_training_pool: Per split, networks left out because the hypernetwork was trained on the same graph.
-        pool_size: Networks in the training pool; 0 where the checkpoint does not say, so that none is left out.
+        pool_size: Networks in the training pools of the checkpoint and of those it began with; 0 where the checkpoint
+            does not say, so that none is left out.
         pool_known: Those whose graphs were compared; fewer where time did not suffice for all.
         jobs: Measurements that the plan asks for; 0 where the time ended before the networks were chosen.
         finished: Those that are known.
@@ -90,12 +91,13 @@ def evaluate(
     known = ResultsFile(results)
     context: Context | None = None
     wanted: list[Measurement] = []
-    digests: tuple[str, ...] = ()
+    digests: list[str] = []
     skipped, in_pool = 0, dict[str, int]()
     try:
         with on_stop_signals(signal.default_int_handler, after_s=None if minutes is None else budget_s):
             context = start()
-            digests = training_digests(context.trained_on, cache, started + budget_s / 2)
+            for pool in context.trained_on:
+                digests += training_digests(pool, cache, started + budget_s / 2)
             names, skipped, in_pool = select_networks(context, frozenset(digests))
             zero_shot = [Measurement("zero-shot", split, name) for split, chosen in names.items() for name in chosen]
             comparisons = _both_sides(settings, names.get("test", ()))
@@ -119,7 +121,7 @@ def evaluate(
         skipped,
         time.monotonic() - started,
         in_pool,
-        context.trained_on.size if context else 0,
+        sum(pool.size for pool in context.trained_on) if context else 0,
         len(digests),
         jobs=len(wanted),
         finished=len(found),

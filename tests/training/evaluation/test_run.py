@@ -179,12 +179,21 @@ def test_the_first_seed_chooses_the_rates_of_all(files):
     assert (first.predicted, first.he) != (second.predicted, second.he)
 
 
-def test_graphs_of_the_training_pool_are_passed_over(tmp_path, files, monkeypatch):
+@pytest.mark.parametrize(
+    "details",
+    [
+        {"settings": {"sampling": {"pool": 3}}},
+        {"settings": {"sampling": {"split": "broad", "pool": 1}}, "earlier_pools": {"train": 2}},
+    ],
+    ids=["own run", "run before"],
+)
+def test_graphs_of_the_training_pools_are_passed_over(tmp_path, files, monkeypatch, details):
     hypernetwork = GraphHyperNetwork(CONFIG, generator=torch.Generator().manual_seed(0))
-    card = ModelCard(details={"settings": {"sampling": {"pool": 3}}})
-    save_checkpoint(hypernetwork, tmp_path / "ghn.safetensors", card=card)
+    save_checkpoint(hypernetwork, tmp_path / "ghn.safetensors", card=ModelCard(details=details))
     seen = find_network("test", "0", Interface(4, 3, 16)).graph().digest()
-    monkeypatch.setattr(evaluate_module, "training_digests", lambda *_: (seen, "", ""))
+    monkeypatch.setattr(
+        evaluate_module, "training_digests", lambda pool, *_: (seen if pool.split == "train" else "",) * pool.size
+    )
     evaluation = evaluate(tmp_path / "ghn.safetensors", files[1], quick())
     assert [item.name for item in evaluation.zero_shot] == ["1", "2"]
     assert evaluation.in_training_pool == {"test": 1}
