@@ -40,9 +40,10 @@ from ghn_service.training.evaluation.zero_shot import (
     predict_module,
     recalibrated_accuracy,
 )
-from ghn_service.training.images import interface_of, require_split, split_validation
+from ghn_service.training.images import interface_of, load_training_data, require_split
 from ghn_service.training.networks import REFERENCE, Pool, find_candidate, find_network, multiply_adds, training_pools
 from ghn_service.training.precision import choose_precision, keep_freed_memory, target_passes
+from ghn_service.training.settings import DataSettings
 
 logger = logging.getLogger(__name__)
 MOST_CANDIDATES = 20  # times the networks wanted
@@ -57,7 +58,7 @@ class EvaluationSettings:
     Attributes:
         calibration_images: Training images for recalibrated BatchNorm.
         fine_tune_test_images: Test images per point of a curve.
-        validation_images: Held-out training images that choose learning rates, with the first of the seeds.
+        validation_images: Images that choose learning rates, with the first of the seeds; training left them out.
         precision: Number format of fine-tuning passes.
     """
 
@@ -169,12 +170,14 @@ def make_context(checkpoint: Path, data_folder: Path, settings: EvaluationSettin
     hypernetwork, summary = load_checkpoint(checkpoint)
     details = summary.card.details
     image_format = {"image_size": details.get("image_size"), "channels": details.get("channels")}
-    training, test = (require_split(data_folder, split, **image_format, cache=cache) for split in ("train", "test"))
+    held_out = details.get("settings", {}).get("data", {}).get("validation_images", DataSettings().validation_images)
+    data_settings = DataSettings(**image_format, validation_images=held_out)
+    training, validation = load_training_data(data_folder, data_settings, cache)
+    test = require_split(data_folder, "test", **image_format, cache=cache)
     if training.num_classes != summary.config.num_classes:
         raise DataError(
             f"the checkpoint is for {summary.config.num_classes} classes, the data has {training.num_classes}"
         )
-    training, validation = split_validation(training, min(5000, len(training) // 5))
     stored = details.get("normalization")
     normalization = (
         Normalization(tuple(stored["mean"]), tuple(stored["std"])) if stored else measure_normalization(training)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import signal
 import time
 
@@ -16,11 +17,13 @@ from ghn_service.hypernetwork.checkpoint import ModelCard, save_checkpoint
 from ghn_service.hypernetwork.ghn import GHNConfig, GraphHyperNetwork
 from ghn_service.training.evaluation import run as evaluate_module
 from ghn_service.training.evaluation.fine_tune import FineTuneSettings
-from ghn_service.training.evaluation.measurements import EvaluationSettings
+from ghn_service.training.evaluation.measurements import EvaluationSettings, make_context
 from ghn_service.training.evaluation.report import markdown_report
 from ghn_service.training.evaluation.run import evaluate
 from ghn_service.training.evaluation.zero_shot import KnownPredictions
+from ghn_service.training.images import load_training_data
 from ghn_service.training.networks import find_network
+from ghn_service.training.settings import DataSettings
 from tests.training.training_cases import small_source
 from tests.training.written_images import write_image_folder
 
@@ -198,6 +201,20 @@ def test_graphs_of_the_training_pools_are_passed_over(tmp_path, files, monkeypat
     assert [item.name for item in evaluation.zero_shot] == ["1", "2"]
     assert evaluation.in_training_pool == {"test": 1}
     assert (evaluation.pool_size, evaluation.pool_known) == (3, 3)
+
+
+@pytest.mark.parametrize("has_split", [False, True])
+def test_images_that_training_held_out_choose_the_rates(tmp_path, files, has_split):
+    hypernetwork = GraphHyperNetwork(CONFIG, generator=torch.Generator().manual_seed(0))
+    card = ModelCard(details={"settings": {"data": {"validation_images": 7, "batch_size": 8}}})
+    save_checkpoint(hypernetwork, tmp_path / "ghn.safetensors", card=card)
+    if has_split:
+        shutil.copytree(files[1] / "test", files[1] / "validation")
+    data = make_context(tmp_path / "ghn.safetensors", files[1], PLAN, None).data
+    assert (len(data.training), len(data.validation)) == ((96, 96) if has_split else (89, 7))
+    wanted = load_training_data(files[1], DataSettings(validation_images=7), None)
+    for part, images in zip((data.training, data.validation), wanted, strict=True):
+        assert torch.equal(part.images, images.images)
 
 
 def test_another_class_count_is_an_error(tmp_path, files):
