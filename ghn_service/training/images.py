@@ -90,6 +90,14 @@ def split_validation(images: ImageSet, count: int, seed: int = 0) -> tuple[Image
     return images.subset(order[count:]), images.subset(order[:count])
 
 
+def digest_images(images: ImageSet) -> str:
+    """A short hash of pixels and labels in their order, whatever file or layout they were decoded from."""
+    digest = hashlib.sha256(repr(tuple(images.images.shape)).encode())
+    for block in (*torch.split(images.images, 4096), images.labels):
+        digest.update(block.contiguous().cpu().numpy().data)
+    return digest.hexdigest()[:16]
+
+
 def interface_of(images: ImageSet) -> Interface:
     """Sizes of input and output of networks for these images."""
     return Interface(images.num_classes, images.channels, images.image_size)

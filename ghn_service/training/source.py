@@ -24,7 +24,7 @@ from ghn_client.finetune.images import ImageSet, Normalization, measure_normaliz
 from ghn_client.onnx.export import export_architecture
 from ghn_service.errors import InvalidOptionError, TrainingError
 from ghn_service.training.evaluation.zero_shot import accuracy
-from ghn_service.training.images import Augmentation, interface_of, load_training_data, require_split
+from ghn_service.training.images import Augmentation, digest_images, interface_of, load_training_data, require_split
 from ghn_service.training.networks import to_channels_last
 from ghn_service.training.precision import avoid_slow_layers, choose_precision, keep_freed_memory, target_passes
 from ghn_service.training.processes import on_stop_signals
@@ -134,7 +134,7 @@ class _Run:
         network: str,
     ) -> None:
         self.module, self.images, self.normalization, self.recipe = module, images, normalization, recipe
-        self.identity = {"network": network, **recipe.model_dump()}
+        self.identity = {"network": network, "data": digest_images(images), **recipe.model_dump()}
         self.steps_per_epoch = max(1, len(images) // recipe.batch_size)
         self.step, self.elapsed_s = 0, 0.0
         self.precision = choose_precision("auto", torch.device("cpu"))
@@ -155,8 +155,9 @@ class _Run:
         if not path.exists():
             return
         body = torch.load(path, weights_only=True)
-        if body["identity"] != self.identity:
-            raise TrainingError(f"{path.parent} holds a run of another network or recipe; choose another folder")
+        saved = {"data": self.identity["data"], **body["identity"]}  # older states do not know their data
+        if saved != self.identity:
+            raise TrainingError(f"{path.parent} holds a run of another network, recipe or data; choose another folder")
         self.module.load_state_dict(body["module"])
         self.optimizer.load_state_dict(body["optimizer"])
         self.step, self.elapsed_s = body["step"], body["elapsed_s"]

@@ -56,7 +56,8 @@ class TrainingState:
     """Everything that a run needs to go on.
 
     ``digest`` is that of ``settings``; ``average`` is the exponential moving average of the hypernetwork's state dict;
-    ``earlier_pools`` are the networks per split that the weights had seen when the run began (older states: none).
+    ``earlier_pools`` are the networks per split that the weights had seen when the run began (older states: none),
+    and ``data`` is the digest of the training images ("" in older states).
     """
 
     digest: str
@@ -66,6 +67,7 @@ class TrainingState:
     average: dict[str, torch.Tensor]
     optimizers: list[dict[str, Any]]
     earlier_pools: dict[str, int] = field(default_factory=dict)
+    data: str = ""
 
 
 def save_state(state: TrainingState, folder: Path, *, part_bytes: int | None = None) -> Path:

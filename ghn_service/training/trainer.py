@@ -29,7 +29,7 @@ from ghn_service.errors import TrainingError
 from ghn_service.hypernetwork.config import decode_config
 from ghn_service.hypernetwork.ghn import GraphHyperNetwork
 from ghn_service.training.distributed import Workers
-from ghn_service.training.images import Augmentation, Batches
+from ghn_service.training.images import Augmentation, Batches, digest_images
 from ghn_service.training.networks import (
     ArchitectureSource,
     NetworkStream,
@@ -68,6 +68,7 @@ class Trainer:
         validation: Callable[[GraphHyperNetwork], dict[str, float]] | None = None,
     ) -> None:
         self.settings, self.folder, self.workers, self.validation = settings, folder, workers, validation
+        self.data = digest_images(images)
         augmentation = Augmentation(pad=settings.data.pad, flip=settings.data.flip)
         self.batches = Batches(images.to(workers.device), normalization, augmentation, settings.data.batch_size)
         self.config = decode_config(settings.hypernetwork)
@@ -94,18 +95,24 @@ class Trainer:
             copy.deepcopy(self.average.module.state_dict()),
             copy.deepcopy(self.optimizers.state_dicts()),
             dict(self.earlier_pools),
+            self.data,
         )
 
     def restore(self, state: TrainingState) -> None:
         """Continues from ``state``.
 
         Raises:
-            TrainingError: The state belongs to other settings.
+            TrainingError: The state belongs to other settings or images.
         """
         if state.digest != self.settings.digest():
             raise TrainingError(
                 "the saved state belongs to other settings; resume with the settings of its run, "
                 "start in an empty folder, or begin from its weights with --start-from"
+            )
+        if state.data not in ("", self.data):
+            raise TrainingError(
+                f"the saved state was trained on other images: expected digest {state.data}, got {self.data}; "
+                "resume with the data of its run, start in an empty folder, or begin from its weights with --start-from"
             )
         self.hypernetwork.load_state_dict(state.hypernetwork)
         self.average.module.load_state_dict(state.average)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ghn_client.finetune.images import measure_normalization
+from ghn_client.finetune.images import ImageSet, measure_normalization
 from ghn_service.errors import DataError
 from ghn_service.training import images as images_module
-from ghn_service.training.images import Augmentation, Batches, require_split, split_validation
+from ghn_service.training.images import Augmentation, Batches, digest_images, require_split, split_validation
 from tests.finetune.test_images import write_folder, write_parquet
 from tests.training.made_images import coloured_images
 
@@ -48,6 +48,21 @@ def test_validation_images_are_held_out():
     assert len(training) == 40
     together = torch.cat([training.images, validation.images]).flatten(1).long().sum(1).sort().values
     assert torch.equal(together, images.images.flatten(1).long().sum(1).sort().values)
+
+
+def test_a_digest_changes_with_each_pixel_label_and_shape():
+    images = coloured_images(5000)  # more than one block
+    pixels, labels = images.images.clone(), images.labels.clone()
+    pixels[-1, 0, 0, 0] ^= 1
+    labels[-1] ^= 1
+    others = [
+        (pixels, images.labels),
+        (images.images, labels),
+        (images.images.reshape(5000, 3, 8, 32), images.labels),
+    ]
+    digests = {digest_images(ImageSet(*parts, images.class_names)) for parts in others}
+    assert len(digests | {digest_images(images)}) == 4
+    assert digest_images(coloured_images(5000)) == digest_images(images)
 
 
 def test_too_many_validation_images_are_an_error():

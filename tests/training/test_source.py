@@ -18,6 +18,7 @@ from ghn_service.training.images import require_split
 from ghn_service.training.settings import SourceRecipe, load_settings
 from ghn_service.training.source import find_source_network, train_source
 from ghn_service.transfer.library import load_source
+from tests.training.made_images import coloured_images, normalization_of
 from tests.training.test_command_line import run
 from tests.training.written_images import write_image_folder
 
@@ -81,6 +82,21 @@ def test_a_folder_with_another_recipe_is_refused(tiny):
     train(tiny, "run", "epochs=2")
     with pytest.raises(TrainingError):
         train(tiny, "run", "epochs=2", "seed=1")
+
+
+def test_a_folder_of_a_run_on_other_data_is_refused(tmp_path):
+    def begun(seed):
+        images, module = coloured_images(32, seed=seed), torch.nn.Linear(2, 2)
+        return source_module._Run(module, images, normalization_of(images), SourceRecipe(), "linear")
+
+    path = tmp_path / "source.pt"
+    begun(0).save(path)
+    with pytest.raises(TrainingError):
+        begun(1).resume(path)
+    body = torch.load(path)
+    del body["identity"]["data"]  # as in older states
+    torch.save(body, path)
+    begun(1).resume(path)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,16 @@ def test_a_state_is_read_back_unchanged(tmp_path):
     assert read.optimizers == [{"state": {}, "param_groups": []}]
 
 
+def test_a_state_of_an_older_version_is_read(tmp_path):
+    path = save_state(make_state(7), tmp_path)
+    body = torch.load(path)
+    for name in ("earlier_pools", "data"):
+        del body[name]
+    torch.save(body, path)
+    read = load_state(path)
+    assert (read.progress.step, read.earlier_pools, read.data) == (7, {}, "")
+
+
 def test_the_newest_state_is_found(tmp_path):
     save_state(make_state(1), tmp_path)
     save_state(make_state(2), tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 
@@ -57,6 +58,15 @@ def test_a_state_of_other_settings_is_refused(tmp_path):
     trainer.run()
     with pytest.raises(TrainingError):
         make_trainer(tmp_path, "seed=1").restore(find_state(tmp_path))
+
+
+def test_a_state_of_other_images_is_refused_where_it_knows_its_own(tmp_path):
+    state = make_trainer(tmp_path).state()
+    other = make_trainer(tmp_path, image_seed=1)
+    with pytest.raises(TrainingError):
+        other.restore(state)
+    other.restore(dataclasses.replace(state, data=""))
+    assert other.state().data not in ("", state.data)
 
 
 def test_longer_limits_may_be_given_on_resume(tmp_path):

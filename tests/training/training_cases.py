@@ -36,8 +36,10 @@ def small_settings(*changes: str) -> TrainingSettings:
     return load_settings(None, (*SMALL, *changes))
 
 
-def make_trainer(folder: Path, *changes: str, source=small_source, workers: Workers | None = None) -> Trainer:
-    images = coloured_images(256)
+def make_trainer(
+    folder: Path, *changes: str, source=small_source, workers: Workers | None = None, image_seed: int = 0
+) -> Trainer:
+    images = coloured_images(256, seed=image_seed)
     return Trainer(
         small_settings(*changes),
         images,

@@ -40,7 +40,7 @@ from ghn_service.training.evaluation.zero_shot import (
     predict_module,
     recalibrated_accuracy,
 )
-from ghn_service.training.images import interface_of, load_training_data, require_split
+from ghn_service.training.images import digest_images, interface_of, load_training_data, require_split
 from ghn_service.training.networks import REFERENCE, Pool, find_candidate, find_network, multiply_adds, training_pools
 from ghn_service.training.precision import choose_precision, keep_freed_memory, target_passes
 from ghn_service.training.settings import DataSettings
@@ -115,6 +115,11 @@ class Context:
         known = (self.network(split, str(index)) for index in range(self.settings.novelty_networks))
         return KnownPredictions(self.hypernetwork, known)
 
+    @functools.cached_property
+    def _image_digests(self) -> list[str]:
+        """Digests of all images: data sets of equal sizes and classes have results of their own."""
+        return [digest_images(part) for part in (self.data.training, self.data.validation, self.data.test)]
+
     @property
     def trained_on(self) -> tuple[Pool, ...]:
         """The networks that the checkpoint was trained on, as its card says; of size 0 where it does not.
@@ -131,7 +136,7 @@ class Context:
 
     def key(self, item: Measurement) -> str:
         """A name for the result that changes with everything it depends on."""
-        images, normalization, settings = self.data.training, self.data.normalization, self.settings
+        normalization, settings = self.data.normalization, self.settings
         if item.kind == "zero-shot":
             protocol: dict[str, Any] = {
                 "test_images": settings.test_images,
@@ -149,8 +154,8 @@ class Context:
             }
         return result_key(
             checkpoint=None if item.kind == "he" else self.summary.digest,
-            data=[len(images), len(self.data.test), images.image_size, images.channels],
-            classes=list(images.class_names),
+            data=self._image_digests,
+            classes=list(self.data.training.class_names),
             normalization=[round(value, 4) for value in (*normalization.mean, *normalization.std)],
             generator=GENERATOR_VERSION,
             job=list(vars(item).values()),

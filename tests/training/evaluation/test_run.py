@@ -17,7 +17,7 @@ from ghn_service.hypernetwork.checkpoint import ModelCard, save_checkpoint
 from ghn_service.hypernetwork.ghn import GHNConfig, GraphHyperNetwork
 from ghn_service.training.evaluation import run as evaluate_module
 from ghn_service.training.evaluation.fine_tune import FineTuneSettings
-from ghn_service.training.evaluation.measurements import EvaluationSettings, make_context
+from ghn_service.training.evaluation.measurements import EvaluationSettings, Measurement, make_context
 from ghn_service.training.evaluation.report import markdown_report
 from ghn_service.training.evaluation.run import evaluate
 from ghn_service.training.evaluation.zero_shot import KnownPredictions
@@ -104,6 +104,17 @@ def test_results_of_another_protocol_are_measured_again(tmp_path, files, monkeyp
     done = count_measurements(monkeypatch)
     evaluate(*files, quick(**change), results=results)
     assert len(done) == 2
+
+
+def test_results_of_other_images_of_equal_number_are_not_taken(files):
+    context = make_context(*files, PLAN, None)
+    job = Measurement("zero-shot", "test", "0")
+    keys = {context.key(job)}
+    for name in ("training", "validation", "test"):
+        images = getattr(context.data, name)
+        turned = dataclasses.replace(images, images=images.images.flip(3))
+        keys.add(dataclasses.replace(context, data=dataclasses.replace(context.data, **{name: turned})).key(job))
+    assert len(keys) == 4
 
 
 def other_checkpoint(path):
