@@ -135,7 +135,7 @@ class LimitSettings(_Section):
     """How long a run lasts, what it writes, and when it gives up.
 
     Attributes:
-        steps: Steps of the run; the schedule follows them unless ``minutes`` is given.
+        steps: Steps of the run, whose schedule follows them; they do not count where ``minutes`` is given.
         minutes: Length of the run in minutes of training, over all resumes; the schedule then follows the clock, and
             a resumed run is no longer equal bit for bit to an uninterrupted one.
         save_minutes: Minutes between two saved states.

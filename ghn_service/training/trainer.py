@@ -174,10 +174,11 @@ class Trainer:
 
     @property
     def done(self) -> float:
-        """Progress of the run between 0 and 1, by steps or by the clock."""
+        """Progress of the run between 0 and 1: by the clock where ``limits.minutes`` is given, else by steps."""
         limits, progress = self.settings.limits, self.progress
-        by_clock = progress.elapsed_s / (60.0 * limits.minutes) if limits.minutes else 0.0
-        return min(max(by_clock, progress.step / limits.steps), 1.0)
+        if limits.minutes:
+            return min(progress.elapsed_s / (60.0 * limits.minutes), 1.0)
+        return min(progress.step / limits.steps, 1.0)
 
     def averaged(self) -> GraphHyperNetwork:
         """A copy of the hypernetwork with the averaged weights."""

@@ -76,6 +76,13 @@ def test_longer_limits_may_be_given_on_resume(tmp_path):
     assert longer.run().step == 2
 
 
+@pytest.mark.parametrize(("minutes", "done"), [((), 1.0), (("limits.minutes=4",), 0.25)], ids=["steps", "clock"])
+def test_the_clock_alone_counts_where_minutes_are_given(tmp_path, minutes, done):
+    trainer = make_trainer(tmp_path, "limits.steps=2", *minutes)
+    trainer.progress.step, trainer.progress.elapsed_s = 5, 60.0
+    assert trainer.done == done
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops(tmp_path, number):
     def source(index):
