@@ -130,8 +130,9 @@ def recalibrated_accuracy(
 def make_validation(
     source: ArchitectureSource, indices: Sequence[int], images: ImageSet, normalization: Normalization
 ) -> Callable[[GraphHyperNetwork], dict[str, float]]:
-    """A function that scores a hypernetwork under the protocol ``batch``, on networks and images unseen in training.
+    """A function that scores a hypernetwork under the protocol ``batch``, on images that training does not see.
 
+    Networks of small families may be graphs that training sees too: unlike in an evaluation, none is passed over.
     It gives the networks' mean, best and worst accuracy, and the share of the largest class; it warns where the mean is
     near that share, as weights that tell no class from another are a bad start for any network.
     """
