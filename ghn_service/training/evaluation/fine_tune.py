@@ -23,6 +23,7 @@ from ghn_service.training.evaluation.zero_shot import batch_accuracy
 from ghn_service.training.images import Augmentation, Batches
 from ghn_service.training.networks import to_channels_last
 from ghn_service.training.precision import avoid_slow_layers, target_passes
+from ghn_service.training.step import slot_generator
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class FineTuneData:
 
 
 class _Run:
-    """One network being fine-tuned with one learning rate; the images it sees depend on the seed alone."""
+    """One network being fine-tuned with one learning rate; every draw depends on the seed and the step alone."""
 
     def __init__(
         self,
@@ -102,7 +103,7 @@ class _Run:
         self.module = avoid_slow_layers(to_channels_last(copy.deepcopy(module))).train()
         self.settings, self.rate, self.precision, self.data = settings, rate, precision, data
         self.batches = Batches(data.training, data.normalization, Augmentation(), settings.batch_size)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
         groups, decay = self.module.parameters(), settings.weight_decay
         if settings.optimizer == "sgd":
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, weight_decay=decay)
@@ -121,7 +122,9 @@ class _Run:
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.rate * 0.5 * (1 + math.cos(math.pi * self.step / self.settings.longest))
             pixels, labels = self.batches.draw(generator=self.generator)
-            with target_passes(pixels.device, self.precision):
+            own = [pixels.device] if pixels.is_cuda else []
+            with torch.random.fork_rng(devices=own), target_passes(pixels.device, self.precision):
+                torch.manual_seed(slot_generator(self.seed, self.step).initial_seed())  # dropout inside the network
                 logits = self.module(pixels)
             loss = functional.cross_entropy(logits.float(), labels)
             self.optimizer.zero_grad()
@@ -146,8 +149,9 @@ def fine_tune(
 ) -> Curve:
     """Fine-tunes copies of ``module`` with every rate of the grid, goes on with the best, and returns its curve.
 
-    ``steps`` is the length of the curve, a multiple of ``settings.every``; ``seed`` gives the order of the images, the
-    same for both sides of a comparison; ``learning_rate`` is the rate where it is chosen already.
+    ``steps`` is the length of the curve, a multiple of ``settings.every``; ``seed`` gives the order of the images and
+    what dropout leaves out, the same for both sides of a comparison; ``learning_rate`` is the rate where it is chosen
+    already. Global generators stay as they were.
     """
     rates = settings.learning_rates if learning_rate is None else (learning_rate,)
     runs = [_Run(module, data, settings, rate, seed, precision) for rate in rates]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -46,6 +48,22 @@ def test_a_start_is_not_changed(data):
     before = module.head.weight.clone()
     fine_tune(module, data, PLAN, steps=8, seed=0)
     assert torch.equal(module.head.weight, before)
+
+
+def test_dropout_depends_on_the_seed_alone_and_leaves_the_callers_generator(data):
+    module = torch.nn.Sequential(he_module(small_source(2), seed=0), torch.nn.Dropout(0.5))
+    rule = dataclasses.replace(PLAN, every=1)
+
+    def curve(seed, **options):
+        return fine_tune(module, data, rule, steps=3, seed=seed, **options)
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = curve(0)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert curve(0, learning_rate=first.learning_rate) == first
+    assert curve(1) != first
 
 
 def test_a_trained_start_beats_he(data):
