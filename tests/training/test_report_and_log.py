@@ -8,7 +8,7 @@ import json
 import pytest
 
 from ghn_service.errors import DataError
-from ghn_service.training.evaluation.fine_tune import Comparison, Curve
+from ghn_service.training.evaluation.fine_tune import Comparison, Curve, FineTuneSettings
 from ghn_service.training.evaluation.measurements import EvaluationSettings
 from ghn_service.training.evaluation.report import fine_tune_summary, json_report, markdown_report, shape_table
 from ghn_service.training.evaluation.results import ZeroShot
@@ -50,6 +50,19 @@ def test_seeds_of_one_network_are_averaged_first():
 def test_a_partial_report_says_so():
     evaluation = dataclasses.replace(example(), fine_tuned=(), jobs=9, finished=3)
     assert "3 of 9" in markdown_report(evaluation)
+
+
+def test_captions_say_how_many_images_there_were():
+    settings = EvaluationSettings(splits={}, fine_tune=FineTuneSettings(budgets=(100,)))
+    curves = tuple(dataclasses.replace(item, images=1000) for item in example().fine_tuned)
+    counts = {"training": 903, "validation": 341, "test": 372}
+    evaluation = dataclasses.replace(example(), settings=settings, fine_tuned=curves, num_images=counts)
+    text = markdown_report(evaluation)
+    for words in ("372 test images, ±", "903 training images", "341 validation images", "372 test images (", "| 903 |"):
+        assert words in text, words
+    enough = dataclasses.replace(evaluation, num_images=dict.fromkeys(counts, 50_000))
+    for words in ("2,000 test", "1,280 training", "1,000 validation", "1,000 test", "| 1000 |"):
+        assert words in markdown_report(enough), words
 
 
 def test_accuracy_is_told_by_depth_and_width():

@@ -115,6 +115,11 @@ class Context:
         known = (self.network(split, str(index)) for index in range(self.settings.novelty_networks))
         return KnownPredictions(self.hypernetwork, known)
 
+    @property
+    def num_images(self) -> dict[str, int]:
+        """Images for training, validation and test."""
+        return {name: len(getattr(self.data, name)) for name in ("training", "validation", "test")}
+
     @functools.cached_property
     def _image_digests(self) -> list[str]:
         """Digests of all images: data sets of equal sizes and classes have results of their own."""
@@ -174,7 +179,7 @@ def make_context(checkpoint: Path, data_folder: Path, settings: EvaluationSettin
     keep_freed_memory()
     hypernetwork, summary = load_checkpoint(checkpoint)
     details = summary.card.details
-    image_format = {"image_size": details.get("image_size"), "channels": details.get("channels")}
+    image_format: dict[str, Any] = {"image_size": details.get("image_size"), "channels": details.get("channels")}
     held_out = details.get("settings", {}).get("data", {}).get("validation_images", DataSettings().validation_images)
     data_settings = DataSettings(**image_format, validation_images=held_out)
     training, validation = load_training_data(data_folder, data_settings, cache)

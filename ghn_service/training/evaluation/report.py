@@ -54,11 +54,12 @@ def json_report(evaluation: Evaluation) -> str:
 def _zero_shot_parts(evaluation: Evaluation) -> list[str]:
     """Protocol, and accuracy per split in percent: mean and standard error, best and worst, and He initialisation."""
     settings = evaluation.settings
+    test = _count(evaluation, "test", settings.test_images)
+    calibration = _count(evaluation, "training", settings.calibration_images)
     caption = (
-        f"Zero-shot top-1 in percent on {settings.test_images:,} test images, ± standard error of the mean over "
-        "networks. "
-        "Batch statistics: BatchNorm normalises each batch of 64 test images with its own statistics. Recalibrated: "
-        f"its statistics are measured on {settings.calibration_images:,} training images, then each test image stands "
+        f"Zero-shot top-1 in percent on {test:,} test images, ± standard error of the mean over networks. "
+        "Batch statistics: BatchNorm normalises each whole batch of 64 test images with its own statistics. "
+        f"Recalibrated: its statistics are measured on {calibration:,} training images, then each test image stands "
         f"alone. He: He initialisation under batch statistics. Passes in {settings.zero_shot_precision}."
     )
     header = ("split", "networks", "batch statistics: mean ± s.e.", "best", "worst", "recalibrated: mean ± s.e.", "He")
@@ -141,9 +142,9 @@ def _fine_tune_parts(evaluation: Evaluation) -> list[str]:
     caption = (
         "Fine-tuning from predicted weights and from He initialisation: networks of split test; SGD, momentum 0.9, "
         f"weight decay {rule.weight_decay:g}, constant rate, batches of {rule.batch_size}, the same for both sides. "
-        f"Each side's rate: the best of {rates} on {settings.validation_images:,} validation images after "
-        f"{rule.choose_at} steps with seed {settings.seeds[0]}. Top-1 in percent on "
-        f"{settings.fine_tune_test_images:,} test "
+        f"Each side's rate: the best of {rates} on {_count(evaluation, 'validation', settings.validation_images):,} "
+        f"validation images after {rule.choose_at} steps with seed {settings.seeds[0]}. Top-1 in percent on "
+        f"{_count(evaluation, 'test', settings.fine_tune_test_images):,} test "
         "images (whole batches of 64) under batch statistics, ± standard error over networks, whose seeds are averaged "
         "first. Steps saved: "
         "how many more steps He initialisation needs to be as good; where it does not get there in "
@@ -153,7 +154,7 @@ def _fine_tune_parts(evaluation: Evaluation) -> list[str]:
     columns = ("predicted start", "He", "gap", "wins", "steps saved", "never reached")
     rows = [
         (
-            row["images"] or "all",
+            _count(evaluation, "training", row["images"]) or "all",
             row["step"],
             f"{row['networks']} ({row['runs']})",
             *(_pair(row[side]) for side in ("predicted", "he", "gap")),
@@ -178,6 +179,11 @@ def _novelty_lines(results: Sequence[ZeroShot]) -> list[str]:
             f"copies of the nearest {_percent(item.copied for item in members)}"
         )
     return lines
+
+
+def _count(evaluation: Evaluation, part: str, wanted: int) -> int:
+    """How many of the wanted images there are."""
+    return min(wanted, evaluation.num_images.get(part, wanted))
 
 
 def _left_out(evaluation: Evaluation) -> str:

@@ -49,6 +49,8 @@ class Evaluation:
         jobs: Measurements that the plan asks for; 0 where the time ended before the networks were chosen.
         finished: Those that are known.
         missing: Measurements that are not known, by kind and split.
+        num_images: Images that the data has in ``training``, ``validation`` and ``test``; where the settings ask for
+            more, all are taken.
     """
 
     settings: EvaluationSettings
@@ -62,6 +64,7 @@ class Evaluation:
     jobs: int = 0
     finished: int = 0
     missing: Mapping[str, int] = field(default_factory=dict)
+    num_images: Mapping[str, int] = field(default_factory=dict)
 
 
 def evaluate(
@@ -126,6 +129,7 @@ def evaluate(
         jobs=len(wanted),
         finished=len(found),
         missing=dict(Counter(f"{KINDS[item.kind]} of {item.split}" for item in wanted if item not in found)),
+        num_images=context.num_images if context else {},
     )
 
 

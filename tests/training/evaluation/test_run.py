@@ -78,6 +78,7 @@ def test_the_number_of_processes_changes_nothing(files):
     assert [item.name for item in one.zero_shot] == ["0", "1"]
     assert all(math.isfinite(item.copied) for item in one.zero_shot)
     assert {item.images for item in one.fine_tuned} == {0, 16}
+    assert one.num_images == {"training": 77, "validation": 19, "test": 96}
     two = evaluate(*files, PLAN, workers=2)
     assert comparable(one) == comparable(two)
 
