@@ -77,6 +77,16 @@ def test_a_part_that_cannot_be_prepared_leaves_the_module_as_it_was(tmp_path):
     assert all(parameter.requires_grad for parameter in network.parameters())
 
 
+def test_combined_strategies_that_share_tensors_give_the_base_back(tmp_path):
+    network = small_cnn()
+    both = combine(norm_only(network), prepare(network, "low_rank_update", rank=2))
+    train_a_little(both.module, both.parameters(), INPUTS)
+    save_delta(both, tmp_path / "delta.safetensors")
+    again = load_delta(small_cnn(), tmp_path / "delta.safetensors")
+    assert torch.equal(again.module.eval()(INPUTS), both.module(INPUTS))
+    assert torch.equal(again.restore().eval()(INPUTS), small_cnn().eval()(INPUTS))
+
+
 def test_combined_strategies_travel_together(tmp_path):
     network = small_cnn()
     norm = norm_only(network, head=False)

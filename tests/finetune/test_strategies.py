@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from ghn_client.errors import InvalidOptionError
+from ghn_client.finetune.delta import save_delta
+from ghn_client.finetune.fit import fit
 from ghn_client.finetune.handle import combine
+from ghn_client.finetune.peft_format import export_peft
 from ghn_client.finetune.strategies import STRATEGIES, prepare
 from tests.finetune.networks import small_cnn, train_a_little
 
@@ -140,6 +143,48 @@ def test_combine_tunes_the_union_and_restores_everything():
     assert both.num_trainable == 2 * 8 + (8 * 2 + 2 * 8 + 8)
     after = values(both.restore())
     assert all(after[key].equal(before[key]) for key in before)
+
+
+def combined():
+    """Two strategies that share the head and the running statistics."""
+    network = small_cnn().eval()
+    return combine(prepare(network, "norm_only"), prepare(network, "low_rank_update", rank=2))
+
+
+def test_tensors_that_two_parts_share_are_switched_and_restored():
+    handle, base = combined(), small_cnn().eval()
+    before = values(base)
+    train_a_little(handle.module, handle.parameters(), INPUTS)
+    tuned = values(handle.module)
+    with handle.disabled() as module:
+        assert torch.equal(module(INPUTS), base(INPUTS))
+    assert all(torch.equal(tuned[key], value) for key, value in values(handle.module).items())
+    assert all(torch.equal(before[key], value) for key, value in values(handle.restore()).items())
+
+
+def test_disabled_blocks_nest():
+    handle = prepare(small_cnn(), "norm_only")
+    train_a_little(handle.module, handle.parameters(), INPUTS)
+    with handle.disabled() as module:
+        base = module(INPUTS)
+        with handle.disabled():
+            pass
+        assert torch.equal(module(INPUTS), base)
+
+
+@pytest.mark.parametrize("end", ["disable", "restore", "merge"])
+def test_a_handle_whose_tuned_values_are_not_in_the_module_is_refused(tmp_path, end):
+    network = small_cnn()
+    handle, other = prepare(network, "low_rank_update"), prepare(network, "norm_only", head=False)
+    getattr(handle, end)()
+    for act in (
+        lambda: save_delta(handle, tmp_path / "delta.safetensors"),
+        lambda: export_peft(handle, tmp_path),
+        lambda: combine(handle, other),
+        lambda: fit(handle, []),
+    ):
+        with pytest.raises(InvalidOptionError):
+            act()
 
 
 def test_combine_refuses_handles_of_different_modules():

@@ -69,7 +69,9 @@ def save_delta(handle: FineTuneHandle, path: str | Path, *, request: Mapping[str
 
     Raises:
         FileError: It cannot be written.
+        InvalidOptionError: The handle is disabled, or was merged or restored.
     """
+    handle.require_enabled()
     tensors = {name: value.cpu().contiguous().clone() for name, value in handle.state().items()}
     tuned = {id(value) for part in handle.parts for value in part.named_parameters().values()}
     tuned |= {id(part.module.get_buffer(name)) for part in handle.parts for name in part.buffers}

@@ -96,7 +96,9 @@ def fit(
 
     Raises:
         FileError: The checkpoint belongs to another run.
+        InvalidOptionError: There is no batch, or the handle is disabled, or was merged or restored.
     """
+    handle.require_enabled()
     settings = settings or FitSettings()
     place = torch.device(device) if device is not None else next(handle.module.parameters()).device
     handle.module.to(place)

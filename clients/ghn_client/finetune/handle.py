@@ -137,12 +137,13 @@ class FineTuneHandle:
 
     @contextmanager
     def disabled(self) -> Iterator[nn.Module]:
-        """Within the block the module computes the base function; afterwards the tuned one again."""
+        """Within the block the module computes the base function; afterwards again what it did before."""
+        before = self._enabled
         self.disable()
         try:
             yield self.module
         finally:
-            self.enable()
+            self._switch(before)
 
     def disable(self) -> None:
         """Switches the module to its base function; the tuned values are kept aside."""
@@ -155,11 +156,11 @@ class FineTuneHandle:
     @torch.no_grad()
     def _switch(self, active: bool) -> None:
         """Exchanges the values in the module with those kept aside, and the behaviour with them."""
-        if not self._open:
-            raise InvalidOptionError("this handle was merged or restored; prepare the module again to tune it further")
+        self._require_open()
         if active == self._enabled:
             return
-        for part, aside in zip(self.parts, self._aside, strict=True):
+        exchanged = list(zip(self.parts, self._aside, strict=True))
+        for part, aside in exchanged if active else reversed(exchanged):  # parts may share tensors: last in, first out
             for name, current in part.state().items():
                 other, aside[name] = aside[name], current.clone()
                 current.copy_(other)
@@ -183,6 +184,16 @@ class FineTuneHandle:
         self._close()
         return self.module
 
+    def require_enabled(self) -> None:
+        """Raises ``InvalidOptionError`` unless the module computes the tuned function of this handle."""
+        self._require_open()
+        if not self._enabled:
+            raise InvalidOptionError("expected a handle that is enabled, this one is disabled; call enable() first")
+
+    def _require_open(self) -> None:
+        if not self._open:
+            raise InvalidOptionError("this handle was merged or restored; prepare the module again to tune it further")
+
     def _close(self) -> None:
         for parameter, flag in reversed(self._flags):
             parameter.requires_grad_(flag)
@@ -199,10 +210,13 @@ def combine(*handles: FineTuneHandle) -> FineTuneHandle:
     They come in the order in which they were made, each later one on the module of the earlier ones.
 
     Raises:
-        InvalidOptionError: The module of a later handle does not contain that of an earlier one.
+        InvalidOptionError: The module of a later handle does not contain that of an earlier one, or a handle is
+            closed or disabled.
     """
     if not handles:
         raise InvalidOptionError("combine needs at least one handle")
+    for handle in handles:
+        handle.require_enabled()
     inside = {id(module) for module in handles[-1].module.modules()}
     for handle in handles:
         if id(handle.module) not in inside:

@@ -36,7 +36,9 @@ def export_peft(handle: FineTuneHandle, folder: str | Path) -> Path:
 
     Raises:
         UnsupportedModuleError: PEFT has no adapter for this strategy.
+        InvalidOptionError: The handle is disabled, or was merged or restored.
     """
+    handle.require_enabled()
     if len(handle.parts) != 1 or handle.parts[0].strategy not in ("norm_only", "low_rank_update"):
         raise UnsupportedModuleError(
             f"PEFT has adapters for norm_only (LN tuning) and low_rank_update (LoRA), not for {handle.strategy};"
