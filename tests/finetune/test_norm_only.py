@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from ghn_client.errors import GhnClientError, InvalidOptionError, UnsupportedModuleError
+from ghn_client.finetune.handle import combine
 from ghn_client.finetune.inserted_norms import insert_norms, layers_without_norm
+from ghn_client.finetune.lora import low_rank_update
 from ghn_client.finetune.matrix_layers import norm_kind
 from ghn_client.finetune.norm_only import norm_only
 from tests.finetune.networks import ResidualNetwork, mlp, small_cnn, train_a_little
@@ -121,6 +123,51 @@ def test_insertion_makes_norm_layers_without_affine_parameters_affine():
     assert torch.equal(network(INPUTS), before)
     handle.restore()
     assert network[1].weight is None
+
+
+def chain():
+    """Two convolutions of one shape without norm layers, and a head; for inputs (B, 8, 4, 4)."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(128, 3))
+
+
+def tie(network):
+    network[2].weight = network[0].weight
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "computed",
+    [tie, lambda network: nn.utils.parametrizations.weight_norm(network[2]), lambda n: nn.utils.weight_norm(n[2])],
+    ids=["tied", "parametrized", "hook"],
+)
+def test_merging_keeps_the_function_where_a_weight_is_not_the_layers_own(computed):
+    network, inputs = chain(), torch.randn(6, 8, 4, 4)
+    computed(network)
+    handle = norm_only(network, missing="insert")
+    train_a_little(network, handle.parameters(), inputs)
+    before = network(inputs)
+    torch.testing.assert_close(handle.merge()(inputs), before, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("norms_first", [True, False])
+def test_inserted_norms_fold_into_merged_low_rank_updates(norms_first):
+    network, inputs = chain(), torch.randn(6, 8, 4, 4)
+    names = set(network.state_dict())
+    steps = [lambda: norm_only(network, missing="insert"), lambda: low_rank_update(network, rank=2, head=False)]
+    handle = combine(*(step() for step in (steps if norms_first else reversed(steps))))
+    train_a_little(network, handle.parameters(), inputs)
+    before = network(inputs)
+    torch.testing.assert_close(handle.merge()(inputs), before, atol=1e-5, rtol=1e-4)
+    assert set(network.state_dict()) == names
+
+
+def test_a_second_norm_behind_the_same_layer_is_refused():
+    network = chain()
+    norm_only(network, missing="insert", after=["0"])
+    with pytest.raises(InvalidOptionError):
+        insert_norms(network, after=["2", "0"])
+    assert not hasattr(network[2], "inserted_norm")
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ class Lifecycle:
     switch: Callable[[bool], object] = nothing
     restore: Callable[[], object] = nothing  # takes the structural changes back
     merge: Callable[[], object] = nothing  # makes them permanent
+    fold: Callable[[], object] = nothing  # makes permanent what needs plain weights: after every part has merged
 
 
 class FineTuneHandle:
@@ -181,6 +182,8 @@ class FineTuneHandle:
         self.enable()
         for lifecycle in reversed(self._lifecycles):
             lifecycle.merge()
+        for lifecycle in reversed(self._lifecycles):
+            lifecycle.fold()
         self._close()
         return self.module
 

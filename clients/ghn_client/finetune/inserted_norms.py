@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ghn_client.batchnorm import recalibrate_batchnorm
 from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
-from ghn_client.finetune.matrix_layers import MatrixLayer, find_head, matrix_layers, norm_layers
+from ghn_client.finetune.matrix_layers import MatrixLayer, find_head, matrix_layers, norm_layers, shared_parameters
 
 CHILD = "inserted_norm"
 _HOOK = "_inserted_norm_hook"
@@ -81,7 +81,8 @@ def insert_norms(
 
     Raises:
         UnsupportedModuleError: There is no layer to follow, or it is a transposed convolution.
-        InvalidOptionError: A path is no linear or convolutional layer, or the calibration is empty.
+        InvalidOptionError: A path is no linear or convolutional layer, or one that has an inserted norm layer already;
+            or the calibration is empty. The module is unchanged then.
     """
     layers = matrix_layers(module)
     names = tuple(layers_without_norm(module) if after is None else after)
@@ -90,6 +91,8 @@ def insert_norms(
     for name in names:
         if name not in layers:
             raise InvalidOptionError(f"cannot insert a norm layer behind {name!r}; there are {list(layers)[:20]}")
+        if hasattr(layers[name], CHILD):
+            raise InvalidOptionError(f"there is an inserted norm layer behind {name!r} already; leave it out of after=")
         if getattr(layers[name], "transposed", False):
             raise UnsupportedModuleError(f"no norm layer can be inserted behind the transposed convolution {name!r}")
     norms = [_attach(layers[name]) for name in names]
@@ -99,7 +102,7 @@ def insert_norms(
         try:
             recalibrate_batchnorm(module, calibration, layers=norms)
         except Exception:
-            remove_inserted_norms(module)
+            remove_inserted_norms([layers[name] for name in names])
             raise
         finally:
             for hook in hooks:
@@ -122,21 +125,27 @@ def _call_inserted_norm(layer: nn.Module, _inputs: Any, output: torch.Tensor) ->
     return normalised
 
 
-def remove_inserted_norms(module: nn.Module) -> None:
-    """Takes every inserted norm layer off again, whatever it learned."""
-    for owner in [layer for layer in module.modules() if hasattr(layer, CHILD)]:
+def remove_inserted_norms(owners: Iterable[nn.Module]) -> None:
+    """Takes the norm layers that were inserted behind ``owners`` off again, whatever they learned."""
+    for owner in owners:
         getattr(owner, _HOOK).remove()
         delattr(owner, _HOOK)
         delattr(owner, CHILD)
 
 
 @torch.no_grad()
-def fold_inserted_norms(module: nn.Module) -> None:
-    """Multiplies every inserted norm layer (running statistics) into the layer that it follows.
+def fold_inserted_norms(module: nn.Module, names: Iterable[str]) -> None:
+    """Multiplies the inserted norm layers at ``names`` (running statistics) into the layers that they follow.
 
-    A bias is created where the layer has none. The function is that of eval mode.
+    A bias is created where the layer has none. The function is that of eval mode. A norm layer stays where the weight
+    or bias before it is none of the layer's own: computed (``weight_norm``), or shared with another layer.
     """
-    for owner in [layer for layer in matrix_layers(module).values() if hasattr(layer, CHILD)]:
+    shared = shared_parameters(module)
+    for owner in (module.get_submodule(name.rpartition(".")[0]) for name in names):
+        assert isinstance(owner, MatrixLayer)
+        own = owner._parameters
+        if own.get("weight") is None or "bias" not in own or {id(own["weight"]), id(own["bias"])} & shared:
+            continue
         norm = getattr(owner, CHILD)
         scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
         shift = norm.bias - scale * norm.running_mean
@@ -145,7 +154,7 @@ def fold_inserted_norms(module: nn.Module) -> None:
             owner.bias = nn.Parameter(shift.clone())
         else:
             owner.bias.mul_(scale).add_(shift)
-    remove_inserted_norms(module)
+        remove_inserted_norms([owner])
 
 
 def add_affine(module: nn.Module) -> tuple[str, ...]:

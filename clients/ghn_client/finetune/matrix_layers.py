@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from torch import nn
@@ -29,6 +30,12 @@ EPSILON_ATTRIBUTES = ("eps", "epsilon", "variance_epsilon", "layer_norm_epsilon"
 def matrix_layers(module: nn.Module) -> dict[str, MatrixLayer]:
     """Linear and convolutional layers by dotted path, in the order of definition."""
     return {name: child for name, child in module.named_modules() if isinstance(child, (nn.Linear, _ConvNd))}
+
+
+def shared_parameters(module: nn.Module) -> set[int]:
+    """Ids of the parameters that more than one submodule holds, such as tied weights."""
+    held = Counter(id(value) for part in module.modules() for value in part._parameters.values() if value is not None)
+    return {identity for identity, holders in held.items() if holders > 1}
 
 
 def norm_layers(module: nn.Module) -> dict[str, nn.Module]:

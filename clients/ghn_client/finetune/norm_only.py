@@ -17,7 +17,7 @@ from torch import nn
 
 from ghn_client.batchnorm import UPDATE, check_statistics, travelling_statistics
 from ghn_client.errors import InvalidOptionError, UnsupportedModuleError, require_known
-from ghn_client.finetune.handle import FineTuneHandle, Lifecycle, Part, nothing
+from ghn_client.finetune.handle import FineTuneHandle, Lifecycle, Part
 from ghn_client.finetune.inserted_norms import (
     add_affine,
     fold_inserted_norms,
@@ -89,11 +89,10 @@ def norm_only(
     part = Part("norm_only", config, module, parameter_groups(module, "norm", tuned, head_names), sorted(buffers))
 
     def restore() -> None:
-        if inserted:
-            remove_inserted_norms(module)
+        remove_inserted_norms(module.get_submodule(name.rpartition(".")[0]) for name in inserted)
         remove_affine(module, affine)
 
-    lifecycle = Lifecycle(restore=restore, merge=partial(fold_inserted_norms, module) if inserted else nothing)
+    lifecycle = Lifecycle(restore=restore, fold=partial(fold_inserted_norms, module, inserted))
     return FineTuneHandle(part, statistics=statistics, lifecycle=lifecycle)
 
 
