@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from ghn_client.errors import FileError, LoadError
 from ghn_client.finetune.additive import additive
@@ -23,6 +24,7 @@ CASES = [
     ("norm_only", {"missing": "insert", "calibration": [INPUTS]}),
     ("norm_only", {"statistics": "freeze", "head": False}),
     ("low_rank_update", {"rank": 3, "alpha": 6.0}),
+    ("low_rank_update", {"rank": 2, "layers": ["0", "8"]}),
 ]
 
 
@@ -40,6 +42,56 @@ def test_round_trip(tmp_path, strategy, options):
     assert torch.equal(again.module.eval()(INPUTS), handle.module(INPUTS))
     with again.disabled() as base:
         torch.testing.assert_close(base(INPUTS), small_cnn().eval()(INPUTS), atol=1e-6, rtol=1e-5)
+
+
+class Tied(nn.Module):
+    """A head that shares its weight with an embedding, and one BatchNorm under two names."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.middle = nn.Embedding(4, 8), nn.Linear(8, 8)
+        self.norm = self.same_norm = nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 4, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, features):
+        return self.head(self.same_norm(self.norm(self.middle(features))))
+
+
+@pytest.mark.parametrize("strategy", ["all", "norm_only", "head_only", "low_rank_update"])
+def test_tensors_of_several_names_come_back(tmp_path, strategy):
+    handle, inputs = prepare(Tied(), strategy), torch.randn(6, 8)
+    train_a_little(handle.module, handle.parameters(), inputs)
+    save_delta(handle, tmp_path / "delta.safetensors")
+    again = load_delta(Tied(), tmp_path / "delta.safetensors")
+    assert torch.equal(again.module.eval()(inputs), handle.module(inputs))
+    assert torch.equal(again.restore().eval()(inputs), Tied().eval()(inputs))
+
+
+class Compiled(nn.Module):
+    """The names of ``torch.compile``, without its seconds."""
+
+    def __init__(self, network):
+        super().__init__()
+        self._orig_mod = network
+
+    def forward(self, inputs):
+        return self._orig_mod(inputs)
+
+
+@pytest.mark.parametrize("wrap", [Compiled, nn.DataParallel, lambda network: Compiled(nn.DataParallel(network))])
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [("norm_only", {"missing": "insert"}), ("low_rank_update", {"rank": 2}), ("additive", {"width": 3})],
+    ids=lambda value: str(value),
+)
+def test_wrapped_networks_and_plain_ones_read_each_others_deltas(tmp_path, strategy, options, wrap):
+    for base, other in ((wrap(small_cnn()), small_cnn()), (small_cnn(), wrap(small_cnn()))):
+        handle = tuned(base, strategy, options)
+        save_delta(handle, tmp_path / "delta.safetensors")
+        again = load_delta(other, tmp_path / "delta.safetensors")
+        assert torch.equal(again.module.eval()(INPUTS), handle.module(INPUTS))
 
 
 def test_only_the_tuned_numbers_are_stored(tmp_path):

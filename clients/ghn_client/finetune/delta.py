@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from ghn_client.finetune.inserted_norms import CHILD
 from ghn_client.finetune.strategies import prepare
 
 FORMAT, VERSION = "ghn-delta", "1"
+_PATHS = {"head", "layers", "after", "rank", "alpha"}  # options that name layers
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _LOG = logging.getLogger(__name__)
 
 
@@ -46,16 +48,22 @@ def base_digest(module: nn.Module, *, without: Collection[str] = ()) -> str:
     """SHA-256 of the names, types, shapes and values of a module's parameters and buffers, ``without`` some names.
 
     What strategies add to a module (inserted norm layers, low-rank updates) and BatchNorm's batch counters
-    are not part of it, so that it is the same before and after preparation.
+    are not part of it, so that it is the same before and after preparation; nor are the names that ``torch.compile``
+    and ``DataParallel`` put in front.
     """
-    digest = hashlib.sha256()
-    own = {name: value for name, value in module.state_dict().items() if _belongs_to_base(name)}
-    values = {name.replace(".parametrizations.weight.original", ".weight"): value for name, value in own.items()}
+    digest, values = hashlib.sha256(), _base_values(module)
     for name in sorted(set(values) - set(without)):
         value = values[name].detach().cpu().contiguous()
         digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
     return digest.hexdigest()
+
+
+def replaced_names(handle: FineTuneHandle) -> list[str]:
+    """Names of the base values that ``handle`` tunes, under which :func:`base_digest` leaves them out."""
+    tuned = {id(value) for part in handle.parts for value in part.named_parameters().values()}
+    tuned |= {id(part.module.get_buffer(name)) for part in handle.parts for name in part.buffers}
+    return sorted(name for name, value in _base_values(handle.base).items() if id(value) in tuned)
 
 
 def save_delta(handle: FineTuneHandle, path: str | Path, *, request: Mapping[str, Any] | None = None) -> int:
@@ -72,15 +80,17 @@ def save_delta(handle: FineTuneHandle, path: str | Path, *, request: Mapping[str
         InvalidOptionError: The handle is disabled, or was merged or restored.
     """
     handle.require_enabled()
-    tensors = {name: value.cpu().contiguous().clone() for name, value in handle.state().items()}
-    tuned = {id(value) for part in handle.parts for value in part.named_parameters().values()}
-    tuned |= {id(part.module.get_buffer(name)) for part in handle.parts for name in part.buffers}
-    live = [*handle.base.named_parameters(), *handle.base.named_buffers()]
-    replaced = sorted(name for name, value in live if id(value) in tuned and _belongs_to_base(name))
+    tensors = {
+        f"{index}/{_plain(part.module, name)}": value.cpu().contiguous().clone()
+        for index, part in enumerate(handle.parts)
+        for name, value in part.state().items()
+    }
+    parts = [[part.strategy, _renamed(part.config, _plain_names(part.module))] for part in handle.parts]
+    replaced = replaced_names(handle)
     metadata = {
         "format": FORMAT,
         "version": VERSION,
-        "parts": json.dumps([[part.strategy, dict(part.config)] for part in handle.parts]),
+        "parts": json.dumps(parts),
         "base": "weights" if request is None else "request",
         "digest": base_digest(handle.base, without=replaced),
         "replaced": json.dumps(replaced),
@@ -137,7 +147,8 @@ def load_delta(module: nn.Module, path: str | Path, *, request: Mapping[str, Any
     current = module
     try:
         for index, (strategy, config) in enumerate(info.parts):
-            handles.append(prepare(current, strategy, **config))
+            names = {plain: name for name, plain in _plain_names(current).items()}
+            handles.append(prepare(current, strategy, **_renamed(config, names)))
             current = handles[-1].module
             _fill(handles[-1], tensors, index)
     except (GhnClientError, TypeError, AttributeError) as error:
@@ -192,16 +203,53 @@ def _check_base(module: nn.Module, info: DeltaInfo, request: Mapping[str, Any] |
     )
 
 
+def _base_values(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Values of a module without what strategies add; tied ones have all their names, as in its state dict."""
+    return {
+        _plain(module, name).replace(".parametrizations.weight.original", ".weight"): value
+        for name, value in module.state_dict(keep_vars=True).items()
+        if _belongs_to_base(name) and isinstance(value, torch.Tensor)
+    }
+
+
 def _belongs_to_base(name: str) -> bool:
     pieces = name.split(".")
     return not (CHILD in pieces or ".parametrizations.weight.0." in name or pieces[-1] == "num_batches_tracked")
+
+
+def _plain(module: nn.Module, path: str) -> str:
+    """A dotted path of ``module`` without the pieces that ``torch.compile`` and ``DataParallel`` put in."""
+    kept: list[str] = []
+    owner: Any = module
+    for piece in path.split("."):
+        if piece != "_orig_mod" and not (piece == "module" and isinstance(owner, _PARALLEL)):
+            kept.append(piece)
+        owner = getattr(owner, "_modules", {}).get(piece)
+    return ".".join(kept)
+
+
+def _plain_names(module: nn.Module) -> dict[str, str]:
+    return {name: _plain(module, name) for name, _ in module.named_modules()}
+
+
+def _renamed(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Options of a strategy with the new ``names`` of layers."""
+    renamed = dict(config)
+    for key in _PATHS & config.keys():
+        if isinstance(value := config[key], str):
+            renamed[key] = names.get(value, value)
+        elif isinstance(value, Mapping):
+            renamed[key] = {names.get(path, path): item for path, item in value.items()}
+        elif isinstance(value, Sequence):
+            renamed[key] = [names.get(path, path) for path in value]
+    return renamed
 
 
 @torch.no_grad()
 def _fill(handle: FineTuneHandle, tensors: Mapping[str, torch.Tensor], index: int) -> None:
     part = handle.parts[0]
     own = {name.partition("/")[2]: value for name, value in tensors.items() if name.partition("/")[0] == str(index)}
-    state = part.state()
+    state = {_plain(part.module, name): value for name, value in part.state().items()}
     if set(own) != set(state):
         odd = sorted(set(own) ^ set(state))[:5]
         raise LoadError(f"part {index} ({part.strategy}) tunes other tensors than the file holds; differing: {odd}")
