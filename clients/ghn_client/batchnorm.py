@@ -34,9 +34,10 @@ def recalibrate_batchnorm(
     device: torch.device | str | None = None,
     layers: Sequence[_BatchNorm] | None = None,
 ) -> int:
-    """Resets the running statistics of every batch normalisation and measures them again, as a plain mean over batches.
+    """Measures the running statistics of every batch normalisation anew, as a plain mean over batches.
 
-    Only these layers run in training mode meanwhile, so that dropout is off. Modes and momenta are put back.
+    Only these layers run in training mode meanwhile, so that dropout is off; they do so also where the statistics are
+    frozen while one tunes. Modes and momenta are put back, and after an error the statistics too.
 
     Args:
         module: The network.
@@ -61,21 +62,32 @@ def recalibrate_batchnorm(
     first = next(batches, None)
     if first is None:
         raise InvalidOptionError("expected at least one batch, got an empty loader", field="loader")
-    momenta = [layer.momentum for layer in layers]
+    before = [(layer, layer.momentum, [value.clone() for value in layer.buffers(recurse=False)]) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(_train) for layer in layers]  # after the one that freezes statistics
     used = 0
     try:
         with evaluation_mode(module), torch.no_grad():
             for layer in layers:
                 layer.reset_running_stats()
                 layer.momentum = None  # torch's cumulative average
-                layer.train()
             for batch in itertools.chain([first], batches):
                 used += 1
                 run_batch(module, batch, device)
+    except BaseException:
+        for layer, _, values in before:
+            for value, old in zip(layer.buffers(recurse=False), values, strict=True):
+                value.copy_(old)
+        raise
     finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
+        for layer, momentum, _ in before:
             layer.momentum = momentum
+        for hook in hooks:
+            hook.remove()
     return used
+
+
+def _train(layer: nn.Module, _inputs: Any) -> None:
+    layer.training = True
 
 
 def run_batch(module: nn.Module, batch: Any, device: torch.device | str | None = None) -> Any:
@@ -124,14 +136,11 @@ def hold_statistics(module: nn.Module, choice: str) -> Callable[[], None]:
     """
     check_statistics(choice)
     layers: list[Any] = [layer for layer in module.modules() if getattr(layer, "running_mean", None) is not None]
-    momenta = [(layer, layer.momentum) for layer in layers if choice == KEEP]
+    momenta = [(layer, layer.momentum) for layer in layers if choice == KEEP and hasattr(layer, "momentum")]
     for layer, _ in momenta:
         layer.momentum = 0.0
-
-    def use_running_statistics(layer: nn.Module, _inputs: Any) -> None:
-        layer.training = False
-
-    hooks = [layer.register_forward_pre_hook(use_running_statistics) for layer in layers if choice == FREEZE]
+    hooks = [layer.register_forward_pre_hook(_freeze) for layer in layers if choice == FREEZE]
+    hooks += [layer.register_forward_hook(_unfreeze, always_call=True) for layer in layers if choice == FREEZE]
 
     def let_go() -> None:
         for hook in hooks:
@@ -140,6 +149,15 @@ def hold_statistics(module: nn.Module, choice: str) -> Callable[[], None]:
             layer.momentum = momentum
 
     return let_go
+
+
+def _freeze(layer: Any, _inputs: Any) -> None:
+    """Within its forward the layer is in evaluation mode, whatever mode it is in outside."""
+    layer.mode_outside, layer.training = layer.training, False
+
+
+def _unfreeze(layer: Any, _inputs: Any, _output: Any) -> None:
+    layer.training = vars(layer).pop("mode_outside", layer.training)
 
 
 def travelling_statistics(module: nn.Module, choice: str) -> list[str]:

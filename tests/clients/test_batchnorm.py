@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ghn_client import recalibrate_batchnorm
+from ghn_client.batchnorm import STATISTICS, hold_statistics
 from ghn_client.errors import InvalidOptionError
 from tests.clients.small_modules import ConvNet, randomized
 
@@ -68,6 +69,25 @@ def test_an_empty_loader_is_refused_and_changes_nothing() -> None:
     with pytest.raises(InvalidOptionError):
         recalibrate_batchnorm(module, [])
     assert torch.equal(module.bn1.running_mean, before)
+
+
+def test_an_error_midway_leaves_the_statistics_as_they_were() -> None:
+    module = randomized(ConvNet())
+    before = {name: value.clone() for name, value in module.named_buffers()}
+    with pytest.raises(RuntimeError):
+        recalibrate_batchnorm(module, [*batches(1), torch.zeros(4, 5, 8, 8)])
+    assert all(torch.equal(before[name], value) for name, value in module.named_buffers())
+
+
+@pytest.mark.parametrize("choice", STATISTICS)
+def test_held_statistics_are_measured_like_others(choice: str) -> None:
+    held, free = randomized(ConvNet()), randomized(ConvNet())
+    let_go = hold_statistics(held, choice)
+    for module in (held, free):
+        recalibrate_batchnorm(module, batches(2))
+    let_go()
+    assert torch.equal(held.bn1.running_mean, free.bn1.running_mean)
+    assert torch.equal(held.bn2.running_var, free.bn2.running_var)
 
 
 def test_dropout_stays_off_while_statistics_are_measured() -> None:

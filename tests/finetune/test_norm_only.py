@@ -192,6 +192,34 @@ def test_statistics_policy_ends_with_the_handle():
     assert not torch.equal(network.norm.running_mean, before)
 
 
+@pytest.mark.parametrize("statistics", ["update", "keep", "freeze"])
+def test_restoring_gives_modes_and_counters_back(statistics):
+    network = ResidualNetwork(8).train()
+    handle = norm_only(network, statistics=statistics)
+    network(INPUTS)
+    handle.restore()
+    assert all(layer.training for layer in network.modules())
+    assert network.norm.num_batches_tracked == 0
+
+
+class FrozenNorm(nn.Module):
+    """As in detection models: statistics without a momentum."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.running_mean, self.running_var = nn.Buffer(torch.zeros(width)), nn.Buffer(torch.ones(width))
+
+    def forward(self, features):
+        return (features - self.running_mean) / self.running_var
+
+
+@pytest.mark.parametrize("statistics", ["update", "keep", "freeze"])
+def test_layers_whose_statistics_never_move_are_left_alone(statistics):
+    network = nn.Sequential(nn.Linear(5, 8), FrozenNorm(8), nn.LayerNorm(8), nn.Linear(8, 3))
+    handle = norm_only(network, statistics=statistics)
+    assert torch.equal(handle.restore()[1].running_mean, torch.zeros(8))
+
+
 def test_unknown_options_are_refused():
     with pytest.raises(GhnClientError):
         norm_only(ResidualNetwork(8), statistics="sometimes")

@@ -83,8 +83,18 @@ class FineTuneHandle:
             raise UnsupportedModuleError(f"strategy {part.strategy!r} found no parameter to tune in {kind}")
         self._aside = ({name: tensor.clone() for name, tensor in part.state().items()},)
         self._flags = tuple((parameter, parameter.requires_grad) for parameter in self.module.parameters())
+        counting: list[Any] = [
+            layer for layer in self.base.modules() if getattr(layer, "num_batches_tracked", None) is not None
+        ]
+        counts = [layer.num_batches_tracked.clone() for layer in counting]
         let_go = hold_statistics(self.base, statistics)
-        self._lifecycles = (lifecycle or Lifecycle(), Lifecycle(restore=let_go, merge=let_go))
+
+        def restore_statistics() -> None:
+            let_go()
+            for layer, count in zip(counting, counts, strict=True):
+                layer.num_batches_tracked.copy_(count)
+
+        self._lifecycles = (lifecycle or Lifecycle(), Lifecycle(restore=restore_statistics, merge=let_go))
         self._open, self._enabled = True, True
         self.freeze_rest()
 
