@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
+
 import pytest
 import torch
 
@@ -45,10 +47,22 @@ def test_early_stopping():
     assert len(report.epochs) == 3
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+class Shuffled(list):
+    """Batches in an order that a generator of their own draws, as ``ImageBatches`` and ``DataLoader`` have them."""
+
+    def __init__(self, batches):
+        super().__init__(batches)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __iter__(self):
+        return (self[index] for index in torch.randperm(len(self), generator=self.generator).tolist())
+
+
+@pytest.mark.parametrize("order", [list, Shuffled])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, order):
     settings = FitSettings(epochs=4, learning_rate=0.1)
     whole = norm_only(ResidualNetwork(8))
-    fit(whole, data(), settings=settings)
+    fit(whole, order(data()), settings=settings)
 
     class InterruptionError(Exception):
         pass
@@ -59,18 +73,45 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
 
     first = norm_only(ResidualNetwork(8))
     with pytest.raises(InterruptionError):
-        fit(first, data(), settings=settings, checkpoint=tmp_path / "run.pt", on_epoch=interrupt)
+        fit(first, order(data()), settings=settings, checkpoint=tmp_path / "run.pt", on_epoch=interrupt)
     second = norm_only(ResidualNetwork(8))
-    report = fit(second, data(), settings=settings, checkpoint=tmp_path / "run.pt")
+    report = fit(second, order(data()), settings=settings, checkpoint=tmp_path / "run.pt")
     assert [epoch.epoch for epoch in report.epochs] == [1, 2, 3, 4]
     inputs = data()[0][0]
     assert torch.equal(second.module(inputs), whole.module(inputs))
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path):
-    fit(norm_only(ResidualNetwork(8)), data(), settings=FitSettings(epochs=1), checkpoint=tmp_path / "run.pt")
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: prepare(ResidualNetwork(8), "all"),
+        lambda: norm_only(ResidualNetwork(6)),
+        lambda: norm_only(ResidualNetwork(8, classes=5), head=False),
+        lambda: norm_only(ResidualNetwork(8, seed=1)),
+    ],
+    ids=["strategy", "shapes", "names", "base"],
+)
+def test_a_checkpoint_of_another_run_is_refused_and_changes_nothing(tmp_path, other):
+    settings = FitSettings(epochs=1)
+    fit(norm_only(ResidualNetwork(8)), data(), settings=settings, checkpoint=tmp_path / "run.pt")
+    handle = other()
+    before = {name: value.clone() for name, value in handle.module.state_dict().items()}
     with pytest.raises(FileError):
-        fit(prepare(ResidualNetwork(8), "all"), data(), settings=FitSettings(epochs=1), checkpoint=tmp_path / "run.pt")
+        fit(handle, data(), settings=settings, checkpoint=tmp_path / "run.pt")
+    assert all(torch.equal(before[name], value) for name, value in handle.module.state_dict().items())
+
+
+def test_a_checkpoint_without_a_tensor_is_refused_and_changes_nothing(tmp_path):
+    path, settings = tmp_path / "run.pt", FitSettings(epochs=1)
+    fit(norm_only(ResidualNetwork(8)), data(), settings=settings, checkpoint=path)
+    document = torch.load(path, weights_only=True)
+    document["best_state"].popitem()
+    torch.save(document, path)
+    handle = norm_only(ResidualNetwork(8))
+    before = {name: value.clone() for name, value in handle.state().items()}
+    with pytest.raises(FileError):
+        fit(handle, data(), settings=settings, checkpoint=path)
+    assert all(torch.equal(before[name], value) for name, value in handle.state().items())
 
 
 def test_frobenius_decay_shrinks_the_product():
@@ -96,8 +137,9 @@ def test_no_data_is_refused():
         evaluate(ResidualNetwork(8), [])
 
 
-def test_a_broken_checkpoint_is_an_error_of_ours(tmp_path):
-    torch.save({"anything": tmp_path}, tmp_path / "run.pt")
+@pytest.mark.parametrize("content", [{"anything": PurePosixPath("a")}, [1]], ids=["pickled code", "list"])
+def test_a_broken_checkpoint_is_an_error_of_ours(tmp_path, content):
+    torch.save(content, tmp_path / "run.pt")
     with pytest.raises(FileError) as caught:
         fit(norm_only(ResidualNetwork(8)), data(), settings=FitSettings(epochs=1), checkpoint=tmp_path / "run.pt")
     assert "weights_only" not in str(caught.value)

@@ -20,6 +20,7 @@ from torch import nn
 from ghn_client.atomic_file import write_file
 from ghn_client.batchnorm import evaluation_mode
 from ghn_client.errors import FileError, InvalidOptionError
+from ghn_client.finetune.delta import base_digest, replaced_names
 from ghn_client.finetune.handle import FineTuneHandle
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
@@ -87,7 +88,8 @@ def fit(
 
     Args:
         handle: Of any strategy.
-        batches: Pairs of inputs and labels; iterated once per epoch, so a ``DataLoader`` or a list.
+        batches: Pairs of inputs and labels; iterated once per epoch, so a ``DataLoader`` or a list. The state of its
+            ``generator``, where it has one, goes into the checkpoint.
         settings: How to train.
         validation: Pairs to measure accuracy on after every epoch.
         device: Where to train; default where the module is.
@@ -95,7 +97,8 @@ def fit(
         on_epoch: Called after every epoch, with its report; may print, plot or log.
 
     Raises:
-        FileError: The checkpoint belongs to another run.
+        FileError: The checkpoint is damaged or belongs to another run: another strategy, other settings, another base.
+            The module is unchanged then.
         InvalidOptionError: There is no batch, or the handle is disabled, or was merged or restored.
     """
     handle.require_enabled()
@@ -103,13 +106,14 @@ def fit(
     place = torch.device(device) if device is not None else next(handle.module.parameters()).device
     handle.module.to(place)
     run = _Run(handle, settings, place)
-    if checkpoint is not None and Path(checkpoint).exists():
-        run.resume(Path(checkpoint))
+    book = None if checkpoint is None else _Checkpoint(Path(checkpoint), run, batches)
+    if book is not None and book.path.exists():
+        book.resume()
     try:
         while len(run.reports) < settings.epochs and not run.out_of_patience:
             run.epoch(batches, validation)
-            if checkpoint is not None:
-                run.save(Path(checkpoint))
+            if book is not None:
+                book.save()
             if on_epoch is not None:
                 on_epoch(run.reports[-1])
     finally:  # also where it is interrupted
@@ -149,9 +153,10 @@ class _Run:
         groups = handle.parameters(weight_decay=settings.weight_decay)
         self.optimizer = OPTIMIZERS[settings.optimizer](groups, lr=settings.learning_rate, **options)
         self.reports: list[EpochReport] = []
-        self.best_epoch, self.best_state = 0, self._state()
+        self.best_epoch, self.best_state = 0, self.state()
 
-    def _state(self) -> dict[str, torch.Tensor]:
+    def state(self) -> dict[str, torch.Tensor]:
+        """A copy of what is tuned."""
         return {name: value.clone() for name, value in self.handle.state().items()}
 
     @property
@@ -179,7 +184,7 @@ class _Run:
         self.reports.append(EpochReport(number, train_loss, accuracy, loss, rate, time.perf_counter() - start))
         best = self.reports[self.best_epoch - 1].accuracy if self.best_epoch else None
         if accuracy is None or best is None or accuracy > best:
-            self.best_epoch, self.best_state = number, self._state()
+            self.best_epoch, self.best_state = number, self.state()
 
     def _step(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         self.optimizer.zero_grad(set_to_none=True)
@@ -193,42 +198,70 @@ class _Run:
         self.optimizer.step()
         return loss.detach()
 
-    def save(self, path: Path) -> None:
-        """Writes everything needed to go on; a crash while writing leaves the old file."""
-        document = {
-            "strategy": self.handle.strategy,
-            "settings": asdict(self.settings),
-            "reports": [asdict(report) for report in self.reports],
-            "best_epoch": self.best_epoch,
-            "best_state": self.best_state,
-            "state": self._state(),
-            "optimizer": self.optimizer.state_dict(),
-            "random": torch.get_rng_state(),
-        }
-        memory = io.BytesIO()  # torch would say of a full disk that it is broken itself
-        torch.save(document, memory)
-        write_file(path, memory.getbuffer())
-
-    def resume(self, path: Path) -> None:
-        """Takes the state of a run of the same strategy and settings."""
-        try:
-            document = torch.load(path, map_location=self.device, weights_only=True)
-        except OSError as error:
-            raise FileError(f"cannot read {str(path)!r}: {error.strerror}", strerror=error.strerror) from error
-        except Exception as error:  # torch raises many types on damaged bytes, with advice to run what is in them
-            raise FileError(f"{path.name} is damaged, or no checkpoint of a fit; nothing in it was run") from error
-        expected = {"strategy": self.handle.strategy, "settings": asdict(self.settings)}
-        given = {key: document.get(key) for key in expected}
-        if given != expected:
-            raise FileError(f"the checkpoint {path.name} belongs to another run: {given}, expected {expected}")
-        self.write(document["state"])
-        self.optimizer.load_state_dict(document["optimizer"])
-        self.reports = [EpochReport(**report) for report in document["reports"]]
-        self.best_epoch, self.best_state = document["best_epoch"], document["best_state"]
-        torch.set_rng_state(document["random"].cpu())
-
     @torch.no_grad()
     def write(self, state: Mapping[str, torch.Tensor]) -> None:
         """Puts tuned values into the module."""
         for name, value in self.handle.state().items():
             value.copy_(state[name])
+
+
+class _Checkpoint:
+    """The file from which a run goes on, and what it must agree with."""
+
+    def __init__(self, path: Path, run: _Run, batches: Batches) -> None:
+        self.path, self.run = path, run
+        own = getattr(batches, "generator", None)
+        self.generators = [torch.default_generator, *([own] if isinstance(own, torch.Generator) else [])]
+        self.origin = {
+            "strategy": run.handle.strategy,
+            "settings": asdict(run.settings),
+            "base": base_digest(run.handle.base, without=replaced_names(run.handle)),
+        }
+
+    def save(self) -> None:
+        """Writes everything needed to go on; a crash while writing leaves the old file."""
+        document = {
+            **self.origin,
+            "reports": [asdict(report) for report in self.run.reports],
+            "best_epoch": self.run.best_epoch,
+            "best_state": self.run.best_state,
+            "state": self.run.state(),
+            "optimizer": self.run.optimizer.state_dict(),
+            "random": [generator.get_state() for generator in self.generators],
+        }
+        memory = io.BytesIO()  # torch would say of a full disk that it is broken itself
+        torch.save(document, memory)
+        write_file(self.path, memory.getbuffer())
+
+    def resume(self) -> None:
+        """Takes the state of a run of the same strategy, settings and base; changes nothing where it cannot."""
+        run, name = self.run, self.path.name
+        try:
+            document = torch.load(self.path, map_location=run.device, weights_only=True)
+        except OSError as error:
+            raise FileError(f"cannot read {str(self.path)!r}: {error.strerror}", strerror=error.strerror) from error
+        except Exception as error:  # torch raises many types on damaged bytes, with advice to run what is in them
+            raise FileError(f"{name} is damaged, or no checkpoint of a fit; nothing in it was run") from error
+        if not isinstance(document, dict):
+            raise FileError(f"expected {name} to be the checkpoint of a fit, got a {type(document).__name__}")
+        for key, expected in self.origin.items():
+            if (found := document.get(key)) != expected:
+                raise FileError(f"the checkpoint {name} belongs to another run: its {key} is {found}, not {expected}")
+        try:
+            states, best_epoch = (document["state"], document["best_state"]), document["best_epoch"]
+            fits = all(_shapes(state) == _shapes(run.state()) for state in states)
+            reports = [EpochReport(**report) for report in document["reports"]]
+            random = [state.cpu() for state in document["random"]]
+            if not fits:
+                raise ValueError("its tensors are not those that this run tunes")
+            run.optimizer.load_state_dict(document["optimizer"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FileError(f"{name} is damaged, or no checkpoint of a fit: {error}") from error
+        run.write(states[0])
+        run.reports, run.best_epoch, run.best_state = reports, best_epoch, states[1]
+        for generator, state in zip(self.generators, random, strict=False):  # lists have none, whatever came before
+            generator.set_state(state)
+
+
+def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}
