@@ -16,7 +16,14 @@ from torch.nn.utils import parametrize
 from ghn_client.batchnorm import UPDATE, check_statistics, travelling_statistics
 from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.finetune.handle import FineTuneHandle, Lifecycle, Part
-from ghn_client.finetune.matrix_layers import find_head, matrix_layers, parameter_groups, resolve_head
+from ghn_client.finetune.matrix_layers import (
+    find_head,
+    matrix_layers,
+    parameter_groups,
+    remove_parametrization,
+    resolve_head,
+    shared_parameters,
+)
 
 
 class LowRankUpdate(nn.Module):
@@ -63,7 +70,7 @@ def low_rank_update(
         statistics: What happens to running statistics; see ``ghn_client.batchnorm``.
 
     Raises:
-        UnsupportedModuleError: There is no layer to change.
+        UnsupportedModuleError: There is no layer to change, or the weight of one is computed already.
         InvalidOptionError: An option is impossible; nothing has been changed then.
     """
     check_statistics(statistics)
@@ -72,12 +79,16 @@ def low_rank_update(
     known, head_names = matrix_layers(module), resolve_head(module, head)
     if not known:
         raise UnsupportedModuleError(f"{type(module).__name__} has no linear or convolutional layer")
-    chosen = (
-        list(layers) if layers is not None else [n for n in known if n != find_head(module) and n not in head_names]
-    )
+    default = [name for name in known if name != find_head(module) and name not in head_names]
+    chosen = default if layers is None else list(dict.fromkeys(layers))
     for name in chosen:
         if name not in known:
             raise InvalidOptionError(f"{name!r} is no linear or convolutional layer; known ones are {list(known)[:20]}")
+        if not isinstance(known[name]._parameters.get("weight"), nn.Parameter):
+            raise UnsupportedModuleError(
+                f"the weight of {name!r} is computed already (weight_norm, an earlier low_rank_update): merge that"
+                " first, or leave the layer out of layers="
+            )
     generator = torch.Generator().manual_seed(seed)
     ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(chosen, rank)
     alphas = dict(alpha) if isinstance(alpha, Mapping) else dict.fromkeys(chosen, alpha)
@@ -119,7 +130,12 @@ def _set_active(updates: Mapping[str, LowRankUpdate], active: bool) -> None:
 
 @torch.no_grad()
 def _detach(module: nn.Module, names: Sequence[str], keep: bool) -> None:
-    for name in names:
-        layer: Any = module.get_submodule(name)
+    """Takes the updates off; tied weights come apart where theirs are kept, since each layer has its own."""
+    layers: list[Any] = [module.get_submodule(name) for name in names]
+    shared = shared_parameters(module)
+    for layer in layers:
         layer.parametrizations.weight[0].active = keep
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=keep)
+        own = layer.weight.clone() if keep and id(layer.parametrizations.weight.original) in shared else None
+        remove_parametrization(layer, "weight", keep=keep and own is None)
+        if own is not None:
+            layer.weight = nn.Parameter(own)

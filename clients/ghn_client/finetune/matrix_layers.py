@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils import parametrize
 
 from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 
@@ -36,6 +37,14 @@ def shared_parameters(module: nn.Module) -> set[int]:
     """Ids of the parameters that more than one submodule holds, such as tied weights."""
     held = Counter(id(value) for part in module.modules() for value in part._parameters.values() if value is not None)
     return {identity for identity, holders in held.items() if holders > 1}
+
+
+def remove_parametrization(owner: nn.Module, leaf: str, *, keep: bool) -> None:
+    """Makes the tensor ``leaf`` of ``owner`` plain again: its computed value to ``keep``, else the original one."""
+    # A class of its own: copies of a parametrized module share theirs, and torch would take the tensor off all.
+    shared = type(owner)
+    owner.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
+    parametrize.remove_parametrizations(owner, leaf, leave_parametrized=keep)
 
 
 def norm_layers(module: nn.Module) -> dict[str, nn.Module]:
