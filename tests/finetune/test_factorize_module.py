@@ -133,6 +133,14 @@ def test_a_single_linear_layer_can_be_factored() -> None:
     assert isinstance(defactorize_module(factored), nn.Linear)
 
 
+def test_encoder_layers_of_torch_read_the_dense_weight_in_their_fast_path() -> None:
+    layer, inputs = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval(), torch.randn(2, 4, 16)
+    state = low_rank_state(layer, ["linear1.weight", "linear2.weight"])
+    with torch.no_grad():
+        output = factorize_module(layer, state)(inputs)
+        torch.testing.assert_close(output, dense_reference(layer, state)(inputs), rtol=1e-4, atol=1e-5)
+
+
 def test_shared_weights_stay_shared() -> None:
     module = nn.ModuleDict({"embedding": nn.Embedding(30, 8), "decoder": nn.Linear(8, 30, bias=False)})
     module["decoder"].weight = module["embedding"].weight

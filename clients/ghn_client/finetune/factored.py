@@ -27,7 +27,12 @@ from ghn_client.batchnorm import UPDATE, travelling_statistics
 from ghn_client.errors import InvalidOptionError, UnsupportedModuleError
 from ghn_client.factors import FACTOR_IN, FACTOR_OUT, FactorPair, factor_pairs
 from ghn_client.finetune.handle import FineTuneHandle, Part
-from ghn_client.finetune.matrix_layers import parameter_groups, parameters_under, resolve_head
+from ghn_client.finetune.matrix_layers import (
+    parameter_groups,
+    parameters_under,
+    remove_parametrization,
+    resolve_head,
+)
 from ghn_client.prediction import Prediction
 
 
@@ -54,6 +59,16 @@ class FactoredLayer(nn.Module):
         """What the dense layer takes and returns."""
         output: torch.Tensor = self.u(self.v(inputs))
         return output
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """What a forward reads that computes with the weights of its layers, as torch's encoder layers do."""
+        return self.dense_weight()
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias of the dense layer."""
+        return self.u.bias
 
     def dense_weight(self) -> torch.Tensor:
         """The product, of the shape of the dense layer's weight."""
@@ -129,10 +144,7 @@ def defactorize_module(module: nn.Module, *, inplace: bool = False) -> nn.Module
         if isinstance(child, FactoredLayer):
             _replace(result, path, _dense_layer(child))
     for _, owner, leaf in list(_products(result)):
-        # A class of its own: copies of a parametrized module share theirs, and torch would take the weight off all.
-        shared = type(owner)
-        owner.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
-        parametrize.remove_parametrizations(owner, leaf, leave_parametrized=True)
+        remove_parametrization(owner, leaf, keep=True)
     return result
 
 
