@@ -171,6 +171,30 @@ def test_a_second_norm_behind_the_same_layer_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("first", "options"),
+    [
+        (nn.Conv2d(3, 4, 3), {"after": ["nowhere"]}),
+        (nn.ConvTranspose2d(3, 4, 3), {}),
+        (nn.Conv2d(3, 4, 3), {"calibration": []}),
+    ],
+    ids=["unknown layer", "transposed", "no batch"],
+)
+def test_an_impossible_insertion_changes_nothing(first, options):
+    network = nn.Sequential(first, nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, affine=False), nn.Linear(4, 2))
+    names = list(network.state_dict())
+    with pytest.raises(GhnClientError):
+        norm_only(network, missing="insert", **options)
+    assert list(network.state_dict()) == names
+
+
+def test_new_affine_parameters_have_the_precision_of_the_network():
+    network = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2)).double()
+    norm_only(network, missing="insert")
+    assert network(torch.randn(6, 5).double()).dtype == torch.float64
+    assert network[1].weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
     ("statistics", "moves", "batch"), [("update", True, True), ("keep", False, True), ("freeze", False, False)]
 )
 def test_statistics_policy(statistics, moves, batch):

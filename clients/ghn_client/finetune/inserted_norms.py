@@ -159,13 +159,15 @@ def fold_inserted_norms(module: nn.Module, names: Iterable[str]) -> None:
 
 def add_affine(module: nn.Module) -> tuple[str, ...]:
     """Gives norm layers with ``affine=False`` a weight of one and a bias of zero; returns their names."""
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    first = next(module.parameters(), torch.zeros(()))
     changed = []
     for name, layer in norm_layers(module).items():
         channels = getattr(layer, "num_features", None) or getattr(layer, "num_channels", None)
         if channels is not None and getattr(layer, "weight", None) is None:
-            layer.weight = nn.Parameter(torch.ones(channels, device=device))
-            layer.bias = nn.Parameter(torch.zeros(channels, device=device))
+            statistics: torch.Tensor | None = getattr(layer, "running_mean", None)
+            like = first if statistics is None else statistics
+            layer.weight = nn.Parameter(like.new_ones(channels))
+            layer.bias = nn.Parameter(like.new_zeros(channels))
             layer.affine = True  # type: ignore[assignment]
             changed.append(name)
     return tuple(changed)

@@ -62,7 +62,7 @@ def norm_only(
 
     Raises:
         UnsupportedModuleError: There is no norm layer, and none was asked to be inserted.
-        InvalidOptionError: An option has an unknown value.
+        InvalidOptionError: An option has an unknown value, or ``calibration`` is empty. The module is unchanged then.
     """
     require_known(missing, MISSING, field="missing")
     check_statistics(statistics)
@@ -70,9 +70,9 @@ def norm_only(
     inserted: tuple[str, ...] = ()
     affine: tuple[str, ...] = ()
     if missing == "insert":
-        affine = add_affine(module)
         wanted = layers_without_norm(module) if after is None else tuple(after)
         inserted = insert_norms(module, after=wanted, calibration=calibration) if wanted else ()
+        affine = add_affine(module)  # cannot fail, as an insertion can
     tuned = parameters_under(module, norm_layers(module))
     if not tuned:
         raise UnsupportedModuleError(
