@@ -40,6 +40,14 @@ def test_width_comes_from_capacity_theory():
     assert additive(ResidualNetwork(8), width=7).module.side.layers[0].out_features == 7
 
 
+def test_the_random_start_is_seeded_without_seeding_any_device(monkeypatch):
+    networks, state = [ResidualNetwork(8) for _ in range(2)], torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("the device was seeded"))
+    first, second = (additive(network, width=3, seed=5).module.side for network in networks)
+    assert torch.equal(first.layers[0].weight, second.layers[0].weight)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_the_head_of_a_stack_is_that_of_the_innermost_base():
     first = additive(ResidualNetwork(8), width=3).merge()
     second = additive(first, width=3).module

@@ -133,8 +133,8 @@ def additive(
     if in_features is None or outputs is None:
         in_features, outputs = _sizes(module, path, example_inputs)
     hidden = _hidden(width, depth, samples, changed, outputs)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed other devices too
         side = SideNetwork(in_features, hidden, outputs)
     reference = next(module.parameters(), torch.zeros(()))
     side.to(device=reference.device, dtype=reference.dtype).train(module.training)
