@@ -119,6 +119,45 @@ def test_unknown_strategy_lists_the_known_ones():
         prepare(small_cnn(), "everything")
 
 
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        ("low_rank_update", {"rank": "abc"}),
+        ("low_rank_update", {"rank": 2.5}),
+        ("low_rank_update", {"rank": True}),
+        ("low_rank_update", {"rank": {"0": "2"}}),
+        ("low_rank_update", {"layers": "0"}),
+        ("low_rank_update", {"alpha": [1.0]}),
+        ("norm_only", {"head": 3}),
+        ("norm_only", {"calibration": 3}),
+        ("norm_only", {"statistics": None}),
+        ("low_rank", {"frobenius_decay": "much"}),
+        ("additive", {"width": 3, "example_inputs": [1.0]}),
+        ("additive", {"width": [3.0]}),
+        ("head_only", {"heads": True}),
+    ],
+    ids=str,
+)
+def test_options_of_another_type_are_refused(strategy, options):
+    with pytest.raises(InvalidOptionError):
+        prepare(small_cnn(), strategy, **options)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        ("low_rank_update", {"rank": {"0": 2}, "alpha": 2, "layers": ("0",), "head": "8"}),
+        ("low_rank_update", {"alpha": {"0": 2}, "layers": ["0"], "head": ["8"]}),
+        ("norm_only", {"missing": "insert", "calibration": iter([INPUTS]), "after": None}),
+        ("low_rank", {"frobenius_decay": 0}),
+        ("additive", {"width": (3,), "example_inputs": INPUTS, "head": None}),
+    ],
+    ids=str,
+)
+def test_options_of_every_type_are_taken(strategy, options):
+    assert prepare(small_cnn(), strategy, **options).num_trainable
+
+
 def test_names_may_be_hyphenated():
     assert prepare(small_cnn(), "norm-only").strategy == "norm_only"
 

@@ -8,8 +8,9 @@ linear layer, ``False``, or dotted paths.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from torch import nn
 
@@ -81,22 +82,45 @@ def prepare(module: nn.Module, strategy: str, **options: Any) -> FineTuneHandle:
     """Prepares ``module`` by the name of a strategy; hyphens and underscores mean the same.
 
     Raises:
-        InvalidOptionError: No strategy has this name, or it knows no such option.
+        InvalidOptionError: No strategy has this name, it knows no such option, or an option is of another type.
     """
     return strategy_of(strategy, options)(module, **options)
 
 
-def strategy_of(strategy: str, options: Iterable[str] = ()) -> Callable[..., FineTuneHandle]:
+def strategy_of(strategy: str, options: Mapping[str, Any] | None = None) -> Callable[..., FineTuneHandle]:
     """The strategy of this name; hyphens and underscores mean the same.
 
     Raises:
-        InvalidOptionError: No strategy has this name, or it knows no such option.
+        InvalidOptionError: No strategy has this name, it knows no such option, or an option is of another type.
     """
     found = STRATEGIES.get(strategy.replace("-", "_"))
     if found is None:
         raise InvalidOptionError(f"unknown strategy {strategy!r}; known ones are {', '.join(STRATEGIES)}")
-    known = list(inspect.signature(found).parameters)[1:]
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise InvalidOptionError(f"{strategy} has no option {unknown[0]!r}; it knows {', '.join(known)}")
+    parameters, hints = inspect.signature(found).parameters, get_type_hints(found)
+    known = list(parameters)[1:]
+    for name, value in (options or {}).items():
+        if name not in known:
+            raise InvalidOptionError(f"{strategy} has no option {name!r}; it knows {', '.join(known)}")
+        if not _is_a(value, hints[name]):
+            raise InvalidOptionError(
+                f"{name} of {strategy} must be {parameters[name].annotation}, got {value!r}", field=name
+            )
     return found
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether ``value`` is what the annotation ``hint`` of an option says; items are not read where only ``Iterable``.
+
+    An int is a float, but no bool is a number, and text is no sequence of texts.
+    """
+    kind, arguments = get_origin(hint), get_args(hint)
+    if kind is UnionType:
+        return any(_is_a(value, argument) for argument in arguments)
+    if kind is None:
+        accepted = (int, float) if hint is float else hint
+        return isinstance(value, accepted) and (hint is bool or not isinstance(value, bool))
+    if not isinstance(value, kind) or isinstance(value, str):
+        return False
+    if kind is Mapping:
+        return all(_is_a(key, arguments[0]) and _is_a(item, arguments[1]) for key, item in value.items())
+    return kind is not Sequence or all(_is_a(item, arguments[0]) for item in value)
