@@ -229,3 +229,9 @@ def test_a_handle_whose_tuned_values_are_not_in_the_module_is_refused(tmp_path, 
 def test_combine_refuses_handles_of_different_modules():
     with pytest.raises(InvalidOptionError):
         combine(prepare(small_cnn(), "norm_only"), prepare(small_cnn(), "low_rank"))
+
+
+def test_combine_refuses_a_tuned_weight_that_became_computed():
+    network = small_cnn()
+    with pytest.raises(InvalidOptionError):
+        combine(prepare(network, "all"), prepare(network, "low_rank_update"))

@@ -223,13 +223,20 @@ def combine(*handles: FineTuneHandle) -> FineTuneHandle:
     They come in the order in which they were made, each later one on the module of the earlier ones.
 
     Raises:
-        InvalidOptionError: The module of a later handle does not contain that of an earlier one, or a handle is
-            closed or disabled.
+        InvalidOptionError: The module of a later handle does not contain that of an earlier one or what it tunes, or a
+            handle is closed or disabled.
     """
     if not handles:
         raise InvalidOptionError("combine needs at least one handle")
     for handle in handles:
         handle.require_enabled()
+        try:
+            handle.state()
+        except AttributeError as error:
+            raise InvalidOptionError(
+                f"what handle {handle.strategy!r} tunes has become a computed weight ({error}): prepare low_rank_update"
+                " before it, or leave such layers out of layers="
+            ) from error
     inside = {id(module) for module in handles[-1].module.modules()}
     for handle in handles:
         if id(handle.module) not in inside:
