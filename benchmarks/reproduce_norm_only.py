@@ -305,7 +305,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a minute, for a test")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    many, few, seeds, rate = (QUICK, QUICK, 1, 0.1) if options.quick else (FULL, FEW, 3, None)
+    many, few, seeds, rate = (QUICK, QUICK, 1, 0.1) if options.quick else (FULL, FEW, 5, None)
     checkpoint = options.checkpoint or min(BUNDLED_CHECKPOINTS.glob("*.safetensors"))
     folders = {folder.name: folder for folder in (options.data, options.other_data) if folder}
     one = partial(measure, folders=folders, checkpoint=checkpoint)
