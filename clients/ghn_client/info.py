@@ -88,6 +88,7 @@ class Transfer:
         similarity: How near the architectures are, 0 to 1.
         statistics: Running statistics that come with the weights.
         is_changed: Whether post-processing or low rank then changed what the source gave.
+        contains_source: Whether the network computes what the source does up to the class layer.
     """
 
     source: SourceInfo
@@ -97,6 +98,7 @@ class Transfer:
     similarity: float
     statistics: tuple[str, ...]
     is_changed: bool = False
+    contains_source: bool = False
 
     def __str__(self) -> str:
         if self.is_exact:

@@ -18,10 +18,13 @@ def largest_relative_difference(expected: Any, actual: Any) -> float:
 
     Returns:
         The difference, computed in float64; 0.0 for equal outputs, infinity where anything is not finite in one alone.
+        Entries that are the same infinity, or NaN, in both are equal.
 
     Raises:
         ValueError: The outputs are of different kinds or shapes.
     """
+    if isinstance(expected, Mapping) and isinstance(actual, Mapping) and set(expected) != set(actual):
+        raise ValueError(f"the outputs have the keys {sorted(expected)} and {sorted(actual)}; expected equal ones")
     pairs = list(zip(_tensors(expected), _tensors(actual), strict=True))
     if not pairs:
         raise ValueError("expected outputs with at least one floating-point tensor, got none")
@@ -32,13 +35,14 @@ def largest_relative_difference(expected: Any, actual: Any) -> float:
         if torch.equal(a, b):
             continue
         a, b = a.detach().double(), b.detach().double().to(a.device)
-        rms = a.square().mean().sqrt().item()
-        difference = (a - b).abs().max().item()
-        largest = max(largest, difference / rms if rms > 0 and difference == difference else float("inf"))
+        differing = (a - b)[(a != b) & ~(a.isnan() & b.isnan())]
+        if differing.numel():
+            rms, most = a[a.isfinite()].square().mean().sqrt().item(), differing.abs().amax().item()
+            largest = max(largest, most / rms if rms > 0 and most == most else float("inf"))
     return largest
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:
     """The floating-point tensors of an output, in order."""
-    leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
+    leaves = tree_leaves({key: output[key] for key in sorted(output)} if isinstance(output, Mapping) else output)
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]

@@ -181,12 +181,11 @@ class Prediction(Mapping[str, torch.Tensor]):
     def needs_recalibration(self) -> bool:
         """Whether running statistics have to be measured on data, as ``recalibrate_batchnorm`` does.
 
-        Those of a source belong to its function: where nothing was cut, left out or changed, measuring them anew loses
-        accuracy.
+        Those of a source belong to its function: where the network computes that, measuring them anew loses accuracy.
         """
         found = self.transfer
-        if found is not None and (found.cut_groups or found.left_out or found.is_changed):
-            return bool(self.statistics)
+        if found is not None and not found.contains_source and self.statistics:
+            return True
         return any(name.endswith(("running_mean", "running_var")) for name in self.metadata.buffers)
 
     @property

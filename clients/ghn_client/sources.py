@@ -232,9 +232,8 @@ def _read_state(weights: Mapping[str, torch.Tensor] | str | Path) -> dict[str, t
     if not _is_state(found):
         raise SourceError("expected weights as tensors by name, as a state dict is", field="source")
     state = {str(key): value for key, value in found.items() if isinstance(value, torch.Tensor)}
-    for prefix in PREFIXES:
-        if state and all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    while prefix := next((each for each in PREFIXES if state and all(key.startswith(each) for key in state)), ""):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
 
 

@@ -191,6 +191,7 @@ def encode_transfer(
         similarity=plan.similarity,
         statistics=statistics,
         is_changed=is_changed,
+        contains_source=plan.contains_source and not is_changed,
     )
 
 

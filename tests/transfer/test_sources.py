@@ -84,6 +84,26 @@ def test_a_smaller_network_says_what_was_cut(client: GHNClient) -> None:
     assert "cut" in str(transfer)
 
 
+class Smooth(Residual):
+    """The same layers with another activation."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.blocks(torch.tanh(self.bn1(self.conv1(x)))).mean((2, 3)))
+
+
+def test_statistics_are_measured_anew_where_the_function_changed_without_a_cut(client: GHNClient) -> None:
+    prediction = client.predict(Smooth(), EXAMPLE, source=SOURCE)
+    transfer = prediction.transfer
+    assert transfer is not None
+    assert (transfer.is_exact, transfer.contains_source, transfer.cut_groups, transfer.left_out) == (
+        False,
+        False,
+        (),
+        (),
+    )
+    assert prediction.needs_recalibration
+
+
 def test_the_hypernetwork_fills_what_no_source_fits(client: GHNClient) -> None:
     target = Residual(classes=7)
     prediction = client.predict(target, EXAMPLE, source=SOURCE, seed=3)

@@ -815,12 +815,17 @@ class TransferSummary(google.protobuf.message.Message):
     SIMILARITY_FIELD_NUMBER: builtins.int
     STATISTICS_FIELD_NUMBER: builtins.int
     IS_CHANGED_FIELD_NUMBER: builtins.int
+    CONTAINS_SOURCE_FIELD_NUMBER: builtins.int
     is_exact: builtins.bool
     """Whether the network computes what the source does: nothing was cut, left out or changed."""
     similarity: builtins.float
     """How near the architectures are, 0 to 1."""
     is_changed: builtins.bool
     """Whether post-processing or low rank then changed what the source gave; running statistics are out of date with it."""
+    contains_source: builtins.bool
+    """Whether the network computes what the source does up to the class layer, which may be another; running statistics
+    of a source belong to its function, and are measured anew where this is false.
+    """
     @property
     def source(self) -> global___SourceInfo:
         """The source; absent where `auto` found none that pays."""
@@ -847,9 +852,10 @@ class TransferSummary(google.protobuf.message.Message):
         similarity: builtins.float = ...,
         statistics: collections.abc.Iterable[builtins.str] | None = ...,
         is_changed: builtins.bool = ...,
+        contains_source: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["source", b"source"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cut_groups", b"cut_groups", "is_changed", b"is_changed", "is_exact", b"is_exact", "left_out", b"left_out", "similarity", b"similarity", "source", b"source", "statistics", b"statistics"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["contains_source", b"contains_source", "cut_groups", b"cut_groups", "is_changed", b"is_changed", "is_exact", b"is_exact", "left_out", b"left_out", "similarity", b"similarity", "source", b"source", "statistics", b"statistics"]) -> None: ...
 
 global___TransferSummary = TransferSummary
 
