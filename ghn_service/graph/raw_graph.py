@@ -32,9 +32,10 @@ class GraphLimits:
         max_parameters: Scalars in one tensor, and in all weights together.
         max_graph_nodes: Nodes of the architecture graph. A transformer over the nodes takes memory with their square:
             this many take 2 GiB with 16 heads (``docs/server.md``).
-        max_edges: Edges of the architecture graph, and set elements touched while it is built (times eight).
+        max_edges: Edges of the architecture graph. Eight times as many are set elements touched while it is built, and
+            operands and attributes of nodes together with the tensors of subgraphs.
         max_subgraph_depth: Nesting of subgraphs (If, Loop, Scan).
-        max_name_bytes: Bytes of one name.
+        max_name_bytes: Bytes of one name; all names that expanding functions makes have this times ``max_nodes``.
     """
 
     max_bytes: int = 2**31 - 1
@@ -46,6 +47,9 @@ class GraphLimits:
     max_subgraph_depth: int = 8
     max_name_bytes: int = 1024
 
+
+MAX_RANK = 64
+"""Axes of a tensor; a list of integers that says how a node works has two for each at most, as pads do."""
 
 CHECK_EVERY = 4096
 """Units of work (nodes read, set elements touched) between two calls of ``check``: a few milliseconds."""

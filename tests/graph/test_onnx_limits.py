@@ -126,6 +126,36 @@ def with_broken_name(name: bytes, *, in_function: bool = False) -> bytes:
     return model.proto().SerializeToString().replace(name, b"\xff" * len(name))
 
 
+def with_axes_of_a_constant(rank: int) -> bytes:
+    """A Reshape by a constant whose number of elements has 62 bits for each of its axes."""
+    model = small()
+    target = onnx.TensorProto(dims=[2**62] * rank, data_type=TensorProto.INT64)
+    model.node("Reshape", ["fc.weight", model.node("Constant", [], "target", value=target)], "y")
+    return model.proto().SerializeToString()
+
+
+def with_axes_of_a_stated_shape(rank: int) -> bytes:
+    info = helper.make_tensor_value_info("flat", TensorProto.FLOAT, [1] * rank)
+    return changed(lambda proto: proto.graph.value_info.append(info))
+
+
+def with_long_window(length: int) -> bytes:
+    model = Model()
+    model.node("MaxPool", [model.conv("x", "layer", 4, 3)], "y", kernel_shape=[1] * length)
+    return model.proto().SerializeToString()
+
+
+def with_tensors_in_subgraphs(count: int, num_calls: int) -> bytes:
+    """Calls of a function whose If holds ``count`` empty tensors and no node."""
+    body = onnx.GraphProto(name="body", initializer=[onnx.TensorProto()] * count)
+    model = Model()
+    value = model.conv("x", "layer", 4, 3)
+    for index in range(num_calls):
+        model.node("F", [value], f"y{index}", domain="custom")
+    model.functions.append(_function("F", [helper.make_node("If", ["a"], ["c"], then_branch=body)]))
+    return model.proto().SerializeToString()
+
+
 def with_quantised_kernel() -> bytes:
     model = Model()
     kernel = model.weight("kernel", 4, 3, 3, 3, data_type=TensorProto.INT8)
@@ -186,6 +216,11 @@ EXCEEDED = {
     "graph nodes": (small().proto().SerializeToString(), GraphLimits(max_graph_nodes=3)),
     "edges": (small().proto().SerializeToString(), GraphLimits(max_edges=2)),
     "edges of a dense graph": (densely_connected(500), GraphLimits()),
+    "axes of a weight": (with_weight(*[1] * 65), GraphLimits()),
+    "axes of a constant": (with_axes_of_a_constant(65), GraphLimits()),
+    "axes of a stated shape": (with_axes_of_a_stated_shape(65), GraphLimits()),
+    "integers of an attribute": (with_long_window(129), GraphLimits()),
+    "tensors of subgraphs": (with_tensors_in_subgraphs(1000, 100), GraphLimits(max_edges=10_000)),
     "bytes": (small().proto().SerializeToString(), GraphLimits(max_bytes=100)),
 }
 

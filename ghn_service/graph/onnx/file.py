@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 
 from ghn_service.errors import InvalidArchitectureError, UnsupportedArchitectureError
 from ghn_service.graph.onnx.folded import FOLDED_KEY, folded_parameters, string_list
-from ghn_service.graph.raw_graph import CHECK_EVERY, GraphLimits, exceeded, never_ends
+from ghn_service.graph.raw_graph import CHECK_EVERY, MAX_RANK, GraphLimits, exceeded, never_ends
 
 PARAMETERS_KEY = "ghn.parameters"
 BUFFERS_KEY = "ghn.buffers"
@@ -35,6 +35,7 @@ _FLOAT_DTYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT16: "<f2",
 }
 _MAX_INTEGERS = 64
+_MAX_TEXT = 1024
 _MAX_PREFIX = 200
 _TRACED_KEY = "pkg.torch.onnx.original_node_name"
 _KIND_KEY = "pkg.torch.export.graph_signature.InputSpec.kind"
@@ -69,12 +70,19 @@ class OnnxNode:
         return self.attributes[name].i if name in self.attributes else default
 
     def integers(self, name: str) -> tuple[int, ...]:
-        """A list-of-integers attribute; empty if it is absent."""
-        return tuple(self.attributes[name].ints) if name in self.attributes else ()
+        """A list-of-integers attribute; empty if it is absent.
+
+        Raises:
+            LimitExceededError: It has more than two for each axis that a tensor may have.
+        """
+        values = self.attributes[name].ints if name in self.attributes else ()
+        if len(values) > 2 * MAX_RANK:
+            raise exceeded(f"integers in {name!r} of node {self.label!r}", len(values), 2 * MAX_RANK)
+        return tuple(values)
 
     def text(self, name: str) -> str:
-        """A string attribute; "" if it is absent."""
-        return self.attributes[name].s.decode("utf-8", "replace") if name in self.attributes else ""
+        """The first kilobyte of a string attribute; "" if it is absent."""
+        return self.attributes[name].s[:_MAX_TEXT].decode("utf-8", "replace") if name in self.attributes else ""
 
 
 @dataclass(slots=True)
@@ -173,7 +181,7 @@ def constant_number(node: OnnxNode) -> float | None:
         return None
     if len(tensor.raw_data) == numpy.dtype(dtype).itemsize:
         return float(numpy.frombuffer(tensor.raw_data, dtype=dtype)[0])
-    values = [*tensor.float_data, *tensor.double_data]
+    values = tensor.float_data or tensor.double_data
     return float(values[0]) if len(values) == 1 else None
 
 
@@ -189,6 +197,10 @@ def load_file(data: bytes, limits: GraphLimits, check: Callable[[], None] = neve
     graph = model.graph
     _check_text(tensor.name for tensor in graph.initializer)
     _check_text(info.name for info in (*graph.input, *graph.output))
+    for tensor in graph.initializer:
+        _check_rank(tensor.name, len(tensor.dims))
+    for info in (*graph.input, *graph.value_info, *graph.output):
+        _check_rank(info.name, len(info.type.tensor_type.shape.dim))
     initializers: dict[str, TensorHeader] = {}
     for tensor in graph.initializer:
         if not tensor.name:
@@ -271,6 +283,12 @@ def _check_text(names: Iterable[object]) -> None:
             raise InvalidArchitectureError(f"the name {name!r} is not valid UTF-8; rename it")
 
 
+def _check_rank(name: str, rank: int) -> None:
+    """Refuses tensors of more axes than any operator takes."""
+    if rank > MAX_RANK:
+        raise exceeded(f"axes of the tensor {name[:40]!r}", rank, MAX_RANK)
+
+
 def _static_shape(info: onnx.ValueInfoProto) -> tuple[int, ...] | None:
     tensor_type = info.type.tensor_type
     if not tensor_type.HasField("shape"):
@@ -313,6 +331,32 @@ def _read_declarations(
     return kinds, traced_names, folded
 
 
+class _Tally:
+    """Counts what reading the nodes costs; refuses what is over a limit, and calls ``check`` now and then."""
+
+    def __init__(self, limits: GraphLimits, check: Callable[[], None]) -> None:
+        self.limits = limits
+        self._check = check
+        self._num_nodes = self._num_operands = self._num_characters = self._num_unchecked = 0
+
+    def count(self, nodes: int, operands: int, characters: int = 0) -> None:
+        """Adds nodes, what they read, write and declare, and the characters of names that were made for them."""
+        self._num_nodes += nodes
+        self._num_operands += operands
+        self._num_characters += characters
+        most = self.limits.max_nodes
+        if self._num_nodes > most:
+            raise exceeded("nodes", f"over {most}", most)
+        if self._num_operands > 8 * self.limits.max_edges:
+            raise exceeded("operands", f"over {8 * self.limits.max_edges}", 8 * self.limits.max_edges)
+        if self._num_characters > most * self.limits.max_name_bytes:
+            raise exceeded("characters in names of expanded functions", "too many", most * self.limits.max_name_bytes)
+        self._num_unchecked += nodes + operands
+        if self._num_unchecked >= CHECK_EVERY:
+            self._num_unchecked = 0
+            self._check()
+
+
 @dataclass(slots=True)
 class _Frame:
     """A body that is being expanded: its nodes still to come, and how its names read outside."""
@@ -331,30 +375,23 @@ def _flat_nodes(model: onnx.ModelProto, limits: GraphLimits, check: Callable[[],
     if functions:
         _check_expansion(model, functions, limits)
     stack = [_Frame(iter(model.graph.node), {}, "", {})]
-    num_nodes = num_operands = expansions = 0
+    tally = _Tally(limits, check)
+    expansions = 0
     while stack:
         frame = stack[-1]
         proto = next(frame.nodes, None)
         if proto is None:
             stack.pop()
             continue
-        node, num_inner = _read_node(proto, frame, limits)
-        if (num_nodes + num_inner) // CHECK_EVERY != num_nodes // CHECK_EVERY:
-            check()
-        num_nodes += 1 + num_inner
-        num_operands += len(node.inputs) + len(node.outputs)
+        node = _read_node(proto, frame, tally)
         function = functions.get(_callee(proto)) if functions else None
         if function is None:
             yield node
         else:
             expansions += 1
-            num_operands += len(function.input)
+            tally.count(0, len(function.input) + len(function.output) + len(function.attribute_proto))
             prefix = f"{node.label}#{expansions}/"
             stack.append(_enter(function, node, prefix if len(prefix) < _MAX_PREFIX else f"#{expansions}/"))
-        if num_nodes > limits.max_nodes:
-            raise exceeded("nodes", f"over {limits.max_nodes}", limits.max_nodes)
-        if num_operands > 8 * limits.max_edges:
-            raise exceeded("operands", f"over {8 * limits.max_edges}", 8 * limits.max_edges)
 
 
 def _callee(proto: onnx.NodeProto) -> _FunctionKey:
@@ -379,27 +416,28 @@ def _check_expansion(
         raise exceeded("nodes", f"over {limits.max_nodes}", limits.max_nodes)
 
 
-def _read_node(proto: onnx.NodeProto, frame: _Frame, limits: GraphLimits) -> tuple[OnnxNode, int]:
-    """A node, which reads what its subgraphs read, and the number of nodes in its subgraphs."""
-    inputs, outputs, name, num_inner = list(proto.input), list(proto.output), proto.name, 0
+def _read_node(proto: onnx.NodeProto, frame: _Frame, tally: _Tally) -> OnnxNode:
+    """A node, which reads what its subgraphs read."""
+    tally.count(1, len(proto.input) + len(proto.output) + len(proto.attribute))
+    inputs, outputs, name = list(proto.input), list(proto.output), proto.name
     op_type, domain = proto.op_type, proto.domain
     attributes: dict[str, onnx.AttributeProto] = {}
     for attribute in proto.attribute:
         if attribute.type in _GRAPH_TYPES:
             for graph in (attribute.g,) if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs:
-                captured, count = _captured(graph, limits.max_subgraph_depth)
-                inputs.extend(captured)
-                num_inner += count
+                inputs.extend(_captured(graph, tally.limits.max_subgraph_depth, tally))
         if not attribute.ref_attr_name:
             attributes.setdefault(attribute.name, attribute)
         elif attribute.ref_attr_name in frame.bindings:
             attributes.setdefault(attribute.name, frame.bindings[attribute.ref_attr_name])
-    _check_text((name, op_type, domain, *inputs, *outputs))
+    _check_text((name, op_type, domain, *inputs, *outputs, *attributes))
+    for key, attribute in attributes.items():
+        _check_rank(key, len(attribute.t.dims))
     if frame.prefix:
         inputs = [frame.names.get(item, frame.prefix + item) if item else "" for item in inputs]
         outputs = [frame.names.get(item, frame.prefix + item) if item else "" for item in outputs]
         name = frame.prefix + name
-    return OnnxNode(op_type, "" if domain in _DOMAINS else domain, inputs, outputs, name, proto, attributes), num_inner
+    return OnnxNode(op_type, "" if domain in _DOMAINS else domain, inputs, outputs, name, proto, attributes)
 
 
 def _enter(function: onnx.FunctionProto, call: OnnxNode, prefix: str) -> _Frame:
@@ -424,23 +462,22 @@ def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
             yield from attribute.graphs
 
 
-def _captured(graph: onnx.GraphProto, depth: int) -> tuple[list[str], int]:
-    """Names that a subgraph reads from outside, and the number of its nodes; it may nest ``depth`` more graphs."""
+def _captured(graph: onnx.GraphProto, depth: int, tally: _Tally) -> list[str]:
+    """Names that a subgraph reads from outside; it may nest ``depth`` more graphs."""
     if depth < 1:
         raise InvalidArchitectureError("subgraphs nest too deeply")
+    tally.count(len(graph.node), len(graph.initializer) + len(graph.input) + len(graph.output))
     defined = {tensor.name for tensor in graph.initializer} | {info.name for info in graph.input}
     found: dict[str, None] = {}
-    num_nodes = len(graph.node)
     for node in graph.node:
+        tally.count(0, len(node.input) + len(node.output) + len(node.attribute))
         names = list(node.input)
         for inner in subgraphs(node):
-            captured, count = _captured(inner, depth - 1)
-            names.extend(captured)
-            num_nodes += count
+            names.extend(_captured(inner, depth - 1, tally))
         found.update((name, None) for name in names if name and name not in defined)
         defined.update(node.output)
     found.update((info.name, None) for info in graph.output if info.name and info.name not in defined)
-    return list(found), num_nodes
+    return list(found)
 
 
 def _find_producers(nodes: list[OnnxNode], defined: set[str], outputs: list[str]) -> dict[str, OnnxNode]:

@@ -144,7 +144,7 @@ def convolved(node: OnnxNode, spatial: tuple[int, ...] | None, kernel: tuple[int
     strides = node.integers("strides") or (1,) * rank
     dilations = node.integers("dilations") or (1,) * rank
     pads = node.integers("pads") or (0,) * (2 * rank)
-    if len(strides) != rank or len(dilations) != rank or len(pads) != 2 * rank or min(strides) < 1:
+    if len(strides) != rank or len(dilations) != rank or len(pads) != 2 * rank or min(strides, default=1) < 1:
         return None
     is_same, rounds_up = node.text("auto_pad").startswith("SAME"), bool(node.integer("ceil_mode", 0))
     sizes = []
