@@ -25,6 +25,7 @@ JSON_FORMAT = "ghn-architecture-graph/1"
 MAX_DISTANCE = 50
 """Where the distances of trained hypernetworks are cut off."""
 _UNREACHABLE = 255
+_MAX_ROUNDS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +180,15 @@ class BufferSpec:
     kind: str
 
 
+class _Digested:
+    """A place for a digest beside the fields of a frozen class."""
+
+    __slots__ = ("_digest",)
+    _digest: str
+
+
 @dataclass(frozen=True, slots=True)
-class ArchitectureGraph:
+class ArchitectureGraph(_Digested):
     """An architecture: nodes, directed edges, and the tensors that no node stands for.
 
     Attributes:
@@ -247,8 +255,14 @@ class ArchitectureGraph:
         It covers types, shapes, attributes and wiring, and depends neither on names nor on the order of nodes:
         colour refinement along both edge directions until stable, then the sorted colours are hashed. (Like every
         refinement it may give two non-isomorphic regular graphs one digest; architecture graphs with their single
-        input are far from that.)
+        input are far from that. Two rounds make all networks of this project stable; a graph made to take hundreds
+        gets ``_MAX_ROUNDS``.)
         """
+        if not hasattr(self, "_digest"):
+            object.__setattr__(self, "_digest", self._compute_digest())
+        return self._digest
+
+    def _compute_digest(self) -> str:
         predecessors: list[list[int]] = [[] for _ in self.nodes]
         successors: list[list[int]] = [[] for _ in self.nodes]
         for source, target in self.edges:
@@ -261,7 +275,9 @@ class ArchitectureGraph:
             label = (node.op_type, weight, norm_bias, node.kernel_shape, node.is_head, node.layer)
             colours.append(_hash(repr(label)))
         num_colours = 0
-        while len(set(colours)) > num_colours:
+        for _ in range(_MAX_ROUNDS):
+            if len(set(colours)) <= num_colours:
+                break
             num_colours = len(set(colours))
             forward: list[str] = []
             for index, colour in enumerate(colours):

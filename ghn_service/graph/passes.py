@@ -135,9 +135,13 @@ def _find_dropped(graph: RawGraph, readers: Readers) -> set[int]:
             continue
         branch = {place}
         waiting = sorted(raw.gate - raw.feature)
+        graph.spend(len(raw.gate))
         while waiting:
             index = waiting.pop()
-            if index in branch or index == 0 or not branch.issuperset(readers[index]):
+            if index in branch or index == 0:
+                continue
+            graph.spend(len(readers[index]))
+            if not branch.issuperset(readers[index]):
                 continue
             branch.add(index)
             if graph.nodes[index].op_type == "glob_avg":

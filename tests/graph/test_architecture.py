@@ -8,6 +8,7 @@ import random
 import pytest
 
 from ghn_service.errors import InvalidArchitectureError
+from ghn_service.graph import architecture
 from ghn_service.graph.architecture import ArchitectureGraph, Node, ParameterSpec, decode_graph, encode_graph
 from ghn_service.graph.onnx.reader import read_onnx
 from tests.data.regenerate import stored_model
@@ -102,3 +103,30 @@ def test_the_digest_sees_every_edge() -> None:
 def test_the_digest_sees_attributes_and_shapes() -> None:
     graphs = [ArchitectureGraph((INPUT, weight("w", *shape)), ((0, 1),)) for shape in ((3, 4), (4, 3), (3, 4, 1, 1))]
     assert len({graph.digest() for graph in graphs}) == 3
+
+
+def test_a_digest_is_computed_once_in_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = zigzag(60)  # refinement alone takes as many rounds as there are sums until the middle
+    num_hashes = 0
+
+    def counted(*parts: str) -> str:
+        nonlocal num_hashes
+        num_hashes += 1
+        return real(*parts)
+
+    real = architecture._hash
+    monkeypatch.setattr(architecture, "_hash", counted)
+    assert graph.digest() == reordered(graph, 1).digest()
+    assert num_hashes < 2 * 20 * graph.num_nodes
+    before = num_hashes
+    graph.digest()
+    assert num_hashes == before
+
+
+def zigzag(count: int) -> ArchitectureGraph:
+    """Layers on the input, and the sum of each two neighbours."""
+    layers = [weight(f"w{index}", 3, 3) for index in range(count)]
+    edges = [(0, 1 + index) for index in range(count)]
+    for index in range(count - 1):
+        edges += [(1 + index, 1 + count + index), (2 + index, 1 + count + index)]
+    return ArchitectureGraph((INPUT, *layers, *[Node("sum")] * (count - 1)), tuple(sorted(edges)))

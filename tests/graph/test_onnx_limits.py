@@ -156,6 +156,23 @@ def with_tensors_in_subgraphs(count: int, num_calls: int) -> bytes:
     return model.proto().SerializeToString()
 
 
+def with_nested_gates(count: int) -> bytes:
+    """Each gate is made by the product of the one before."""
+    model = Model({"x": (1, 6)})
+    value = model.linear("x", "fc", 6, 6)
+    for index in range(count):
+        value = model.node("Mul", ["x", model.node("Sigmoid", [value], f"gate{index}")], f"y{index}")
+    return model.proto().SerializeToString()
+
+
+def with_uses_of_joined_weights(count: int) -> bytes:
+    """``count`` operands that were each computed from sixteen weights."""
+    model = Model({"x": (1, 6)})
+    joined = model.node("Concat", [model.weight(f"w{index}", 6) for index in range(16)], "joined", axis=0)
+    model.node("Mystery", [model.linear("x", "fc", 6, 6), *[joined] * count], "y", domain="custom")
+    return model.proto().SerializeToString()
+
+
 def with_quantised_kernel() -> bytes:
     model = Model()
     kernel = model.weight("kernel", 4, 3, 3, 3, data_type=TensorProto.INT8)
@@ -221,6 +238,8 @@ EXCEEDED = {
     "axes of a stated shape": (with_axes_of_a_stated_shape(65), GraphLimits()),
     "integers of an attribute": (with_long_window(129), GraphLimits()),
     "tensors of subgraphs": (with_tensors_in_subgraphs(1000, 100), GraphLimits(max_edges=10_000)),
+    "steps through nested gates": (with_nested_gates(200), GraphLimits(max_edges=1000)),
+    "uses of weights": (with_uses_of_joined_weights(40), GraphLimits(max_edges=20)),
     "bytes": (small().proto().SerializeToString(), GraphLimits(max_bytes=100)),
 }
 

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 
 from ghn_service.errors import InvalidArchitectureError
 from ghn_service.graph.architecture import ArchitectureGraph, ParameterSpec, ParameterUse
+from ghn_service.graph.onnx.parameters import _unique
 from ghn_service.graph.onnx.reader import read_onnx
 from tests.data.regenerate import stored_model
 from tests.graph.onnx_models import Model, edges_by_name, fallbacks, op_types
@@ -253,3 +254,17 @@ def test_a_standardised_weight_is_the_layers_weight() -> None:
     graph = model.read()
     assert [spec.torch_name for node in graph.nodes for spec in node.parameters] == ["conv.weight", "conv.bias"]
     assert fallbacks(graph) == {"conv.gain": "ones"}
+
+
+def test_numbers_of_equal_names_go_on_where_they_ended() -> None:
+    class Counted(dict[str, int]):
+        num_looks = 0
+
+        def __contains__(self, name: object) -> bool:
+            self.num_looks += 1
+            return super().__contains__(name)
+
+    taken = Counted({"w#3": 1})
+    names = [_unique("w", taken) for _ in range(100)]
+    assert names == ["w", "w#2", *(f"w#{index}" for index in range(4, 102))]
+    assert taken.num_looks < 300

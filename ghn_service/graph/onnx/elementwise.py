@@ -95,6 +95,7 @@ def combine(context: ReadContext, node: OnnxNode, data: list[Value], rule: str) 
 def _product(context: ReadContext, node: OnnxNode, factors: list[Value]) -> Value:
     first, second = factors
     if first.flow == second.flow:  # ``x * sigmoid(x)`` is SiLU, and so on
+        context.graph.spend(len(first.flow))
         for index in first.flow:
             raw = context.graph.nodes[index]
             if raw.activation is not None and raw.activation[1] in _PRODUCT_ACTIVATIONS:
@@ -118,6 +119,7 @@ def _scale(context: ReadContext, node: OnnxNode, data: list[Value], value: Value
         raw = RawNode("ln", context.level, 0, use.torch_name or view.source.name, set(value.flow), use)
         norm = context.graph.add(raw)
         return Value(flow=frozenset({norm}), norm=norm, spatial=value.spatial)
+    context.graph.spend(len(value.flow))
     is_normalized = value.normalized or any(context.graph.nodes[item].op_type in ("bn", "ln") for item in value.flow)
     is_layer_scale = not is_normalized and view.source.is_vector and _meets_branch(context, node)
     context.fall_back(node, index, "layer_scale" if is_layer_scale else "ones")
@@ -134,6 +136,7 @@ def _meets_branch(context: ReadContext, node: OnnxNode) -> bool:
         if node.op_type in ("Add", "Sum"):
             if node.outputs[0] in context.patterns.logit_additions:
                 return False
+            context.graph.spend(len(node.inputs))
             return not any(is_constant(context.file, name) and not context.is_token(name) for name in node.inputs)
         if node.op_type not in _TRANSPARENT:
             return False

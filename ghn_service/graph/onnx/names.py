@@ -27,6 +27,7 @@ _ALIAS_NODE = re.compile(r"Identity_\d+$")
 _NUMBER = re.compile(r"\d+")
 _NOT_IDENTIFIER = re.compile(r"\W")
 
+_MAX_TOKENS = 256
 _WEIGHT_BIAS = ("weight", "bias")
 _CONV_OPS = frozenset(
     {"conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
@@ -52,7 +53,7 @@ def is_anonymous(name: str) -> bool:
     return _ANONYMOUS.match(name) is not None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Origin:
     """What the exporter wrote on a node about the program that it traced.
 
@@ -72,9 +73,15 @@ class _Origin:
     scopes_text: str = ""
     classes_text: str = ""
 
+    @cached_property
     def scopes(self) -> list[str]:
         """Paths of the modules around the node, outermost first."""
         return string_list(self.scopes_text)[:-1]
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """Their classes, and that of the node."""
+        return string_list(self.classes_text)
 
 
 class TorchNames:
@@ -82,20 +89,21 @@ class TorchNames:
 
     def __init__(self, file: OnnxFile) -> None:
         self._file = file
-        self._last: tuple[OnnxNode | None, _Origin] = (None, _Origin())
+        self._origins: dict[int, _Origin] = {}  # by the node of the file, which calls of a function share
 
     def _origin(self, node: OnnxNode) -> _Origin:
-        if self._last[0] is not node:
+        origin = self._origins.get(id(node.proto))
+        if origin is None:
             origin = _Origin()
             if node.proto.metadata_props:
                 entries = {entry.key: entry.value for entry in node.proto.metadata_props}
                 texts = [entries.get(key, "") for key in (_FX_KEY, _SCOPES_KEY, _CLASSES_KEY)]
                 line, scopes, classes = (text if isinstance(text, str) else "" for text in texts)
-                target, tokens = _TARGET.search(line), tuple(_TOKEN.findall(line))
+                target, tokens = _TARGET.search(line), tuple(_TOKEN.findall(line)[:_MAX_TOKENS])
                 parameters = tuple(token for token in tokens if token.startswith("p_") and target)
                 origin = _Origin(line, target.group(1) if target else "", tokens, parameters, scopes, classes)
-            self._last = (node, origin)
-        return self._last[1]
+            self._origins[id(node.proto)] = origin
+        return origin
 
     def identify(self, source: Source, node: OnnxNode, slot: str, *, is_direct: bool = True) -> tuple[str, str]:
         """The torch name of ``source`` as ``node`` uses it in ``slot``, and a token that tells uses apart; "" for none.
@@ -107,13 +115,13 @@ class TorchNames:
             return "", ""
         origin = self._origin(node)
         if source.folded and slot == "operand":
-            name = _folded_name(source, origin.scopes())
+            name = _folded_name(source, origin.scopes)
             return name, name
         token = _token(source, node, origin, slot, is_direct=is_direct) if origin.tokens else ""
         if token:
             return self._demangled(token, origin), token
         if source.folded:
-            return _folded_name(source, origin.scopes()), ""
+            return _folded_name(source, origin.scopes), ""
         if source.kind == "CONSTANT" or is_anonymous(source.name):
             is_foreign = origin.line and origin.operator not in _TRACED_OPS.get(node.op_type, ())
             return ("" if is_foreign or slot not in _WEIGHT_BIAS else self.name_in_module(node, slot)), ""
@@ -123,7 +131,7 @@ class TorchNames:
 
     def name_in_module(self, node: OnnxNode, leaf: str) -> str:
         """``leaf`` after the path of the module that ``node`` is in; "" if the file does not say which that is."""
-        scopes = self._origin(node).scopes()
+        scopes = self._origin(node).scopes
         path = scopes[-1] if scopes else _path_of(node.name)
         return f"{path}.{leaf}" if path else ""
 
@@ -148,7 +156,7 @@ class TorchNames:
 
     def module_class(self, node: OnnxNode) -> str:
         """Class of the innermost module around ``node``, without its package; "" if it is not known."""
-        classes = string_list(self._origin(node).classes_text)
+        classes = self._origin(node).classes
         return classes[-2].rpartition(".")[2] if len(classes) > 1 else ""
 
     def is_alias(self, node: OnnxNode) -> bool:
@@ -161,7 +169,7 @@ class TorchNames:
         if known is not None:
             return known
         text = token[2:]
-        for scope in reversed(origin.scopes()):
+        for scope in reversed(origin.scopes):
             prefix = _mangled(scope) + "_" if scope else ""
             if not text.startswith(prefix):
                 continue

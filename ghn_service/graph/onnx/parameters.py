@@ -41,9 +41,10 @@ def settle_tensors(context: ReadContext, skeleton: Skeleton) -> tuple[list[Param
         kept |= {id(context.graph.nodes[index].weight), id(context.graph.nodes[index].norm_bias)}
     others: list[ParameterSpec] = []
     buffers: list[BufferSpec] = []
-    taken: set[str] = set()
+    taken: dict[str, int] = {}
     aliased = {source.initializer for source in context.sources if source.uses and source.name != source.initializer}
     for source in context.sources:
+        context.graph.spend(len(source.uses))
         groups = _groups(source)
         for group in groups:
             use = min(
@@ -86,7 +87,9 @@ def _groups(source: Source) -> list[list[TensorUse]]:
     return list(groups.values())
 
 
-def _spec(source: Source, use: TensorUse, group: list[TensorUse], taken: set[str], *, is_shared: bool) -> ParameterSpec:
+def _spec(
+    source: Source, use: TensorUse, group: list[TensorUse], taken: dict[str, int], *, is_shared: bool
+) -> ParameterSpec:
     """The parameter that ``group`` reads, described by its main ``use``."""
     name = use.torch_name or f"{source.name}@{use.node}" if is_shared or use.parameter_shape else source.name
     fallback = use.role
@@ -104,12 +107,14 @@ def _spec(source: Source, use: TensorUse, group: list[TensorUse], taken: set[str
     )
 
 
-def _unique(name: str, taken: set[str]) -> str:
-    candidate, count = name, 1
+def _unique(name: str, taken: dict[str, int]) -> str:
+    """The name, with a number where it is taken; ``taken`` holds for each name how often it was asked for, at least."""
+    candidate, count = name, taken.get(name, 1)
     while candidate in taken:
         count += 1
         candidate = f"{name}#{count}"
-    taken.add(candidate)
+    taken[name] = count
+    taken[candidate] = max(taken.get(candidate, 1), 1)
     return candidate
 
 
@@ -160,6 +165,7 @@ def reading_warnings(context: ReadContext) -> Iterator[str]:
     met: dict[str, None] = {}  # those of them that arithmetic combines with the network's data
     for node in context.file.nodes if hiding else ():
         values = [context.values[name] for name in node.inputs] if node.op_type in _ARITHMETIC else []
+        context.graph.spend(len(values))
         if any(value.flow for value in values):
             views = (view for value in values if not value.flow for view in value.views)
             met.update((view.source.name, None) for view in views if view.source.name in hiding)

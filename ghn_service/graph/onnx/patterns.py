@@ -7,9 +7,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ghn_service.graph.onnx.file import FLOAT_TYPES, OnnxFile, OnnxNode
+from ghn_service.graph.raw_graph import never_ends
 
 # Weight operands by operator: input index -> whether it is a buffer.
 WEIGHT_SLOTS: dict[str, dict[int, bool]] = {
@@ -60,15 +62,15 @@ class Patterns:
         return node.outputs[0] in self.layer_norms or node.outputs[0] in self.other_norms
 
 
-def find_patterns(file: OnnxFile) -> Patterns:
-    """Everything of the module docstring, in time proportional to the file."""
+def find_patterns(file: OnnxFile, check: Callable[[], None] = never_ends) -> Patterns:
+    """Everything of the module docstring, in time proportional to the file; ``check`` is called in between."""
     patterns = Patterns()
     for node in file.nodes:
         for name in dict.fromkeys(node.inputs):
             patterns.consumers.setdefault(name, []).append(node)
-    _find_norms(file, patterns)
-    _find_logit_additions(file, patterns)
-    _find_weight_inputs(file, patterns)
+    for find in (_find_norms, _find_logit_additions, _find_weight_inputs):
+        check()
+        find(file, patterns)
     return patterns
 
 

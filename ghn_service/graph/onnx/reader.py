@@ -49,8 +49,11 @@ def read_onnx(
                     f" {fewest} to {most} and at least 1"
                 )
         context = ReadContext(file, limits, check)
-        for index, node in enumerate(file.nodes):
-            if index % CHECK_EVERY == 0:
+        num_unchecked = CHECK_EVERY
+        for node in file.nodes:
+            num_unchecked += 1 + len(node.inputs)
+            if num_unchecked > CHECK_EVERY:
+                num_unchecked = 0
                 check()
             context.read(node, OPERATORS.get((node.domain, node.op_type), read_unknown))
         context.graph.outputs = [context.values[name].flow for name in context.file.outputs]

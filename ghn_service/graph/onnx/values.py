@@ -141,7 +141,7 @@ class ReadContext:
     def __init__(self, file: OnnxFile, limits: GraphLimits, check: Callable[[], None] = never_ends) -> None:
         self.file = file
         self.graph = RawGraph(limits, check=check)
-        self.patterns = find_patterns(file)
+        self.patterns = find_patterns(file, check)
         self.names = TorchNames(file)
         self.values: dict[str, Value] = {"": CONSTANT}
         self.sources: list[Source] = []
@@ -290,6 +290,7 @@ class ReadContext:
             parameter_shape=parameter_shape if torch_name else (),
         )
         view.source.uses.append(use)
+        self.graph.spend(1)
         return use
 
     def fall_back(self, node: OnnxNode, index: int, rule: str, *, literal: bool = False) -> None:
