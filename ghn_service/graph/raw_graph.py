@@ -27,7 +27,9 @@ class GraphLimits:
 
     Attributes:
         max_bytes: Bytes of the serialised model.
-        max_nodes: ONNX nodes, with functions expanded and the nodes of subgraphs counted.
+        max_parsed_bytes: Bytes of memory for the parsed messages and lists, beyond four times those of the model.
+        max_nodes: ONNX nodes, with functions expanded and the nodes of subgraphs counted; also the functions and their
+            nodes before that. The values whose shape the file states may be four times as many.
         max_tensors: Initializers and graph inputs together.
         max_parameters: Scalars in one tensor, and in all weights together.
         max_graph_nodes: Nodes of the architecture graph. A transformer over the nodes takes memory with their square:
@@ -39,6 +41,7 @@ class GraphLimits:
     """
 
     max_bytes: int = 2**31 - 1
+    max_parsed_bytes: int = 2**28
     max_nodes: int = 50_000
     max_tensors: int = 20_000
     max_parameters: int = 4_000_000_000

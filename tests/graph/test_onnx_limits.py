@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 
 import onnx
@@ -173,6 +174,26 @@ def with_uses_of_joined_weights(count: int) -> bytes:
     return model.proto().SerializeToString()
 
 
+def with_long_names(length: int, num_calls: int) -> bytes:
+    """Calls of a function whose node writes ten values with names of this length."""
+    model = Model()
+    value = model.conv("x", "layer", 4, 3)
+    for index in range(num_calls):
+        value = model.node("F", [value], f"y{index}", domain="custom")
+    names = [f"{index}" * length for index in range(10)]
+    model.functions.append(_function("F", [helper.make_node("Relu", ["a"], ["c", *names])]))
+    return model.proto().SerializeToString()
+
+
+def with_values(count: int) -> bytes:
+    return changed(lambda proto: proto.graph.value_info.extend([onnx.ValueInfoProto()] * count))
+
+
+def with_functions(count: int, num_nodes: int = 0) -> bytes:
+    body = [helper.make_node("Relu", ["a"], ["c"])] * num_nodes
+    return changed(lambda proto: proto.functions.extend(_function(f"F{index}", body) for index in range(count)))
+
+
 def with_quantised_kernel() -> bytes:
     model = Model()
     kernel = model.weight("kernel", 4, 3, 3, 3, data_type=TensorProto.INT8)
@@ -211,6 +232,7 @@ INVALID = {
     "reserved name": with_name("__metadata__"),
     "unnamed tensor": with_name(""),
     "long name": with_name("n" * 65536),
+    "long name of a value": with_long_names(1025, 1),
     "name with NUL": with_name("a\0b"),
     "operands that no version takes": changed(lambda proto: proto.graph.node[0].input.extend(["x"] * 5)),
     "missing operand": changed(lambda proto: proto.graph.node[0].ClearField("input")),
@@ -240,6 +262,11 @@ EXCEEDED = {
     "tensors of subgraphs": (with_tensors_in_subgraphs(1000, 100), GraphLimits(max_edges=10_000)),
     "steps through nested gates": (with_nested_gates(200), GraphLimits(max_edges=1000)),
     "uses of weights": (with_uses_of_joined_weights(40), GraphLimits(max_edges=20)),
+    "names of nodes in functions": (with_long_names(1000, 10), GraphLimits(max_nodes=30)),
+    "values of stated shape": (with_values(100), GraphLimits(max_nodes=20)),
+    "functions": (with_functions(21), GraphLimits(max_nodes=20)),
+    "nodes in functions": (with_functions(3, 7), GraphLimits(max_nodes=20)),
+    "bytes once parsed": (with_values(200), GraphLimits(max_parsed_bytes=2**14)),
     "bytes": (small().proto().SerializeToString(), GraphLimits(max_bytes=100)),
 }
 
@@ -281,6 +308,19 @@ def test_reading_ends_when_nobody_wants_it(data: bytes) -> None:
 
     with pytest.raises(UnwantedError):
         read_onnx(data, check=check)
+
+
+def test_an_output_listed_often_is_one_output() -> None:
+    model = Model()
+    values = [model.conv("x", f"layer{index}", 3, 3) for index in range(100)]
+    output = model.node("Mystery", values, "y", domain="custom")
+    data = model.proto(*[output] * 2000).SerializeToString()
+    tracemalloc.start()
+    try:
+        assert read_onnx(data).num_nodes == 101
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_small_function_tree_is_expanded() -> None:

@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError
 
 from ghn_service.errors import InvalidArchitectureError, UnsupportedArchitectureError
 from ghn_service.graph.onnx.folded import FOLDED_KEY, folded_parameters, string_list
+from ghn_service.graph.onnx.wire import MOST_BYTES_PER_BYTE, parsed_bytes
 from ghn_service.graph.raw_graph import CHECK_EVERY, MAX_RANK, GraphLimits, exceeded, never_ends
 
 PARAMETERS_KEY = "ghn.parameters"
@@ -193,10 +194,9 @@ def load_file(data: bytes, limits: GraphLimits, check: Callable[[], None] = neve
         UnsupportedArchitectureError: The IR or operator set is newer than the installed onnx package.
         LimitExceededError: The model is over a limit.
     """
-    model = _parse(data, limits)
+    model = _parse(data, limits, check)
     graph = model.graph
-    _check_text(tensor.name for tensor in graph.initializer)
-    _check_text(info.name for info in (*graph.input, *graph.output))
+    _check_names((item.name for item in (*graph.initializer, *graph.input, *graph.value_info, *graph.output)), limits)
     for tensor in graph.initializer:
         _check_rank(tensor.name, len(tensor.dims))
     for info in (*graph.input, *graph.value_info, *graph.output):
@@ -234,12 +234,16 @@ def load_file(data: bytes, limits: GraphLimits, check: Callable[[], None] = neve
     )
 
 
-def _parse(data: bytes, limits: GraphLimits) -> onnx.ModelProto:
+def _parse(data: bytes, limits: GraphLimits, check: Callable[[], None]) -> onnx.ModelProto:
     """The model message, checked for size, versions and counts."""
     if not data:
         raise InvalidArchitectureError("expected a serialised onnx.ModelProto, got no bytes")
     if len(data) > limits.max_bytes:
         raise exceeded("bytes", len(data), limits.max_bytes)
+    if len(data) * MOST_BYTES_PER_BYTE > limits.max_parsed_bytes:
+        num_bytes = parsed_bytes(data, limits.max_parsed_bytes, check)
+        if num_bytes > limits.max_parsed_bytes:
+            raise exceeded("bytes once it is parsed", f"over {limits.max_parsed_bytes}", limits.max_parsed_bytes)
     try:
         model = onnx.ModelProto.FromString(bytes(data))
     except DecodeError as error:
@@ -264,8 +268,14 @@ def _parse(data: bytes, limits: GraphLimits) -> onnx.ModelProto:
         raise UnsupportedArchitectureError(
             f"the model uses operator set {max(versions)}; this server reads up to {newest}: export with an older one"
         )
-    if len(graph.node) > limits.max_nodes:
-        raise exceeded("nodes", len(graph.node), limits.max_nodes)
+    for what, count, limit in (
+        ("nodes", len(graph.node), limits.max_nodes),
+        ("functions", len(model.functions), limits.max_nodes),
+        ("nodes in functions", sum(len(item.node) for item in model.functions), limits.max_nodes),
+        ("values of stated shape", len(graph.value_info) + len(graph.output), 4 * limits.max_nodes),
+    ):
+        if count > limit:
+            raise exceeded(what, count, limit)
     tensors = len(graph.initializer) + len(graph.input)
     if tensors > 2 * limits.max_tensors or len(graph.initializer) > limits.max_tensors:
         raise exceeded("tensors", tensors, limits.max_tensors)
@@ -276,11 +286,15 @@ def _parse(data: bytes, limits: GraphLimits) -> onnx.ModelProto:
     return model
 
 
-def _check_text(names: Iterable[object]) -> None:
-    """Refuses names that are not UTF-8, which protobuf hands out as bytes."""
+def _check_names(names: Iterable[object], limits: GraphLimits) -> None:
+    """Refuses names that are long, or not UTF-8, which protobuf hands out as bytes."""
     for name in names:
         if not isinstance(name, str):
-            raise InvalidArchitectureError(f"the name {name!r} is not valid UTF-8; rename it")
+            raise InvalidArchitectureError(f"the name {str(name)[:40]!r} is not valid UTF-8; rename it")
+        if len(name) > limits.max_name_bytes:
+            raise InvalidArchitectureError(
+                f"a name starting {name[:40]!r} has over {limits.max_name_bytes} bytes; shorten it"
+            )
 
 
 def _check_rank(name: str, rank: int) -> None:
@@ -408,7 +422,8 @@ def _check_expansion(
         for key in TopologicalSorter(
             {key: functions.keys() & callees for key, callees in calls.items()}
         ).static_order():
-            sizes[key] = sum(1 + sizes.get(callee, 0) for callee in calls[key])
+            size = sum(1 + sizes.get(callee, 0) for callee in calls[key])
+            sizes[key] = min(size, limits.max_nodes + 1)
     except CycleError as error:
         raise InvalidArchitectureError("a model-local function calls itself, maybe indirectly") from error
     num_nodes = sum(1 + sizes.get(_callee(node), 0) for node in model.graph.node)
@@ -430,13 +445,14 @@ def _read_node(proto: onnx.NodeProto, frame: _Frame, tally: _Tally) -> OnnxNode:
             attributes.setdefault(attribute.name, attribute)
         elif attribute.ref_attr_name in frame.bindings:
             attributes.setdefault(attribute.name, frame.bindings[attribute.ref_attr_name])
-    _check_text((name, op_type, domain, *inputs, *outputs, *attributes))
+    _check_names((name, op_type, domain, *inputs, *outputs, *attributes), tally.limits)
     for key, attribute in attributes.items():
         _check_rank(key, len(attribute.t.dims))
     if frame.prefix:
         inputs = [frame.names.get(item, frame.prefix + item) if item else "" for item in inputs]
         outputs = [frame.names.get(item, frame.prefix + item) if item else "" for item in outputs]
         name = frame.prefix + name
+        tally.count(0, 0, sum(map(len, (name, *inputs, *outputs))))
     return OnnxNode(op_type, "" if domain in _DOMAINS else domain, inputs, outputs, name, proto, attributes)
 
 

@@ -56,7 +56,7 @@ def read_onnx(
                 num_unchecked = 0
                 check()
             context.read(node, OPERATORS.get((node.domain, node.op_type), read_unknown))
-        context.graph.outputs = [context.values[name].flow for name in context.file.outputs]
+        context.graph.outputs = list(dict.fromkeys(context.values[name].flow for name in context.file.outputs))
         skeleton = simplify(context.graph, limits)
         others, buffers = settle_tensors(context, skeleton)
         graph = build_graph(
