@@ -29,7 +29,7 @@ class GraphLimits:
         max_bytes: Bytes of the serialised model.
         max_parsed_bytes: Bytes of memory for the parsed messages and lists, beyond four times those of the model.
         max_nodes: ONNX nodes, with functions expanded and the nodes of subgraphs counted; also the functions and their
-            nodes before that. The values whose shape the file states may be four times as many.
+            nodes before that. The values whose shape the file states may be twice as many.
         max_tensors: Initializers and graph inputs together.
         max_parameters: Scalars in one tensor, and in all weights together.
         max_graph_nodes: Nodes of the architecture graph. A transformer over the nodes takes memory with their square:

@@ -196,11 +196,15 @@ def load_file(data: bytes, limits: GraphLimits, check: Callable[[], None] = neve
     """
     model = _parse(data, limits, check)
     graph = model.graph
-    _check_names((item.name for item in (*graph.initializer, *graph.input, *graph.value_info, *graph.output)), limits)
+    _check_names((tensor.name for tensor in graph.initializer), limits)
     for tensor in graph.initializer:
         _check_rank(tensor.name, len(tensor.dims))
-    for info in (*graph.input, *graph.value_info, *graph.output):
-        _check_rank(info.name, len(info.type.tensor_type.shape.dim))
+    for values in (graph.input, graph.value_info, graph.output):
+        for index, info in enumerate(values):
+            if index % CHECK_EVERY == 0:
+                check()
+            _check_names((info.name,), limits)
+            _check_rank(info.name, len(info.type.tensor_type.shape.dim) if info.HasField("type") else 0)
     initializers: dict[str, TensorHeader] = {}
     for tensor in graph.initializer:
         if not tensor.name:
@@ -272,7 +276,7 @@ def _parse(data: bytes, limits: GraphLimits, check: Callable[[], None]) -> onnx.
         ("nodes", len(graph.node), limits.max_nodes),
         ("functions", len(model.functions), limits.max_nodes),
         ("nodes in functions", sum(len(item.node) for item in model.functions), limits.max_nodes),
-        ("values of stated shape", len(graph.value_info) + len(graph.output), 4 * limits.max_nodes),
+        ("values of stated shape", len(graph.value_info) + len(graph.output), 2 * limits.max_nodes),
     ):
         if count > limit:
             raise exceeded(what, count, limit)
@@ -323,7 +327,7 @@ def _read_declarations(
     traced_names: dict[str, str] = {}
     folded: dict[str, tuple[str, ...]] = {}
     for info in (*model.graph.input, *model.graph.value_info):
-        if not info.metadata_props or info.name not in tensors:
+        if info.name not in tensors or not info.metadata_props:
             continue
         for entry in info.metadata_props:
             if entry.key == _KIND_KEY and entry.value in ("PARAMETER", "BUFFER"):

@@ -1,6 +1,6 @@
 """What a serialised model takes once it is parsed, told from its bytes alone.
 
-An empty message takes two bytes in a file and up to 200 in memory, so a large file is looked through before it is parsed.
+An empty message takes two bytes in a file and up to 200 in memory, so large files are looked through before parsing.
 The format is that of https://protobuf.dev/programming-guides/encoding/.
 """
 
@@ -35,7 +35,8 @@ def parsed_bytes(data: bytes, enough: int, check: Callable[[], None]) -> int:
         InvalidArchitectureError: The bytes are no protobuf message.
     """
     total = num_unchecked = 0
-    stack: list[tuple[int, int, Descriptor]] = [(0, len(data), onnx.ModelProto.DESCRIPTOR)]
+    model: Descriptor = onnx.ModelProto.DESCRIPTOR  # type: ignore[assignment]
+    stack = [(0, len(data), model)]
     while stack and total <= enough:
         start, stop, message = stack.pop()
         fields = _costs(message)
