@@ -194,6 +194,18 @@ def with_functions(count: int, num_nodes: int = 0) -> bytes:
     return changed(lambda proto: proto.functions.extend(_function(f"F{index}", body) for index in range(count)))
 
 
+def with_convolution(**attributes: list[int]) -> bytes:
+    model = Model()
+    model.conv("x", "layer", 4, 3, **attributes)
+    return model.proto().SerializeToString()
+
+
+def with_broken_attribute() -> bytes:
+    name = "attribute"
+    data = changed(lambda proto: proto.graph.node[0].attribute.append(helper.make_attribute(name, 1)))
+    return data.replace(name.encode(), b"\xff" * len(name))
+
+
 def with_quantised_kernel() -> bytes:
     model = Model()
     kernel = model.weight("kernel", 4, 3, 3, 3, data_type=TensorProto.INT8)
@@ -226,8 +238,13 @@ INVALID = {
     "no parameters": without_parameters(),
     "dynamic weight": with_dynamic_weight(),
     "no groups": changed(lambda proto: proto.graph.node[0].attribute.append(helper.make_attribute("group", 0))),
+    "no strides": with_convolution(strides=[1, 0]),
+    "no dilations": with_convolution(dilations=[0, 0]),
+    "negative pads": with_convolution(pads=[1, 1, -1, 1]),
+    "large pads": with_convolution(pads=[2**63 - 1] * 4),
     "value in a function not UTF-8": with_broken_name(b"vv", in_function=True),
     "input of a function not UTF-8": with_broken_name(b"aa", in_function=True),
+    "attribute not UTF-8": with_broken_attribute(),
     "value not UTF-8": with_broken_name(b"layer_out"),
     "reserved name": with_name("__metadata__"),
     "unnamed tensor": with_name(""),
@@ -321,6 +338,18 @@ def test_an_output_listed_often_is_one_output() -> None:
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("domain", ["custom", "com.microsoft"])
+@pytest.mark.parametrize("op_type", ["Identity", "ReduceMean", "Softmax"])
+def test_what_other_domains_call_alike_is_something_else(op_type: str, domain: str) -> None:
+    model = Model({"x": (1, 6)})
+    other = model.node(op_type, [], "other", domain=domain)
+    model.node("Softmax", [model.node("MatMul", [model.linear("x", "fc", 6, 6), other], "product")], "weights")
+    centred = model.node("Sub", ["weights", other], "centred")
+    variance = model.node("ReduceMean", [model.node("Pow", [centred, centred], "square")], "variance")
+    model.node("Div", [centred, model.node("Sqrt", [variance], "deviation")], "y")
+    assert model.read().unknown_operators == (f"{domain}::{op_type}",)
 
 
 def test_a_small_function_tree_is_expanded() -> None:

@@ -41,6 +41,7 @@ _MAX_PREFIX = 200
 _TRACED_KEY = "pkg.torch.onnx.original_node_name"
 _KIND_KEY = "pkg.torch.export.graph_signature.InputSpec.kind"
 _DOMAINS = ("", "ai.onnx")
+MICROSOFT = "com.microsoft"
 _FunctionKey = tuple[str, str, str]
 _GRAPH_TYPES = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
@@ -50,6 +51,8 @@ class OnnxNode:
     """One node: its operator, the names of its values, and its attributes.
 
     Attributes:
+        op_type: The operator; with its domain in front (``zz::Relu``) unless that is the standard's or ONNX Runtime's.
+        domain: The operator's domain; "" for the standard's.
         attributes: Attributes by name, those of a function's node resolved through the call that it came from.
     """
 
@@ -457,7 +460,9 @@ def _read_node(proto: onnx.NodeProto, frame: _Frame, tally: _Tally) -> OnnxNode:
         outputs = [frame.names.get(item, frame.prefix + item) if item else "" for item in outputs]
         name = frame.prefix + name
         tally.count(0, 0, sum(map(len, (name, *inputs, *outputs))))
-    return OnnxNode(op_type, "" if domain in _DOMAINS else domain, inputs, outputs, name, proto, attributes)
+    domain = "" if domain in _DOMAINS else domain
+    op_type = op_type if domain in ("", MICROSOFT) else f"{domain}::{op_type}"
+    return OnnxNode(op_type, domain, inputs, outputs, name, proto, attributes)
 
 
 def _enter(function: onnx.FunctionProto, call: OnnxNode, prefix: str) -> _Frame:

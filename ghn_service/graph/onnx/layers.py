@@ -14,6 +14,7 @@ from ghn_service.graph.onnx.values import ReadContext, Value, View
 from ghn_service.graph.raw_graph import INPUT, NOTHING, Flow, RawNode, TensorUse
 
 _MAX_POSITIONS = 2**31
+_MAX_STEP = 2**31 - 1
 
 
 def read_convolution(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
@@ -21,6 +22,12 @@ def read_convolution(context: ReadContext, node: OnnxNode, data: list[Value]) ->
     groups = node.integer("group", 1)
     if groups < 1:
         raise InvalidArchitectureError(f"the convolution {node.label!r} has {groups} groups; expected at least 1")
+    for attribute, least in (("strides", 1), ("dilations", 1), ("pads", 0)):
+        sizes = node.integers(attribute)
+        if sizes and not least <= min(sizes) <= max(sizes) <= _MAX_STEP:
+            raise InvalidArchitectureError(
+                f"the convolution {node.label!r} has {attribute} {sizes}; expected {least} to {_MAX_STEP}"
+            )
     view = context.weight(node, 1)
     if view is None:
         return context.joined(data[:2])

@@ -12,7 +12,7 @@ import onnx
 
 from ghn_service.errors import UnsupportedArchitectureError
 from ghn_service.graph.onnx import elementwise, layers, plain
-from ghn_service.graph.onnx.file import FLOAT_TYPES, OnnxNode, subgraphs
+from ghn_service.graph.onnx.file import FLOAT_TYPES, MICROSOFT, OnnxNode, subgraphs
 from ghn_service.graph.onnx.patterns import WEIGHT_SLOTS
 from ghn_service.graph.onnx.values import ReadContext, Value
 
@@ -73,7 +73,7 @@ def _refuse_quantised(context: ReadContext, node: OnnxNode, data: list[Value]) -
 
 def read_unknown(context: ReadContext, node: OnnxNode, data: list[Value]) -> Value:
     """An operator without a handler: data of all operands passes, weights get a fallback by their rank."""
-    name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+    name = f"{MICROSOFT}::{node.op_type}" if node.domain == MICROSOFT else node.op_type
     context.unknown_operators[name] = context.unknown_operators.get(name, 0) + 1
     if any(value.flow for value in data):
         for index, value in enumerate(data):
@@ -140,15 +140,15 @@ OPERATORS: dict[tuple[str, str], Handler] = {
     **_rows(_read_control_flow, "If Loop Scan SequenceMap"),
     **_rows(_read_dequantized, "DequantizeLinear"),
     **_rows(_refuse_quantised, "QLinearConv QLinearMatMul ConvInteger MatMulInteger"),
-    **_rows(layers.read_convolution, "FusedConv", "com.microsoft"),
-    **_rows(layers.read_gemm, "FusedGemm", "com.microsoft"),
-    **_rows(layers.read_matmul, "FusedMatMul", "com.microsoft"),
-    **_rows(layers.read_fused_attention, "MultiHeadAttention", "com.microsoft"),
-    **_rows(plain.read_activation, "Gelu FastGelu QuickGelu", "com.microsoft"),
-    **_rows(_read_bias_gelu, "BiasGelu", "com.microsoft"),
-    **_rows(layers.read_skip_norm, "SkipLayerNormalization SkipSimplifiedLayerNormalization", "com.microsoft"),
-    **_rows(layers.read_other_norm, "GroupNorm SimplifiedLayerNormalization", "com.microsoft"),
-    **_rows(_refuse_quantised, "QGemm QAttention MatMulNBits DynamicQuantizeMatMul", "com.microsoft"),
+    **_rows(layers.read_convolution, "FusedConv", MICROSOFT),
+    **_rows(layers.read_gemm, "FusedGemm", MICROSOFT),
+    **_rows(layers.read_matmul, "FusedMatMul", MICROSOFT),
+    **_rows(layers.read_fused_attention, "MultiHeadAttention", MICROSOFT),
+    **_rows(plain.read_activation, "Gelu FastGelu QuickGelu", MICROSOFT),
+    **_rows(_read_bias_gelu, "BiasGelu", MICROSOFT),
+    **_rows(layers.read_skip_norm, "SkipLayerNormalization SkipSimplifiedLayerNormalization", MICROSOFT),
+    **_rows(layers.read_other_norm, "GroupNorm SimplifiedLayerNormalization", MICROSOFT),
+    **_rows(_refuse_quantised, "QGemm QAttention MatMulNBits DynamicQuantizeMatMul", MICROSOFT),
 }
 
 

@@ -91,7 +91,7 @@ def _find_norms(file: OnnxFile, patterns: Patterns) -> None:
         centre = _operand(file, centred, 1) if centred is not None and centred.op_type == "Sub" else None
         if centred is None or centre is None or centre.op_type != "ReduceMean":
             continue
-        if centre.inputs[0] != centred.inputs[0]:
+        if centre.inputs[:1] != centred.inputs[:1]:
             continue
         patterns.norm_means.add(centre.outputs[0])
         axes = mean.integers("axes") or (file.integers(mean.inputs[1]) if len(mean.inputs) > 1 else None)
@@ -147,7 +147,7 @@ def is_constant(file: OnnxFile, name: str) -> bool:
         if name in file.initializers or name in file.kinds:
             return True
         producer = file.producers.get(name)
-        if producer is None or producer.op_type not in _VIEWS:
+        if producer is None or producer.op_type not in _VIEWS or not producer.inputs:
             return producer is not None and producer.op_type in _LITERALS
         name = producer.inputs[0]
     return False
