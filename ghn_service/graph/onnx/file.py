@@ -297,7 +297,7 @@ def _check_names(names: Iterable[object], limits: GraphLimits) -> None:
     """Refuses names that are long, or not UTF-8, which protobuf hands out as bytes."""
     for name in names:
         if not isinstance(name, str):
-            raise InvalidArchitectureError(f"the name {str(name)[:40]!r} is not valid UTF-8; rename it")
+            raise InvalidArchitectureError(f"the name {repr(name)[:40]} is not valid UTF-8; rename it")
         if len(name) > limits.max_name_bytes:
             raise InvalidArchitectureError(
                 f"a name starting {name[:40]!r} has over {limits.max_name_bytes} bytes; shorten it"
