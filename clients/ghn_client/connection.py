@@ -120,6 +120,8 @@ class Connection:
         self.metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._tls = tls
         self._options = [*_OPTIONS]
+        if _is_loopback(address):
+            self._options.append(("grpc.enable_http_proxy", 0))  # a proxy of the environment would read the token
         if address.startswith(_SCHEMES):
             self._options.append(("grpc.service_config", json.dumps(_BALANCED)))
         if server_name:
@@ -200,11 +202,10 @@ def _with_port(address: str) -> str:
 
 
 def _is_loopback(address: str) -> bool:
-    """Whether what is sent to ``address`` stays on this machine."""
+    """Whether what is sent to ``address`` stays on this machine, which an authority that finds it need not be."""
     if address.startswith("unix:"):
         return True
-    target = address.rpartition("/")[2]
-    target = target.partition(":")[2] if target.startswith(_SCHEMES) else target
+    target = address.partition(":")[2].removeprefix("///") if address.startswith(_SCHEMES) else address
     hosts = {part.rpartition(":")[0].strip("[]") for part in target.split(",")}
     try:
         return all(host == "localhost" or ipaddress.ip_address(host).is_loopback for host in hosts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import socket
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +22,16 @@ from tests.server.small_models import TINY
 
 
 @pytest.mark.parametrize(
-    "address", ["gpu-server:50051", "dns:///gpu-server:50051", "10.0.0.1:50051", "ipv4:127.0.0.1:1,10.0.0.1:1"]
+    "address",
+    [
+        "gpu-server:50051",
+        "dns:///gpu-server:50051",
+        "10.0.0.1:50051",
+        "ipv4:127.0.0.1:1,10.0.0.1:1",
+        "dns://8.8.8.8/localhost:1",
+        "dns://localhost:1",
+        "xds:///localhost:1",
+    ],
 )
 def test_a_token_does_not_travel_in_plain_text(address: str) -> None:
     with pytest.raises(AuthenticationError):
@@ -30,10 +40,35 @@ def test_a_token_does_not_travel_in_plain_text(address: str) -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["localhost:1", "127.0.0.1:1", "[::1]:1", "unix:/tmp/socket", "dns:///localhost:1", "ipv4:127.0.0.1:1,127.0.0.1:2"],
+    [
+        "localhost:1",
+        "http://localhost:1/",
+        "127.0.0.1:1",
+        "[::1]:1",
+        "unix:/tmp/socket",
+        "dns:localhost:1",
+        "dns:///localhost:1",
+        "ipv4:127.0.0.1:1,127.0.0.1:2",
+    ],
 )
 def test_a_token_may_go_to_this_machine(address: str) -> None:
     GHNClient(address, token="secret").close()
+
+
+def test_a_token_for_this_machine_passes_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_grpc_proxy", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as proxy, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # a port where nobody listens
+        monkeypatch.setenv("grpc_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        proxy.settimeout(0)
+        with (
+            GHNClient(f"localhost:{closed.getsockname()[1]}", token="secret", max_attempts=1, timeout_s=5) as client,
+            pytest.raises(ServerUnavailableError),
+        ):
+            client.models()
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
 
 
 def test_a_token_may_travel_encrypted() -> None:
