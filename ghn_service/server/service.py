@@ -195,7 +195,7 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
                     _check_include(graph, options)
                     make = partial(_predict, model, graph, options, transfer)
                     num_bytes = prediction_memory(graph, options, model, transfer)
-                    key = reply_key(graph, model, options, source)
+                    key = file if source else reply_key(graph, model, options)
                     shared = self.replies.find_or_start(file, key, admitted, num_bytes, make)
         try:
             yield shared.job

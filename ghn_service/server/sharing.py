@@ -32,13 +32,20 @@ def file_key(data: bytes, model: LoadedModel, options: PredictionOptions, source
     return _digest(data, model, repr(options), source)
 
 
-def reply_key(graph: ArchitectureGraph, model: LoadedModel, options: PredictionOptions, source: str) -> str:
-    """Of a request, whatever its file says beyond the architecture and the names of its tensors."""
+def reply_key(graph: ArchitectureGraph, model: LoadedModel, options: PredictionOptions) -> str:
+    """Of a request without a source, whatever its file says beyond the architecture and the names of its tensors.
+
+    What a source gives depends on the whole file, such as the epsilon of a BatchNorm: there the file's key is the key.
+    """
     nodes = [
-        (node.op_type, node.weight, node.norm_bias, node.kernel_shape, node.is_head, node.layer) for node in graph.nodes
+        (
+            *(node.op_type, node.weight, node.norm_bias, node.kernel_shape, node.is_head, node.layer),
+            node.layer.attention if node.layer else None,  # which a layer's repr leaves out
+        )
+        for node in graph.nodes
     ]
     rest = (graph.edges, graph.other_parameters, graph.buffers, graph.warnings, graph.unknown_operators)
-    return _digest(repr((nodes, rest)).encode(), model, repr(options), source)
+    return _digest(repr((nodes, rest)).encode(), model, repr(options))
 
 
 def _digest(content: bytes, model: LoadedModel, *more: str) -> str:
@@ -94,7 +101,7 @@ class SharedReplies:
 
         Args:
             file: Of ``file_key``.
-            key: Of ``reply_key``.
+            key: Of ``reply_key``; with a source, of ``file_key`` too.
             request: Who asks.
             num_bytes: Memory that a new prediction takes at most.
             make: Work of a new one.

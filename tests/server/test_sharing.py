@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import onnx
 import pytest
 
 from ghn_client.wire import ghn_pb2
+from ghn_service.transfer.library import Library
+from tests.graph.onnx_models import Model
 from tests.server.fake_predictor import FakePredictor, Gate, connect, fake_server, predict_request, raises, receive_file
 from tests.server.patience import PATIENCE_S, wait_until
 from tests.server.small_models import LARGE, TINY, linear_model
@@ -93,6 +96,46 @@ def test_what_shows_in_the_reply_counts(tmp_path: Path, model: bytes, fields: di
     with fake_server(tmp_path, predictor, checkpoints=checkpoints) as server, connect(server) as stub:
         receive_file(stub.PredictWeights(predict_request(TINY)))
         receive_file(stub.PredictWeights(predict_request(model, **fields)))
+    assert predictor.num_runs == 2
+
+
+def attention(num_heads: int) -> bytes:
+    """A network whose graph's digest does not tell how many heads it has."""
+    model = Model({"x": (1, 5, 8)}, opset=23)
+    for name in "qkv":
+        model.node("MatMul", ["x", model.weight(f"{name}.weight", 8, 8)], name)
+    heads = {"q_num_heads": num_heads, "kv_num_heads": num_heads}
+    model.linear(model.node("Attention", ["q", "k", "v"], "mixed", **heads), "proj", 8, 8)
+    data: bytes = model.proto("proj_out").SerializeToString()
+    return data
+
+
+def residual(epsilon: float) -> bytes:
+    """The bundled source's own network with another epsilon, which its graph does not know."""
+    proto = onnx.load_model_from_string(Library().load("small_resnet").structure)
+    for node in proto.graph.node:
+        if node.op_type == "BatchNormalization":
+            kept = [item for item in node.attribute if item.name != "epsilon"]
+            del node.attribute[:]
+            node.attribute.extend([*kept, onnx.helper.make_attribute("epsilon", epsilon)])
+    data: bytes = proto.SerializeToString()
+    return data
+
+
+@pytest.mark.parametrize(
+    ("make_model", "values", "fields"),
+    [
+        (attention, (2, 4), {"steps": [ghn_pb2.PostProcessingStep(name="mimetic")]}),
+        (residual, (1e-5, 1e-1), {"source": ghn_pb2.SourceOptions(name="small_resnet")}),
+    ],
+)
+def test_what_steps_and_sources_see_counts(
+    tmp_path: Path, make_model: Callable[[float], bytes], values: Sequence[float], fields: dict[str, object]
+) -> None:
+    predictor = FakePredictor()
+    with fake_server(tmp_path, predictor) as server, connect(server) as stub:
+        for value in (*values, *values):
+            receive_file(stub.PredictWeights(predict_request(make_model(value), **fields)))
     assert predictor.num_runs == 2
 
 
