@@ -485,16 +485,17 @@ class Predictor:
         kept: Collection[str],
     ) -> PredictionResult:
         """Steps, which leave ``kept`` alone, then the report about them, then factors."""
-        before = measure_network(predicted, graph) if options.report else {}
-        parameters, records = apply_steps(predicted, graph, options.steps, seed=options.seed, kept=kept)
+        on_layer = functools.partial(clock.tick, POST_PROCESSING)
+        before = measure_network(predicted, graph, on_layer=on_layer) if options.report else {}
+        parameters, records = apply_steps(
+            predicted, graph, options.steps, seed=options.seed, kept=kept, on_layer=on_layer
+        )
         report: dict[str, Any] | None = None
         if options.report:
-            clock.tick(POST_PROCESSING)
-            after = measure_network(parameters, graph) if options.steps else before
+            after = measure_network(parameters, graph, on_layer=on_layer) if options.steps else before
             report = build_report(graph, before, after, origins=predicted.origins, records=records)
         low_rank: LowRankRecord | None = None
         if options.low_rank is not None:
-            on_layer = functools.partial(clock.tick, POST_PROCESSING)
             parameters, low_rank = apply_low_rank(parameters, graph, options.low_rank, on_layer=on_layer)
         weights = {name: layer.parameter for layer in low_rank.layers for name in layer.factors} if low_rank else {}
         finished = _finished(parameters, options, weights)

@@ -14,6 +14,7 @@ from ghn_service.hypernetwork.fill import FALLBACKS
 from ghn_service.parameters import ParameterSet
 from ghn_service.postprocess.low_rank.ranks import LowRank
 from ghn_service.postprocess.steps import Step
+from ghn_service.postprocess.weighted_layers import weighted_layers
 from ghn_service.predictor import PredictionOptions, Predictor, choose_device
 from tests.hypernetwork.small_graphs import CONFIGS, SMALL, chain, conv, small_ghn, small_network
 
@@ -158,6 +159,24 @@ def test_stages_are_told_and_timed(ghn3):
     assert list(dict.fromkeys(told)) == ["encoding", "decoding", "post-processing"]
     assert list(result.seconds) == ["encoding", "decoding", "post-processing"]
     assert all(seconds > 0 for seconds in result.seconds.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [
+        (PredictionOptions(steps=(Step("noise", {"layer": "1"}),)), 1),
+        (PredictionOptions(steps=(Step("noise"),)), 2),
+        (PredictionOptions(report=True), 1),
+        (PredictionOptions(steps=(Step("noise", {"layer": "1"}),), report=True), 3),
+        (PredictionOptions(low_rank=LowRank("rank", 1)), 1),
+    ],
+    ids=["step", "step where it is needed", "report", "step and report", "low rank"],
+)
+def test_the_caller_can_end_post_processing_before_every_layer(ghn3, options, passes):
+    told = []
+    ghn3.run(WIDE, options=options, on_stage=told.append)
+    num_layers = sum(not layer.is_head for layer in weighted_layers(WIDE))
+    assert told.count("post-processing") > passes * num_layers
 
 
 @pytest.mark.parametrize("last", [1, 2, 4])

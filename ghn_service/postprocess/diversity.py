@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,13 +151,19 @@ def _period(weight: torch.Tensor) -> int:
     return size
 
 
-def measure_network(parameters: ParameterSet, graph: ArchitectureGraph) -> dict[str, TensorDiversity]:
-    """Measures every weighted layer of a network that is among the parameters."""
-    return {
-        layer.name: measure_diversity(parameters[layer.name], layer)
-        for layer in weighted_layers(graph)
-        if layer.name in parameters
-    }
+def measure_network(
+    parameters: ParameterSet, graph: ArchitectureGraph, *, on_layer: Callable[[], None] = lambda: None
+) -> dict[str, TensorDiversity]:
+    """Measures every weighted layer of a network that is among the parameters.
+
+    ``on_layer`` is called before each layer, and may raise.
+    """
+    measured = {}
+    for layer in weighted_layers(graph):
+        if layer.name in parameters:
+            on_layer()
+            measured[layer.name] = measure_diversity(parameters[layer.name], layer)
+    return measured
 
 
 def build_report(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -66,6 +66,7 @@ def apply_steps(
     *,
     seed: int,
     kept: Collection[str] = (),
+    on_layer: Callable[[], None] = lambda: None,
 ) -> tuple[ParameterSet, tuple[StepRecord, ...]]:
     """Applies steps in order, on the device of the parameters.
 
@@ -77,6 +78,7 @@ def apply_steps(
         steps: What to apply.
         seed: The request's.
         kept: Names of weights that stay as they are: those that come from a trained network.
+        on_layer: Called before each layer that is measured or changed; what it raises ends the work.
 
     Raises:
         InvalidOptionError: As ``parse_steps``.
@@ -84,30 +86,34 @@ def apply_steps(
     device = next((tensor.device for tensor in parameters.values()), torch.device("cpu"))
     records = []
     parsed = parse_steps(steps)
-    in_need = _layers_in_need(parameters, graph) if any(step.layer == 0 for step in parsed) else frozenset()
+    looks = any(step.layer == 0 for step in parsed)
+    in_need = _layers_in_need(parameters, graph, on_layer) if looks else frozenset()
     for index, step in enumerate(parsed):
         # A 63-bit seed: splitmix64 of the request's seed and the step's index.
         state = (seed + (index + 1) * 0x9E3779B97F4A7C15) % 2**64
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
         generator = torch.Generator(device).manual_seed((state ^ (state >> 31)) >> 1)
-        parameters, record = apply_step(step, parameters, graph, generator=generator, in_need=in_need, kept=kept)
+        parameters, record = apply_step(
+            step, parameters, graph, generator=generator, in_need=in_need, kept=kept, on_layer=on_layer
+        )
         records.append(record)
     return parameters, tuple(records)
 
 
-def _layers_in_need(parameters: ParameterSet, graph: ArchitectureGraph) -> frozenset[int]:
+def _layers_in_need(parameters: ParameterSet, graph: ArchitectureGraph, on_layer: Callable[[], None]) -> frozenset[int]:
     """Numbers of the layers that steps change unless told otherwise: from the first tiled one on, and those of copies.
 
     What is diverse already loses by being bent. The published recipes begin at a late layer, too.
     """
     layers = [layer for layer in weighted_layers(graph) if not layer.is_head]
     first = next((layer.number for layer in layers if parameters.origins[layer.name] == TILED), len(layers) + 2)
-    return frozenset(
-        layer.number
-        for layer in layers
-        if layer.number >= first or measure_diversity(parameters[layer.name], layer).copies > MAX_COPIES
-    )
+    found = set()
+    for layer in layers:
+        on_layer()
+        if layer.number >= first or measure_diversity(parameters[layer.name], layer).copies > MAX_COPIES:
+            found.add(layer.number)
+    return frozenset(found)
 
 
 def apply_step(
@@ -118,14 +124,16 @@ def apply_step(
     generator: torch.Generator,
     in_need: frozenset[int] = frozenset(),
     kept: Collection[str] = (),
+    on_layer: Callable[[], None] = lambda: None,
 ) -> tuple[ParameterSet, StepRecord]:
     """Applies a step to its layers, or to those ``in_need`` where it names none, and records what became of each.
 
-    The classifier and the weights ``kept`` stay as they are.
+    The classifier and the weights ``kept`` stay as they are. ``on_layer`` is called before each layer, and may raise.
     """
     tensors = dict(parameters)
     records = []
     for layer in weighted_layers(graph):
+        on_layer()
         tensor: torch.Tensor | None = None
         values: Mapping[str, float] = {}
         if layer.is_head:
