@@ -39,7 +39,9 @@ from ghn_service.server.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 MAX_REQUEST_ID_CHARACTERS = 128
-MAX_TEXT_CHARACTERS = 800
+MAX_TEXT_BYTES = 800
+"""Of a message and of a field's name: the status has the message as text, where a byte may become three, and twice more
+in its details, where three bytes become four."""
 DOMAIN = "ghn.v1"
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
@@ -125,7 +127,7 @@ def status_row(error: BaseException) -> StatusRow:
 
 
 def encode_status(error: BaseException, *, request_id: str) -> RpcStatus:
-    """The status that an error becomes; under 8 KB, and without anything of the server's inside.
+    """The status that an error becomes; under 6 KB on the wire, and without anything of the server's inside.
 
     Args:
         error: Any exception.
@@ -133,14 +135,13 @@ def encode_status(error: BaseException, *, request_id: str) -> RpcStatus:
     """
     row = status_row(error)
     text = str(error) if row.is_told else f"internal error; the server's log has it under {request_id!r}"
-    if len(text) > MAX_TEXT_CHARACTERS:  # the trailers of a call are small
-        text = text[: MAX_TEXT_CHARACTERS - 1] + "…"
+    text = _shorten(text)
     details: list[Message] = [
         error_details_pb2.ErrorInfo(reason=row.reason, domain=DOMAIN, metadata={"request_id": request_id})
     ]
     metadata: tuple[tuple[str, str | bytes], ...] = ()
     if row.detail is not None:
-        details.append(row.detail(getattr(error, "field", ""), text))
+        details.append(row.detail(_shorten(getattr(error, "field", "")), text))
     if row.retry:
         delay = Duration()
         delay.FromMilliseconds(RETRY_AFTER_MS)
@@ -150,6 +151,14 @@ def encode_status(error: BaseException, *, request_id: str) -> RpcStatus:
     for detail in details:
         status.details.add().Pack(detail)
     return RpcStatus(row.code, text, (*metadata, (STATUS_DETAILS_KEY, status.SerializeToString())))
+
+
+def _shorten(text: str) -> str:
+    """What fits into the trailers of a call, which are small."""
+    data = text.encode(errors="replace")
+    if len(data) <= MAX_TEXT_BYTES:
+        return data.decode()
+    return data[: MAX_TEXT_BYTES - 3].decode(errors="ignore") + "…"
 
 
 # ---- what every call passes through ---------------------------------------------------------------------------------

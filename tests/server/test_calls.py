@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+from urllib.parse import quote
+
 import grpc
 import pytest
 from google.rpc import status_pb2
@@ -48,3 +51,12 @@ def test_only_what_may_succeed_later_says_so(kind: type[GhnServiceError]) -> Non
     packed = status_pb2.Status.FromString(dict(status.trailing_metadata)[STATUS_DETAILS_KEY])
     asks_to_retry = any(detail.type_url.endswith("RetryInfo") for detail in packed.details)
     assert asks_to_retry == (kind in {errors.OverloadedError, errors.OutOfMemoryError, errors.UnavailableError})
+
+
+@pytest.mark.parametrize("letter", ["a", "%", "\n", "ü", "語", "😀", "\udcff"])
+@pytest.mark.parametrize("kind", STATUSES)
+def test_a_status_is_small_whatever_it_says(kind: type[GhnServiceError], letter: str) -> None:
+    status = encode_status(kind(9999 * letter, field=9999 * letter), request_id=128 * "r")
+    details = base64.b64encode(dict(status.trailing_metadata)[STATUS_DETAILS_KEY])
+    assert len(quote(status.details)) + len(details) < 6000
+    assert status.details
