@@ -23,7 +23,7 @@ from typing import Any, Generic, TypeVar
 import grpc
 
 from ghn_service.errors import ConfigurationError, UnauthenticatedError
-from ghn_service.server.settings import Settings
+from ghn_service.server.settings import Settings, usable
 
 logger = logging.getLogger(__name__)
 
@@ -265,14 +265,12 @@ class FollowedFiles(Generic[ValueT]):
         )
 
     def _load(self) -> ValueT:
-        try:
+        with usable(f"cannot read {self._what}"):
             return self._read([path.read_bytes() for path in self._paths])
-        except OSError as error:
-            raise ConfigurationError(f"cannot read {self._what}: {error.filename!r}: {error.strerror}") from error
 
 
 def _stat(path: Path) -> os.stat_result | None:
     try:
         return path.stat()
-    except OSError:
+    except (OSError, ValueError):
         return None

@@ -25,6 +25,7 @@ from ghn_service.server.admission import Budget, Gate
 from ghn_service.server.models import ModelRegistry
 from ghn_service.server.queue import WorkQueue
 from ghn_service.server.reply import VERSION
+from ghn_service.server.settings import usable
 from ghn_service.server.sharing import SharedReplies
 
 METHODS = {
@@ -98,10 +99,8 @@ class Metrics:
         Raises:
             ConfigurationError: The port is taken, or the host is not ours.
         """
-        try:
+        with usable(f"cannot serve metrics on port {port} of {host!r}"):
             server, thread = start_http_server(port, host, self.registry)
-        except OSError as error:
-            raise ConfigurationError(f"cannot serve metrics on {host}:{port}: {error.strerror}") from error
         server.RequestHandlerClass.timeout = HTTP_IDLE_S  # type: ignore[attr-defined]
         self.address = f"{host}:{server.server_port}"
 

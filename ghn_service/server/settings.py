@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import socket
-import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -210,7 +210,7 @@ def load_settings(config: Path | None = None, *, arguments: Sequence[str] | None
         raise ConfigurationError(f"the settings are not usable: {'; '.join(faults)}") from error
     except SettingsError as error:
         raise ConfigurationError(f"the options cannot be read: {error}; see ghn-server serve --help") from error
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # tomllib's, or an integer of too many digits
         raise ConfigurationError(f"the configuration file {str(config)!r} cannot be read: {error}") from error
     return Settings.model_construct(**found.model_dump())
 
@@ -245,7 +245,7 @@ def checkpoint_files(settings: Settings) -> dict[str, CheckpointFile]:
         name, file = _split_entry(entry)
         if name in files:
             raise ConfigurationError(f"two checkpoints are called {name!r}; name them with --checkpoint NAME=FILE")
-        if not is_remote(file.source) and not Path(file.source).is_file():
+        if not is_remote(file.source) and not _is_file(file.source):
             raise ConfigurationError(
                 f"there is no checkpoint {file.source!r}; `ghn-server checkpoints` lists published ones, others are "
                 "hf://OWNER/REPO/FILE"
@@ -261,8 +261,9 @@ def source_folders(settings: Settings) -> tuple[Path, ...]:
         ConfigurationError: There is no such folder.
     """
     for folder in map(Path, settings.sources):
-        if not folder.is_dir():
-            raise ConfigurationError(f"there is no folder of sources {str(folder)!r}")
+        with usable(f"cannot look at {str(folder)!r}"):
+            if not folder.is_dir():
+                raise ConfigurationError(f"there is no folder of sources {str(folder)!r}")
     return (*map(Path, settings.sources), BUNDLED_SOURCES)
 
 
@@ -274,23 +275,39 @@ def check_port(settings: Settings) -> None:
     """
     host = settings.host.removeprefix("[").removesuffix("]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with usable(f"cannot listen on port {settings.port} of {settings.host!r}"), socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, settings.port))
+
+
+@contextmanager
+def usable(refusal: str) -> Iterator[None]:
+    """Makes one error of all by which the system, or Python before it, refuses a name: too long, NUL in it, forbidden.
+
+    Raises:
+        ConfigurationError: The refusal and its cause.
+    """
     try:
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, settings.port))
-    except OSError as error:
-        raise ConfigurationError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from error
+        yield
+    except (OSError, TypeError, ValueError) as error:
+        raise ConfigurationError(f"{refusal}: {error}") from error
+
+
+def _is_file(text: str) -> bool:
+    """Whether there is a file of this name."""
+    with usable(f"cannot look at {text!r}"):
+        return Path(text).is_file()
 
 
 def _split_entry(entry: str) -> tuple[str, CheckpointFile]:
     """Name and file of ``[NAME=]FILE[@sha256:DIGEST]``; a file that exists is taken as it stands."""
     text, marker, digest = entry.rpartition(DIGEST_MARKER)
-    if not marker or Path(entry).is_file():
+    if not marker or _is_file(entry):
         text, digest = entry, ""
     elif not re.fullmatch("[0-9a-fA-F]{64}", digest):
         raise ConfigurationError(f"expected 64 hexadecimal digits after {DIGEST_MARKER}, got {entry!r}")
     name, separator, rest = text.partition("=")
-    if not separator or Path(text).is_file() or text.startswith((HUB, WEB)):
+    if not separator or _is_file(text) or text.startswith((HUB, WEB)):
         name, rest = "", text
     elif not name.strip() or not rest.strip():
         raise ConfigurationError(f"expected --checkpoint NAME=FILE or --checkpoint FILE, got {entry!r}")

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from ghn_service.errors import ConfigurationError
-from ghn_service.server.settings import CheckpointFile, Settings, checkpoint_files, load_settings
+from ghn_service.server.access import load_access
+from ghn_service.server.settings import (
+    CheckpointFile,
+    Settings,
+    check_port,
+    checkpoint_files,
+    load_settings,
+    source_folders,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +71,16 @@ def test_other_variables_with_the_prefix_are_not_ours(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    "text", ["prot = 1", "port = 99999", "port = 'x'", "max_seconds = nan", "max_seconds = -1", "port ="]
+    "text",
+    [
+        "prot = 1",
+        "port = 99999",
+        "port = 'x'",
+        "max_seconds = nan",
+        "max_seconds = -1",
+        "port =",
+        pytest.param(f"max_nodes = {5000 * '9'}", id="5,000 digits"),
+    ],
 )
 def test_a_bad_file_is_one_line(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
@@ -114,6 +132,30 @@ def test_a_checkpoint_may_be_pinned_to_a_digest(tmp_path: Path) -> None:
     assert files == {"mine": pinned, "a": pinned, odd.stem: CheckpointFile(str(odd))}
     with pytest.raises(ConfigurationError):
         checkpoint_files(Settings(checkpoints=(f"{path}@sha256:{digest[1:]}",)))
+
+
+LONG = 300 * "a"
+
+
+@pytest.mark.parametrize(
+    ("use", "values"),
+    [
+        (checkpoint_files, {"checkpoints": (LONG,)}),
+        (checkpoint_files, {"checkpoints": (f"name={LONG}",)}),
+        (checkpoint_files, {"checkpoints": (f"{LONG}@sha256:{'0' * 64}",)}),
+        (source_folders, {"sources": (LONG,)}),
+        (check_port, {"host": 80 * "ü"}),
+        (check_port, {"host": "a\0b"}),
+        (check_port, {"host": "\udcff"}),
+        (load_access, {"tokens": LONG}),
+        (load_access, {"tokens": "a\0b"}),
+        (load_access, {"tls_certificate": "a\0b", "tls_key": "key.pem"}),
+    ],
+)
+def test_a_name_that_no_system_takes_is_one_line(use: Callable[[Settings], object], values: dict[str, object]) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        use(Settings(port=0, **values))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("entries", [("missing.safetensors",), ("=x",), ("a=missing.safetensors",)])
