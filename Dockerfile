@@ -29,6 +29,7 @@ RUN useradd --system --create-home --uid 10001 ghn
 COPY --from=build /opt/ghn /opt/ghn
 ENV PATH=/opt/ghn/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    MALLOC_ARENA_MAX=2 \
     GHN_HOST=0.0.0.0 \
     GHN_PORT=50051 \
     GHN_HEALTH_PORT=50052 \

@@ -2,7 +2,7 @@
 
 Every kind of call has its places, fewer together than the server has threads, so that no kind starves another. Memory
 is one budget: reading, predictions, the replies on their way and those that are kept all hold parts of it, and what is
-held is known before it is taken.
+held is known before it is taken. Only of a request that arrives nobody knows how much comes, so few do at once.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from ghn_service.server.watchdog import Watchdog
 SERVER = ""
 """Holds what belongs to no peer: replies that are kept."""
 POLL_S = 0.05
+ARRIVALS = 16
+"""Requests of a kind that arrive at once; the others wait. What gRPC has received of them is in no budget of memory."""
 MEBIBYTE = 2**20
 
 
@@ -151,7 +153,7 @@ class Request:
         memory: Where it holds memory.
         peer: Who asks.
         deadline: ``time.monotonic()`` at which the answer is worthless.
-        message_bytes: Size of its message, which is memory for as long.
+        message_bytes: Memory that its message takes for as long.
 
     Raises:
         LimitExceededError: The whole budget would not hold the message.
@@ -250,6 +252,7 @@ class Gate:
         self.own = kinds[0]
         self._watchdog = watchdog
         self.places = {kind.name: Budget(f"places for {kind.name} calls", kind.places, peer_share) for kind in kinds}
+        self.arriving = {kind.name: Budget(f"arriving {kind.name} calls", ARRIVALS, peer_share) for kind in kinds}
         self._sides: set[grpc.ServicerContext] = set()
         self._is_closed = False
 
@@ -289,17 +292,27 @@ class Gate:
             yield
 
     def receive(self, kind: Kind, messages: Iterator[Any], context: grpc.ServicerContext) -> Any:
-        """The one request of a call.
+        """The one request of a call; it stays with the client until it is among the few that may arrive.
 
         Raises:
             InvalidOptionError: There is none.
+            RequestCancelledError: It had to wait too long, or the client went away meanwhile.
             grpc.RpcError: It did not come in time, or the client went away.
         """
-        with self._watchdog.limit(context.cancel, kind.seconds):
+        with self._watchdog.limit(context.cancel, kind.seconds), self._arrival(kind, context):
             request = next(messages, None)
         if request is None:
             raise InvalidOptionError("expected one request message, got none")
         return request
+
+    def _arrival(self, kind: Kind, context: grpc.ServicerContext) -> Holding:
+        """Waits to be among those that arrive, as long as the call lasts."""
+        while context.is_active():
+            try:
+                return self.arriving[kind.name].hold(1, peer_identity(context))
+            except OverloadedError:
+                time.sleep(POLL_S)
+        raise RequestCancelledError("the request was not received in time")
 
     def close(self) -> None:
         """Ends the calls that nothing else ends, and lets no more of them in."""

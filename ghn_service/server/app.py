@@ -250,7 +250,7 @@ def _build_health_server(
     server = grpc.server(
         ThreadPoolExecutor(gate.num_places + SPARE_THREADS, "ghn-health"),
         interceptors=[CallInterceptor(gate, metrics)],
-        options=[("grpc.so_reuseport", 0)],
+        options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MESSAGE_OVERHEAD_BYTES)],
         maximum_concurrent_rpcs=gate.num_places + SPARE_THREADS,
     )
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
@@ -264,6 +264,8 @@ def _build_grpc_server(
         ("grpc.so_reuseport", 0),  # else a second server would share the port in silence
         ("grpc.max_receive_message_length", settings.max_request_bytes + MESSAGE_OVERHEAD_BYTES),
         ("grpc.max_send_message_length", -1),
+        ("grpc.http2.bdp_probe", 0),  # else gRPC takes megabytes of every call before anybody wants to receive it
+        ("grpc.http2.lookahead_bytes", MESSAGE_OVERHEAD_BYTES),
         ("grpc.compression_enabled_algorithms_bitset", 1),  # none: else 60 KB of a client hold 60 MB here
         *_keepalive_options(settings),
     ]

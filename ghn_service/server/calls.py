@@ -291,6 +291,7 @@ def _guard(context: grpc.ServicerContext, method: str, kind: Kind, metrics: Metr
             status = RpcStatus(grpc.StatusCode.UNIMPLEMENTED, status.details, ())
         end(status.code.name, error)
         context.set_code(status.code)  # for those who watch the context, such as traces
+        error = None  # its traceback leads here and to the request, which would wait for the collector of cycles
     context.abort_with_status(status)
 
 

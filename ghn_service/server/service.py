@@ -170,7 +170,8 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
         remaining_s = context.time_remaining()
         limit_s = self.settings.max_seconds
         deadline = time.monotonic() + (limit_s if remaining_s is None else min(limit_s, remaining_s))
-        with Request(self.memory, peer_identity(context), deadline, request.ByteSize()) as admitted:
+        message_bytes = 2 * request.ByteSize()  # the message, and its file as bytes
+        with Request(self.memory, peer_identity(context), deadline, message_bytes) as admitted:
             if not context.add_callback(admitted.cancel):
                 admitted.cancel()  # the client has gone already
             yield admitted

@@ -98,8 +98,8 @@ class Settings(BaseSettings):
     machine's, less 512 MiB and the checkpoints."""
     cache_bytes: ByteSize | None = None
     """Memory of it for the last replies, which answer equal requests; 0 for none, a tenth if empty."""
-    max_request_bytes: int = Field(default=64 * MEBIBYTE, ge=1024, le=2**31 - 1)
-    """Bytes of a request."""
+    max_request_bytes: int = Field(default=8 * MEBIBYTE, ge=1024, le=2**31 - 1)
+    """Bytes of a request; up to 56 that arrive at once may take them beside memory_bytes."""
     max_nodes: int = Field(default=DEFAULT_LIMITS.max_nodes, ge=1)
     """Nodes of an ONNX model, after functions are expanded."""
     max_graph_nodes: int = Field(default=DEFAULT_LIMITS.max_graph_nodes, ge=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -17,12 +19,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ghn_client.wire import ghn_pb2
-from ghn_service.errors import LimitExceededError, OverloadedError
+from ghn_service.errors import InvalidOptionError, LimitExceededError, OverloadedError
 from ghn_service.graph.onnx.reader import read_onnx
 from ghn_service.predictor import PredictionOptions
-from ghn_service.server.admission import SERVER, Budget, Holding, default_memory_bytes
+from ghn_service.server.admission import (
+    ARRIVALS,
+    POLL_S,
+    SERVER,
+    SIDE_KINDS,
+    Budget,
+    Holding,
+    Kind,
+    default_memory_bytes,
+)
 from ghn_service.server.app import RunningServer
 from ghn_service.server.reply import prediction_memory
+from ghn_service.server.settings import load_settings
 from tests.graph.test_onnx_limits import densely_connected
 from tests.server.fake_predictor import (
     SUMMARY,
@@ -36,9 +48,12 @@ from tests.server.fake_predictor import (
 )
 from tests.server.patience import PATIENCE_S, wait_until
 from tests.server.small_models import LARGE, TINY
+from tests.server.strangers import PREFACE, SETTINGS, is_healthy, say
 
 Code = grpc.StatusCode
 GIBIBYTE = 2**30
+INITIAL_WINDOW_SIZE = 4
+"""Number of the HTTP/2 setting: bytes that a client may send of a call before the server asks for more."""
 
 
 # ---- threads --------------------------------------------------------------------------------------------------------
@@ -90,6 +105,59 @@ def test_a_request_that_never_comes_gives_its_place_back(tmp_path: Path) -> None
             wait_until(lambda: not call.is_active())
         wait_until(lambda: server.gate.places["prediction"].used == 0)
         assert receive_file(stub.PredictWeights(predict_request(TINY), timeout=PATIENCE_S))
+
+
+@pytest.mark.parametrize("peer_share", [0.5, 1.0])
+def test_few_requests_arrive_at_once_and_the_others_wait(tmp_path: Path, peer_share: float) -> None:
+    most = int(peer_share * ARRIVALS)
+    with fake_server(tmp_path, max_peer_share=peer_share) as server, connect(server) as stub:
+        with held(server, "predict", most + 2):
+            wait_until(lambda: server.gate.places["prediction"].used == most + 2)
+            wait_until(lambda: server.gate.arriving["prediction"].used == most)
+            waiting = stub.ListModels.future(ghn_pb2.ListModelsRequest(), timeout=PATIENCE_S)
+            with pytest.raises(grpc.FutureTimeoutError):
+                waiting.result(timeout=5 * POLL_S)
+            assert is_healthy(server.address)
+        assert waiting.result().models
+        wait_until(lambda: server.gate.arriving["prediction"].used == 0)
+
+
+def test_little_is_taken_of_a_call_before_it_may_arrive(tmp_path: Path) -> None:
+    with (
+        fake_server(tmp_path) as server,
+        say(server.address, PREFACE + SETTINGS) as connection,
+        connection.makefile("rb") as answer,
+    ):
+        settings = answer.read(int.from_bytes(answer.read(9)[:3], "big"))
+    values = dict(struct.unpack(">HI", settings[start : start + 6]) for start in range(0, len(settings), 6))
+    assert values.get(INITIAL_WINDOW_SIZE, 0) <= 64 * 1024
+
+
+def test_a_request_that_waits_to_arrive_is_given_up_in_time(tmp_path: Path) -> None:
+    with fake_server(tmp_path, send_idle_seconds=1.0) as server:
+        peer = server.gate.arriving["prediction"]
+        holdings = [peer.hold(1, f"peer {number}") for number in range(ARRIVALS)]
+        with connect(server) as stub:
+            assert code_of(lambda: stub.ListModels(ghn_pb2.ListModelsRequest())) is Code.CANCELLED
+            for holding in holdings:
+                holding.shrink(0)
+            assert stub.ListModels(ghn_pb2.ListModelsRequest(), timeout=PATIENCE_S).models
+
+
+def test_what_arrives_by_default_fits_beside_the_budget() -> None:
+    kinds = (*SIDE_KINDS, Kind("prediction", load_settings().max_calls, 1.0))
+    assert sum(min(kind.places, ARRIVALS) for kind in kinds) * load_settings().max_request_bytes <= GIBIBYTE // 2
+
+
+def test_a_refused_request_leaves_nothing_to_the_collector(tmp_path: Path) -> None:
+    request = predict_request(TINY, request_id="two\nlines")
+    with fake_server(tmp_path) as server, connect(server) as stub:
+        gc.disable()
+        try:
+            assert code_of(stub.PredictWeights(request)) is Code.INVALID_ARGUMENT
+            wait_until(lambda: not any(type(item) is InvalidOptionError for item in gc.get_objects()))
+        finally:
+            gc.enable()
 
 
 def test_held_watches_do_not_delay_a_stop(tmp_path: Path) -> None:
@@ -153,7 +221,7 @@ def test_reading_counts_as_memory(tmp_path: Path) -> None:
 
 def test_a_message_counts_as_memory_for_as_long_as_its_request_waits(tmp_path: Path) -> None:
     padded = onnx.load_from_string(TINY)
-    padded.doc_string = "x" * (8 << 20)
+    padded.doc_string = "x" * (4 << 20)
     used = []
     for model in (TINY, padded.SerializeToString()):
         gate = Gate()
