@@ -33,7 +33,7 @@ from ghn_service.errors import (
 from ghn_service.graph.architecture import ArchitectureGraph, ParameterSpec
 from ghn_service.graph.onnx.reader import read_onnx
 from ghn_service.graph.passes import reset_head, restrict_vocabulary
-from ghn_service.graph.raw_graph import GraphLimits
+from ghn_service.graph.raw_graph import GraphLimits, never_ends
 from ghn_service.hypernetwork.checkpoint import CheckpointSummary, load_checkpoint
 from ghn_service.hypernetwork.download import find_checkpoint
 from ghn_service.hypernetwork.features import Target, build_features, collate, copied_values, find_targets, is_tiled
@@ -56,7 +56,7 @@ from ghn_service.postprocess.weighted_layers import StepRecord
 from ghn_service.transfer.auto import MINIMUM_SIMILARITY, choose_source
 from ghn_service.transfer.library import AUTO, Library
 from ghn_service.transfer.source import Source
-from ghn_service.transfer.transfer import Head, Transfer, TransferPlan, plan_transfer, transfer_weights
+from ghn_service.transfer.transfer import TARGET_FIELD, Head, Transfer, TransferPlan, plan_transfer, transfer_weights
 from ghn_service.trust import METADATA_KEY, KnownData, Trust, decode_statistics, judge
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -136,9 +136,9 @@ class PlannedTransfer:
         """Origin of every tensor that the source gives, running statistics included."""
         return {name: source_origin(self.source.name, how) for name, how in self.plan.origins.items() if how != "none"}
 
-    def carry_out(self, seed: int) -> Transfer:
-        """The weights."""
-        return transfer_weights(self.source, self.structure, self.plan, head=self.head, seed=seed)
+    def carry_out(self, seed: int, check: Callable[[], None] = never_ends) -> Transfer:
+        """The weights; ``check`` is called before every tensor, and what it raises ends the transfer."""
+        return transfer_weights(self.source, self.structure, self.plan, head=self.head, seed=seed, check=check)
 
 
 def plan_source(
@@ -150,6 +150,7 @@ def plan_source(
     post_process: bool = False,
     limits: GraphLimits | None = None,
     parameters: Sequence[ParameterSpec] = (),
+    check: Callable[[], None] = never_ends,
 ) -> tuple[PlannedTransfer | None, tuple[str, ...]]:
     """What a source of a library gives an architecture; other arguments as in ``PlannedTransfer``.
 
@@ -161,6 +162,7 @@ def plan_source(
         post_process: Whether post-processing changes what the source gives.
         limits: The largest network that is read.
         parameters: Those of the architecture, as they are predicted.
+        check: Called every few milliseconds; what it raises ends the planning.
 
     Returns:
         The plan; or None where ``auto`` finds no source that pays, and why, in sentences.
@@ -168,9 +170,10 @@ def plan_source(
     Raises:
         UnknownModelError: There is no such source.
         SourceError: It has no weights, cannot be read, or has nothing in common with the architecture.
+        LimitExceededError: The architecture's channels take too long to tell apart.
     """
     if name == AUTO:
-        choice = choose_source(library, structure, head=head, limits=limits, parameters=parameters)
+        choice = choose_source(library, structure, head=head, limits=limits, parameters=parameters, check=check)
         if choice.source is None or choice.plan is None:
             return None, (
                 f"The hypernetwork alone serves this architecture better than any source: {choice.reasons[0]}",
@@ -178,8 +181,10 @@ def plan_source(
         return PlannedTransfer(choice.source, structure, choice.plan, head, post_process), ()
     source = library.load(name)
     try:
-        plan = plan_transfer(source, structure, head=head, limits=limits, parameters=parameters)
+        plan = plan_transfer(source, structure, head=head, limits=limits, parameters=parameters, check=check)
     except (InvalidArchitectureError, UnsupportedArchitectureError, LimitExceededError) as error:
+        if error.field == TARGET_FIELD:
+            raise
         raise SourceError(f"the source {source.name!r} cannot be read: {error}", field="source") from error
     return PlannedTransfer(source, structure, plan, head, post_process), ()
 
@@ -356,7 +361,7 @@ class Predictor:
                 statistics: Mapping[str, Tensor] = {}
                 if transfer is not None:
                     with clock.stage(TRANSFERRING):
-                        found = transfer.carry_out(options.seed)
+                        found = transfer.carry_out(options.seed, functools.partial(clock.tick, TRANSFERRING))
                         given, statistics = found.tensors, _converted(found.statistics, torch.float32)
                 origins, copied = self._origins(known, transfer)
                 trust = judge(known, origins, copied, self.known_data, is_near=_is_near(transfer))

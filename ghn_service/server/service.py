@@ -233,6 +233,7 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
                 post_process=post_process,
                 limits=self.limits,
                 parameters=tuple(graph.parameters()),
+                check=admitted.check,
             )
         return replace(graph, warnings=(*graph.warnings, *reasons)), transfer
 

@@ -15,6 +15,7 @@ from typing import Literal, TypeVar
 from ghn_service.errors import LimitExceededError
 from ghn_service.transfer.network import Layer, Network
 from ghn_service.transfer.units import Unit, find_units, silenced_layers
+from ghn_service.transfer.work import spend
 
 _MAX_CELLS = 4_000_000
 Mode = Literal["copy", "zero", "pass"]
@@ -49,10 +50,15 @@ def align(target: Network, source: Network) -> Alignment:
     """
     mine, theirs = find_units(target), find_units(source)
     silent = [silenced_layers(target, mine, i) for i in range(len(mine))]
-    known: dict[tuple[object, ...], float] = {}
+    numbers: dict[object, int] = {}
+    signatures = {id(unit): numbers.setdefault(unit.signature, len(numbers)) for unit in (*mine, *theirs)}
+    kinds = {
+        id(unit): numbers.setdefault((signatures[id(unit)], unit.activation), len(numbers)) for unit in (*mine, *theirs)
+    }
+    known: dict[tuple[int, int], float] = {}
 
     def similarity(a: Unit, b: Unit) -> float:
-        key = (a.signature, a.activation, b.signature, b.activation)
+        key = kinds[id(a)], kinds[id(b)]
         if key not in known:
             known[key] = _unit_similarity(a, b)
         return known[key]
@@ -70,7 +76,8 @@ def align(target: Network, source: Network) -> Alignment:
     for i, found in enumerate(silent):
         if i not in partners and found is not None:
             result.inserted.append(mine[i])
-            alike = [j for j in partners if mine[j].signature == mine[i].signature]
+            spend(len(partners))
+            alike = [j for j in partners if signatures[id(mine[j])] == signatures[id(mine[i])]]
             nearest = min(alike, key=lambda j: (abs(j - i), j), default=None)
             _insert(result, mine[i], found, None if nearest is None else partners[nearest])
     used = {id(layer) for unit in theirs for layer in unit.layers}
@@ -93,19 +100,21 @@ def _best_pairs(
         raise LimitExceededError(
             f"networks of {rows} and {columns} units cannot be aligned; at most {_MAX_CELLS} pairs are compared"
         )
-    best = [[0.0] * (columns + 1) for _ in range(rows + 1)]
-    step = [[0] * (columns + 1) for _ in range(rows + 1)]  # 2: both, 1: of the left alone, 0: of the right alone
+    best = [0.0] * (columns + 1)
+    step = [bytearray(columns + 1) for _ in range(rows + 1)]  # 2: both, 1: of the left alone, 0: of the right alone
     for i in range(rows, -1, -1):
+        spend(columns + 1)
+        below, best = best, [0.0] * (columns + 1)
         for j in range(columns, -1, -1):
             options = []
             if i < rows and j < columns and (value := similarity(left[i], right[j])) > 0:
-                options.append((best[i + 1][j + 1] + value, 2))
+                options.append((below[j + 1] + value, 2))
             if i < rows:
-                options.append((best[i + 1][j] + left_gaps[i], 1))
+                options.append((below[j] + left_gaps[i], 1))
             if j < columns:
-                options.append((best[i][j + 1] + right_gaps[j], 0))
+                options.append((best[j + 1] + right_gaps[j], 0))
             if options:
-                best[i][j], step[i][j] = max(options, key=lambda option: (round(option[0], 9), option[1]))
+                best[j], step[i][j] = max(options, key=lambda option: (round(option[0], 9), option[1]))
     pairs: list[_Pair] = []
     i = j = 0
     while i < rows or j < columns:

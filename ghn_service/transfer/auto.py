@@ -6,7 +6,7 @@ similarity was seen to pay; else none, which means the hypernetwork.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ghn_service.errors import (
@@ -16,10 +16,10 @@ from ghn_service.errors import (
     UnsupportedArchitectureError,
 )
 from ghn_service.graph.architecture import ParameterSpec
-from ghn_service.graph.raw_graph import GraphLimits
+from ghn_service.graph.raw_graph import GraphLimits, never_ends
 from ghn_service.transfer.library import Library
 from ghn_service.transfer.source import Source
-from ghn_service.transfer.transfer import Head, TransferPlan, plan_transfer
+from ghn_service.transfer.transfer import TARGET_FIELD, Head, TransferPlan, plan_transfer
 
 UNREADABLE = (InvalidArchitectureError, LimitExceededError, UnsupportedArchitectureError)
 MINIMUM_SIMILARITY = 0.8
@@ -53,6 +53,7 @@ def choose_source(
     minimum_similarity: float = MINIMUM_SIMILARITY,
     limits: GraphLimits | None = None,
     parameters: Sequence[ParameterSpec] = (),
+    check: Callable[[], None] = never_ends,
 ) -> Choice:
     """The network of ``library`` from which an architecture should take its weights.
 
@@ -63,6 +64,7 @@ def choose_source(
         minimum_similarity: Similarity, 0 to 1, below which a source that is not contained is left alone.
         limits: The largest network that is read; one that cannot be read has no source.
         parameters: As in ``plan_transfer``.
+        check: As in ``plan_transfer``.
 
     Raises:
         SourceError: A file of the library is damaged.
@@ -72,8 +74,10 @@ def choose_source(
     for summary in library.summaries():
         source = library.outline(summary.name)
         try:
-            plan = plan_transfer(source, structure, head=head, limits=limits, parameters=parameters)
+            plan = plan_transfer(source, structure, head=head, limits=limits, parameters=parameters, check=check)
         except (SourceError, *UNREADABLE) as error:
+            if error.field == TARGET_FIELD:  # which no other source would change
+                return Choice(None, None, (f"{error}.",))
             refused.append(f"{summary.name}: {error}.")
             continue
         rank = (True, float(summary.num_parameters)) if plan.contains_source else (False, plan.similarity)

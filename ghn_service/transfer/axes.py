@@ -14,7 +14,11 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+from ghn_service.transfer.work import nested, spend
+
 MAX_PARTS = 4096
+_MAX_SIZE = 2**63 - 1
+_COST_OF_DIM = 8
 Flag = Literal["position", "pinned", "even", "dotted", "rows"]
 """What is known of a leaf.
 
@@ -33,11 +37,16 @@ class Dim:
         parent: What it was unified with, if anything.
         kind: ``leaf``, ``product`` or ``concat``.
         parts: Of a product or concatenation, in order.
+
+    Raises:
+        ValueError: No tensor has an axis of this size.
     """
 
     __slots__ = ("flags", "kind", "parent", "parts", "size")
 
     def __init__(self, size: int, *flags: Flag) -> None:
+        if not 0 <= size <= _MAX_SIZE:
+            raise ValueError(f"an axis has 0 to {_MAX_SIZE} entries")
         self.size = size
         self.flags: set[Flag] = set(flags)
         self.parent: Dim | None = None
@@ -64,9 +73,11 @@ class Dim:
     def _opened(self, *kinds: str) -> list[Dim]:
         found: list[Dim] = []
         waiting = [self]
+        spend()
         while waiting:
             dim = waiting.pop().root()
             if dim.kind in kinds:
+                spend(len(dim.parts))
                 waiting.extend(reversed(dim.parts))
             elif dim.size != 1:
                 found.append(dim)
@@ -87,6 +98,18 @@ class Dim:
         return all("position" in leaf.flags for leaf in self.leaves())
 
 
+def nesting(dim: Dim) -> int:
+    """How deep parts of an axis lie in each other; 0 for a leaf."""
+    deepest, waiting = 0, [(dim, 0)]
+    while waiting:
+        part, depth = waiting.pop()
+        root = part.root()
+        deepest = max(deepest, depth)
+        spend(1 + len(root.parts))
+        waiting.extend((inner, depth + 1) for inner in root.parts)
+    return deepest
+
+
 def product(dims: Sequence[Dim]) -> Dim:
     """The row-major product of dims."""
     wide = [dim for dim in dims if dim.size != 1]
@@ -103,10 +126,11 @@ def concatenation(dims: Sequence[Dim]) -> Dim:
     if len(dims) == 1:
         return dims[0]
     roots = [dim.root() for dim in dims]
-    parts = [part for root in roots for part in (root.parts if root.kind == "concat" else (root,))]
-    result = Dim(sum(part.size for part in parts))
-    if len(parts) <= MAX_PARTS:
-        result.kind, result.parts = "concat", tuple(parts)
+    result = Dim(sum(root.size for root in roots))
+    if sum(len(root.parts) if root.kind == "concat" else 1 for root in roots) <= MAX_PARTS:
+        parts = (root.parts if root.kind == "concat" else (root,) for root in roots)
+        result.kind, result.parts = "concat", tuple(itertools.chain.from_iterable(parts))
+        spend(len(result.parts))
     else:
         result.flags.add("pinned")
     return result
@@ -145,8 +169,10 @@ def split_sum(dim: Dim, sizes: Sequence[int]) -> tuple[Dim, ...] | None:
     if dim.kind == "leaf":
         if len(sizes) == 1:
             return (dim,)
+        spend(_COST_OF_DIM * len(sizes))
         dim.kind, dim.parts = "concat", tuple(Dim(size, *dim.flags) for size in sizes)
         return dim.parts
+    spend(len(dim.parts) + len(sizes))
     waiting, found, fresh = list(reversed(dim.parts)), list[Dim](), list[Dim]()
     for size in sizes:
         got: list[Dim] = []
@@ -168,13 +194,15 @@ def split_sum(dim: Dim, sizes: Sequence[int]) -> tuple[Dim, ...] | None:
 
 def unify(a: Dim, b: Dim) -> bool:
     """Makes two axes the same channels; what conflicts is pinned, and the answer is False."""
+    spend()
     if a.root() is b.root():
         return True
-    if a.size != b.size or not _unify_factors(a.factors(), b.factors()):
+    with nested():
+        is_done = a.size == b.size and _unify_factors(a.factors(), b.factors())
+    if not is_done:
         a.mark("pinned")
         b.mark("pinned")
-        return False
-    return True
+    return is_done
 
 
 def _unify_factors(left: list[Dim], right: list[Dim]) -> bool:

@@ -16,6 +16,7 @@ from ghn_service.transfer.network import Layer, Network, Value
 from ghn_service.transfer.relations import Relations
 from ghn_service.transfer.scales import Scale
 from ghn_service.transfer.units import Unit
+from ghn_service.transfer.work import spend
 
 _REPEATS = frozenset({"Identity", "Dropout", "Cast", "CastLike"})
 _COMMUTATIVE = frozenset({"Add", "Mul", "Sum", "Max", "Min", "Equal", "And", "Or"})
@@ -101,7 +102,7 @@ def _broken_maps(target: Network, inserted: Sequence[Unit], relations: Relations
         if "dotted" in leaf.flags and leaf not in relations.gains:
             yield f"queries and keys have {leaf.size} channels for the source's {size}"
             return
-    for axis in target.even_axes:
+    for axis in dict.fromkeys(axis.root() for axis in target.even_axes):
         parts = [part for factor in axis.factors() if factor.kind == "concat" for part in factor.parts]
         leaves = [part.leaves()[0] for part in parts if len(part.leaves()) == 1]
         if len({leaf.size / max(relations.of.get(leaf, leaf).size, 1) for leaf in leaves}) > 1:
@@ -136,6 +137,7 @@ class _Numbering:
         self.reshaped_from: dict[str, str] = {}
         self.layers: dict[int, Layer] = {id(layer.node): layer for layer in network.layers}
         self.examples = {leaf for axis in network.input_axes[:1] for leaf in axis.leaves()}
+        self.numbered_axes: dict[Dim, int] = {}
         for position, header in enumerate(network.file.inputs):
             self.of[header.name] = self._number(("input", header.name == network.input or position))
         for name in (*network.tensors, *network.file.initializers):
@@ -156,12 +158,14 @@ class _Numbering:
         value = self.network.values[name]
         if value.known is None:
             return ("constant", tuple(axis.size for axis in value.axes or ()), self.network.file.small_constant(name))
+        spend(1 + value.known.nbytes // 512)
         content = f"{value.number:.6g}" if value.known.size == 1 else value.known.tobytes()
         return ("numbers", value.known.shape, content)
 
     def _visit(self, node: OnnxNode, skipped: Mapping[str, str]) -> None:
         name = node.outputs[0]
         value = self.network.values[name]
+        spend(1 + len(node.inputs) + len(node.outputs))
         if name in self.neutral and value.known is not None:
             number = self._number(("scale",))
         elif value.known is not None or node.op_type == "Constant":
@@ -203,7 +207,7 @@ class _Numbering:
         if node.op_type in _COMMUTATIVE:
             operands.sort()
         if node.outputs[0] in self.network.global_means:
-            return ("", "GlobalAveragePool", tuple(operands[:1]), (), self._axes(value))
+            return ("", "GlobalAveragePool", tuple(operands[:1]), self._number(("attributes",)), self._axes(value))
         return (node.domain, node.op_type, tuple(operands), self._attributes(node), self._axes(value))
 
     def _is_free(self, value: Value) -> bool:
@@ -216,7 +220,8 @@ class _Numbering:
             return False
         return all(a.is_positions for a, b in zip(axes, out, strict=False) if a.root() is not b.root())
 
-    def _attributes(self, node: OnnxNode) -> tuple[object, ...]:
+    def _attributes(self, node: OnnxNode) -> int:
+        """A number for what attributes say, which many nodes may share."""
         found: list[object] = []
         layer = self.layers.get(id(node))
         if layer is not None and layer.kind == "conv":
@@ -226,16 +231,22 @@ class _Numbering:
             is_window = name in ("strides", "dilations")
             is_read = name not in _UNREAD or node.op_type in _POOLS
             is_read &= node.op_type != "BatchNormalization" and not (is_window and node.op_type == "Conv")
+            spend(len(attribute.ints) + len(attribute.floats) + len(attribute.s))
             content = (tuple(attribute.ints), tuple(attribute.floats), attribute.i, attribute.f, bytes(attribute.s))
             if name == "axis" and attribute.i < 0:
                 content = ((), (), attribute.i + len(self.network.values[node.inputs[0]].axes or ()), 0.0, b"")
             is_default = not any(content) or content[-1] == b"NOTSET" or (is_window and set(content[0]) == {1})
             if is_read and not is_default:
                 found.append((name, content))
-        return tuple(found)
+        return self._number(("attributes", *found))
 
     def _axes(self, value: Value) -> object:
         if value.axes is None:
             return None
-        axes = ([self.name_of(leaf) for leaf in axis.leaves() if leaf not in self.examples] for axis in value.axes)
-        return tuple(tuple(name for name in names if name is not None) for names in axes)
+        return tuple(self._axis(axis.root()) for axis in value.axes)
+
+    def _axis(self, axis: Dim) -> int:
+        if axis not in self.numbered_axes:
+            names = (self.name_of(leaf) for leaf in axis.leaves() if leaf not in self.examples)
+            self.numbered_axes[axis] = self._number(("axis", *(name for name in names if name is not None)))
+        return self.numbered_axes[axis]

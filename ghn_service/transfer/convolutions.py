@@ -17,6 +17,8 @@ def convolve(network: Network, node: OnnxNode, operands: list[Value]) -> list[Va
     if weight is None or operands[1].axis_of != list(range(len(kernel))):
         for axis in kernel:
             axis.mark("pinned")
+    if data[1].size != groups * kernel[1].size:
+        raise NotUnderstoodError
     channels = reshaped([data[1]], [groups, kernel[1].size])
     rows = reshaped([kernel[0]], [groups, kernel[0].size // groups])
     unify(channels[0], rows[0])
@@ -43,6 +45,8 @@ def _windows(node: OnnxNode, axes: Sequence[Dim], kernel: Sequence[int]) -> list
     strides = node.integers("strides") or (1,) * count
     dilations = node.integers("dilations") or (1,) * count
     pads = node.integers("pads") or (0,) * (2 * count)
+    if min(*strides, *dilations, 1) < 1:
+        raise NotUnderstoodError
     mode = node.text("auto_pad")
     result = []
     for i, size in enumerate(axis.size for axis in axes):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy
 
 from ghn_service.graph.onnx.file import FLOAT_TYPES, OnnxFile, OnnxNode, constant_number
+from ghn_service.transfer.work import spend
 
 Array = numpy.ndarray
 MAX_RANK = 16
@@ -21,6 +22,8 @@ def constant(file: OnnxFile, name: str, shape: tuple[int, ...]) -> Array | None:
     """The numbers of an initializer or Constant node, if they are integers in the file or one float."""
     attributes = file.producers[name].attributes if name in file.producers else {}
     tensor = attributes["value"].t if "value" in attributes else file.tensors.get(name)
+    if len(shape) > MAX_RANK:
+        return None
     dtype = {7: "<i8", 6: "<i4"}.get(tensor.data_type) if tensor is not None else None  # INT64, INT32
     if tensor is not None and dtype and len(tensor.raw_data) == math.prod(shape) * int(dtype[-1]) <= _MAX_BYTES:
         return numpy.frombuffer(tensor.raw_data, dtype).astype(numpy.int64).reshape(shape)
@@ -42,6 +45,7 @@ def fold(node: OnnxNode, operands: list[Array | None]) -> Array | None:
     arrays = [item for item in operands if item is not None and item.size <= _MAX_ELEMENTS]
     if rule is None or not arrays or len(arrays) < len(operands):
         return None
+    spend(sum(item.size for item in arrays))
     try:
         with numpy.errstate(all="ignore"):
             result = numpy.asarray(rule(node, *arrays))
@@ -56,7 +60,36 @@ _Rule = Callable[..., object]
 
 
 def _by_element(function: _Rule) -> _Rule:
-    return lambda node, *operands: functools.reduce(function, operands) if len(operands) > 1 else function(*operands)
+    def fold_elements(node: OnnxNode, *operands: Array) -> object:
+        _check_broadcast(operands)
+        return functools.reduce(function, operands) if len(operands) > 1 else function(*operands)
+
+    return fold_elements
+
+
+def _check_size(count: int) -> None:
+    if count > _MAX_ELEMENTS:
+        raise ValueError("too many")
+
+
+def _check_broadcast(operands: Iterable[Array]) -> None:
+    _check_size(math.prod(max(size, 1) for size in numpy.broadcast_shapes(*(item.shape for item in operands))))
+
+
+def _where(node: OnnxNode, *operands: Array) -> Array:
+    _check_broadcast(operands)
+    return numpy.where(*operands)
+
+
+def _concatenate(node: OnnxNode, *items: Array) -> Array:
+    _check_size(sum(item.size for item in items))
+    return numpy.concatenate([numpy.atleast_1d(item) for item in items])
+
+
+def _gather(node: OnnxNode, x: Array, index: Array) -> Array:
+    axis = node.integer("axis", 0)
+    _check_size(x.size // max(x.shape[axis], 1) * index.size)
+    return numpy.take(x, index, axis=axis)
 
 
 def _cast(node: OnnxNode, x: Array) -> Array:
@@ -76,8 +109,7 @@ def _slice(node: OnnxNode, data: Array, start: Array, end: Array, *axes_and_step
 
 def _filled(node: OnnxNode, shape: Array) -> Array:
     sizes = [int(size) for size in shape]
-    if math.prod(sizes) > _MAX_ELEMENTS:
-        raise ValueError("too many")
+    _check_size(math.prod(sizes))
     return numpy.zeros(sizes, dtype=numpy.int64)
 
 
@@ -104,9 +136,9 @@ _RULES: dict[str, _Rule] = {
     "Equal": _by_element(numpy.equal),
     "Max": _by_element(numpy.maximum),
     "Min": _by_element(numpy.minimum),
-    "Where": lambda node, condition, a, b: numpy.where(condition, a, b),
-    "Concat": lambda node, *items: numpy.concatenate([numpy.atleast_1d(item) for item in items]),
-    "Gather": lambda node, x, index: numpy.take(x, index, axis=node.integer("axis", 0)),
+    "Where": _where,
+    "Concat": _concatenate,
+    "Gather": _gather,
     "Squeeze": lambda node, x, *axes: x.reshape([size for size in x.shape if size != 1]),
     "Unsqueeze": lambda node, x, *axes: x.reshape([1, *x.shape] if x.ndim < 2 else [-1, -1]),
     "Reshape": lambda node, x, shape: x.reshape([int(size) for size in shape]),

@@ -10,6 +10,7 @@ import numpy
 
 from ghn_service.graph.onnx.file import OnnxFile, OnnxNode
 from ghn_service.transfer.axes import Dim
+from ghn_service.transfer.work import spend
 
 Kind = str
 """conv, deconv, linear, norm (with statistics), layer_norm, scale, shift, table, token or other."""
@@ -92,6 +93,7 @@ class Value:
         """
         if self.known is None or self.known.dtype != numpy.int64:
             raise NotUnderstoodError
+        spend(self.known.size)
         return [int(item) for item in self.known.flatten()]
 
     @property
@@ -163,6 +165,7 @@ class Network:
         merged_pads: Values that are padded for a convolution, which counts the pads as its own.
         reshaped: Values that a Gather takes from another one whole and in order.
         global_means: Values that a ReduceMean makes as GlobalAveragePool would.
+        constants: Numbers of Constant nodes, by their shape and the identities of their attributes.
     """
 
     file: OnnxFile
@@ -176,6 +179,7 @@ class Network:
     merged_pads: set[str] = field(default_factory=set)
     reshaped: set[str] = field(default_factory=set)
     global_means: set[str] = field(default_factory=set)
+    constants: dict[tuple[object, ...], numpy.ndarray | None] = field(default_factory=dict)
 
     @property
     def input_axes(self) -> list[Dim]:
@@ -222,4 +226,6 @@ def listed_axes(node: OnnxNode, operands: list[Value], rank: int, position: int 
         axes = node.integers("axes")
     elif len(operands) > position and node.inputs[position]:
         axes = operands[position].integers
+    if len(axes) > rank:
+        raise NotUnderstoodError
     return [axis % rank for axis in axes]

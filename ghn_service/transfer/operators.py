@@ -16,6 +16,7 @@ from ghn_service.transfer.axes import Dim, concatenation, reshaped, split_sum, u
 from ghn_service.transfer.convolutions import convolve, convolve_transposed, pad, pool
 from ghn_service.transfer.folding import MAX_RANK, constant
 from ghn_service.transfer.network import Network, NotUnderstoodError, Tensor, Value, listed_axes, weight_operand
+from ghn_service.transfer.work import spend
 
 SHAPE_ONLY = frozenset(
     {"Shape", "Size", "ConstantOfShape", "Range", "Constant", "RandomNormalLike", "RandomUniformLike"}
@@ -23,6 +24,7 @@ SHAPE_ONLY = frozenset(
 """Operators whose results hold no data, whatever they are computed from."""
 
 _MAX_PIECES = 4096
+_COST_OF_PIECE = 16
 _Handler = Callable[[Network, OnnxNode, list[Value]], list[Value]]
 
 
@@ -220,6 +222,8 @@ def _new_sizes(network: Network, node: OnnxNode, operands: list[Value], old: lis
     if node.op_type == "Unsqueeze":
         given = node.integers("axes") or operands[1].integers
         rank, waiting = len(old) + len(given), iter(old)
+        if rank > MAX_RANK:
+            raise NotUnderstoodError
         return [1 if i in {axis % rank for axis in given} else next(waiting) for i in range(rank)]
     if len(operands) < 2 or operands[1].known is None:
         return list(network.file.value_shape(node.outputs[0]) or [])
@@ -280,6 +284,7 @@ def _split(network: Network, node: OnnxNode, operands: list[Value]) -> list[Valu
     if each:
         whole, rest = divmod(size, each)
         sizes = [each] * min(whole, _MAX_PIECES) + ([rest] if rest else [])
+    spend(_COST_OF_PIECE * len(sizes))
     dims = value.dims
     pieces = [value.view([*dims[:axis], piece, *dims[axis + 1 :]], value.axis_of) for piece in _cut(dims[axis], sizes)]
     return [Value(None, pieces=tuple(pieces))] if node.op_type == "SplitToSequence" else pieces
@@ -327,7 +332,8 @@ def _gather(network: Network, node: OnnxNode, operands: list[Value]) -> list[Val
     value, index = operands[0], operands[1]
     dims, places = value.dims, index.dims
     axis = node.integer("axis", 0) % len(dims)
-    if len(places) > 1 and index.known is not None and index.integers == list(range(dims[axis].size)):
+    is_whole = index.known is not None and index.known.size == dims[axis].size
+    if len(places) > 1 and is_whole and index.integers == list(range(dims[axis].size)):
         network.reshaped.add(node.outputs[0])  # as torch exports what AdaptiveAvgPool2d(1) makes
         sizes = [dim.size for dim in (*dims[:axis], *places, *dims[axis + 1 :])]
         return [Value(reshaped(dims, sizes))]
@@ -371,7 +377,10 @@ def _constant(network: Network, node: OnnxNode, operands: list[Value]) -> list[V
             shape = tuple(attribute.t.dims)
         elif name in ("value_ints", "value_floats"):
             shape = (len(attribute.ints) or len(attribute.floats),)
-    return [Value([Dim(size, "pinned") for size in shape], constant(network.file, node.outputs[0], shape))]
+    held = (shape, *map(id, node.attributes.values()))  # the same where calls of a function are given one constant
+    if held not in network.constants:
+        network.constants[held] = constant(network.file, node.outputs[0], shape)
+    return [Value([Dim(size, "pinned") for size in shape], network.constants[held])]
 
 
 def _shape(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:

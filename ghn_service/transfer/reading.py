@@ -9,40 +9,56 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 
-from ghn_service.errors import GhnServiceError
+from ghn_service.errors import GhnServiceError, LimitExceededError
 from ghn_service.graph.architecture import ParameterSpec, ParameterUse
 from ghn_service.graph.onnx.file import FLOAT, FLOAT_TYPES, OnnxFile, OnnxNode, TensorHeader, load_file
 from ghn_service.graph.onnx.values import ReadContext
-from ghn_service.graph.raw_graph import GraphLimits
-from ghn_service.transfer.axes import Dim
+from ghn_service.graph.raw_graph import GraphLimits, never_ends
+from ghn_service.transfer.axes import Dim, nesting
 from ghn_service.transfer.folding import MAX_RANK, constant, fold
 from ghn_service.transfer.network import Network, NotUnderstoodError, Tensor, Value
 from ghn_service.transfer.operators import HANDLERS, SHAPE_ONLY
+from ghn_service.transfer.work import MAX_NESTING, spend
 
 _BIAS = 2
 """Which input of Conv and Gemm the bias is."""
 _MAX_INPUTS = 64
 _MAX_ORIGINS = 64
-_MALFORMED = (NotUnderstoodError, ValueError, IndexError, TypeError, AttributeError, KeyError, ArithmeticError)
+_MALFORMED = (
+    NotUnderstoodError, ValueError, IndexError, TypeError, AttributeError, KeyError, ArithmeticError, RecursionError
+)  # fmt: skip
 
 
 def read_network(
-    data: bytes, limits: GraphLimits, field_name: str, parameters: Iterable[ParameterSpec] = ()
+    data: bytes,
+    limits: GraphLimits,
+    field_name: str,
+    parameters: Iterable[ParameterSpec] = (),
+    *,
+    check: Callable[[], None] = never_ends,
 ) -> Network:
     """The channel groups of an ONNX model, in which every one of its ``parameters`` is a tensor of its own.
+
+    ``check`` is called every few milliseconds while the file is read; what axes cost is counted by the caller, in
+    ``counted_work``.
 
     Raises:
         InvalidArchitectureError, UnsupportedArchitectureError, LimitExceededError: As ``read_onnx``.
     """
     try:
-        file = load_file(data, limits)
+        file = load_file(data, limits, check)
         _separate(file, parameters)
-        context = ReadContext(file, limits)
+        context = ReadContext(file, limits, check)
+        return _read(context)
     except GhnServiceError as error:
         error.field = error.field or field_name
         raise
+
+
+def _read(context: ReadContext) -> Network:
     network = Network(context.file)
     for index, node in enumerate(context.file.nodes):
         for name in node.inputs:
@@ -50,6 +66,12 @@ def read_network(
     _read_inputs(network, context)
     for node in context.file.nodes:
         _read_node(network, node)
+    for tensor in network.tensors.values():
+        if any(nesting(axis) > MAX_NESTING for axis in tensor.axes):
+            raise LimitExceededError(
+                f"the channels of {tensor.name!r} are joined and split over and over, more than {MAX_NESTING} times;"
+                " ask without a source"
+            )
     return network
 
 
@@ -118,12 +140,14 @@ def _main_input(network: Network, inputs: list[str]) -> str:
         bits = functools.reduce(operator.or_, (reached.get(name, 0) for name in node.inputs), 0)
         if bits and node.op_type not in SHAPE_ONLY:
             reached.update((name, bits) for name in node.outputs if name)
-    counts = [sum(bits >> i & 1 for bits in reached.values()) for i in range(len(inputs))]
+    alike = Counter(reached.values())
+    counts = [sum(count for bits, count in alike.items() if bits >> i & 1) for i in range(len(inputs))]
     return inputs[counts.index(max(counts))] if inputs else ""
 
 
 def _read_node(network: Network, node: OnnxNode) -> None:
     operands = [network.values[name] for name in node.inputs]
+    spend(1 + len(node.outputs) + sum(1 + len(value.origins) for value in operands))
     handler = HANDLERS.get(node.op_type) if node.domain in ("", "com.microsoft") else None
     results: list[Value] = []
     try:
@@ -150,6 +174,7 @@ def _read_node(network: Network, node: OnnxNode) -> None:
                 value.axes = _stated_axes(network, name)
             if known is not None and not position:
                 value.known = known
+                spend(known.size)
             value.is_data = is_data
             value.made_from = origins[:_MAX_ORIGINS] if value.tensor is None else ()
             network.values[name] = value

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from ghn_service.transfer.axes import Dim
 from ghn_service.transfer.network import Network
+from ghn_service.transfer.work import spend
+
+COST_OF_HOP = 16
 
 VIEWS = frozenset(
     {"Identity", "Cast", "CastLike", "Dropout", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Gather", "Split",
@@ -69,6 +72,7 @@ def gains(target: list[Scale], source: list[Scale], of: dict[Dim, Dim]) -> dict[
 def _walk_back(network: Network, name: str, scale: Scale) -> None:
     """From a query or key to the layer that makes it."""
     while name not in network.makers:
+        spend(COST_OF_HOP)
         node = network.file.producers.get(name)
         before = _multiply(network, name, scale)
         if before is None and node is not None and node.op_type in VIEWS:
@@ -82,6 +86,7 @@ def _walk_back(network: Network, name: str, scale: Scale) -> None:
 def _walk_on(network: Network, name: str, scale: Scale) -> None:
     """From the product on."""
     while len(readers := network.consumers.get(name, [])) == 1:
+        spend(COST_OF_HOP)
         node = network.file.nodes[readers[0]]
         name = node.outputs[0]
         if node.op_type not in VIEWS and _multiply(network, name, scale) is None:

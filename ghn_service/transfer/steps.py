@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,8 @@ from ghn_service.transfer.alignment import Alignment, Mode
 from ghn_service.transfer.axes import Dim
 from ghn_service.transfer.network import Layer, Network, Tensor
 from ghn_service.transfer.relations import Relations
-from ghn_service.transfer.scales import VIEWS
+from ghn_service.transfer.scales import COST_OF_HOP, VIEWS
+from ghn_service.transfer.work import spend
 
 Origin = Literal["exact", "grown", "cut", "none"]
 """How a tensor comes from the source: unchanged; larger, with the same function; smaller or otherwise changed; not."""
@@ -97,15 +99,16 @@ def class_groups(network: Network) -> list[Dim]:
     return leaves
 
 
-def class_layer_input(network: Network, classes: list[Dim]) -> str:
+def class_layer_input(network: Network, classes: Collection[Dim]) -> str:
     """What the layer that makes the classes reads; "" if there is none."""
+    classes = set(classes)
     for layer in network.layers:
         if any(leaf in classes for tensor in layer.tensors.values() for leaf in tensor.leaves()):
             return layer.node.inputs[0]
     return ""
 
 
-def find_refusal(step: Step, relations: Relations, classes: list[Dim], stem: list[Dim]) -> str:
+def find_refusal(step: Step, relations: Relations, classes: Collection[Dim], stem: Collection[Dim]) -> str:
     """Why a tensor cannot be mapped; "" if it can.
 
     Args:
@@ -123,13 +126,18 @@ def find_refusal(step: Step, relations: Relations, classes: list[Dim], stem: lis
         columns, rows = (
             [relations.of.get(leaf) for leaf in mine.axes[i].leaves()] for i in step.layer.columns_and_rows
         )
-        is_known = mine.contracted and rows == columns and None not in rows
+        is_flat = all(factor.kind == "leaf" for i in step.layer.columns_and_rows for factor in mine.axes[i].factors())
+        is_known = mine.contracted and is_flat and rows == columns and None not in rows
         return "" if is_known else "the layer's channels could not be told from the layers around it"
     if source is None:
         return ""
     if len(mine.axes) != len(source.axes):
         return f"the tensor has {len(mine.axes)} axes, the source's {len(source.axes)}"
+    is_kernel = step.layer.kind == "conv" and step.role == "weight"
+    resized = []
     for position, (a, b) in enumerate(zip(mine.axes, source.axes, strict=True)):
+        if a.size != b.size and (a.is_positions or a.has("rows")) and not (is_kernel and position > 1):
+            resized.append(position)
         if a.is_positions and b.is_positions:
             continue
         if not relations.relate(a, b, late=True):
@@ -140,6 +148,8 @@ def find_refusal(step: Step, relations: Relations, classes: list[Dim], stem: lis
             if relations.kind(leaf) == "blocked" and not is_free:
                 size = relations.of[leaf].size
                 return f"{size} channels of axis {position} became {leaf.size} where they must not change"
+    if len(resized) > (0 if is_kernel else 1):
+        return f"positions of axes {resized} became others: {source.shape} to {mine.shape}"
     return ""
 
 
@@ -169,6 +179,8 @@ def kernel_room(target: Layer, source: Layer) -> list[tuple[int, int]] | None:
         if (dilation != other and theirs > 1 and mine > 1) or (before - pads) % dilation:
             return None
         shift = (before - pads) // dilation
+        if not -theirs < shift < mine:
+            return None
         result.append((shift, mine - theirs - shift))
     return result
 
@@ -177,10 +189,11 @@ def describe_cuts(steps: list[Step], relations: Relations) -> tuple[str, ...]:
     """Narrower groups, by the layers that write them."""
     names: dict[Dim, list[str]] = {}
     for step in steps:
+        label = step.layer.label
         for position, axis in enumerate(step.target.axes):
             for leaf in axis.leaves() if position not in step.target.contracted else ():
                 if leaf in relations.of and relations.of[leaf].size > leaf.size > 0:
-                    names.setdefault(leaf, []).append(step.layer.label)
+                    names.setdefault(leaf, []).append(label)
     return tuple(
         f"{', '.join(dict.fromkeys(labels))} ({relations.of[leaf].size} to {leaf.size})"
         for leaf, labels in names.items()
@@ -203,6 +216,7 @@ def feed_tables(target: Network, steps: list[Step], relations: Relations) -> lis
         for name in tensor.fed_by:
             is_alone = len(target.consumers[name]) == 1
             while name not in target.makers and (node := target.file.producers.get(name)) and node.op_type in VIEWS:
+                spend(COST_OF_HOP)
                 name = node.inputs[0]
                 is_alone &= len(target.consumers[name]) == 1
             layer = target.makers.get(name)

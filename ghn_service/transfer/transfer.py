@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
 from ghn_client.errors import listed
-from ghn_service.errors import SourceError
+from ghn_service.errors import LimitExceededError, SourceError
 from ghn_service.graph.architecture import ParameterSpec
-from ghn_service.graph.raw_graph import GraphLimits
+from ghn_service.graph.raw_graph import GraphLimits, never_ends
 from ghn_service.transfer.alignment import align
 from ghn_service.transfer.certificate import find_differences
 from ghn_service.transfer.cutting import rank_channels
@@ -34,6 +34,7 @@ from ghn_service.transfer.steps import (
     relate_groups,
 )
 from ghn_service.transfer.values import make_tensor
+from ghn_service.transfer.work import counted_work
 
 Head = Literal["auto", "keep", "reset"]
 """The class layer: ``keep`` insists that classes are equally many, ``auto`` keeps it if they are, ``reset`` never."""
@@ -98,6 +99,7 @@ def plan_transfer(
     head: Head = "auto",
     limits: GraphLimits | None = None,
     parameters: Sequence[ParameterSpec] = (),
+    check: Callable[[], None] = never_ends,
 ) -> TransferPlan:
     """What ``transfer_weights`` would do, without a weight being read.
 
@@ -108,18 +110,24 @@ def plan_transfer(
         limits: The largest model that is read.
         parameters: Those of the target as ``read_onnx`` finds them: ones that an exporter merged are then planned one
             by one, under their own names.
+        check: Called every few milliseconds; what it raises ends the planning.
 
     Raises:
         InvalidArchitectureError: A structure is no well-formed ONNX model.
         UnsupportedArchitectureError: A structure is quantised or too new.
-        LimitExceededError: A structure is over a limit.
+        LimitExceededError: A structure is over a limit, or its channels take too long to tell apart.
         SourceError: The source has no weights, or nothing in common with the target.
     """
     limits = limits or GraphLimits()
-    given = read_network(source.structure, limits, SOURCE_FIELD)
-    target = read_network(target_structure, limits, TARGET_FIELD, parameters)
-    _check_source(source, given)
-    return _plan(target, given, head, parameters)
+    with counted_work(check):
+        given = read_network(source.structure, limits, SOURCE_FIELD, check=check)
+        target = read_network(target_structure, limits, TARGET_FIELD, parameters, check=check)
+        _check_source(source, given)
+        try:
+            return _plan(target, given, head, parameters)
+        except LimitExceededError as error:
+            error.field = error.field or TARGET_FIELD
+            raise
 
 
 def transfer_weights(
@@ -130,6 +138,7 @@ def transfer_weights(
     head: Head = "auto",
     seed: int = 0,
     limits: GraphLimits | None = None,
+    check: Callable[[], None] = never_ends,
 ) -> Transfer:
     """The target's weights as far as the source has them.
 
@@ -140,12 +149,13 @@ def transfer_weights(
         head: What happens to the class layer.
         seed: Decides the shares of copied channels.
         limits: The largest model that is read.
+        check: Called before every tensor; what it raises ends the transfer.
 
     Raises:
         InvalidArchitectureError, UnsupportedArchitectureError, LimitExceededError, SourceError: As ``plan_transfer``.
     """
     if plan is None or plan._work is None:
-        plan = plan_transfer(source, target_structure, head=head, limits=limits)
+        plan = plan_transfer(source, target_structure, head=head, limits=limits, check=check)
     assert plan._work is not None
     relations, given = plan._work.relations, plan._work.given
     changed = {theirs for mine, theirs in relations.of.items() if mine.size != theirs.size and theirs.size > 1}
@@ -154,6 +164,7 @@ def transfer_weights(
     tensors: dict[str, torch.Tensor] = {}
     statistics: dict[str, torch.Tensor] = {}
     for step in plan._work.steps:
+        check()
         found = statistics if step.target.kind == "statistic" else tensors
         found[step.target.name] = make_tensor(step, source.tensors, maps, given)
     return Transfer(tensors, statistics, plan)
@@ -198,8 +209,9 @@ def _plan(target: Network, given: Network, head: Head, parameters: Sequence[Para
     scales = attention_scales(target), attention_scales(given)
     relations.gains = gains(*scales, relations.of)
     differences = feed_tables(target, steps, relations)
-    stem = [leaf for axis in target.input_axes[1:2] for leaf in axis.leaves()]
-    refusals = {step.target.name: find_refusal(step, relations, classes if is_reset else [], stem) for step in steps}
+    stem = {leaf for axis in target.input_axes[1:2] for leaf in axis.leaves()}
+    reset = set(classes if is_reset else [])
+    refusals = {step.target.name: find_refusal(step, relations, reset, stem) for step in steps}
     kept = [step for step in steps if not refusals[step.target.name]]
     if not any(step.source is not None for step in kept):
         raise SourceError(

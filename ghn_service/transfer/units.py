@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from ghn_service.graph.onnx.file import OnnxNode
 from ghn_service.transfer.network import Layer, Network
+from ghn_service.transfer.work import spend
 
 _ACTIVATIONS = frozenset(
     {"Relu", "Clip", "Sigmoid", "Tanh", "Erf", "Gelu", "Elu", "Selu", "Celu", "LeakyRelu", "HardSigmoid", "HardSwish",
@@ -70,6 +71,7 @@ def find_units(network: Network) -> list[Unit]:
     needed, path = {output}, []
     for index in range(len(nodes) - 1, -1, -1) if output else ():
         names = network.data_inputs(nodes[index])
+        spend(1 + len(names))
         is_needed = not needed.isdisjoint(filter(None, nodes[index].outputs))
         if is_needed and names and network.values[nodes[index].outputs[0]].is_data:
             needed.update(names)
@@ -105,6 +107,7 @@ def _append(units: list[Unit], item: Unit) -> None:
         before.exit = item.exit
         before.layers += item.layers
         before.activation += item.activation
+        spend(len(before.activation))
     else:
         units.append(item)
 
@@ -199,6 +202,7 @@ def _silencing(network: Network, block: Unit) -> frozenset[int] | None:
     for node in block.nodes:
         before = [found.get(name) for name in network.data_inputs(node)]
         known = [item for item in before if item is not None]
+        spend(1 + sum(map(len, known)))
         layer = makers.get(node.outputs[0])
         result = None
         if layer is not None and layer.kind in _WRITERS:

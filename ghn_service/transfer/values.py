@@ -151,6 +151,7 @@ def _resize_positions(value: torch.Tensor, target: Tensor) -> torch.Tensor:
     flat = moved.reshape(given, -1)
     dim = target.axes[axis].root()
     prefix = sum(part.size for part in dim.parts if part.size == 1) if dim.kind == "concat" else 0
+    prefix = prefix if prefix < min(given, wanted) else 0
     sides = math.isqrt(given - prefix), math.isqrt(wanted - prefix)
     is_square = sides[0] ** 2 == given - prefix and sides[1] ** 2 == wanted - prefix
     if is_square and (target.is_grid or not dim.has("rows")):
