@@ -19,7 +19,7 @@ from ghn_service.graph.architecture import ParameterSpec
 from ghn_service.graph.raw_graph import GraphLimits, never_ends
 from ghn_service.transfer.library import Library
 from ghn_service.transfer.source import Source
-from ghn_service.transfer.transfer import TARGET_FIELD, Head, TransferPlan, plan_transfer
+from ghn_service.transfer.transfer import Head, TransferPlan, plan_transfer
 
 UNREADABLE = (InvalidArchitectureError, LimitExceededError, UnsupportedArchitectureError)
 MINIMUM_SIMILARITY = 0.8
@@ -76,8 +76,6 @@ def choose_source(
         try:
             plan = plan_transfer(source, structure, head=head, limits=limits, parameters=parameters, check=check)
         except (SourceError, *UNREADABLE) as error:
-            if error.field == TARGET_FIELD:  # which no other source would change
-                return Choice(None, None, (f"{error}.",))
             refused.append(f"{summary.name}: {error}.")
             continue
         rank = (True, float(summary.num_parameters)) if plan.contains_source else (False, plan.similarity)

@@ -233,7 +233,7 @@ class _Numbering:
             is_read &= node.op_type != "BatchNormalization" and not (is_window and node.op_type == "Conv")
             spend(len(attribute.ints) + len(attribute.floats) + len(attribute.s))
             content = (tuple(attribute.ints), tuple(attribute.floats), attribute.i, attribute.f, bytes(attribute.s))
-            if name == "axis" and attribute.i < 0:
+            if name == "axis" and attribute.i < 0 and node.inputs:
                 content = ((), (), attribute.i + len(self.network.values[node.inputs[0]].axes or ()), 0.0, b"")
             is_default = not any(content) or content[-1] == b"NOTSET" or (is_window and set(content[0]) == {1})
             if is_read and not is_default:

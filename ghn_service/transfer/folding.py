@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy
 
@@ -60,7 +61,7 @@ _Rule = Callable[..., object]
 
 
 def _by_element(function: _Rule) -> _Rule:
-    def fold_elements(node: OnnxNode, *operands: Array) -> object:
+    def fold_elements(node: OnnxNode, *operands: Any) -> object:
         _check_broadcast(operands)
         return functools.reduce(function, operands) if len(operands) > 1 else function(*operands)
 

@@ -61,6 +61,8 @@ def read_network(
 def _read(context: ReadContext) -> Network:
     network = Network(context.file)
     for index, node in enumerate(context.file.nodes):
+        if node.domain and not node.inputs:  # whatever it is called, it is no operator of the standard's
+            node.op_type = f"{node.domain}::{node.op_type}"
         for name in node.inputs:
             network.consumers.setdefault(name, []).append(index)
     _read_inputs(network, context)

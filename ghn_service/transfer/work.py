@@ -12,7 +12,10 @@ from ghn_service.graph.raw_graph import CHECK_EVERY, never_ends
 MAX_NESTING = 64
 """How deep parts of axes lie in each other; whoever walks through them recursively counts on it."""
 MAX_WORK = 20_000_000
-"""Units of work of one plan (parts of axes looked at, numbers kept), of about 50 bytes or a tenth of a microsecond."""
+"""Units of work of one plan: parts of axes looked at, pairs compared, numbers kept; seconds in all.
+
+A DenseNet of 100 layers takes 170,000 for its own weights, most networks less than 60,000.
+"""
 
 
 class _Work:
