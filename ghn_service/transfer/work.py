@@ -51,8 +51,8 @@ def spend(amount: int = 1) -> None:
         work.check()
         if work.spent > MAX_WORK:
             raise LimitExceededError(
-                f"the channels of source and target cannot be told apart in {MAX_WORK} steps: axes have too many parts;"
-                " ask without a source"
+                f"to tell which channels of the source fit takes over {MAX_WORK} steps, as axes have too many parts or"
+                " operators follow on each other without end; ask without a source"
             )
 
 
