@@ -215,7 +215,7 @@ class GhnService(ghn_pb2_grpc.GhnServiceServicer):
     ) -> tuple[ArchitectureGraph, PlannedTransfer | None]:
         """The architecture of a request, and what its source gives if it names one; in a turn of the readers."""
         data = request.architecture.onnx_model
-        num_bytes = min(32 * len(data), 4 * len(data) + 256 * MEBIBYTE)  # many small nodes take 25 times their bytes
+        num_bytes = min(160 * len(data), 4 * len(data) + 256 * MEBIBYTE)  # small messages take 100 times their bytes
         with admitted.hold(num_bytes):
             graph = read_onnx(data, limits=self.limits, check=admitted.check)
         if not request.HasField("source"):
