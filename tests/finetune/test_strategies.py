@@ -136,7 +136,7 @@ def test_unknown_strategy_lists_the_known_ones():
         ("additive", {"width": [3.0]}),
         ("head_only", {"heads": True}),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_options_of_another_type_are_refused(strategy, options):
     with pytest.raises(InvalidOptionError):
@@ -152,7 +152,7 @@ def test_options_of_another_type_are_refused(strategy, options):
         ("low_rank", {"frobenius_decay": 0}),
         ("additive", {"width": (3,), "example_inputs": INPUTS, "head": None}),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_options_of_every_type_are_taken(strategy, options):
     assert prepare(small_cnn(), strategy, **options).num_trainable
