@@ -62,13 +62,21 @@ def _windows(node: OnnxNode, axes: Sequence[Dim], kernel: Sequence[int]) -> list
     return result
 
 
+def _moved(axis: Dim, size: int) -> Dim:
+    """What an axis became whose entries took other places; channels have none, so their number must not change."""
+    if axis.is_positions:
+        return Dim(size, "position")
+    axis.mark("pinned")
+    return Dim(size, "pinned")
+
+
 def _slid(node: OnnxNode, axes: Sequence[Dim], windows: Sequence[tuple[int, int, int, int, int]]) -> list[Dim]:
     """Spatial axes after a window slid over them."""
     is_up = node.integer("ceil_mode", 0)
     result = []
     for axis, (kernel, stride, dilation, before, after) in zip(axes, windows, strict=True):
         room = axis.size + before + after - dilation * (kernel - 1) - 1
-        result.append(Dim(max((room + (stride - 1 if is_up else 0)) // stride + 1, 1), "position"))
+        result.append(_moved(axis, max((room + (stride - 1 if is_up else 0)) // stride + 1, 1)))
     return result
 
 
@@ -92,7 +100,7 @@ def pad(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
         if not before and not after:
             continue
         if min(before, after) < 0 or axis.is_positions:
-            axes[position] = Dim(axis.size + before + after, "position")
+            axes[position] = _moved(axis, axis.size + before + after)
         else:
             parts = [Dim(before), axis, Dim(after)]
             axes[position] = concatenation([part for part in parts if part.size])
@@ -117,4 +125,5 @@ def convolve_transposed(network: Network, node: OnnxNode, operands: list[Value])
         network.add_layer(node, "deconv", {"weight": weight, "bias": bias})
     shape = network.file.value_shape(node.outputs[0])
     spatial = shape[2:] if shape is not None else [1] * len(kernel[2:])
-    return [Value([data[0], kernel[1], *(Dim(max(size, 1), "position") for size in spatial)])]
+    places = [_moved(axis, max(size, 1)) for axis, size in zip(data[2:], spatial, strict=True)]
+    return [Value([data[0], kernel[1], *places])]

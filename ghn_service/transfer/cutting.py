@@ -81,7 +81,7 @@ def _energy(tensor: Tensor, tensors: Mapping[str, torch.Tensor], layer: Layer, a
         return (beta * beta + gamma * gamma) * cdf + beta * gamma * pdf
     value = tensors[tensor.name]
     others = [i for i in range(value.ndim) if i != axis]
-    norms = torch.linalg.vector_norm(value, dim=others, dtype=torch.float32) if others else value.float().abs()
+    norms = torch.linalg.vector_norm(value.float(), dim=others) if others else value.float().abs()
     return norms.double().square()
 
 

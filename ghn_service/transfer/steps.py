@@ -14,6 +14,9 @@ from ghn_service.transfer.relations import Relations
 from ghn_service.transfer.scales import COST_OF_HOP, VIEWS
 from ghn_service.transfer.work import spend
 
+_TABLES = frozenset({"table", "token", "shift", "scale", "other"})
+"""Kinds of layers whose tensors may hold a value for each position, which others do for other positions."""
+
 Origin = Literal["exact", "grown", "cut", "none"]
 """How a tensor comes from the source: unchanged; larger, with the same function; smaller or otherwise changed; not."""
 
@@ -133,11 +136,9 @@ def find_refusal(step: Step, relations: Relations, classes: Collection[Dim], ste
         return ""
     if len(mine.axes) != len(source.axes):
         return f"the tensor has {len(mine.axes)} axes, the source's {len(source.axes)}"
-    is_kernel = step.layer.kind == "conv" and step.role == "weight"
-    resized = []
+    if problem := _resizing(step, mine, source):
+        return problem
     for position, (a, b) in enumerate(zip(mine.axes, source.axes, strict=True)):
-        if a.size != b.size and (a.is_positions or a.has("rows")) and not (is_kernel and position > 1):
-            resized.append(position)
         if a.is_positions and b.is_positions:
             continue
         if not relations.relate(a, b, late=True):
@@ -148,8 +149,23 @@ def find_refusal(step: Step, relations: Relations, classes: Collection[Dim], ste
             if relations.kind(leaf) == "blocked" and not is_free:
                 size = relations.of[leaf].size
                 return f"{size} channels of axis {position} became {leaf.size} where they must not change"
-    if len(resized) > (0 if is_kernel else 1):
-        return f"positions of axes {resized} became others: {source.shape} to {mine.shape}"
+    return ""
+
+
+def _resizing(step: Step, mine: Tensor, source: Tensor) -> str:
+    """Why positions cannot become more or fewer; "" if they can: pixels of a kernel, or one axis of a table."""
+    is_kernel = step.layer.kind == "conv" and step.role == "weight"
+    resized = []
+    for position, (a, b) in enumerate(zip(mine.axes, source.axes, strict=True)):
+        if a.size == b.size or (is_kernel and position > 1):
+            continue
+        if a.is_positions != b.is_positions:
+            return f"axis {position} has channels in one network and positions in the other"
+        if a.is_positions or a.has("rows"):
+            resized.append(position)
+    if len(resized) > 1 or (resized and step.layer.kind not in _TABLES):
+        axis = resized[-1]
+        return f"axis {axis} has {mine.axes[axis].size} positions, for which the source's {source.axes[axis].size} cannot stand"
     return ""
 
 

@@ -105,6 +105,84 @@ def test_a_longer_sequence_keeps_the_first_positions(length, longer):
     assert torch.equal(source(tokens), target(tokens))
 
 
+class Table(nn.Module):
+    """A table with an entry for each channel and pixel, which is added."""
+
+    def __init__(self, side):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, 8, side, side))
+
+    def forward(self, x):
+        return x + self.table
+
+
+class Mixed(nn.Module):
+    """A linear layer over tokens."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.mix = nn.Linear(tokens, tokens)
+
+    def forward(self, x):
+        return self.mix(x.flatten(2)).reshape(x.shape)
+
+
+class ChannelAttention(nn.Module):
+    """Gates from a convolution over channels (ECA, arXiv:1910.03151)."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Conv1d(1, 1, 3, padding=1)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.gate(x.mean((2, 3))[:, None]))[:, 0, :, None, None]
+
+
+class Rolled(nn.Module):
+    """Channels in another order."""
+
+    def forward(self, x):
+        return x + torch.roll(x, 3, 1)
+
+
+def around(part, width=8):
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1), part, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5)
+    )
+
+
+@pytest.mark.parametrize(
+    "build",
+    [lambda side: Table(side), lambda side: Mixed(side * side), lambda side: nn.LayerNorm([8, side, side])],
+    ids=["table", "linear", "norm"],
+)
+def test_positions_that_cannot_be_resized_are_left_to_the_hypernetwork(build):
+    source, target = around(build(4)), around(build(6))
+    plan = transfer_between_sizes(source, target, image(4), image(6))
+    assert not plan.is_exact
+    lost = [name for name, origin in plan.origins.items() if origin == "none"]
+    assert lost
+    assert all(name.startswith("1.") for name in lost)
+    assert torch.equal(source[0].weight, target[0].weight)
+
+
+@pytest.mark.parametrize("width", [6, 12])
+@pytest.mark.parametrize("part", [ChannelAttention, lambda: nn.LocalResponseNorm(3), Rolled])
+def test_channels_that_are_neighbours_keep_their_number(part, width):
+    source, target = around(part()), around(part(), width)
+    plan = transfer_between_sizes(source, target, image(8), image(8))
+    assert not plan.is_exact
+    assert plan.origins["0.weight"] == plan.origins["4.weight"] == "none"
+    assert transfer_between_sizes(source, around(part()), image(8), image(8)).is_exact
+
+
+def test_kernels_of_transposed_convolutions_keep_their_size():
+    source, target = around(nn.ConvTranspose2d(8, 8, 2, 2)), around(nn.ConvTranspose2d(8, 8, 4, 2, 1))
+    plan = transfer_between_sizes(source, target, image(8), image(8))
+    assert plan.origins["1.weight"] == "none"
+    assert not plan.is_exact
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["encoder.pos_embedding", "pos_embed"])
 def test_vision_transformers_for_larger_images(name):

@@ -104,6 +104,13 @@ def test_quantised_and_misshapen_weights_are_refused():
         plan_transfer(Source("partial", structure, {"head.weight": whole["head.weight"]}), structure)
 
 
+@pytest.mark.parametrize("widths", [(10, 16), (6, 12)])
+def test_weights_of_double_precision_are_mapped(widths):
+    source, target = Residual((8, 12), (1, 1)).double(), Residual(widths, (1, 1))
+    result = transfer_weights(make_source(source, EXAMPLE.double()), export_architecture(target, EXAMPLE))
+    assert result.tensors["stem.0.weight"].shape == (widths[0], 3, 3, 3)
+
+
 @FEW
 @given(data=st.data())
 def test_damaged_structures_raise_typed_errors_or_work(data):
