@@ -165,7 +165,7 @@ def _resizing(step: Step, mine: Tensor, source: Tensor) -> str:
             resized.append(position)
     if len(resized) > 1 or (resized and step.layer.kind not in _TABLES):
         axis = resized[-1]
-        return f"axis {axis} has {mine.axes[axis].size} positions, for which the source's {source.axes[axis].size} cannot stand"
+        return f"{source.axes[axis].size} positions of axis {axis} became {mine.axes[axis].size}, which must not change"
     return ""
 
 

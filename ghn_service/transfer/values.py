@@ -28,16 +28,13 @@ def make_tensor(step: Step, values: Mapping[str, torch.Tensor], maps: ChannelMap
         value = _place_kernel(value, step.layer, step.source_layer)
     elif tuple(value.shape) != step.target.shape:
         value = _resize_positions(value, step.target)
-    if step.role == "var" and step.source_layer is not None and step.layer.epsilon != step.source_layer.epsilon:
-        shifted = value.double() + (step.source_layer.epsilon - step.layer.epsilon)
-        value = shifted.clamp_min(0).to(original.dtype)
     assert tuple(value.shape) == step.target.shape, (step.target.name, value.shape, step.target.shape)
     return value if value is original else value.contiguous()
 
 
 def _map_channels(step: Step, values: Mapping[str, torch.Tensor], maps: ChannelMaps, given: Network) -> torch.Tensor:
     assert step.source is not None
-    value, target = values[step.source.name], step.target
+    value, target = _apply_epsilon(step, values), step.target
     for position, (mine, theirs) in enumerate(zip(target.axes, step.source.axes, strict=True)):
         if mine.is_positions or mine.has("rows"):
             continue
@@ -62,6 +59,20 @@ def _map_channels(step: Step, values: Mapping[str, torch.Tensor], maps: ChannelM
             value = _multiplied(value, shares, position)
             if not is_read and step.role in ("var", "weight"):
                 value.movedim(position, 0)[(found.index < 0).to(value.device)] = 1.0
+    return value
+
+
+def _apply_epsilon(step: Step, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The source's tensor; of a BatchNorm with another epsilon, a variance and a weight that make up for it."""
+    assert step.source is not None
+    value, source = values[step.source.name], step.source_layer
+    if source is None or source.kind != "norm" or "var" not in source.tensors or step.layer.epsilon == source.epsilon:
+        return value
+    wanted = values[source.tensors["var"].name].double() + source.epsilon  # what the target's sum should be
+    if step.role == "var":
+        return (wanted - step.layer.epsilon).clamp_min(0).to(value.dtype)
+    if step.role == "weight" and bool((wanted < step.layer.epsilon).any()):
+        return (value.double() * (step.layer.epsilon / wanted).clamp_min(1).sqrt()).to(value.dtype)
     return value
 
 

@@ -104,6 +104,25 @@ def test_quantised_and_misshapen_weights_are_refused():
         plan_transfer(Source("partial", structure, {"head.weight": whole["head.weight"]}), structure)
 
 
+@pytest.mark.parametrize("width", [8, 12])
+@pytest.mark.parametrize("epsilons", [(1e-5, 1e-3), (1e-3, 1e-5)], ids=str)
+def test_another_epsilon_is_made_good_behind_small_variances(epsilons, width):
+    def network(channels, epsilon):
+        return nn.Sequential(
+            nn.Conv2d(3, channels, 3), nn.BatchNorm2d(channels, eps=epsilon), nn.Flatten(), nn.Linear(196 * channels, 5)
+        )
+
+    source, target = (randomise(network(w, e), EXAMPLE, seed=0) for w, e in zip((8, width), epsilons, strict=True))
+    with torch.no_grad():
+        source[1].running_var[::2] = 3e-5
+        source[1].weight[::2] *= 0.01
+    result = transfer_between(source, target, EXAMPLE)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert largest_relative_difference(source(images), target(images)) <= 1e-4
+    assert result.plan.is_exact
+
+
 @pytest.mark.parametrize("widths", [(10, 16), (6, 12)])
 def test_weights_of_double_precision_are_mapped(widths):
     source, target = Residual((8, 12), (1, 1)).double(), Residual(widths, (1, 1))
