@@ -91,10 +91,15 @@ def _relate_passing(step: Step, relations: Relations) -> None:
 
 
 def class_groups(network: Network) -> list[Dim]:
-    """Groups of the output that no layer reads: classes; pinned, since each has a meaning."""
+    """Groups of the output that no layer reads: classes; pinned, since each has a meaning.
+
+    A single class is no group: the axis of one row stands for it, of the last layer before the output.
+    """
     axes = network.values[network.output].axes or []
     leaves = [leaf for axis in axes for leaf in axis.leaves() if "position" not in leaf.flags]
     read = {leaf for tensor in network.tensors.values() for i in tensor.contracted for leaf in tensor.axes[i].leaves()}
+    if not leaves:
+        leaves = _single_row(network)
     if not read.isdisjoint(leaves):
         return []
     for leaf in leaves:
@@ -102,13 +107,30 @@ def class_groups(network: Network) -> list[Dim]:
     return leaves
 
 
+def _single_row(network: Network) -> list[Dim]:
+    """The axis that a matrix or kernel of one row writes, if nothing else leads to the output."""
+    name = network.output
+    while (layer := network.makers.get(name)) is None or layer.kind not in ("conv", "deconv", "linear"):
+        node = network.file.producers.get(name)
+        names = network.data_inputs(node) if node is not None else []
+        if len(names) != 1:
+            return []
+        (name,) = names
+    weight = layer.tensors["weight"]
+    written = [axis.root() for i, axis in enumerate(weight.axes[:2]) if i not in weight.contracted]
+    return [axis for axis in written if axis.size == 1][:1]
+
+
+def _writes(layer: Layer, classes: Collection[Dim]) -> bool:
+    """Whether a layer makes classes."""
+    axes = [axis for tensor in layer.tensors.values() for axis in tensor.axes]
+    return any(dim in classes for axis in axes for dim in (axis.root(), *axis.leaves()))
+
+
 def class_layer_input(network: Network, classes: Collection[Dim]) -> str:
     """What the layer that makes the classes reads; "" if there is none."""
     classes = set(classes)
-    for layer in network.layers:
-        if any(leaf in classes for tensor in layer.tensors.values() for leaf in tensor.leaves()):
-            return layer.node.inputs[0]
-    return ""
+    return next((layer.node.inputs[0] for layer in network.layers if _writes(layer, classes)), "")
 
 
 def find_refusal(step: Step, relations: Relations, classes: Collection[Dim], stem: Collection[Dim]) -> str:
@@ -121,7 +143,7 @@ def find_refusal(step: Step, relations: Relations, classes: Collection[Dim], ste
         stem: Groups of the input's channels, whose number may differ.
     """
     mine, source = step.target, step.source
-    if any(leaf in classes for leaf in mine.leaves()):
+    if _writes(step.layer, classes):
         return "the class layer is not kept"
     if step.mode == "zero":
         return ""

@@ -80,6 +80,21 @@ def test_another_number_of_classes_resets_the_class_layer_alone():
         plan_transfer(make_source(source, EXAMPLE), export_architecture(target, EXAMPLE), head="keep")
 
 
+@pytest.mark.parametrize("end", [[], [torch.nn.Sigmoid()], [torch.nn.Flatten(0)]], ids=str)
+def test_a_class_layer_of_one_class_is_reset_where_one_asks(end):
+    def network(activation):
+        layers = [torch.nn.Conv2d(3, 8, 3), activation, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()]
+        return torch.nn.Sequential(*layers, torch.nn.Linear(8, 1), *end)
+
+    source = make_source(network(torch.nn.ReLU()), EXAMPLE)
+    for activation, contains_source in ((torch.nn.ReLU(), True), (torch.nn.Tanh(), False)):
+        target = export_architecture(network(activation), EXAMPLE)
+        plan = plan_transfer(source, target, head="reset")
+        assert {name for name, origin in plan.origins.items() if origin == "none"} == {"4.weight", "4.bias"}
+        assert (plan.contains_source, plan.is_exact) == (contains_source, False)
+        assert plan_transfer(source, target).is_exact == contains_source
+
+
 def test_a_source_without_weights_is_refused():
     structure = export_architecture(trained(), EXAMPLE)
     with pytest.raises(SourceError):
