@@ -224,18 +224,20 @@ class _Numbering:
         """A number for what attributes say, which many nodes may share."""
         found: list[object] = []
         layer = self.layers.get(id(node))
-        if layer is not None and layer.kind == "conv":
+        has_placement = layer is not None and layer.kind == "conv"
+        if layer is not None and has_placement:
             windows = ((stride, dilation if kernel > 1 else 1) for kernel, stride, dilation, _ in layer.placement)
-            found.append(tuple(windows))
+            found.append((*windows, layer.surplus))
         for name, attribute in sorted(node.attributes.items()):
             is_window = name in ("strides", "dilations")
-            is_read = name not in _UNREAD or node.op_type in _POOLS
-            is_read &= node.op_type != "BatchNormalization" and not (is_window and node.op_type == "Conv")
+            is_read = name not in _UNREAD or node.op_type in _POOLS or ("pad" in name and not has_placement)
+            is_read &= node.op_type != "BatchNormalization" and not (is_window and has_placement)
             spend(len(attribute.ints) + len(attribute.floats) + len(attribute.s))
             content = (tuple(attribute.ints), tuple(attribute.floats), attribute.i, attribute.f, bytes(attribute.s))
             if name == "axis" and attribute.i < 0 and node.inputs:
                 content = ((), (), attribute.i + len(self.network.values[node.inputs[0]].axes or ()), 0.0, b"")
             is_default = not any(content) or content[-1] == b"NOTSET" or (is_window and set(content[0]) == {1})
+            is_default |= name == "pads" and not any(content[0])
             if is_read and not is_default:
                 found.append((name, content))
         return self._number(("attributes", *found))

@@ -28,14 +28,18 @@ def convolve(network: Network, node: OnnxNode, operands: list[Value]) -> list[Va
     for axis in kernel[2:]:
         axis.flags.add("position")
     windows = _windows(node, data[2:], [axis.size for axis in kernel[2:]])
-    padding = [0] * len(windows)
-    if operands[0].padding and len(network.consumers[node.inputs[0]]) == 1:
-        padding = operands[0].padding
-        network.merged_pads.add(node.inputs[0])
-    placement = tuple((*window[:3], window[3] + more) for window, more in zip(windows, padding, strict=True))
     if weight is not None:
+        padding = [(0, 0)] * len(windows)
+        if operands[0].padding and len(network.consumers[node.inputs[0]]) == 1:
+            padding = operands[0].padding
+            network.merged_pads.add(node.inputs[0])
+        placement, surplus = [], []
+        for (size, stride, dilation, before, after), more in zip(windows, padding, strict=True):
+            placement.append((size, stride, dilation, before + more[0]))
+            surplus.append(before + after + sum(more) - dilation * (size - 1))
         weight.contracted.add(1)
-        network.add_layer(node, "conv", {"weight": weight, "bias": bias}, groups=groups, placement=placement)
+        windows_of = {"groups": groups, "placement": tuple(placement), "surplus": tuple(surplus)}
+        network.add_layer(node, "conv", {"weight": weight, "bias": bias}, **windows_of)
     return [Value([data[0], kernel[0], *_slid(node, data[2:], windows)])]
 
 
@@ -93,10 +97,10 @@ def pad(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
     axes = list(operands[0].dims)
     pads = list(node.integers("pads")) or operands[1].integers
     chosen = listed_axes(node, operands, len(axes), position=3)
-    padding = [0] * len(axes)
+    padding = [(0, 0)] * len(axes)
     for i, position in enumerate(chosen):
         axis, before, after = axes[position], pads[i], pads[i + len(chosen)]
-        padding[position] = before
+        padding[position] = (before, after)
         if not before and not after:
             continue
         if min(before, after) < 0 or axis.is_positions:
@@ -104,9 +108,19 @@ def pad(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
         else:
             parts = [Dim(before), axis, Dim(after)]
             axes[position] = concatenation([part for part in parts if part.size])
-    with_zeros = node.text("mode") in ("", "constant") and all(value.number in (None, 0) for value in operands[2:3])
     is_image = operands[0].is_data and axes[:2] == operands[0].dims[:2]
-    return [Value(axes, padding=padding[2:] if with_zeros and is_image else [])]
+    adds_zeros = _has_zeros(network, node) and min(map(min, padding), default=0) >= 0
+    return [Value(axes, padding=padding[2:] if adds_zeros and is_image else [])]
+
+
+def _has_zeros(network: Network, node: OnnxNode) -> bool:
+    """Whether a Pad is known to add zeros."""
+    if node.text("mode") not in ("", "constant") or ("value" in node.attributes and node.attributes["value"].f != 0):
+        return False
+    name = node.inputs[2] if len(node.inputs) > 2 else ""
+    number = network.values[name].number
+    content = network.file.small_constant(name) if name in network.file.tensors else b""
+    return not name or number == 0 or (number is None and bool(content) and not any(content))
 
 
 def convolve_transposed(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:

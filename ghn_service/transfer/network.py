@@ -61,7 +61,7 @@ class Value:
         made_from: Tensors that it was computed from, not yet met by data.
         is_data: Whether it depends on the network's input.
         pieces: The members of a sequence.
-        padding: Pixels of zeros that were just put before each spatial axis.
+        padding: Pixels of zeros that were just put before and after each spatial axis.
     """
 
     axes: list[Dim] | None
@@ -71,7 +71,7 @@ class Value:
     made_from: tuple[Tensor, ...] = ()
     is_data: bool = False
     pieces: tuple[Value, ...] = ()
-    padding: list[int] = field(default_factory=list)
+    padding: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def dims(self) -> list[Dim]:
@@ -121,6 +121,7 @@ class Layer:
         output: Name of the value that it makes.
         groups: Of a convolution.
         placement: Of a convolution, per spatial axis: kernel, stride, dilation, pixels of padding before.
+        surplus: Of a convolution, per spatial axis: pixels that its pads add over those that its kernel takes.
     """
 
     kind: Kind
@@ -129,6 +130,7 @@ class Layer:
     output: str
     groups: int = 1
     placement: tuple[tuple[int, int, int, int], ...] = ()
+    surplus: tuple[int, ...] = ()
     epsilon: float = 0.0
 
     @property

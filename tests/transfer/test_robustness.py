@@ -1,4 +1,5 @@
 import contextlib
+import math
 
 import onnx
 import pytest
@@ -84,6 +85,65 @@ def test_another_activation_is_not_called_exact():
     plan = plan_transfer(make_source(source, EXAMPLE), export_architecture(target, EXAMPLE))
     assert not plan.is_exact
     assert set(plan.origins.values()) == {"exact"}
+
+
+def with_window(*parts):
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), *parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+
+
+def with_computed_weight(dilation):
+    return nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3, padding=dilation, dilation=dilation))
+
+
+WINDOWS = {
+    "pads of the convolution": ([nn.ZeroPad2d(1), nn.Conv2d(8, 8, 3)], [nn.Conv2d(8, 8, 3, padding=1)], True),
+    "a larger kernel": ([nn.Conv2d(8, 8, 3, 2, 1)], [nn.Conv2d(8, 8, 5, 2, 2)], True),
+    "pads that are no zeros": ([nn.ConstantPad2d(1, 5.0), nn.Conv2d(8, 8, 3)], [nn.Conv2d(8, 8, 3, padding=1)], False),
+    "a crop": ([nn.ZeroPad2d(-1), nn.Conv2d(8, 8, 3, padding=1)], [nn.Conv2d(8, 8, 3)], False),
+    "fewer pads behind": ([nn.ZeroPad2d(1), nn.Conv2d(8, 8, 3)], [nn.ZeroPad2d((1, 0) * 2), nn.Conv2d(8, 8, 3)], False),
+    "a larger kernel without pads behind": ([nn.Conv2d(8, 8, 3, 2, 1)], [nn.Conv2d(8, 8, 4, 2, 1)], False),
+    "a transposed convolution": (
+        [nn.ConvTranspose2d(8, 8, 4, 2, 1)], [nn.ConvTranspose2d(8, 8, 4, 2)], False
+    ),
+    "a computed weight": ([with_computed_weight(1)], [with_computed_weight(2)], False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [16, 20])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_that_meet_other_pixels_are_not_called_exact(name, size):
+    source, target, is_exact = WINDOWS[name]
+    structure = export_architecture(with_window(*target), torch.zeros(1, 3, size, size))
+    plan = plan_transfer(make_source(with_window(*source), EXAMPLE), structure)
+    assert plan.is_exact == is_exact
+
+
+@pytest.mark.parametrize("opset", [10, 18])
+@pytest.mark.parametrize(("value", "is_exact"), [(0.0, True), (5.0, False)])
+def test_what_a_file_pads_with_is_read(value, is_exact, opset):
+    def model(pads_with):
+        pads = [0, 0, 1, 1, 0, 0, 1, 1]
+        tensors = {"a": (4, 3, 3, 3), "b": (5, 4, 8, 8)}
+        weights = [helper.make_tensor(key, TensorProto.FLOAT, shape, bytes(4 * math.prod(shape)), raw=True)
+                   for key, shape in tensors.items()]  # fmt: skip
+        if opset > 10:
+            weights.append(helper.make_tensor("pads", TensorProto.INT64, (8,), pads))
+            weights.append(helper.make_tensor("value", TensorProto.FLOAT, (), [pads_with]))
+            pad = helper.make_node("Pad", ["x", "pads", "value"], ["h"])
+        else:
+            pad = helper.make_node("Pad", ["x"], ["h"], pads=pads, value=pads_with)
+        nodes = [pad, helper.make_node("Conv", ["h", "a"], ["g"]), helper.make_node("Conv", ["g", "b"], ["y"])]
+        inputs, outputs = (
+            [helper.make_tensor_value_info(key, TensorProto.FLOAT, shape)]
+            for key, shape in (("x", (1, 3, 8, 8)), ("y", (1, 5, 1, 1)))
+        )
+        graph = helper.make_graph(nodes, "g", inputs, outputs, weights)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
+
+    source = Source(
+        "file", model(0.0).SerializeToString(), {"a": torch.randn(4, 3, 3, 3), "b": torch.randn(5, 4, 8, 8)}
+    )
+    assert plan_transfer(source, model(value).SerializeToString()).is_exact == is_exact
 
 
 def test_another_modality_is_refused():
