@@ -70,8 +70,8 @@ def find_differences(
     numbers: dict[object, int] = {}
     compensated = {relations.of[group] for group in relations.gains}
     neutral = [
-        {name for scale in scales[0] if scale.group in relations.gains for name in scale.constants},
-        {name for scale in scales[1] if scale.group in compensated for name in scale.constants},
+        {place for scale in scales[0] if scale.group in relations.gains for place in scale.constants},
+        {place for scale in scales[1] if scale.group in compensated for place in scale.constants},
     ]
     parameters = {name: name for name, tensor in source.tensors.items() if tensor.kind != "constant"}
     theirs = _Numbering(source, numbers, parameters, name_theirs, neutral[1], {})
@@ -118,7 +118,7 @@ class _Numbering:
         numbers: Number by key; shared by networks that are compared.
         copied: Source tensor by tensor.
         name_of: What a channel group is called in both networks; None where the other has none.
-        neutral: Numbers that are made good elsewhere.
+        neutral: Values that are multiplied with numbers that are made good elsewhere, and these.
         skipped: Values that equal an earlier one.
     """
 
@@ -128,7 +128,7 @@ class _Numbering:
         numbers: dict[object, int],
         copied: Mapping[str, str],
         name_of: Callable[[Dim], object],
-        neutral: set[str],
+        neutral: set[tuple[str, str]],
         skipped: Mapping[str, str],
     ) -> None:
         self.network, self.numbers, self.name_of, self.neutral = network, numbers, name_of, neutral
@@ -166,9 +166,7 @@ class _Numbering:
         name = node.outputs[0]
         value = self.network.values[name]
         spend(1 + len(node.inputs) + len(node.outputs))
-        if name in self.neutral and value.known is not None:
-            number = self._number(("scale",))
-        elif value.known is not None or node.op_type == "Constant":
+        if value.known is not None or node.op_type == "Constant":
             number = self._number(self._constant_key(name))
         elif node.op_type in _REPEATS or name in self.network.merged_pads:
             number = self.of[node.inputs[0]]
@@ -201,7 +199,8 @@ class _Numbering:
             is_free = node.op_type == "Concat" and held.is_data and self._is_free(held)
             is_size = node.op_type in _SHAPED and held.known is not None and not self._cuts_positions(node)
             if not is_free and not is_size:
-                operands.append(self.of[name])
+                is_neutral = (node.outputs[0], name) in self.neutral
+                operands.append(self._number(("scale",)) if is_neutral else self.of[name])
         while operands and operands[-1] == self.of[""]:
             operands.pop()
         if node.op_type in _COMMUTATIVE:
