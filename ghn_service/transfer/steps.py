@@ -210,6 +210,21 @@ def find_origin(step: Step, relations: Relations) -> Origin:
     return "exact" if step.target.shape == step.source.shape and kinds <= {"equal"} else "grown"
 
 
+def lost_epsilons(target: Network, kept: list[Step]) -> list[str]:
+    """Norms with a larger epsilon than the source's, and no weight of their own that makes up for it; sentences."""
+    weighted = {
+        id(step.layer)
+        for step in kept
+        if step.role == "weight" and target.file.kinds.get(step.target.name) != "BUFFER" and step.source is not None
+    }
+    return [
+        f"the epsilon of {step.layer.label!r} is larger than the source's, and no weight can make up for it"
+        for step in kept
+        if step.role == "var" and step.mode == "copy" and step.source_layer is not None
+        if step.layer.epsilon > step.source_layer.epsilon and id(step.layer) not in weighted
+    ]
+
+
 def kernel_room(target: Layer, source: Layer) -> list[tuple[int, int]] | None:
     """Per spatial axis, the columns to add before and after the source's kernel; None where pixels do not meet."""
     result = []

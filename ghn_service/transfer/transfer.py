@@ -30,6 +30,7 @@ from ghn_service.transfer.steps import (
     feed_tables,
     find_origin,
     find_refusal,
+    lost_epsilons,
     make_steps,
     relate_groups,
 )
@@ -219,6 +220,7 @@ def _plan(target: Network, given: Network, head: Head, parameters: Sequence[Para
             field=SOURCE_FIELD,
         )
     origins = {step.target.name: find_origin(step, relations) for step in kept}
+    differences += lost_epsilons(target, kept)
     names = dict.fromkeys(tensor.name for layer in target.layers for tensor in layer.tensors.values())
     missing = [name for name in names if name not in origins]
     reasons: dict[str, list[str]] = {}

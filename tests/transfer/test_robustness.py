@@ -183,6 +183,23 @@ def test_another_epsilon_is_made_good_behind_small_variances(epsilons, width):
     assert result.plan.is_exact
 
 
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_larger_epsilon_that_no_weight_makes_good_is_not_called_exact(is_shared):
+    def network(epsilon):
+        norms = [nn.BatchNorm2d(8, eps=epsilon, affine=is_shared) for _ in range(2)]
+        if is_shared:
+            norms[1].weight = norms[0].weight
+        layers = nn.Conv2d(3, 8, 3), norms[0], nn.ReLU(), nn.Conv2d(8, 8, 3), norms[1]
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(144 * 8, 5))
+
+    source = network(1e-4)
+    structure = export_architecture(source, EXAMPLE)
+    constants = {tensor.name: torch.ones(8) for tensor in onnx.load_from_string(structure).graph.input}
+    for epsilon, is_exact in ((1e-3, False), (1e-4, True), (1e-5, True)):
+        trained = Source("trained", structure, {**constants, **source.state_dict()})
+        assert plan_transfer(trained, export_architecture(network(epsilon), EXAMPLE)).is_exact == is_exact
+
+
 @pytest.mark.parametrize("widths", [(10, 16), (6, 12)])
 def test_weights_of_double_precision_are_mapped(widths):
     source, target = Residual((8, 12), (1, 1)).double(), Residual(widths, (1, 1))
