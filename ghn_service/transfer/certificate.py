@@ -172,6 +172,8 @@ class _Numbering:
             number = self.of[node.inputs[0]]
         elif value.is_data and (node.op_type in _RESHAPES or name in self.network.reshaped):
             number = self._visit_reshape(node, value)
+        elif node.op_type == "Add" and len(summands := self._present(node)) == 1:
+            number = self.of[summands[0]]
         else:
             number = self._number(self._key(node, value))
         for position, output in enumerate(node.outputs):
@@ -182,6 +184,10 @@ class _Numbering:
             self.reshaped_from[name] = self.reshaped_from.get(skipped[name], skipped[name])
         elif value.is_data:
             self.made.append((node, number))
+
+    def _present(self, node: OnnxNode) -> list[str]:
+        """The operands of a node that do not count as absent."""
+        return [name for name in node.inputs if self.of[name] != self.of[""]]
 
     def _visit_reshape(self, node: OnnxNode, value: Value) -> int:
         """A chain of reshapes counts as one, or none where it ends as it began."""

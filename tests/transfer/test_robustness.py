@@ -183,6 +183,27 @@ def test_another_epsilon_is_made_good_behind_small_variances(epsilons, width):
     assert result.plan.is_exact
 
 
+class Tokens(nn.Module):
+    """A linear layer for each pixel."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.mix = nn.Linear(8, 8, bias=bias)
+
+    def forward(self, x):
+        return self.mix(x.flatten(2).mT).mT[..., None]
+
+
+@pytest.mark.parametrize("build", [Tokens, lambda bias: nn.Conv2d(8, 8, 3, bias=bias)], ids=["linear", "convolution"])
+def test_a_new_bias_is_zero(build):
+    source, target = with_window(build(False)), with_window(build(True))
+    result = transfer_between(source, target, EXAMPLE)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert largest_relative_difference(source(images), target(images)) <= 1e-6
+    assert result.plan.is_exact
+
+
 @pytest.mark.parametrize("is_shared", [False, True])
 def test_a_larger_epsilon_that_no_weight_makes_good_is_not_called_exact(is_shared):
     def network(epsilon):
