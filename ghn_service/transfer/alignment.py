@@ -48,7 +48,8 @@ def align(target: Network, source: Network) -> Alignment:
     Raises:
         LimitExceededError: The networks are too long to compare.
     """
-    mine, theirs = find_units(target), find_units(source)
+    count = min(len(target.outputs), len(source.outputs))
+    mine, theirs = (find_units(network, network.outputs[:count]) for network in (target, source))
     silent = [silenced_layers(target, mine, i) for i in range(len(mine))]
     numbers: dict[object, int] = {}
     signatures = {id(unit): numbers.setdefault(unit.signature, len(numbers)) for unit in (*mine, *theirs)}

@@ -37,7 +37,7 @@ def find_differences(
     copied: Mapping[str, str],
     inserted: Sequence[Unit],
     scales: tuple[list[Scale], list[Scale]],
-    ends: tuple[str, str],
+    ends: tuple[Sequence[str], Sequence[str]],
 ) -> list[str]:
     """Why the target will not compute what the source computes; empty if it will.
 
@@ -49,7 +49,7 @@ def find_differences(
             absent.
         inserted: Units of the target that pass their input on.
         scales: Of the attention of target and source.
-        ends: The values of target and source to compare.
+        ends: The values of target and source to compare, as many in both.
     """
     found = list(_broken_maps(target, inserted, relations))
     sizes = [[axis.size for axis in network.input_axes[1:]] for network in (target, source)]
@@ -77,7 +77,9 @@ def find_differences(
     theirs = _Numbering(source, numbers, parameters, name_theirs, neutral[1], {})
     limit = len(numbers)
     mine = _Numbering(target, numbers, copied, name_mine, neutral[0], {unit.exit: unit.entry for unit in inserted})
-    if mine.of.get(ends[0]) != theirs.of.get(ends[1]):
+    if len(ends[0]) != len(ends[1]):
+        found.append(f"the target has {len(ends[0])} outputs, the source {len(ends[1])}")
+    elif [mine.end(name) for name in ends[0]] != [theirs.end(name) for name in ends[1]]:
         odd = next((node for node, number in mine.made if number >= limit), None)
         what = f"from {odd.label!r} ({odd.op_type}) on, it" if odd is not None else "it"
         found.append(f"the target has other operators or layers than the source: {what} computes something else")
@@ -153,6 +155,12 @@ class _Numbering:
 
     def _number(self, key: object) -> int:
         return self.numbers.setdefault(key, len(self.numbers))
+
+    def end(self, name: str) -> object:
+        """What two ends must share: an output with more channels is another one, what is unknown is like nothing."""
+        number, axes = self.of[name], self.network.values[name].axes or ()
+        sizes = [axis.size for axis in axes if not axis.is_positions] if name in self.network.file.outputs else []
+        return (number, tuple(sizes)) if number != self.of[""] else id(self)
 
     def _constant_key(self, name: str) -> object:
         value = self.network.values[name]

@@ -191,7 +191,12 @@ class Network:
     @property
     def output(self) -> str:
         """The first output that depends on the input; "" if none does."""
-        return next((name for name in self.file.outputs if self.values[name].is_data), "")
+        return next(iter(self.outputs), "")
+
+    @property
+    def outputs(self) -> list[str]:
+        """All outputs that depend on the input."""
+        return [name for name in self.file.outputs if self.values[name].is_data]
 
     def data_inputs(self, node: OnnxNode) -> list[str]:
         """The operands of a node that depend on the input."""

@@ -235,10 +235,14 @@ def _plan(target: Network, given: Network, head: Head, parameters: Sequence[Para
     copied |= {step.target.name: "" for step in kept if step.adds_nothing}
     refused = {id(step.layer) for step in steps if step.mode != "copy" and refusals[step.target.name]}
     inserted = [unit for unit in alignment.inserted if refused.isdisjoint(map(id, unit.layers))]
-    ends = (target.output, given.output)
-    if is_reset:
-        ends = (class_layer_input(target, classes), class_layer_input(given, known))
-    differences = find_differences(target, given, relations, copied, inserted, scales, ends) + differences
+    mine, theirs = (
+        [
+            class_layer_input(network, groups) if is_reset and name == network.output else name
+            for name in network.file.outputs
+        ]
+        for network, groups in ((target, classes), (given, known))
+    )
+    differences = find_differences(target, given, relations, copied, inserted, scales, (mine, theirs)) + differences
     hidden = [spec.name for spec in parameters if spec.uses and spec.name not in target.tensors]
     if hidden:
         differences.append(

@@ -1,11 +1,13 @@
 """The path through a network in units: layers with their norm and activation, residual blocks, regions with branches.
 
-The path from input to output is cut at the values that everything passes through; between two cuts lies a unit.
+The path from input to output is cut at the values that everything passes through; between two cuts lies a unit. The
+first output's path comes first, then for each further output what only it needs.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ghn_service.graph.onnx.file import OnnxNode
@@ -65,27 +67,49 @@ def _signature(layer: Layer) -> tuple[object, ...]:
     return ("conv", tuple(item[:2] for item in layer.placement), layer.is_depthwise, layer.groups > 1)
 
 
-def find_units(network: Network) -> list[Unit]:
-    """The path from the input to the first output that depends on it, cut into units."""
-    nodes, output = network.file.nodes, network.output
-    needed, path = {output}, []
-    for index in range(len(nodes) - 1, -1, -1) if output else ():
-        names = network.data_inputs(nodes[index])
-        spend(1 + len(names))
-        is_needed = not needed.isdisjoint(filter(None, nodes[index].outputs))
-        if is_needed and names and network.values[nodes[index].outputs[0]].is_data:
-            needed.update(names)
-            path.append(index)
-    path.reverse()
-    last_use = {name: index for index in path for name in nodes[index].inputs} | {output: len(nodes)}
+def find_units(network: Network, outputs: Sequence[str]) -> list[Unit]:
+    """The paths from the input to outputs that depend on it, cut into units."""
+    places = {id(node): place for place, node in enumerate(network.file.nodes)}
     layers_at: dict[int, list[Layer]] = {}
     for layer in network.layers:
         layers_at.setdefault(id(layer.node), []).append(layer)
-    live, entry = {network.input}, network.input
     units: list[Unit] = []
+    done = {network.input}
+    for output in outputs:
+        path = sorted(_new_nodes(network, output, done), key=lambda node: places[id(node)])
+        _cut_path(network, path, output, done, layers_at, units)
+        done.update(name for node in path for name in node.outputs)
+    return units
+
+
+def _new_nodes(network: Network, output: str, done: set[str]) -> list[OnnxNode]:
+    """The nodes between what is done and an output."""
+    found: dict[int, OnnxNode] = {}
+    waiting = [output]
+    while waiting:
+        name = waiting.pop()
+        node = network.file.producers.get(name)
+        if name not in done and node is not None and id(node) not in found:
+            spend(1 + len(node.inputs))
+            found[id(node)] = node
+            waiting.extend(network.data_inputs(node))
+    return list(found.values())
+
+
+def _cut_path(
+    network: Network,
+    path: list[OnnxNode],
+    output: str,
+    done: set[str],
+    layers_at: dict[int, list[Layer]],
+    units: list[Unit],
+) -> None:
+    """Cuts a path at the values that everything passes through, and adds its units."""
+    last_use = {name: index for index, node in enumerate(path) for name in node.inputs} | {output: len(path)}
+    live = {name for node in path for name in network.data_inputs(node) if name in done}
+    entry = next(iter(live)) if len(live) == 1 else ""
     current: list[OnnxNode] = []
-    for index in path:
-        node = nodes[index]
+    for index, node in enumerate(path):
         current.append(node)
         live.update(name for name in node.outputs if last_use.get(name, -1) > index)
         live -= {name for name in node.inputs if last_use[name] == index}
@@ -94,7 +118,6 @@ def find_units(network: Network) -> list[Unit]:
             layers = [layer for item in current for layer in layers_at.get(id(item), ())]
             _append(units, _make_unit(network, current, layers, entry, exit_name))
             entry, current = exit_name, []
-    return units
 
 
 def _append(units: list[Unit], item: Unit) -> None:
@@ -102,7 +125,8 @@ def _append(units: list[Unit], item: Unit) -> None:
     before = units[-1] if units else None
     is_activation = item.kind == "activation" and before is not None and bool(before.layers)
     is_norm = item.kind in ("norm", "scale", "shift") and before is not None and before.kind == "layer"
-    if before is not None and (is_activation or (is_norm and not before.activation)):
+    is_next = before is not None and before.exit == item.entry
+    if before is not None and is_next and (is_activation or (is_norm and not before.activation)):
         before.nodes += item.nodes
         before.exit = item.exit
         before.layers += item.layers
@@ -177,9 +201,10 @@ def silenced_layers(network: Network, units: list[Unit], i: int) -> frozenset[in
     unit = units[i]
     if unit.activation:  # changes nothing behind another of its kind
         before = i - 1
-        while before >= 0 and units[before].kind in _KEEPS_SIGN:
+        while before >= 0 and units[before].kind in _KEEPS_SIGN and units[before].exit == units[before + 1].entry:
             before -= 1
-        is_same = before >= 0 and units[before].activation == unit.activation
+        is_behind = before >= 0 and units[before].exit == units[before + 1].entry
+        is_same = is_behind and units[before].activation == unit.activation
         if len(unit.activation) > 1 or unit.activation[0] not in _COMMUTING or not is_same:
             return None
     if unit.kind == "block":

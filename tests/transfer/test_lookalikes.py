@@ -1,0 +1,124 @@
+"""Networks that look alike: called exact where they compute the same, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ghn_client.onnx.export import export_architecture
+from ghn_client.outputs import largest_relative_difference
+from ghn_service.transfer.transfer import plan_transfer
+from tests.transfer.pairs import make_source, randomise, transfer_between
+
+IMAGE = torch.zeros(1, 3, 8, 8)
+
+
+class Function(nn.Module):
+    """A function of an input, with the parts that it is given as ``self``; tensors become buffers."""
+
+    def __init__(self, function: Callable[..., object], **parts: nn.Module | torch.Tensor) -> None:
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            if isinstance(part, nn.Module):
+                setattr(self, name, part)
+            else:
+                self.register_buffer(name, part)
+
+    def forward(self, x: torch.Tensor) -> object:
+        return self.function(self, x)
+
+
+def conv(width: int = 8, channels: int = 3) -> nn.Module:
+    return nn.Conv2d(channels, width, 3, padding=1)
+
+
+def pooled(x: torch.Tensor) -> torch.Tensor:
+    return x.mean((2, 3))
+
+
+# ---- several outputs -------------------------------------------------------------------------------------------------
+
+
+def two_heads(activation: Callable[[torch.Tensor], torch.Tensor], width: int = 8, boxes: int = 4) -> nn.Module:
+    def forward(self: Function, x: torch.Tensor) -> object:
+        h = pooled(torch.relu(self.stem(x)))
+        return self.classes(h), self.boxes(activation(self.hidden(h)))
+
+    parts = {"classes": nn.Linear(width, 5), "hidden": nn.Linear(width, width), "boxes": nn.Linear(width, boxes)}
+    return Function(forward, stem=conv(width), **parts)
+
+
+def pyramid(width: int = 8, last: int = 1) -> nn.Module:
+    def forward(self: Function, x: torch.Tensor) -> object:
+        fine = torch.relu(self.fine(x))
+        coarse = torch.relu(self.coarse(fine))
+        up = functional.interpolate(self.inner(coarse), scale_factor=2.0)
+        return {"coarse": self.out(coarse), "fine": self.out_fine((up + self.lateral(fine)) * last)}
+
+    parts = {"coarse": nn.Conv2d(width, width, 3, 2, 1), "inner": nn.Conv2d(width, width, 1)}
+    parts |= {"lateral": nn.Conv2d(width, width, 1), "out": conv(5, width), "out_fine": conv(5, width)}
+    return Function(forward, fine=conv(width), **parts)
+
+
+def maps(width: int) -> nn.Module:
+    def forward(self: Function, x: torch.Tensor) -> object:
+        first = torch.relu(self.first(x))
+        return self.second(first), first
+
+    return Function(forward, first=conv(width), second=conv(5, width))
+
+
+@dataclass(frozen=True)
+class Case:
+    """Builders of source and target, and whether the target contains the source."""
+
+    source: Callable[[], nn.Module]
+    target: Callable[[], nn.Module]
+    is_exact: bool
+
+
+CASES = {
+    "two heads": Case(lambda: two_heads(torch.relu), lambda: two_heads(torch.relu), True),
+    "two wider heads": Case(lambda: two_heads(torch.relu), lambda: two_heads(torch.relu, 12), True),
+    "another second head": Case(lambda: two_heads(torch.relu), lambda: two_heads(functional.gelu), False),
+    "larger second output": Case(lambda: two_heads(torch.relu), lambda: two_heads(torch.relu, boxes=6), False),
+    "pyramid": Case(pyramid, lambda: pyramid(12), True),
+    "pyramid, another map": Case(pyramid, lambda: pyramid(last=3), False),
+    "larger second map": Case(lambda: maps(8), lambda: maps(12), False),
+}
+
+
+def as_one(output: object) -> torch.Tensor:
+    """All outputs in one row per image."""
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
+    return torch.cat([value.flatten(1) for value in values], 1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_looks_alike_is_exact_only_where_it_computes_the_same(name: str) -> None:
+    case = CASES[name]
+    torch.manual_seed(0)
+    source, target = (randomise(build(), IMAGE, seed=i) for i, build in enumerate((case.source, case.target)))
+    plan = transfer_between(source, target, IMAGE).plan
+    assert plan.is_exact == case.is_exact, plan.warnings
+    if case.is_exact:
+        images = torch.randn(4, *IMAGE.shape[1:])
+        with torch.no_grad():
+            assert largest_relative_difference(as_one(source(images)), as_one(target(images))) <= 1e-4
+
+
+def test_an_auxiliary_head_does_not_cost_the_class_layer() -> None:
+    with_two, with_one = two_heads(torch.relu), two_heads(torch.relu)
+    function = with_one.function
+    with_one.function = lambda self, x: function(self, x)[0]
+    for source, target in ((with_one, with_two), (with_two, with_one)):
+        plan = plan_transfer(make_source(source, IMAGE), export_architecture(target, IMAGE))
+        assert not plan.is_exact
+        assert plan.origins["classes.weight"] == "exact"
+        assert plan.origins.get("boxes.weight", "none") == "none"
