@@ -15,10 +15,9 @@ from ghn_service.transfer.axes import Dim
 from ghn_service.transfer.network import Layer, Network, Value
 from ghn_service.transfer.relations import Relations
 from ghn_service.transfer.scales import Scale
-from ghn_service.transfer.units import Unit
+from ghn_service.transfer.units import Unit, repeats_input
 from ghn_service.transfer.work import spend
 
-_REPEATS = frozenset({"Identity", "Dropout", "Cast", "CastLike"})
 _COMMUTATIVE = frozenset({"Add", "Mul", "Sum", "Max", "Min", "Equal", "And", "Or"})
 _UNREAD = frozenset(
     {"kernel_shape", "pads", "auto_pad", "group", "momentum", "training_mode", "stash_type", "allowzero",
@@ -141,7 +140,7 @@ class _Numbering:
         self.examples = {leaf for axis in network.input_axes[:1] for leaf in axis.leaves()}
         self.numbered_axes: dict[Dim, int] = {}
         for position, header in enumerate(network.file.inputs):
-            self.of[header.name] = self._number(("input", header.name == network.input or position))
+            self.of[header.name] = self._number(("input", "main" if header.name == network.input else position))
         for name in (*network.tensors, *network.file.initializers):
             tensor = network.tensors.get(name)
             if name in copied:
@@ -176,7 +175,7 @@ class _Numbering:
         spend(1 + len(node.inputs) + len(node.outputs))
         if value.known is not None or node.op_type == "Constant":
             number = self._number(self._constant_key(name))
-        elif node.op_type in _REPEATS or name in self.network.merged_pads:
+        elif repeats_input(node) or name in self.network.merged_pads:
             number = self.of[node.inputs[0]]
         elif value.is_data and (node.op_type in _RESHAPES or name in self.network.reshaped):
             number = self._visit_reshape(node, value)
@@ -253,7 +252,13 @@ class _Numbering:
             is_default |= name == "pads" and not any(content[0])
             if is_read and not is_default:
                 found.append((name, content))
-        return self._number(("attributes", *found))
+        return self._number(("attributes", *found, *self._cuts(node)))
+
+    def _cuts(self, node: OnnxNode) -> list[object]:
+        """Which channels a Slice takes, which its operands say in numbers of one network."""
+        cuts = self.network.cuts.get(node.outputs[0], ())
+        none = self._number(("axis",))
+        return [(axis, self._axis(before.root()) if before.size else none, bounds) for axis, before, bounds in cuts]
 
     def _axes(self, value: Value) -> object:
         if value.axes is None:

@@ -168,6 +168,7 @@ class Network:
         reshaped: Values that a Gather takes from another one whole and in order.
         global_means: Values that a ReduceMean makes as GlobalAveragePool would.
         constants: Numbers of Constant nodes, by their shape and the identities of their attributes.
+        cuts: By the value that a Slice makes: axis, channels left out before, and bounds where these do not say all.
     """
 
     file: OnnxFile
@@ -182,6 +183,7 @@ class Network:
     reshaped: set[str] = field(default_factory=set)
     global_means: set[str] = field(default_factory=set)
     constants: dict[tuple[object, ...], numpy.ndarray | None] = field(default_factory=dict)
+    cuts: dict[str, list[tuple[int, Dim, tuple[int, ...]]]] = field(default_factory=dict)
 
     @property
     def input_axes(self) -> list[Dim]:

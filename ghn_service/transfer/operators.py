@@ -183,6 +183,14 @@ def _reduce(network: Network, node: OnnxNode, operands: list[Value]) -> list[Val
     return [Value([Dim(1) if i in axes else dim for i, dim in enumerate(dims) if keep or i not in axes])]
 
 
+def _along_axes(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
+    """Sums up to each element, or a triangle: what comes first on an axis matters."""
+    dims = operands[0].dims
+    for axis in (-2, -1) if node.op_type == "Trilu" else operands[1].integers:
+        dims[axis].mark("pinned")
+    return [Value(dims)]
+
+
 def _softmax(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
     operands[0].dims[node.integer("axis", -1)].mark("pinned")
     return [Value(operands[0].dims)]
@@ -315,11 +323,16 @@ def _slice(network: Network, node: OnnxNode, operands: list[Value]) -> list[Valu
     axes = named.get("axes", range(len(named["starts"])))
     steps = named.get("steps", [1] * len(axes))
     for axis, start, end, step in zip(axes, named["starts"], named["ends"], steps, strict=True):
-        dim = dims[axis]
+        dim, before = dims[axis], Dim(0)
         chosen = range(*slice(start, end, step).indices(dim.size))
+        bounds: tuple[int, ...] = () if step == 1 else (chosen.start, step)
+        if dim.is_positions:  # which are cut alike by equal numbers, whatever the size of the image
+            bounds = (start, *([end] if end < dim.size else []), step)
         if step == 1 and len(chosen) != dim.size:
-            dims[axis] = _cut(dim, (chosen.start, len(chosen), dim.size - chosen.start - len(chosen)))[1]
-        elif step != 1:
+            before, dims[axis], _ = _cut(dim, (chosen.start, len(chosen), dim.size - chosen.start - len(chosen)))
+        if step != 1 or len(chosen) != dim.size:
+            network.cuts.setdefault(node.outputs[0], []).append((axis % len(dims), before, bounds))
+        if step != 1:
             dims[axis] = Dim(len(chosen), "pinned")
             if dim.is_positions:
                 dims[axis].flags.add("position")
@@ -407,7 +420,8 @@ HANDLERS: dict[str, _Handler] = {
         _view: "Identity Cast CastLike Dropout",
         _same: "Relu Sigmoid Tanh Erf Gelu FastGelu QuickGelu Elu Selu Celu LeakyRelu ThresholdedRelu HardSigmoid Mish"
         " HardSwish Softplus Softsign Swish Silu Sqrt Reciprocal Exp Log Neg Abs Sin Cos Sign Floor Ceil Round Not"
-        " IsNaN IsInf Clip Trilu CumSum",
+        " IsNaN IsInf Clip",
+        _along_axes: "Trilu CumSum",
         _elementwise: "Add Sub Mul Div Pow Sum Mean Max Min Mod Where Equal Less LessOrEqual Greater GreaterOrEqual And"
         " Or Xor PRelu BiasGelu",
         convolve: "Conv",

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ghn_service.graph.onnx.file import OnnxNode
+from ghn_service.graph.onnx.file import FLOAT, FLOAT_TYPES, OnnxNode
 from ghn_service.transfer.network import Layer, Network
 from ghn_service.transfer.work import spend
 
@@ -18,9 +18,9 @@ _ACTIVATIONS = frozenset(
     {"Relu", "Clip", "Sigmoid", "Tanh", "Erf", "Gelu", "Elu", "Selu", "Celu", "LeakyRelu", "HardSigmoid", "HardSwish",
      "Mish", "Softplus", "Softsign", "Swish", "Silu", "Mul", "Add", "Div", "Sub", "Pow", "Sqrt", "Exp"}
 )  # fmt: skip
-_NOTHING = frozenset({"Identity", "Dropout", "Cast", "CastLike"})
+_REPEATS = frozenset({"Identity", "Dropout", "Cast", "CastLike"})
 _KEEPS_SIGN = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"})
-_KEEPS_ZERO = _NOTHING | {
+_KEEPS_ZERO = _REPEATS | {
     "Relu", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Concat", "Pad", "Tanh", "Gelu", "Split"
 }  # fmt: skip
 _COMMUTING = frozenset({"Relu", "Clip"})  # f(f(x)) = f(x)
@@ -65,6 +65,11 @@ def _signature(layer: Layer) -> tuple[object, ...]:
     if layer.kind != "conv":
         return (layer.kind, layer.rank if layer.kind != "linear" else 0)
     return ("conv", tuple(item[:2] for item in layer.placement), layer.is_depthwise, layer.groups > 1)
+
+
+def repeats_input(node: OnnxNode) -> bool:
+    """Whether a node only gives its operand another name or float type."""
+    return node.op_type in _REPEATS and not (node.op_type == "Cast" and node.integer("to", FLOAT) not in FLOAT_TYPES)
 
 
 def find_units(network: Network, outputs: Sequence[str]) -> list[Unit]:
@@ -141,9 +146,10 @@ def _make_unit(network: Network, nodes: list[OnnxNode], layers: list[Layer], ent
     unit = Unit(operators[-1], nodes, entry, exit_name, layers)
     unit.scale = _scale(network, exit_name)
     unit.has_attention = "Softmax" in operators
-    if not layers and all(operator in _ACTIVATIONS | _NOTHING for operator in operators):
+    changing = [node.op_type for node in nodes if not repeats_input(node)]
+    if not layers and _ACTIVATIONS.issuperset(changing):
         unit.kind = "activation"
-        unit.activation = tuple(operator for operator in operators if operator not in _NOTHING)
+        unit.activation = tuple(changing)
     elif len(nodes) > 1:
         unit.kind = "region" if layers else "+".join(sorted(operators))
         names = network.data_inputs(nodes[-1])
@@ -162,7 +168,7 @@ def _find_shortcut(network: Network, unit: Unit, summands: list[str]) -> None:
         return
     unit.shortcut = reached[short] - reached[1 - short]
     identity, producers = summands[short], network.file.producers
-    while identity in producers and producers[identity].op_type in _NOTHING:
+    while identity in producers and repeats_input(producers[identity]):
         identity = producers[identity].inputs[0]
     if identity == unit.entry:
         unit.kind, unit.branch = "block", summands[1 - short]

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from ghn_client.onnx.export import export_architecture
 from ghn_client.outputs import largest_relative_difference
+from ghn_service.transfer.source import Source
 from ghn_service.transfer.transfer import plan_transfer
 from tests.transfer.pairs import make_source, randomise, transfer_between
 
@@ -74,6 +75,41 @@ def maps(width: int) -> nn.Module:
     return Function(forward, first=conv(width), second=conv(5, width))
 
 
+# ---- values that are not each other ----------------------------------------------------------------------------------
+
+
+def gated(first: slice, second: slice, width: int = 16) -> nn.Module:
+    def forward(self: Function, x: torch.Tensor) -> object:
+        h = self.stem(x)
+        return self.head(pooled(h[:, first] * torch.sigmoid(h[:, second])))
+
+    return Function(forward, stem=conv(width), head=nn.Linear(width // 2, 5))
+
+
+def corner(start: int) -> nn.Module:
+    def forward(self: Function, x: torch.Tensor) -> object:
+        return self.head(torch.relu(self.stem(x))[:, :4, start : start + 4].flatten(1))
+
+    return Function(forward, stem=conv(), head=nn.Linear(4 * 4 * 8, 5))
+
+
+def altered(alter: Callable[[torch.Tensor], torch.Tensor], width: int = 8) -> nn.Module:
+    def forward(self: Function, x: torch.Tensor) -> object:
+        return self.head(pooled(alter(torch.relu(self.stem(x)) * 4)))
+
+    return Function(forward, stem=conv(width), head=nn.Linear(width, 5))
+
+
+def rounded_blocks(depth: int) -> nn.Module:
+    def forward(self: Function, x: torch.Tensor) -> object:
+        x = torch.relu(self.stem(x)) * 4
+        for block in self.blocks:
+            x = torch.relu(x.int().float() + block(x))
+        return self.head(pooled(x))
+
+    return Function(forward, stem=conv(), blocks=nn.ModuleList(conv(8, 8) for _ in range(depth)), head=nn.Linear(8, 5))
+
+
 @dataclass(frozen=True)
 class Case:
     """Builders of source and target, and whether the target contains the source."""
@@ -81,6 +117,21 @@ class Case:
     source: Callable[[], nn.Module]
     target: Callable[[], nn.Module]
     is_exact: bool
+
+
+FIRST, SECOND, EVEN, ODD = slice(0, 8), slice(8, 16), slice(0, None, 2), slice(1, None, 2)
+
+
+def sums(x: torch.Tensor) -> torch.Tensor:
+    return torch.cumsum(x, 1)
+
+
+def column_sums(x: torch.Tensor) -> torch.Tensor:
+    return torch.cumsum(x, 2)
+
+
+def triangle(x: torch.Tensor) -> torch.Tensor:
+    return torch.tril(x.transpose(1, 3)).transpose(1, 3)
 
 
 CASES = {
@@ -91,6 +142,20 @@ CASES = {
     "pyramid": Case(pyramid, lambda: pyramid(12), True),
     "pyramid, another map": Case(pyramid, lambda: pyramid(last=3), False),
     "larger second map": Case(lambda: maps(8), lambda: maps(12), False),
+    "gate, wider": Case(lambda: gated(FIRST, SECOND), lambda: gated(slice(12), slice(12, 24), 24), True),
+    "gate by the other half": Case(lambda: gated(FIRST, SECOND), lambda: gated(SECOND, FIRST), False),
+    "gate, every other": Case(lambda: gated(EVEN, ODD), lambda: gated(EVEN, ODD), True),
+    "gate by the other ones": Case(lambda: gated(EVEN, ODD), lambda: gated(ODD, EVEN), False),
+    "same pixels and channels": Case(lambda: corner(0), lambda: corner(0), True),
+    "other pixels of some channels": Case(lambda: corner(0), lambda: corner(2), False),
+    "whole numbers": Case(lambda: altered(lambda x: x.int().float()), lambda: altered(lambda x: x), False),
+    "whole numbers, deeper": Case(lambda: rounded_blocks(1), lambda: rounded_blocks(2), False),
+    "sums over channels": Case(lambda: altered(sums), lambda: altered(sums), True),
+    "sums over channels, wider": Case(lambda: altered(sums), lambda: altered(sums, 12), False),
+    "sums over pixels, wider": Case(lambda: altered(column_sums), lambda: altered(column_sums, 12), True),
+    "triangles of pixels, wider": Case(lambda: altered(torch.tril), lambda: altered(torch.tril, 12), True),
+    "triangles of channels": Case(lambda: altered(triangle), lambda: altered(triangle), True),
+    "triangles of channels, wider": Case(lambda: altered(triangle), lambda: altered(triangle, 12), False),
 }
 
 
@@ -111,6 +176,22 @@ def test_what_looks_alike_is_exact_only_where_it_computes_the_same(name: str) ->
         images = torch.randn(4, *IMAGE.shape[1:])
         with torch.no_grad():
             assert largest_relative_difference(as_one(source(images)), as_one(target(images))) <= 1e-4
+
+
+@pytest.mark.parametrize("is_swapped", [False, True])
+def test_inputs_are_told_apart(is_swapped: bool) -> None:
+    class Difference(nn.Module):
+        def __init__(self, is_swapped: bool) -> None:
+            super().__init__()
+            self.head, self.is_swapped = nn.Linear(6, 3), is_swapped
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.head(y - x if self.is_swapped else x - y)
+
+    example = torch.zeros(1, 6), torch.zeros(1, 6)
+    structures = [export_architecture(Difference(swapped), example) for swapped in (False, is_swapped)]
+    plan = plan_transfer(Source("trained", structures[0], Difference(False).state_dict()), structures[1])
+    assert plan.is_exact == (not is_swapped)
 
 
 def test_an_auxiliary_head_does_not_cost_the_class_layer() -> None:
