@@ -30,6 +30,7 @@ class Tensor:
         contracted: Axes that are summed over with the network's data (fan-in).
         layer: The first layer that reads it.
         is_looked_up: Whether it is a table whose rows data selects; then nothing may change its scale.
+        is_buffer: Whether the file says that it is none of the network's parameters.
         is_grid: Whether it is a table of which constants select more rows than there are: relative positions.
         fed_by: Values that are multiplied with it.
     """
@@ -41,6 +42,7 @@ class Tensor:
     contracted: set[int] = field(default_factory=set)
     layer: Layer | None = None
     is_looked_up: bool = False
+    is_buffer: bool = False
     is_grid: bool = False
     fed_by: list[str] = field(default_factory=list)
 

@@ -130,6 +130,7 @@ def _weight(network: Network, context: ReadContext, header: TensorHeader) -> Val
     is_vector = sum(size > 1 for size in shape) == 1 and name in network.file.initializers
     is_weight = kind in ("", "PARAMETER") or (kind == "CONSTANT" and is_vector)  # folded from a reshaped parameter
     tensor = Tensor(name, shape, [Dim(size) for size in shape], "parameter" if is_weight else "constant")
+    tensor.is_buffer = kind == "BUFFER"
     network.tensors[name] = tensor
     return Value(tensor.axes, tensor=tensor, axis_of=list(range(len(shape))))
 

@@ -213,7 +213,14 @@ def _plan(target: Network, given: Network, head: Head, parameters: Sequence[Para
     stem = {leaf for axis in target.input_axes[1:2] for leaf in axis.leaves()}
     reset = set(classes if is_reset else [])
     refusals = {step.target.name: find_refusal(step, relations, reset, stem) for step in steps}
-    kept = [step for step in steps if not refusals[step.target.name]]
+    listed_names = {spec.name for spec in parameters}
+    sent = {
+        tensor.name
+        for layer in target.layers
+        for tensor in layer.tensors.values()
+        if tensor.kind == "statistic" or (tensor.name in listed_names if parameters else not tensor.is_buffer)
+    }
+    kept = [step for step in steps if not refusals[step.target.name] and step.target.name in sent]
     if not any(step.source is not None for step in kept):
         raise SourceError(
             "the source has nothing in common with the target: no layer of one fits a layer of the other",
@@ -222,7 +229,7 @@ def _plan(target: Network, given: Network, head: Head, parameters: Sequence[Para
     origins = {step.target.name: find_origin(step, relations) for step in kept}
     differences += lost_epsilons(target, kept)
     names = dict.fromkeys(tensor.name for layer in target.layers for tensor in layer.tensors.values())
-    missing = [name for name in names if name not in origins]
+    missing = [name for name in names if name in sent and name not in origins]
     reasons: dict[str, list[str]] = {}
     for name in missing:
         reasons.setdefault(refusals.get(name, "the source has no layer in this place"), []).append(name)
@@ -233,7 +240,19 @@ def _plan(target: Network, given: Network, head: Head, parameters: Sequence[Para
         if step.source is not None and step.mode == "copy" and origins[step.target.name] != "cut"
     }
     copied |= {step.target.name: "" for step in kept if step.adds_nothing}
-    refused = {id(step.layer) for step in steps if step.mode != "copy" and refusals[step.target.name]}
+    for step in steps:
+        if step.source is not None and step.target.name not in sent:  # has the values that its file says
+            content = target.file.small_constant(step.target.name)
+            if content and content == given.file.small_constant(step.source.name):
+                copied[step.target.name] = step.source.name
+    made = {(step.target.name, step.mode, step.role) for step in kept}
+    refused = {
+        id(layer)
+        for layer, _, mode in alignment.pairs
+        for role, tensor in layer.tensors.items()
+        if mode == "pass" or (mode == "zero" and role not in ("mean", "var"))
+        if (tensor.name, mode, role) not in made
+    }
     inserted = [unit for unit in alignment.inserted if refused.isdisjoint(map(id, unit.layers))]
     mine, theirs = (
         [

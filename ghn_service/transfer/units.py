@@ -37,7 +37,7 @@ class Unit:
         nodes: Its nodes.
         layers: Its layers, in order.
         shortcut: Ids of those of them that lie on the shorter of two summed branches.
-        activation: The operators after its last layer or sum.
+        activation: The operators after its last layer or sum, with the bounds of a Clip.
         branch: Of a block, the value that is added to the shortcut.
         scale: Pixels of the input per pixel of its output.
         has_attention: Whether there is a softmax in it.
@@ -149,7 +149,7 @@ def _make_unit(network: Network, nodes: list[OnnxNode], layers: list[Layer], ent
     changing = [node.op_type for node in nodes if not repeats_input(node)]
     if not layers and _ACTIVATIONS.issuperset(changing):
         unit.kind = "activation"
-        unit.activation = tuple(changing)
+        unit.activation = tuple(_described(network, node) for node in nodes if not repeats_input(node))
     elif len(nodes) > 1:
         unit.kind = "region" if layers else "+".join(sorted(operators))
         names = network.data_inputs(nodes[-1])
@@ -158,6 +158,15 @@ def _make_unit(network: Network, nodes: list[OnnxNode], layers: list[Layer], ent
     elif layers:
         unit.kind = "layer" if layers[0].kind in ("conv", "linear", "deconv") else layers[0].kind
     return unit
+
+
+def _described(network: Network, node: OnnxNode) -> str:
+    """An operator, with the bounds of a Clip."""
+    if node.op_type != "Clip":
+        return node.op_type
+    bounds = [network.values[name].number if name else "" for name in node.inputs[1:]]
+    attributes = [(name, attribute.f) for name, attribute in sorted(node.attributes.items())]
+    return f"Clip {node.outputs[0] if None in bounds else (*bounds, *attributes)}"
 
 
 def _find_shortcut(network: Network, unit: Unit, summands: list[str]) -> None:
@@ -211,7 +220,7 @@ def silenced_layers(network: Network, units: list[Unit], i: int) -> frozenset[in
             before -= 1
         is_behind = before >= 0 and units[before].exit == units[before + 1].entry
         is_same = is_behind and units[before].activation == unit.activation
-        if len(unit.activation) > 1 or unit.activation[0] not in _COMMUTING or not is_same:
+        if len(unit.activation) > 1 or unit.activation[0].split()[0] not in _COMMUTING or not is_same:
             return None
     if unit.kind == "block":
         return _silencing(network, unit)

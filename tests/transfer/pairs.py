@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ghn_client.onnx.export import export_architecture
+from ghn_client.onnx.export import export_architecture, read_source
 from ghn_service.transfer.source import Source
 from ghn_service.transfer.transfer import Transfer, transfer_weights
 
@@ -42,7 +42,10 @@ def randomise(module: nn.Module, example: torch.Tensor, *, seed: int) -> nn.Modu
 
 
 def make_source(module: nn.Module, example: torch.Tensor, *, export: Export = export_architecture) -> Source:
-    return Source("trained", export(module, example), module.state_dict())
+    if export is not export_architecture:
+        return Source("trained", export(module, example), module.state_dict())
+    exported = read_source(module, example)
+    return Source("trained", exported.structure, {**exported.values, **module.state_dict()})
 
 
 def transfer_between(

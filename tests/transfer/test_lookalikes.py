@@ -110,6 +110,50 @@ def rounded_blocks(depth: int) -> nn.Module:
     return Function(forward, stem=conv(), blocks=nn.ModuleList(conv(8, 8) for _ in range(depth)), head=nn.Linear(8, 5))
 
 
+# ---- inserted depth --------------------------------------------------------------------------------------------------
+
+
+def shared_blocks(times: int) -> nn.Module:
+    def forward(self: Function, x: torch.Tensor) -> object:
+        x = torch.relu(self.stem(x))
+        for _ in range(times):
+            x = torch.relu(x + self.block(x))
+        return self.head(pooled(x))
+
+    return Function(forward, stem=conv(), block=conv(8, 8), head=nn.Linear(8, 5))
+
+
+def new_shared_blocks(depth: int) -> nn.Module:
+    """Blocks that are used twice each."""
+
+    def forward(self: Function, x: torch.Tensor) -> object:
+        x = torch.relu(self.stem(x))
+        for index, block in enumerate(self.blocks):
+            for _ in range(2 if index else 1):
+                x = torch.relu(x + block(x))
+        return self.head(pooled(x))
+
+    blocks = nn.ModuleList(conv(8, 8) for _ in range(depth))
+    return Function(forward, stem=conv(), blocks=blocks, head=nn.Linear(8, 5))
+
+
+def normed_blocks(depth: int, *, affine: bool) -> nn.Module:
+    def forward(self: Function, x: torch.Tensor) -> object:
+        x = torch.relu(self.stem(x))
+        for block in self.blocks:
+            x = torch.relu(x + block(x))
+        return self.head(pooled(x))
+
+    norms = (nn.BatchNorm2d(8, affine=affine) for _ in range(depth))
+    blocks = nn.ModuleList(nn.Sequential(conv(8, 8), nn.ReLU(), conv(8, 8), norm) for norm in norms)
+    return Function(forward, stem=conv(), blocks=blocks, head=nn.Linear(8, 5))
+
+
+def clipped(*bounds: float) -> nn.Module:
+    layers = [part for i, bound in enumerate(bounds) for part in (conv(8, 8 if i else 3), nn.Hardtanh(0, bound))]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 64, 5))
+
+
 @dataclass(frozen=True)
 class Case:
     """Builders of source and target, and whether the target contains the source."""
@@ -156,6 +200,12 @@ CASES = {
     "triangles of pixels, wider": Case(lambda: altered(torch.tril), lambda: altered(torch.tril, 12), True),
     "triangles of channels": Case(lambda: altered(triangle), lambda: altered(triangle), True),
     "triangles of channels, wider": Case(lambda: altered(triangle), lambda: altered(triangle, 12), False),
+    "a shared block, used more often": Case(lambda: shared_blocks(2), lambda: shared_blocks(3), False),
+    "a new block, used twice": Case(lambda: new_shared_blocks(1), lambda: new_shared_blocks(2), True),
+    "norms, deeper": Case(lambda: normed_blocks(1, affine=True), lambda: normed_blocks(2, affine=True), True),
+    "norms alone, deeper": Case(lambda: normed_blocks(1, affine=False), lambda: normed_blocks(2, affine=False), False),
+    "clipped, deeper": Case(lambda: clipped(6), lambda: clipped(6, 6), True),
+    "clipped elsewhere, deeper": Case(lambda: clipped(6), lambda: clipped(6, 0.5), False),
 }
 
 
