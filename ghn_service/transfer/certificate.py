@@ -140,7 +140,9 @@ class _Numbering:
         self.examples = {leaf for axis in network.input_axes[:1] for leaf in axis.leaves()}
         self.numbered_axes: dict[Dim, int] = {}
         for position, header in enumerate(network.file.inputs):
-            self.of[header.name] = self._number(("input", "main" if header.name == network.input else position))
+            key = ("input", "main" if header.name == network.input else position)
+            is_input = header.name not in network.file.contents  # or a mask that is too large for the file
+            self.of[header.name] = self._number(key if is_input else self._constant_key(header.name))
         for name in (*network.tensors, *network.file.initializers):
             tensor = network.tensors.get(name)
             if name in copied:
@@ -164,7 +166,9 @@ class _Numbering:
     def _constant_key(self, name: str) -> object:
         value = self.network.values[name]
         if value.known is None:
-            return ("constant", tuple(axis.size for axis in value.axes or ()), self.network.file.small_constant(name))
+            told = self.network.file.content(name)
+            sizes = tuple(axis.size for axis in value.axes or ())
+            return ("constant", sizes, told) if told else ("own", id(self), name)
         spend(1 + value.known.nbytes // 512)
         content = f"{value.number:.6g}" if value.known.size == 1 else value.known.tobytes()
         return ("numbers", value.known.shape, content)

@@ -27,6 +27,7 @@ JSON_TEXTS = ("", "[]", "{}", "[1]", '["x"]', '["layer0.weight", "layer0.weight"
 KEYS = (
     "ghn.parameters",
     "ghn.buffers",
+    "ghn.contents",
     "ghn.folded",
     "pkg.torch.onnx.original_node_name",
     "pkg.torch.export.graph_signature.InputSpec.kind",

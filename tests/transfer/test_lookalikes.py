@@ -154,6 +154,61 @@ def clipped(*bounds: float) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 64, 5))
 
 
+# ---- what the reply does not carry -----------------------------------------------------------------------------------
+
+
+def normalised(mean: torch.Tensor, width: int = 8) -> nn.Module:
+    def forward(self: Function, x: torch.Tensor) -> object:
+        return self.head(pooled(torch.relu(self.stem(x - self.mean))))
+
+    return Function(forward, mean=mean.view(3, 1, 1), stem=conv(width), head=nn.Linear(width, 5))
+
+
+def normalised_inline(*means: float) -> nn.Module:
+    def forward(self: Function, x: torch.Tensor) -> object:
+        return self.head(pooled(torch.relu(self.stem(x - torch.tensor(means).view(3, 1, 1)))))
+
+    return Function(forward, stem=conv(), head=nn.Linear(8, 5))
+
+
+def projected(seed: int, width: int = 8, features: int = 16) -> nn.Module:
+    def forward(self: Function, x: torch.Tensor) -> object:
+        return self.head(torch.sin(pooled(torch.relu(self.stem(x))) @ self.projection))
+
+    projection = torch.randn(width, features, generator=torch.Generator().manual_seed(seed))
+    return Function(forward, projection=projection, stem=conv(width), head=nn.Linear(features, 5))
+
+
+def filtered(kernel: torch.Tensor) -> nn.Module:
+    def forward(self: Function, x: torch.Tensor) -> object:
+        pad = self.kernel.shape[-1] // 2
+        x = functional.conv2d(torch.relu(self.stem(x)), self.kernel, padding=pad, groups=8)
+        return self.head(x.flatten(1))
+
+    return Function(forward, kernel=kernel, stem=conv(), head=nn.Linear(8 * 64, 5))
+
+
+def windowed(window: int) -> nn.Module:
+    def forward(self: Function, x: torch.Tensor) -> object:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        logits = (x @ x.transpose(1, 2)).masked_fill(~self.mask, -1e4)
+        return self.head((logits.softmax(-1) @ x).mean(1))
+
+    distances = torch.arange(64)[:, None] - torch.arange(64)
+    return Function(forward, mask=distances.abs() < window, stem=conv(), head=nn.Linear(8, 5))
+
+
+def normed(width: int, *, affine: bool) -> nn.Module:
+    norm = nn.BatchNorm2d(width, affine=affine)
+    return nn.Sequential(conv(width), norm, nn.ReLU(), nn.Flatten(), nn.Linear(64 * width, 5))
+
+
+def spectral(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    first = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 8))
+    return Function(lambda self, x: self.head(torch.relu(self.first(pooled(x)))), first=first, head=nn.Linear(8, 5))
+
+
 @dataclass(frozen=True)
 class Case:
     """Builders of source and target, and whether the target contains the source."""
@@ -163,6 +218,7 @@ class Case:
     is_exact: bool
 
 
+MEANS = torch.tensor([0.1, 0.2, 0.3])
 FIRST, SECOND, EVEN, ODD = slice(0, 8), slice(8, 16), slice(0, None, 2), slice(1, None, 2)
 
 
@@ -206,6 +262,21 @@ CASES = {
     "norms alone, deeper": Case(lambda: normed_blocks(1, affine=False), lambda: normed_blocks(2, affine=False), False),
     "clipped, deeper": Case(lambda: clipped(6), lambda: clipped(6, 6), True),
     "clipped elsewhere, deeper": Case(lambda: clipped(6), lambda: clipped(6, 0.5), False),
+    "buffer, wider": Case(lambda: normalised(MEANS), lambda: normalised(MEANS, 12), True),
+    "another buffer": Case(lambda: normalised(MEANS), lambda: normalised(MEANS + 0.5), False),
+    "constants": Case(lambda: normalised_inline(0.1, 0.2, 0.3), lambda: normalised_inline(0.1, 0.2, 0.3), True),
+    "other constants": Case(lambda: normalised_inline(0.1, 0.2, 0.3), lambda: normalised_inline(0.9, 0.2, 0.3), False),
+    "projection": Case(lambda: projected(0), lambda: projected(0), True),
+    "another projection": Case(lambda: projected(0), lambda: projected(1), False),
+    "wider projection": Case(lambda: projected(0), lambda: projected(1, 12, 24), False),
+    "filter": Case(lambda: filtered(torch.ones(8, 1, 3, 3)), lambda: filtered(torch.ones(8, 1, 3, 3)), True),
+    "larger filter": Case(lambda: filtered(torch.ones(8, 1, 3, 3)), lambda: filtered(torch.ones(8, 1, 5, 5)), False),
+    "mask": Case(lambda: windowed(4), lambda: windowed(4), True),
+    "another mask": Case(lambda: windowed(4), lambda: windowed(40), False),
+    "norm alone, wider": Case(lambda: normed(8, affine=False), lambda: normed(12, affine=False), True),
+    "norm alone to a scaling one": Case(lambda: normed(8, affine=False), lambda: normed(12, affine=True), True),
+    "scaling norm to one alone": Case(lambda: normed(8, affine=True), lambda: normed(8, affine=False), False),
+    "spectral norm": Case(lambda: spectral(0), lambda: spectral(1), False),
 }
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import io
 import logging
 import os
@@ -43,6 +44,9 @@ Architecture = torch.nn.Module | str | Path | bytes
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """What a module is called with; only shapes and types matter."""
+
+_SHIFT = 2
+"""Which operand of BatchNormalization the bias is; running statistics come after it."""
 
 _LOGGER = logging.getLogger(__name__)
 _TURN = threading.Lock()  # torch traces with global state: exports of several threads take turns
@@ -87,7 +91,8 @@ def read_source(architecture: Architecture, example_inputs: Any = None) -> Model
 def export_architecture(module: torch.nn.Module, example_inputs: Any = None) -> bytes:
     """The structure of ``module`` as ONNX without weights.
 
-    The module may live on any device, the meta device included; its values are never read, and it is left as it was.
+    The module may live on any device, the meta device included; it is left as it was, and of its values, only
+    buffers other than running statistics are read, which are told apart by digests.
     It is exported in the mode it is in: in training mode, auxiliary heads are part of the network. Batch
     normalisation stays as it is written, and dropout makes no difference. Tied parameters have the name that
     ``named_parameters`` gives them.
@@ -101,7 +106,7 @@ def export_architecture(module: torch.nn.Module, example_inputs: Any = None) -> 
 
     Returns:
         A serialised ``onnx.ModelProto``. Parameters and buffers are typed graph inputs, listed in the metadata
-        ``ghn.parameters`` and ``ghn.buffers``.
+        ``ghn.parameters`` and ``ghn.buffers``; ``ghn.contents`` says what buffers and constants hold.
 
     Raises:
         ExportError: The module cannot be exported, or its inputs are missing or do not fit.
@@ -239,7 +244,21 @@ def _finish(module: torch.nn.Module, model: onnx_ir.Model) -> ModelSource:
             held = tensors[name] if name in tensors else _constant(value)
             if held is not None and not held.is_meta:
                 values[name] = held
-    return ModelSource(encode_structure(model, parameters & set(initializers)), values=values)
+    contents = {
+        name: _content(value)
+        for name, value in values.items()
+        if not value.is_quantized
+        and not any(use.node.op_type == "BatchNormalization" and use.idx > _SHIFT for use in initializers[name].uses())
+    }
+    return ModelSource(encode_structure(model, parameters & set(initializers), contents), values=values)
+
+
+def _content(tensor: torch.Tensor) -> str:
+    """The number that all elements of a float32 tensor are, or else a digest."""
+    flat = tensor.detach().cpu().reshape(-1).contiguous()
+    if flat.dtype == torch.float32 and flat.numel() and bool((flat == flat[0]).all()):
+        return f"all {flat[0].item():.9g}"
+    return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()[:32]
 
 
 def _constant(value: onnx_ir.Value) -> torch.Tensor | None:

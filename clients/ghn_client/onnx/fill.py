@@ -35,7 +35,7 @@ from ghn_client.onnx.edit import (
     tensor_proto,
 )
 from ghn_client.onnx.export import ModelSource
-from ghn_client.onnx.strip import BUFFERS_KEY, PARAMETERS_KEY
+from ghn_client.onnx.strip import BUFFERS_KEY, CONTENTS_KEY, PARAMETERS_KEY
 from ghn_client.wire.metadata import TensorInfo
 
 if TYPE_CHECKING:
@@ -166,7 +166,9 @@ class _Filler:
                 load_external(self.model, self.path)
         except (OSError, ValueError, onnx.checker.ValidationError) as error:
             raise LoadError(f"the external data of the model cannot be read: {error}") from error
-        for item in [item for item in self.model.metadata_props if item.key in (PARAMETERS_KEY, BUFFERS_KEY)]:
+        for item in [
+            item for item in self.model.metadata_props if item.key in (PARAMETERS_KEY, BUFFERS_KEY, CONTENTS_KEY)
+        ]:
             self.model.metadata_props.remove(item)
 
     def _redirect(self, note: TensorInfo, initializer: str, tensor: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import onnx
@@ -23,6 +23,9 @@ PARAMETERS_KEY = "ghn.parameters"
 
 BUFFERS_KEY = "ghn.buffers"
 """Key of the model's metadata: JSON list of the float tensors that are no weights."""
+
+CONTENTS_KEY = "ghn.contents"
+"""Key of the model's metadata: JSON object of what stripped buffers and constants hold: a digest, or one number."""
 
 KEPT_ELEMENTS = 1024
 """Integer tensors of at most this many elements keep their values: they hold shapes and axes."""
@@ -38,7 +41,7 @@ _DATA_FIELDS = (
 )  # fmt: skip
 _CLASSES_KEY = "pkg.torch.onnx.class_hierarchy"
 # Names of modules and parameters, which the reader needs; the others hold source lines and paths of the user's machine.
-_KEPT_MODEL_METADATA = frozenset({PARAMETERS_KEY, BUFFERS_KEY})
+_KEPT_MODEL_METADATA = frozenset({PARAMETERS_KEY, BUFFERS_KEY, CONTENTS_KEY})
 _KEPT_METADATA = frozenset({"pkg.torch.onnx.name_scopes", _CLASSES_KEY, "pkg.torch.onnx.fx_node"})
 _KEPT_VALUE_METADATA = frozenset(
     {"pkg.torch.export.graph_signature.InputSpec.kind", "pkg.onnxscript.optimizer.folded_from"}
@@ -49,11 +52,15 @@ _POOLING = frozenset({"AveragePool", "GlobalAveragePool", "ReduceMean"})
 # ---- models made by export ------------------------------------------------------------------------------------------
 
 
-def encode_structure(model: onnx_ir.Model, parameters: Collection[str]) -> bytes:
-    """A model, which is changed, as bytes with float initializers as typed graph inputs; only ``parameters`` train."""
+def encode_structure(model: onnx_ir.Model, parameters: Collection[str], contents: Mapping[str, str]) -> bytes:
+    """A model, which is changed, as bytes with float initializers as typed graph inputs; only ``parameters`` train.
+
+    What ``contents`` says that others hold is kept.
+    """
     _clear_metadata(model)
     _rename_clashes(model)
     named: dict[str, list[str]] = {PARAMETERS_KEY: [], BUFFERS_KEY: []}
+    told: dict[str, str] = {}
     for name, value in list(model.graph.initializers.items()):
         if name not in parameters and not value.uses():
             del model.graph.initializers[name]
@@ -67,8 +74,12 @@ def encode_structure(model: onnx_ir.Model, parameters: Collection[str]) -> bytes
             del model.graph.initializers[name]
             value.const_value = None
             model.graph.inputs.append(value)
+            if name in contents:
+                told[name] = contents[name]
     for key, names in named.items():
         model.metadata_props[key] = json.dumps(names)
+    if told:
+        model.metadata_props[CONTENTS_KEY] = json.dumps(told)
     return onnx_ir.to_proto(model).SerializeToString()
 
 

@@ -3,11 +3,13 @@
 Everything here runs on bytes of strangers. It walks the protobuf message once, allocates nothing in proportion to a
 number that the message merely claims, opens no file, and raises typed errors. Values keep their names; inside an
 expanded function they get a prefix. Tensor data is never touched, except that ``OnnxFile.integers`` reads up to 64
-inline integers (axes and target shapes). External data is never opened.
+inline integers (axes and target shapes), and ``OnnxFile.content`` makes digests of inline constants. External data is
+never opened.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,6 +27,7 @@ from ghn_service.graph.raw_graph import CHECK_EVERY, MAX_RANK, GraphLimits, exce
 
 PARAMETERS_KEY = "ghn.parameters"
 BUFFERS_KEY = "ghn.buffers"
+CONTENTS_KEY = "ghn.contents"
 FLOAT = onnx.TensorProto.FLOAT
 FLOAT_TYPES = frozenset(
     {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16}
@@ -38,6 +41,7 @@ _FLOAT_DTYPES: dict[int, str] = {
 _MAX_INTEGERS = 64
 _MAX_TEXT = 1024
 _MAX_PREFIX = 200
+_MAX_NODE_BYTES = 2**16
 _TRACED_KEY = "pkg.torch.onnx.original_node_name"
 _KIND_KEY = "pkg.torch.export.graph_signature.InputSpec.kind"
 _DOMAINS = ("", "ai.onnx")
@@ -114,6 +118,7 @@ class OnnxFile:
         value_shapes: Protos with the shapes of intermediate values and outputs, where the file has them.
         tensors: Protos of the initializers.
         producers: The node that writes each value.
+        contents: What buffers and constants hold whose values the client took out: one number, or a digest.
     """
 
     nodes: list[OnnxNode]
@@ -127,6 +132,7 @@ class OnnxFile:
     value_shapes: dict[str, onnx.ValueInfoProto]
     tensors: dict[str, onnx.TensorProto]
     producers: dict[str, OnnxNode]
+    contents: dict[str, str]
 
     def integers(self, name: str) -> tuple[int, ...] | None:
         """The integers that the value ``name`` holds, if it is a small inline constant."""
@@ -154,19 +160,30 @@ class OnnxFile:
         values = tensor.int64_data if tensor.data_type == onnx.TensorProto.INT64 else tensor.int32_data
         return tuple(values) if len(values) == count else None
 
-    def small_constant(self, name: str) -> bytes:
-        """The inline bytes of a constant of at most 64 elements, to compare constants by; empty if it has none."""
+    def content(self, name: str) -> str:
+        """What a buffer or constant holds, to compare it with others: one number, or a digest; "" where unknown."""
+        if name in self.contents:
+            return self.contents[name]
         tensor = self.tensors.get(name)
         attributes = self.producers[name].attributes if tensor is None and name in self.producers else {}
         if "value" in attributes:
             tensor = attributes["value"].t
         if tensor is None:
-            return b"".join(item.SerializeToString() for item in attributes.values())[: 8 * _MAX_INTEGERS]
-        if tensor.data_location == onnx.TensorProto.EXTERNAL or not 0 <= math.prod(tensor.dims) <= _MAX_INTEGERS:
-            return b""
-        if tensor.data_type == onnx.TensorProto.FLOAT and not tensor.raw_data:
-            return numpy.array(tensor.float_data, dtype="<f4").tobytes()
-        return tensor.raw_data
+            data = b"".join(item.SerializeToString() for item in attributes.values())
+        elif tensor.data_location == onnx.TensorProto.EXTERNAL:
+            return ""
+        elif tensor.raw_data:
+            data = tensor.raw_data
+        elif tensor.data_type == onnx.TensorProto.FLOAT:
+            data = numpy.array(tensor.float_data, dtype="<f4").tobytes()
+        else:
+            data = repr([*tensor.int32_data, *tensor.int64_data, *tensor.double_data]).encode() if tensor.dims else b""
+        is_node = name not in self.tensors  # of which an expanded function has many
+        if not data or (is_node and len(data) > _MAX_NODE_BYTES):
+            return ""
+        if tensor is not None and tensor.data_type == onnx.TensorProto.FLOAT and data == data[:4] * (len(data) // 4):
+            return f"all {float(numpy.frombuffer(data[:4], '<f4')[0]):.9g}"
+        return hashlib.sha256(data).hexdigest()[:32]
 
     def value_shape(self, name: str) -> tuple[int, ...] | None:
         """The shape that the file states for a value, if it states a fixed one."""
@@ -223,7 +240,7 @@ def load_file(data: bytes, limits: GraphLimits, check: Callable[[], None] = neve
             raise InvalidArchitectureError(f"the graph input {info.name!r} is defined twice")
         inputs[info.name] = TensorHeader(info.name, info.type.tensor_type.elem_type, _static_shape(info))
     inputs = {name: header for name, header in inputs.items() if name not in initializers}
-    kinds, traced_names, folded = _read_declarations(model, {*initializers, *inputs})
+    kinds, traced_names, folded, contents = _read_declarations(model, {*initializers, *inputs})
     nodes = list(_flat_nodes(model, limits, check))
     outputs = [output.name for output in graph.output]
     return OnnxFile(
@@ -232,6 +249,7 @@ def load_file(data: bytes, limits: GraphLimits, check: Callable[[], None] = neve
         outputs=outputs,
         initializers=initializers,
         kinds=kinds,
+        contents=contents,
         traced_names=traced_names,
         folded={name: origins for name, origins in folded.items() if name in initializers},
         is_torch=model.producer_name == "pytorch",
@@ -324,11 +342,12 @@ def _static_shape(info: onnx.ValueInfoProto) -> tuple[int, ...] | None:
 
 def _read_declarations(
     model: onnx.ModelProto, tensors: set[str]
-) -> tuple[dict[str, str], dict[str, str], dict[str, tuple[str, ...]]]:
-    """What exporters and the client say about the initializers and inputs: ``kinds``, ``traced_names``, ``folded``."""
+) -> tuple[dict[str, str], dict[str, str], dict[str, tuple[str, ...]], dict[str, str]]:
+    """What exporters and the client say of initializers and inputs: kinds, traced names, folded, contents."""
     kinds: dict[str, str] = {}
     traced_names: dict[str, str] = {}
     folded: dict[str, tuple[str, ...]] = {}
+    contents: dict[str, str] = {}
     for info in (*model.graph.input, *model.graph.value_info):
         if info.name not in tensors or not info.metadata_props:
             continue
@@ -340,16 +359,21 @@ def _read_declarations(
             elif entry.key == FOLDED_KEY and isinstance(entry.value, str):
                 folded[info.name] = folded_parameters(string_list(entry.value))
     for entry in model.metadata_props:
-        if entry.key not in (PARAMETERS_KEY, BUFFERS_KEY):
+        if entry.key not in (PARAMETERS_KEY, BUFFERS_KEY, CONTENTS_KEY):
             continue
         try:
             names = json.loads(entry.value)
         except (ValueError, RecursionError):
             names = None
+        if entry.key == CONTENTS_KEY:
+            if not isinstance(names, dict) or not all(isinstance(text, str) for text in names.values()):
+                raise InvalidArchitectureError(f"the model's metadata {entry.key!r} must be a JSON object of texts")
+            contents.update(names)
+            continue
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise InvalidArchitectureError(f"the model's metadata {entry.key!r} must be a JSON list of names")
         kinds.update(dict.fromkeys(names, "PARAMETER" if entry.key == PARAMETERS_KEY else "BUFFER"))
-    return kinds, traced_names, folded
+    return kinds, traced_names, folded, contents
 
 
 class _Tally:
