@@ -131,6 +131,28 @@ def test_auxiliary_heads_are_part_of_the_network_in_training_mode_only() -> None
     assert outputs == {True: 2, False: 1}
 
 
+def test_buffers_are_told_apart_but_for_running_statistics() -> None:
+    class Shifted(nn.Module):
+        def __init__(self, shift: torch.Tensor) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3, affine=False)
+            self.register_buffer("shift", shift.view(3, 1, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(x) - self.get_buffer("shift")
+
+    structures = []
+    for shift, mean in ((torch.arange(3.0), 0.0), (torch.arange(3.0), 5.0), (torch.ones(3), 0.0)):
+        module = Shifted(shift)
+        module.norm.running_mean.fill_(mean)
+        structures.append(export_architecture(module, IMAGE))
+    assert structures[0] == structures[1] != structures[2]
+    metadata = onnx.load_model_from_string(structures[2]).metadata_props
+    contents = {item.key: json.loads(item.value) for item in metadata}["ghn.contents"]
+    assert contents.pop("shift") == "all 1"
+    assert sorted(contents.values()) == ["all 0", "all 1"]  # weight and bias of the norm
+
+
 def test_tied_weights_have_their_first_name() -> None:
     model = onnx.load_model_from_string(export_architecture(Tied(), torch.zeros(2, 6)))
     assert {"first.weight", "first.bias", "second.bias"} < {info.name for info in model.graph.input}

@@ -168,10 +168,14 @@ def test_two_data_inputs_stay_data() -> None:
     assert op_types(model.read())[-1] == "sum"
 
 
-def test_malformed_declarations_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [("ghn.parameters", "{not json"), ("ghn.parameters", "{}"), ("ghn.contents", "[]"), ("ghn.contents", '{"a": 1}')],
+)
+def test_malformed_declarations_are_refused(key: str, text: str) -> None:
     model = Model()
     model.conv("x", "a", 4, 3)
-    model.metadata = {"ghn.parameters": "{not json"}
+    model.metadata = {key: text}
     with pytest.raises(InvalidArchitectureError):
         model.read()
 
