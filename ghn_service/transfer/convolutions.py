@@ -119,8 +119,8 @@ def _has_zeros(network: Network, node: OnnxNode) -> bool:
         return False
     name = node.inputs[2] if len(node.inputs) > 2 else ""
     number = network.values[name].number
-    content = network.file.small_constant(name) if name in network.file.tensors else b""
-    return not name or number == 0 or (number is None and bool(content) and not any(content))
+    is_told = number is None and name in network.file.initializers
+    return not name or number == 0 or (is_told and network.file.content(name) == "all 0")
 
 
 def convolve_transposed(network: Network, node: OnnxNode, operands: list[Value]) -> list[Value]:
