@@ -12,7 +12,7 @@ from ghn_client.errors import listed
 from ghn_service.errors import LimitExceededError, SourceError
 from ghn_service.graph.architecture import ParameterSpec
 from ghn_service.graph.raw_graph import GraphLimits, never_ends
-from ghn_service.transfer.alignment import align
+from ghn_service.transfer.alignment import Alignment, align
 from ghn_service.transfer.certificate import find_differences
 from ghn_service.transfer.cutting import rank_channels
 from ghn_service.transfer.maps import ChannelMaps
@@ -34,6 +34,7 @@ from ghn_service.transfer.steps import (
     make_steps,
     relate_groups,
 )
+from ghn_service.transfer.units import Unit
 from ghn_service.transfer.values import make_tensor
 from ghn_service.transfer.work import counted_work
 
@@ -213,13 +214,7 @@ def _plan(target: Network, given: Network, head: Head, parameters: Sequence[Para
     stem = {leaf for axis in target.input_axes[1:2] for leaf in axis.leaves()}
     reset = set(classes if is_reset else [])
     refusals = {step.target.name: find_refusal(step, relations, reset, stem) for step in steps}
-    listed_names = {spec.name for spec in parameters}
-    sent = {
-        tensor.name
-        for layer in target.layers
-        for tensor in layer.tensors.values()
-        if tensor.kind == "statistic" or (tensor.name in listed_names if parameters else not tensor.is_buffer)
-    }
+    sent = _sent(target, parameters)
     kept = [step for step in steps if not refusals[step.target.name] and step.target.name in sent]
     if not any(step.source is not None for step in kept):
         raise SourceError(
@@ -246,15 +241,7 @@ def _plan(target: Network, given: Network, head: Head, parameters: Sequence[Para
             is_alike = step.target.shape == step.source.shape or step.layer.kind in ("norm", "layer_norm")
             if is_alike and content and content == given.file.content(step.source.name):
                 copied[step.target.name] = step.source.name
-    made = {(step.target.name, step.mode, step.role) for step in kept}
-    refused = {
-        id(layer)
-        for layer, _, mode in alignment.pairs
-        for role, tensor in layer.tensors.items()
-        if mode == "pass" or (mode == "zero" and role not in ("mean", "var"))
-        if (tensor.name, mode, role) not in made
-    }
-    inserted = [unit for unit in alignment.inserted if refused.isdisjoint(map(id, unit.layers))]
+    inserted = _inserted(alignment, kept)
     mine, theirs = (
         [
             class_layer_input(network, groups) if is_reset and name == network.output else name
@@ -278,3 +265,27 @@ def _plan(target: Network, given: Network, head: Head, parameters: Sequence[Para
         warnings=(*differences[:_MAX_LISTED], *unmapped),
         _work=_Work(kept, relations, given),
     )
+
+
+def _sent(target: Network, parameters: Sequence[ParameterSpec]) -> set[str]:
+    """The tensors of a target that a reply carries: its parameters and the running statistics."""
+    names = {spec.name for spec in parameters}
+    return {
+        tensor.name
+        for layer in target.layers
+        for tensor in layer.tensors.values()
+        if tensor.kind == "statistic" or (tensor.name in names if parameters else not tensor.is_buffer)
+    }
+
+
+def _inserted(alignment: Alignment, kept: Sequence[Step]) -> list[Unit]:
+    """The units of the target alone that pass their input on, as every tensor of theirs gets the value for it."""
+    made = {(step.target.name, step.mode, step.role) for step in kept}
+    refused = {
+        id(layer)
+        for layer, _, mode in alignment.pairs
+        for role, tensor in layer.tensors.items()
+        if mode == "pass" or (mode == "zero" and role not in ("mean", "var"))
+        if (tensor.name, mode, role) not in made
+    }
+    return [unit for unit in alignment.inserted if refused.isdisjoint(map(id, unit.layers))]
