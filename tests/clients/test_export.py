@@ -288,6 +288,20 @@ def test_changes_in_place_are_written_as_what_they_compute(name: str) -> None:
     assert_computes_the_same(InPlace(CHANGES[name]), torch.zeros(2, 6))
 
 
+TRANSPOSES = {
+    "T": lambda y: y.T @ y,
+    "mT": lambda y: y.mT @ y,
+    "swapaxes": lambda y: y.swapaxes(0, 1) @ y,
+    "T of three axes": lambda y: y.reshape(2, 3, 2).T * 2,
+}
+
+
+@pytest.mark.parametrize("name", TRANSPOSES)
+def test_every_spelling_of_a_transpose_is_translated(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert_computes_the_same(InPlace(TRANSPOSES[name]), torch.zeros(2, 6))
+    assert not warnings_of_export(caplog)
+
+
 def test_nothing_of_the_users_machine_is_in_the_bytes() -> None:
     data = export_architecture(ConvNet(), IMAGE)
     assert b"small_modules" not in data

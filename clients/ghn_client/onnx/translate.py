@@ -252,12 +252,17 @@ def _as_cast(node: Node) -> Call:
     return torch.ops.aten._to_copy.default, node.args[:1], {"dtype": node.meta["val"].dtype}
 
 
+def _reversed_axes(node: Node) -> list[int]:
+    return list(reversed(range(node.meta["val"].dim())))
+
+
 _SIMPLER: dict[str, Callable[[Node], Call]] = {
     **dict.fromkeys(("to", "type_as"), _as_cast),
     **dict.fromkeys(("reshape_as", "view_as"), _with_own_shape(torch.ops.aten.reshape.default)),
     **dict.fromkeys(
         ("swapaxes", "swapdims"), lambda node: (torch.ops.aten.transpose.int, node.args, dict(node.kwargs))
     ),
+    "numpy_T": lambda node: (torch.ops.aten.permute.default, (node.args[0], _reversed_axes(node)), {}),
     "expand_as": _with_own_shape(torch.ops.aten.expand.default),
     "zero": lambda node: (torch.ops.aten.full_like.default, (node.args[0], 0), {}),
 }
